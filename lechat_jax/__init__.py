@@ -1,0 +1,1 @@
+"""Mistral in JAX. Import the modules you need: `lechat_jax.config` does not load JAX."""
