@@ -1,0 +1,137 @@
+"""The text to learn from, and the tenth of it that is held out. Standard library only."""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Sequence
+
+from lechat_jax.errors import BadInput
+from lechat_jax.texts import find_texts
+
+EVERY = 10  # every tenth document or block is validation
+BLOCK = 4096  # characters; about 4 KiB of English
+FEWEST_BLOCKS = 20  # of a short text, so that two of them are validation
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A document, or a piece of one that may not truly end.
+
+    Attributes:
+        text: never empty.
+        ends: the last character is the last of the document.
+    """
+
+    text: str
+    ends: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A text in two parts that share no piece.
+
+    Attributes:
+        name: what the text is, for people.
+        train: the pieces to learn from.
+        val: the pieces held out, spread over the whole text.
+        n_bytes: length of the whole text in UTF-8.
+        sha256: of the whole text in its order, without separators: what `sha256sum` says
+            of a text file, or of the sorted text files of a folder through `cat`.
+    """
+
+    name: str
+    train: tuple[Document, ...]
+    val: tuple[Document, ...]
+    n_bytes: int
+    sha256: str
+
+
+def load_corpus(data: str | None) -> Corpus:
+    """The text that `data` names (see `texts.find_texts`), split by `split`.
+
+    Empty documents are dropped.
+
+    Raises:
+        BadInput: there is no such text, or it is unreadable, not UTF-8 or empty.
+    """
+    name, texts = find_texts(data)
+    texts = [text for text in texts if text]
+    if not any(text.strip() for text in texts):
+        raise BadInput(f"{name} is empty; give --data a text to learn from")
+    digest, n_bytes = hashlib.sha256(), 0
+    for text in texts:
+        raw = text.encode()
+        digest.update(raw)
+        n_bytes += len(raw)
+    pieces = split(texts)
+    return Corpus(
+        name=name,
+        train=tuple(piece for piece, held_out in pieces if not held_out),
+        val=tuple(piece for piece, held_out in pieces if held_out),
+        n_bytes=n_bytes,
+        sha256=digest.hexdigest(),
+    )
+
+
+def split(texts: Sequence[str]) -> list[tuple[Document, bool]]:
+    """The pieces of the texts in order, each with whether it is held out for validation.
+
+    Of ten documents or more, every tenth is held out, and with it every copy of it: a text
+    that is scored is never learned. Fewer are cut into blocks of about 4 KiB, at the end of
+    a line or else of a word, and every tenth block is held out; training blocks between two
+    of those stay one piece. A short text has smaller blocks, 20 or more.
+
+    >>> [(piece.text, held) for piece, held in split(["a b c d e f g h i j k l"])]
+    [('a b c d e f g h i ', False), ('j ', True), ('k l', False)]
+    """
+    if len(texts) >= EVERY:
+        held = set(texts[EVERY - 1 :: EVERY])
+        return [(Document(text), text in held) for text in texts]
+    pieces, counter = [], itertools.count(1)
+    for blocks in _blocks(texts):
+        flagged = [(block, next(counter) % EVERY == 0) for block in blocks]
+        runs = [(held, list(run)) for held, run in itertools.groupby(flagged, lambda x: x[1])]
+        for i, (held, run) in enumerate(runs):
+            text = "".join(block for block, _ in run)
+            pieces.append((Document(text, ends=i == len(runs) - 1), held))
+    return pieces
+
+
+def _blocks(texts: Sequence[str]) -> list[list[str]]:
+    """Each text in its blocks: small enough to be 20 in all, as far as there are words."""
+    total = sum(map(len, texts))
+    size = BLOCK if total >= EVERY * BLOCK else max(1, total // FEWEST_BLOCKS)
+    while True:
+        blocks = [_cut(text, size) for text in texts]
+        if size in (1, BLOCK) or sum(map(len, blocks)) >= FEWEST_BLOCKS:
+            return blocks
+        size //= 2  # long words have made some blocks longer than asked
+
+
+def _cut(text: str, size: int) -> list[str]:
+    """The text in consecutive blocks of at most `size` characters, where words allow it."""
+    blocks, start = [], 0
+    while start < len(text):
+        end = _block_end(text, start, size)
+        blocks.append(text[start:end])
+        start = end
+    return blocks
+
+
+def _block_end(text: str, start: int, size: int) -> int:
+    """Where the block ends: after a line in its second half, else after a word.
+
+    White space stays with the word before it, so that the next block starts with a word as
+    the tokenizer knows it. 4 KiB without any white space are no word (Chinese, base64) and
+    are cut anyway.
+    """
+    target = start + size
+    if target >= len(text):
+        return len(text)
+    if (newline := text.rfind("\n", start + size // 2, target)) >= 0:
+        return newline + 1
+    longest = min(len(text), start + BLOCK)
+    for end in (*range(target, start, -1), *range(target + 1, longest)):
+        if text[end - 1].isspace():
+            return end
+    return longest

@@ -1,0 +1,237 @@
+"""Text to tokens to batches: tokenised once, then a pure function of (seed, step)."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Integer
+
+from lechat_jax.corpus import Corpus, Document
+from lechat_jax.errors import BadInput
+from lechat_jax.paths import cache_home
+from lechat_jax.token_cache import DamagedCache, Streams, read_streams, write_streams
+from lechat_jax.tokenizer import Tokenizer
+
+FORMAT = 1  # of the streams and of the cache file; a new number makes every cache anew
+GROUP = 1 << 20  # characters tokenised between two reports of progress
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A corpus as two streams: for each piece BOS, its ids, and EOS where its document ends.
+
+    Attributes:
+        train: the stream to learn from, in the smallest type that holds the vocabulary;
+            memory-mapped when it lies in the cache.
+        val: the stream held out. Scored are all its tokens except BOS, which is given. EOS
+            costs nats but stands for no byte, so bits per byte err on the high side.
+        val_bytes: UTF-8 bytes of the text of `val`.
+        name: of the corpus.
+        n_bytes: of the corpus, both parts.
+        sha256: of the corpus.
+        cached: the tokens were found, not made.
+        note: what the user should know of the cache (damaged, not writable), or nothing.
+    """
+
+    train: Integer[np.ndarray, " train"]
+    val: Integer[np.ndarray, " val"]
+    val_bytes: int
+    name: str
+    n_bytes: int
+    sha256: str
+    cached: bool
+    note: str
+
+
+def load_tokens(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    cache_dir: Path | None = None,
+    on_progress: Progress | None = None,
+) -> Tokens:
+    """The tokens of a corpus, from the cache when the same text was tokenised before.
+
+    The cache is one file in `cache_dir` (else in `tokens` below `cache_home()`), named by the
+    SHA-256 of all that the tokens depend on and checked whenever it is read. Where it cannot
+    be kept, the tokens stay in memory and `note` says so.
+
+    Args:
+        on_progress: called with the UTF-8 bytes done and to do, while there is work.
+
+    Raises:
+        BadInput: the corpus is too short to hold anything out.
+    """
+    if not corpus.val or not corpus.train:
+        raise BadInput(
+            f"{corpus.name} is too short or repeats itself: {len(corpus.train)} pieces to learn "
+            f"from and {len(corpus.val)} to validate on; give a longer text"
+        )
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    streams, path, notes = None, None, []
+    try:
+        path = (cache_dir or cache_home() / "tokens") / f"{_key(corpus, tokenizer)}.tokens"
+        streams = read_streams(path, dtype)
+    except DamagedCache as error:
+        notes.append(f"the cached tokens were damaged ({error}) and have been made again")
+    except OSError as error:
+        notes.append(f"no cached tokens could be read ({error})")
+    cached = streams is not None
+    if streams is None:
+        streams = _tokenise(corpus, tokenizer, dtype, on_progress)
+        try:
+            if path:
+                write_streams(path, streams)
+                streams = read_streams(path, dtype) or streams
+        except (DamagedCache, OSError) as error:
+            notes.append(f"the tokens could not be kept for the next run ({error})")
+    return Tokens(
+        train=streams[0],
+        val=streams[1],
+        val_bytes=sum(len(piece.text.encode()) for piece in corpus.val),
+        name=corpus.name,
+        n_bytes=corpus.n_bytes,
+        sha256=corpus.sha256,
+        cached=cached,
+        note="; ".join(notes),
+    )
+
+
+def _tokenise(
+    corpus: Corpus, tokenizer: Tokenizer, dtype: np.dtype, on_progress: Progress | None
+) -> Streams:
+    """Both streams of the corpus, in memory."""
+    bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
+    done = 0
+
+    def stream(pieces: Sequence[Document]) -> Integer[np.ndarray, " stream"]:
+        nonlocal done
+        groups = []
+        for group in _groups(pieces):
+            texts = [piece.text for piece in group]
+            ids = tokenizer.encode_batch(texts)
+            ends = [eos if piece.ends else [] for piece in group]
+            parts = [part for i, end in zip(ids, ends, strict=True) for part in (bos, i, end)]
+            groups.append(np.concatenate(parts, dtype=dtype, casting="unsafe"))
+            done += sum(len(text.encode()) for text in texts)
+            if on_progress:
+                on_progress(done, corpus.n_bytes)
+        return np.concatenate(groups)
+
+    return stream(corpus.train), stream(corpus.val)
+
+
+def _groups(pieces: Sequence[Document]) -> Iterator[Sequence[Document]]:
+    """The pieces, in runs of about `GROUP` characters."""
+    first, size = 0, 0
+    for i, piece in enumerate(pieces, start=1):
+        size += len(piece.text)
+        if size >= GROUP or i == len(pieces):
+            yield pieces[first:i]
+            first, size = i, 0
+
+
+def _key(corpus: Corpus, tokenizer: Tokenizer) -> str:
+    """SHA-256 of all that the streams depend on: pieces, split, tokenizer, format."""
+    digest = hashlib.sha256(f"{FORMAT} {tokenizer.sha256}\n".encode())
+    for pieces in (corpus.train, corpus.val):
+        digest.update(f"{len(pieces)}\n".encode())
+        for piece in pieces:
+            raw = piece.text.encode()
+            digest.update(f"{len(raw)} {piece.ends}\n".encode())
+            digest.update(raw)
+    return digest.hexdigest()
+
+
+class Batches:
+    """Which windows of a stream each training step reads: a pure function of (seed, step).
+
+    A window is `block` inputs and, one further, `block` targets: `block + 1` tokens, of which
+    the last is the next window's first input, so each token is an input and a target once.
+    An epoch has its own phase (where the first window starts) and visits its `windows` in its
+    own order, each once; batches run across the border of two epochs. There is no state, so
+    a resumed run reads on where it stopped.
+
+    Raises:
+        BadInput: not one window fits, or an argument is out of range.
+    """
+
+    def __init__(self, n_tokens: int, block: int, batch: int, seed: int) -> None:
+        if block < 1 or batch < 1 or seed < 0:
+            raise BadInput(
+                f"block ({block}) and batch ({batch}) must be at least 1, seed ({seed}) at least 0"
+            )
+        if n_tokens < block + 1:
+            raise BadInput(
+                f"the training text has {n_tokens} tokens, but a block of {block} needs "
+                f"{block + 1}; give a longer text or a shorter block"
+            )
+        self.block, self.batch, self.seed = block, batch, seed
+        # One window fewer than fit leaves room for more than `block` phases. The number is
+        # the same in every epoch, so that row -> epoch is a division.
+        self.windows = max(1, n_tokens // block - 1)
+        self._phases = n_tokens - self.windows * block
+
+    def starts(self, step: int) -> Integer[np.ndarray, " B"]:
+        """Where each row of a step's batch starts in the stream."""
+        return self.starts_range(step, 1)[0]
+
+    def starts_range(self, first_step: int, n_steps: int) -> Integer[np.ndarray, "n_steps B"]:
+        """`starts` of consecutive steps."""
+        first, last = first_step * self.batch, (first_step + n_steps) * self.batch
+        starts = np.empty(last - first, np.int64)
+        row = first
+        while row < last:
+            epoch, offset = divmod(row, self.windows)
+            taken = min(self.windows - offset, last - row)
+            order = _epoch(self.seed, epoch, self.windows, self._phases, self.block)
+            starts[row - first : row - first + taken] = order[offset : offset + taken]
+            row += taken
+        return starts.reshape(n_steps, self.batch)
+
+
+@functools.lru_cache(maxsize=2)  # a step needs one epoch, or the two at a border
+def _epoch(
+    seed: int, epoch: int, windows: int, phases: int, block: int
+) -> Integer[np.ndarray, " windows"]:
+    """The starts of one epoch's windows in the order they are read."""
+    rng = np.random.default_rng([seed, epoch])
+    return rng.integers(phases) + block * rng.permutation(windows)
+
+
+def score_blocks(
+    val: Integer[np.ndarray, " val"], block: int, bos_id: int
+) -> tuple[Integer[np.ndarray, "B T"], Integer[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+    """Inputs, targets and weights that score each validation token once, except BOS.
+
+    Rows are consecutive, so the first tokens of a row are predicted from little context.
+    The last row is filled with BOS; weights are False where the target is BOS.
+
+    >>> inputs, targets, weights = score_blocks(np.array([1, 7, 8, 2, 1, 9]), 3, bos_id=1)
+    >>> inputs.tolist(), targets.tolist(), weights.astype(int).tolist()
+    ([[1, 7, 8], [2, 1, 9]], [[7, 8, 2], [1, 9, 1]], [[1, 1, 1], [0, 1, 0]])
+
+    Raises:
+        BadInput: there is no token to score, or the first, which nothing precedes, is not BOS.
+    """
+    if len(val) < 2 or val[0] != bos_id:
+        raise BadInput(f"{len(val)} validation tokens hold no BOS ({bos_id}) and one to score")
+    n = -(-(len(val) - 1) // block)
+    padded = np.full(n * block + 1, bos_id, val.dtype)
+    padded[: len(val)] = val
+    inputs, targets = padded[:-1].reshape(n, block), padded[1:].reshape(n, block)
+    return inputs, targets, targets != bos_id
+
+
+def interim_rows(n_rows: int, limit: int) -> Integer[np.ndarray, " rows"]:
+    """At most `limit` of the rows of `score_blocks`, evenly spread and always the same ones.
+
+    >>> interim_rows(10, 4).tolist()
+    [1, 3, 6, 8]
+    """
+    n = min(n_rows, limit)
+    return (2 * np.arange(n) + 1) * n_rows // (2 * n)

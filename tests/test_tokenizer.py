@@ -1,0 +1,272 @@
+"""Mistral's own ids, and a stream of text that is never broken."""
+
+import importlib.util
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lechat_jax import tokenizer as module
+from lechat_jax.errors import BadInput
+from lechat_jax.tokenizer import StreamDecoder, Tokenizer
+
+TOKENIZER = Tokenizer.mistral_v1()
+HELLO = 22557
+GRIN = [243, 162, 155, 131]  # the four bytes of U+1F600; byte b has the id b + 3
+
+SAMPLES = [
+    "Hello, world!",
+    " leading space",
+    "  two leading",
+    "trailing  ",
+    "tabs\tand\n\nnew lines\r\n",
+    "many      spaces",
+    "caf\u00e9 \u6f22\u5b57 \u0420\u0443\u0441\u0441\u043a\u0438\u0439",
+    "family \U0001f468\u200d\U0001f469\u200d\U0001f467 flag \U0001f1eb\U0001f1f7",
+    "<s> </s> <unk> <0x41>",
+    "\x00\x7f\ufffd\ufeff",
+    "",
+]
+
+# Not U+2581, SentencePiece's own sign for a space; not surrogates, which are no text.
+plain_text = st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]))
+any_ids = st.lists(
+    st.one_of(
+        st.integers(0, 2),  # unknown, BOS, EOS
+        st.integers(3, 258),  # bytes
+        st.sampled_from([28705, 259, HELLO]),  # a space, two, a word
+        st.integers(0, 31_999),
+    )
+)
+
+
+def streamed(ids: list[int], cuts: list[int], prefix: list[int] | None = None) -> list[str]:
+    """The pushes of the ids, cut at these places, and the flush."""
+    decoder = StreamDecoder(TOKENIZER, prefix or [])
+    edges = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    return [*(decoder.push(ids[a:b]) for a, b in pairwise(edges)), decoder.flush()]
+
+
+# --- the tokenizer ---
+
+
+def test_it_is_the_tokenizer_of_mistral_7b_v01() -> None:
+    assert (TOKENIZER.vocab_size, TOKENIZER.bos_id, TOKENIZER.eos_id) == (32_000, 1, 2)
+    assert TOKENIZER.sha256 == "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
+    assert TOKENIZER.encode("Hello world") == [HELLO, 1526]
+
+
+def test_finding_it_does_not_import_mistral_common() -> None:
+    program = (
+        "import sys; from lechat_jax.tokenizer import Tokenizer; Tokenizer.mistral_v1();"
+        "print(*{'mistral_common', 'jax'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.split()) == (0, []), run.stderr
+
+
+@pytest.fixture(scope="module")
+def mistrals_own():
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(TOKENIZER.path)
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_the_ids_are_those_of_mistral_common(mistrals_own, text: str) -> None:
+    ids = TOKENIZER.encode(text)
+    assert ids == mistrals_own.encode(text, bos=False, eos=False)
+    assert [TOKENIZER.bos_id, *ids, TOKENIZER.eos_id] == mistrals_own.encode(
+        text, bos=True, eos=True
+    )
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_decoding_gives_the_text_back(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@given(plain_text)
+def test_decoding_gives_any_text_back(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def test_ids_may_be_numbers_of_numpy() -> None:
+    assert TOKENIZER.decode(np.array([HELLO, 1526], np.uint16)) == "Hello world"
+
+
+@pytest.mark.parametrize("id_", [-1, 32_000, 2**40])
+def test_an_id_beyond_the_vocabulary_is_refused(id_: int) -> None:
+    with pytest.raises(BadInput, match=f"id {id_} is not in the tokenizer's vocabulary of 32000"):
+        TOKENIZER.decode([HELLO, id_])
+    with pytest.raises(BadInput, match=f"id {id_} is not in the tokenizer's vocabulary of 32000"):
+        StreamDecoder(TOKENIZER).push([id_])
+
+
+def test_undecodable_bytes_of_a_command_line_are_refused() -> None:
+    with pytest.raises(BadInput, match="character 2 of the text is not Unicode"):
+        TOKENIZER.encode("ab\udcff")
+
+
+# --- many texts at once ---
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 2])
+def test_a_batch_has_the_ids_of_its_texts(num_threads: int) -> None:
+    batch = TOKENIZER.encode_batch(SAMPLES, num_threads)
+    assert [ids.tolist() for ids in batch] == [TOKENIZER.encode(text) for text in SAMPLES]
+    assert TOKENIZER.encode_batch([]) == []
+
+
+@given(st.text(st.sampled_from("ab c\u6f22\n\t\r"), max_size=120), st.integers(2, 20))
+@example("\n" * 50, 2)
+@example("a" * 50, 2)
+@example("a  \n b" * 20, 7)
+def test_a_long_text_that_is_cut_for_the_threads_has_the_ids_of_the_whole(
+    text: str, longest: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "LONG_TEXT", longest)
+        assert TOKENIZER.encode_batch([text])[0].tolist() == TOKENIZER.encode(text)
+
+
+def test_a_long_text_is_cut_at_all() -> None:
+    line = "word " * 100 + "\n"
+    parts = module._parts(line * 1000)
+    assert "".join(parts) == line * 1000
+    assert len(parts) == 16
+    assert max(map(len, parts)) <= module.LONG_TEXT
+
+
+# --- the stream ---
+
+
+@given(any_ids, st.lists(st.integers(0, 40), max_size=6))
+@example([28705, HELLO], [1])
+@example([1, 28705, HELLO], [1, 2])
+@example([*GRIN[:2], 1, *GRIN[2:]], [1, 2, 3])
+@example([3 + byte for byte in b"\xed\xa0\x80\xe0\x80\x80\xf4\x90\x80\x80\xc0\xaf\xff"], [2, 5])
+def test_the_stream_is_the_decoding(ids: list[int], cuts: list[int]) -> None:
+    assert "".join(streamed(ids, cuts)) == TOKENIZER.decode(ids)
+
+
+@given(plain_text, st.lists(st.integers(0, 40), max_size=6))
+@example(SAMPLES[7], list(range(40)))
+def test_text_is_streamed_without_a_broken_character(text: str, cuts: list[int]) -> None:
+    pushes = streamed(TOKENIZER.encode(text), cuts)
+    assert "".join(pushes) == text
+    assert pushes[-1] == ""
+    assert all(text.startswith("".join(pushes[:n])) for n in range(len(pushes)))
+
+
+@given(plain_text, st.integers(0, 40))
+def test_what_follows_a_prompt_keeps_its_space(text: str, cut: int) -> None:
+    ids = TOKENIZER.encode(text)
+    prompt, rest = ids[:cut], ids[cut:]
+    said = StreamDecoder(TOKENIZER).push(prompt)
+    assert said + "".join(streamed(rest, [1], prompt)) == text
+
+
+def test_a_word_after_a_prompt_starts_with_a_space_and_after_bos_does_not() -> None:
+    assert streamed([HELLO], [], TOKENIZER.encode("Say")) == [" Hello", ""]
+    assert streamed([HELLO], [], [1]) == ["Hello", ""]
+    assert streamed([HELLO], []) == ["Hello", ""]
+
+
+def test_bytes_are_held_until_they_are_a_character() -> None:
+    assert streamed(GRIN, [1, 2, 3]) == ["", "", "", "\U0001f600", ""]
+    assert streamed(GRIN[2:], [], [HELLO, *GRIN[:2]]) == ["\U0001f600", ""], "begun in the prompt"
+
+
+@pytest.mark.parametrize(
+    ("ids", "pushes"),
+    [
+        ([*GRIN[:2], HELLO], ["", "", "\ufffd\ufffd Hello", ""]),  # a word cuts it short
+        ([*GRIN[:2], 3 + 0x41], ["", "", "\ufffd\ufffdA", ""]),  # so does a letter
+        ([3 + 0xFF, HELLO], ["\ufffd", " Hello", ""]),  # no character starts so
+        ([3 + 0xE0, 3 + 0x80], ["", "\ufffd\ufffd", ""]),  # longer than it needs to be
+        (GRIN[:3], ["", "", "", "\ufffd\ufffd\ufffd"]),  # nothing follows
+    ],
+)
+def test_bytes_that_cannot_become_a_character_are_let_go_at_once(
+    ids: list[int], pushes: list[str]
+) -> None:
+    assert streamed(ids, list(range(1, len(ids)))) == pushes
+
+
+def test_the_work_per_id_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    decode = Tokenizer.decode
+
+    def counted(self: Tokenizer, ids: list[int]) -> str:
+        sizes.append(len(ids))
+        return decode(self, ids)
+
+    monkeypatch.setattr(Tokenizer, "decode", counted)
+    "".join(streamed([HELLO, *GRIN] * 200, list(range(1000))))
+    assert len(sizes) <= 1000
+    assert max(sizes) <= 2
+
+
+# --- its file ---
+
+
+def test_the_file_is_copied_whole_and_read_again(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model.v1").write_text("an older one")
+    path = TOKENIZER.save(tmp_path)
+    assert path == tmp_path / "tokenizer.model.v1"
+    assert path.read_bytes() == TOKENIZER.path.read_bytes()
+    assert list(tmp_path.iterdir()) == [path], "nothing is left beside it"
+    again = Tokenizer.from_file(path)
+    assert (again.path, again.sha256) == (path, TOKENIZER.sha256)
+
+
+def test_a_failed_copy_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "tokenizer.model.v1"
+    old.write_text("an older one")
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        TOKENIZER.save(tmp_path)
+    assert old.read_text() == "an older one"
+    assert list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs", b"\n\x05hello" * 9])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "t.model").write_bytes(content)
+    with pytest.raises(BadInput, match=r"t\.model is not a SentencePiece model"):
+        Tokenizer.from_file(tmp_path / "t.model")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"cannot read the tokenizer .*gone: No such file"):
+        Tokenizer.from_file(str(tmp_path / "gone"))
+
+
+def test_a_model_that_would_lose_characters_is_refused(tmp_path: Path) -> None:
+    """Bits per byte mean nothing when an unknown character costs one token of <unk>."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words to learn from"] * 9),
+        model_prefix=str(tmp_path / "t"),
+        vocab_size=18,
+        minloglevel=2,
+    )
+    with pytest.raises(BadInput, match="has no byte fallback"):
+        Tokenizer.from_file(tmp_path / "t.model")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="pip install mistral-common"):
+        Tokenizer.mistral_v1()
