@@ -1,0 +1,287 @@
+"""Training state on disk that is whole or refused: Orbax, and a SHA-256 manifest of it.
+
+Orbax restores a flipped bit without a word (measured: 30 flips of 30), so each step
+carries a manifest, and nothing is read that does not match it:
+
+    <folder>/<step>/
+        model/        one folder an item, as Orbax writes it (OCDBT, uncompressed)
+        optimizer/
+        meta.json     what is no array: seed, position in the data, config
+        SHA256SUMS    every other file, as `sha256sum -c SHA256SUMS` reads it
+
+A step is built in `<step>.partial` and appears by one rename, so whatever kills the
+process leaves whole steps, and at worst such a folder, which the next save removes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from lechat_jax.errors import BadInput
+from lechat_jax.manifest import MANIFEST, fault, sync, write_manifest
+
+META = "meta.json"
+PARTIAL = ".partial"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint, and what had to be passed over to find it.
+
+    Attributes:
+        step: the step that was restored.
+        items: each item asked for, in the structure of its template.
+        meta: the JSON object saved with them.
+        refused: a sentence for each newer checkpoint that is damaged: which, where, why.
+    """
+
+    step: int
+    items: dict[str, PyTree]
+    meta: dict[str, Any]
+    refused: tuple[str, ...]
+
+
+class Checkpoints:
+    """The checkpoints of one run, the newest `keep` good ones of them kept.
+
+    One process writes to a folder at a time; any number may read.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        if keep < 1:
+            raise BadInput(f"keep must be at least 1 checkpoint, not {keep}")
+        self.folder = Path(folder).absolute()  # Orbax takes no relative paths
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """The finished steps, oldest first; which of them are damaged, only `restore` finds."""
+        return [step for step in self._folders() if (self._at(step) / MANIFEST).is_file()]
+
+    def save(self, step: int, items: dict[str, PyTree], meta: dict[str, Any]) -> Path:
+        """The folder of a new checkpoint, complete and synced to disk.
+
+        Older ones are deleted only then, and only behind `keep` good ones: an older one
+        counts as good after its manifest was checked again, at half a second a GB. A step
+        saved before is replaced; steps newer than this one are left alone.
+
+        Args:
+            step: the number of the step, 0 or more.
+            items: pytrees of arrays by name; each can be restored without the others.
+            meta: a JSON object.
+
+        Raises:
+            BadInput: the disk is full, the folder cannot be written, or a leaf is nothing
+                that JAX could give back unchanged; older checkpoints are untouched.
+        """
+        if jax.process_count() > 1:
+            raise BadInput("checkpoints are written by a single process; train with one")
+        if step < 0:
+            raise BadInput(f"the step of a checkpoint must be 0 or more, not {step}")
+        arrays = {item: _arrays(item, tree) for item, tree in items.items()}
+        partial = self.folder / f"{step}{PARTIAL}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(f"[0-9]*{PARTIAL}"):
+                shutil.rmtree(leftover)
+            _write(partial / "new", arrays, meta)
+            if self._at(step).exists():
+                self._at(step).rename(partial / "old")
+            (partial / "new").rename(self._at(step))
+            sync(self.folder)
+            self._prune(step)
+        except Exception as error:
+            if reason := _disk_error(error):
+                raise BadInput(
+                    f"checkpoint {step} cannot be saved in {self.folder}: {reason}; older "
+                    "ones are untouched, so make room or choose another folder, and resume"
+                ) from error
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return self._at(step)
+
+    def restore(self, templates: dict[str, PyTree], step: int | None = None) -> Restored:
+        """The newest checkpoint whose files are, byte for byte, those that were saved.
+
+        Only the items asked for are checked and read. A leaf whose template has a sharding
+        lands there; the others are uncommitted on the default device, as fresh arrays are:
+        committed ones would compile each jitted function anew, past the compilation cache.
+
+        Args:
+            templates: for each item wanted a pytree of `jax.ShapeDtypeStruct` or arrays.
+            step: this one or none; by default the newest, and if that is damaged, the next.
+
+        Raises:
+            BadInput: there is no checkpoint, or none undamaged (each is named with its
+                first fault), or its leaves, shapes or dtypes are not those of the template
+                (the first difference is named).
+        """
+        found = self._folders()
+        if step is not None and step not in found:
+            have = ", ".join(map(str, found)) or "none at all"
+            raise BadInput(f"there is no checkpoint {step} in {self.folder}; there is {have}")
+        refused: list[str] = []
+        for candidate in reversed(found) if step is None else (step,):
+            whole = self._at(candidate)
+            if reason := fault(whole, templates):
+                refused.append(f"checkpoint {candidate} in {self.folder} is damaged: {reason}")
+                continue
+            meta = json.loads((whole / META).read_text(encoding="utf-8"))
+            return Restored(candidate, _read(whole, templates), meta, tuple(refused))
+        if refused:
+            raise BadInput("; ".join(refused) + "; no other is left to restore")
+        raise BadInput(f"there is no checkpoint in {self.folder}; train first, or name another")
+
+    def _at(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def _folders(self) -> list[int]:
+        """Every step that has a folder, with a manifest or without, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        names = (path.name for path in self.folder.iterdir() if path.is_dir())
+        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+
+    def _prune(self, newest: int) -> None:
+        """Deletes what is older than the `keep` newest good steps, `newest` being one."""
+        good = 1
+        for step in reversed([step for step in self._folders() if step < newest]):
+            if good < self.keep:
+                good += fault(self._at(step)) is None
+            else:  # renamed first, so that half a deletion does not look like damage
+                shutil.rmtree(self._at(step).rename(self.folder / f"{step}{PARTIAL}"))
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves by path, `blocks.0.attn.q.kernel`, in the order of the pytree.
+
+    Orbax is given this flat dict, so it never sees what the pytree is made of.
+    """
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in pairs]
+    if len(set(names)) < len(names) or any("/" in name or not name.strip(".") for name in names):
+        raise BadInput(f"leaves need distinct names without '/' to be saved, not {sorted(names)}")
+    return {name: leaf for name, (_, leaf) in zip(names, pairs, strict=True)}
+
+
+def _arrays(item: str, tree: PyTree) -> dict[str, jax.Array]:
+    """The leaves by path; typed PRNG keys and Python numbers would come back as others."""
+    arrays: dict[str, jax.Array] = {}
+    for name, leaf in _leaves(tree).items():
+        if not isinstance(dtype := getattr(leaf, "dtype", None), np.dtype):
+            raise BadInput(f"{item}.{name} is {type(leaf).__name__}; only arrays can be saved")
+        arrays[name] = leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
+        if arrays[name].dtype != dtype:
+            raise BadInput(f"{item}.{name} is {dtype}, which needs jax_enable_x64 to be restored")
+    return arrays
+
+
+def _checkpointer(items: Collection[str]) -> ocp.Checkpointer:
+    """Orbax for these items, in its OCDBT format without compression.
+
+    Measured on 182 MB of random float32 in 168 arrays, two cores: Orbax writes them in
+    0.3 s, and in 0.8 s with its default zstd, which saves 8 % of the space. A folder an
+    array (`use_ocdbt=False`) would be plainer to look at, but has 350 files to sync
+    instead of 30: a whole save took 1.5 to 2.5 times as long on a busy disk.
+    """
+    handlers: dict[str, Any] = {
+        item: ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False) for item in items
+    }
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def _write(whole: Path, items: dict[str, dict[str, jax.Array]], meta: dict[str, Any]) -> None:
+    """A finished checkpoint, synced to disk, at a path that nobody reads yet."""
+    filled = {item: arrays for item, arrays in items.items() if arrays}  # Orbax wants a leaf
+    args = {item: ocp.args.PyTreeSave(arrays) for item, arrays in filled.items()}
+    with _silence(), _checkpointer(filled) as checkpointer:
+        checkpointer.save(whole, args=ocp.args.Composite(**args))
+    (whole / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    write_manifest(whole)
+    for folder, _, names in os.walk(whole):
+        for path in (*(Path(folder, name) for name in names), Path(folder)):
+            sync(path)
+
+
+def _read(whole: Path, templates: dict[str, PyTree]) -> dict[str, PyTree]:
+    """The items of an undamaged checkpoint, in the structure of the templates."""
+    wanted = {item: _leaves(template) for item, template in templates.items()}
+    filled = [item for item in wanted if (whole / item).is_dir()]
+    arrays: dict[str, dict[str, Any]] = {item: {} for item in wanted}
+    with _silence(), _checkpointer(filled) as checkpointer:
+        stored = checkpointer.metadata(whole).item_metadata
+        for item, leaves in wanted.items():
+            _check_fit(whole, item, leaves, stored[item].tree if item in filled else {})
+        if filled:
+            args = {
+                item: ocp.args.PyTreeRestore(
+                    restore_args={name: _place(leaf) for name, leaf in wanted[item].items()}
+                )
+                for item in filled
+            }
+            arrays |= checkpointer.restore(whole, args=ocp.args.Composite(**args)).items()
+    return {
+        item: jax.tree.unflatten(
+            jax.tree.structure(template),
+            [jax.device_put(arrays[item][name]) for name in wanted[item]],
+        )
+        for item, template in templates.items()
+    }
+
+
+def _place(leaf: Any) -> ocp.RestoreArgs:
+    """The leaf's sharding if it is bound to one, else NumPy, for `device_put` to place."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or not getattr(leaf, "committed", True):
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=sharding)
+
+
+def _check_fit(whole: Path, item: str, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Nothing, if leaves, shapes and dtypes agree; Orbax would cast without a word."""
+
+    def say(leaf: Any) -> str:
+        return "missing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+
+    for name in (*wanted, *sorted(stored.keys() - wanted.keys())):
+        there, here = say(stored.get(name)), say(wanted.get(name))
+        if there != here:
+            raise BadInput(
+                f"{whole} does not fit: {item}.{name} is {there} in it and {here} in the state "
+                "to restore; use the config it was trained with"
+            )
+
+
+def _disk_error(error: Exception) -> str | None:
+    """The operating system's complaint, if it is one; Tensorstore quotes it in a ValueError."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else None
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Orbax logs nothing: what goes wrong is raised as well, without four tracebacks."""
+
+    def drop(_: logging.LogRecord) -> bool:
+        return False
+
+    log = logging.getLogger("absl")
+    log.addFilter(drop)
+    try:
+        yield
+    finally:
+        log.removeFilter(drop)
