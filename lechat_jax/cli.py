@@ -21,7 +21,11 @@ def parse(options: type[Args], prog: str, description: str, argv: Sequence[str] 
         prog=prog,
         description=description,
         args=argv,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        config=(
+            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.DisallowNone,
+            tyro.conf.AvoidSubcommands,
+        ),
     )
 
 

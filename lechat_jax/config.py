@@ -4,6 +4,7 @@ Standard library only, so that a tool can read a checkpoint's config without JAX
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from lechat_jax.errors import BadInput
@@ -49,12 +50,10 @@ class MistralConfig:
     tied_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.sliding_window, list):  # as JSON spells a tuple
-            object.__setattr__(self, "sliding_window", tuple(self.sliding_window))
         for name in (
             "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size norm_eps rope_theta"
         ).split():
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise BadInput(f"{name} must be positive, not {getattr(self, name)}")
         if self.n_heads % self.n_kv_heads:
             raise BadInput(
@@ -72,7 +71,7 @@ class MistralConfig:
             if window is not None and window < 1:
                 raise BadInput(
                     f"sliding_window must be at least 1 (a query sees itself), not {window}; "
-                    "use none for full attention"
+                    "use null (--sliding-window full) for full attention"
                 )
 
     @property
@@ -120,7 +119,27 @@ class MistralConfig:
             raise BadInput(f"model config lacks {', '.join(missing)}")
         if unknown := sorted(fields.keys() - known.keys()):
             raise BadInput(f"model config has unknown fields: {', '.join(unknown)}")
-        return cls(**fields)
+        return cls(**{name: _from_json(name, value) for name, value in fields.items()})
+
+
+def _from_json(name: str, value: Any) -> Any:
+    """The value of a field as JSON spells it, which may be of any type."""
+    if name == "sliding_window":
+        windows = value if isinstance(value, list | tuple) else [value]
+        if not all(window is None or type(window) is int for window in windows):
+            raise BadInput(f"{name} must be a whole number, null or a list of these, not {value!r}")
+        return tuple(value) if isinstance(value, list) else value
+    if name == "tied_embeddings":
+        if type(value) is not bool:
+            raise BadInput(f"{name} must be true or false, not {value!r}")
+        return value
+    if name in ("norm_eps", "rope_theta"):
+        if type(value) not in (int, float):
+            raise BadInput(f"{name} must be a number, not {value!r}")
+        return float(value)
+    if type(value) is not int:
+        raise BadInput(f"{name} must be a whole number, not {value!r}")
+    return value
 
 
 PRESETS: dict[str, MistralConfig] = {

@@ -21,8 +21,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("lechat_jax", "lechat_torch", "parity")
 LETTERS = set("BTSDNKGHFVELW")
 STANDARD_LIBRARY_ONLY = {
-    *("lechat_jax.config", "lechat_jax.corpus", "lechat_jax.errors"),
-    *("lechat_jax.paths", "lechat_jax.texts", "parity.names"),
+    *("lechat_jax.config", "lechat_jax.errors", "lechat_jax.paths", "parity.names"),
 }
 
 

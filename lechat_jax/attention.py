@@ -1,0 +1,208 @@
+"""Grouped-query attention, and its training forms whose cost grows with T times W.
+
+All of them equal `attend` under the mask of `window_mask`: a softmax over the keys that
+a query may see. They differ in what they skip and in which kernel does the work:
+
+    dense    XLA, T * T scores            the definition; best while T is about W
+    banded   XLA, T * 5/4 W scores        any device, any dtype
+    cudnn    a kernel for NVIDIA GPUs     bfloat16 and float16
+    splash   a kernel for TPUs            bfloat16 and float32
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from lechat_jax.errors import BadInput
+from lechat_jax.kernels import (
+    LANES,
+    Keys,
+    Queries,
+    cudnn_works,
+    fused_attention,
+    splash_attention,
+)
+from lechat_jax.mask import window_mask
+
+Backend = Literal["dense", "banded", "cudnn", "splash"]
+
+# Scores that the band holds at a time. On a CPU they then stay in its caches, which halves
+# the time of a long text; an accelerator is better off with as many as fit.
+CPU_SCORES, SCORES = 2**20, 2**26
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "#B T S"],
+) -> Float[Array, "B T N H"]:
+    """Each query's average of the values it may see, weighted by softmax(q k / sqrt(H)).
+
+    Query head n reads key-value head n // G; keys and values are never repeated. Scores
+    and softmax are at least float32. A query that may see nothing gets the plain average
+    instead of a NaN: such rows are padding, and nobody reads them.
+
+    Scores are laid out as the product leaves them, T before G, and the mask is added
+    rather than selected: on a CPU that takes a quarter less time, forward and backward.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKTGS", grouped, k, preferred_element_type=wide)
+    # Half of the lowest number: below every score, yet no sum with one overflows.
+    unseen = jnp.where(mask, 0, jnp.finfo(wide).min / 2)[:, None, :, None]
+    weights = jax.nn.softmax(scores * H**-0.5 + unseen, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKTGS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+
+
+def dense_attention(q: Queries, k: Keys, v: Keys, window: int | None) -> Queries:
+    """Causal window attention over a whole sequence, with all T * T scores in memory."""
+    positions = jnp.arange(q.shape[1])[None]
+    return attend(q, k, v, window_mask(positions, positions, window))
+
+
+def banded_attention(q: Queries, k: Keys, v: Keys, window: int) -> Queries:
+    """The same as `dense_attention` in T * 5/4 W scores, of which a few are in memory.
+
+    The sequence is cut into blocks of W/4, and each attends to its own keys and those of
+    the few blocks before it that hold W - 1 more:
+
+        W = 8, block 5 (queries 10 11) reads keys 2 3 | 4 5 | 6 7 | 8 9 | 10 11;
+        query 10 sees 3 to 10, query 11 sees 4 to 11.
+
+    Blocks of W would be simpler and make 2W scores, which on a CPU takes 1.2 to 2 times
+    as long; the price of short ones is that every key is copied into 5 blocks.
+    """
+    B, T, N, H = q.shape
+    size = _block_size(window)
+    n_blocks = -(-T // size)
+    n_back = -(-(window - 1) // size)
+
+    def blocks(x: Array, before: int) -> Array:
+        pad = ((0, 0), (before * size, n_blocks * size - T), (0, 0), (0, 0))
+        return jnp.pad(x, pad).reshape(B, before + n_blocks, size, x.shape[2], H)
+
+    def with_previous(x: Array) -> Array:
+        x = blocks(x, n_back)
+        return jnp.concatenate([x[:, i : i + n_blocks] for i in range(n_back + 1)], axis=2)
+
+    def as_batch(x: Array) -> Array:  # one more axis would be slower
+        return x.reshape(B * n_blocks, *x.shape[2:])
+
+    q_pos = jnp.arange(n_blocks * size).reshape(n_blocks, size)
+    k_pos = q_pos[:, :1] + jnp.arange(-n_back * size, size)  # below 0: before the start
+    mask = window_mask(q_pos, k_pos, window)
+    mixed = _attend_in_groups(
+        as_batch(blocks(q, 0)),
+        as_batch(with_previous(k)),
+        as_batch(with_previous(v)),
+        as_batch(jnp.broadcast_to(mask, (B, *mask.shape))),
+    )
+    return mixed.reshape(B, n_blocks * size, N, H)[:, :T]
+
+
+def _attend_in_groups(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """`attend` for so many rows at a time that their scores are no more than allowed.
+
+    With several groups, scores are not kept for the backward pass but made again: less
+    work than writing them to memory and reading them back.
+    """
+    B, T, N, _ = q.shape
+    most = CPU_SCORES if jax.default_backend() == "cpu" else SCORES
+    n_groups = min(B, -(-B * T * N * k.shape[1] // most))
+    if n_groups == 1:
+        return attend(q, k, v, mask)
+    rows = -(-B // n_groups)
+
+    def groups(x: Array) -> Array:
+        pad = [(0, n_groups * rows - B)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, pad).reshape(n_groups, rows, *x.shape[1:])
+
+    again = jax.checkpoint(attend, prevent_cse=False)
+    mixed = jax.lax.map(lambda group: again(*group), tuple(map(groups, (q, k, v, mask))))
+    return mixed.reshape(n_groups * rows, *q.shape[1:])[:B]
+
+
+def unsupported(backend: str, dtype: DTypeLike, window: int | None, head_dim: int) -> str | None:
+    """Why the kernel cannot compute this, as a sentence, or `None` if it can.
+
+    cuDNN's limit on head_dim is 128 before Hopper, and any T will do; splash takes any
+    head_dim and T.
+
+    >>> unsupported("cudnn", "float32", window=64, head_dim=24)
+    'cudnn attention computes in bfloat16 or float16, not float32; use dense or banded'
+    """
+    name = jnp.dtype(dtype).name
+    if backend not in get_args(Backend):
+        return f"unknown attention {backend!r}; choose one of {', '.join(get_args(Backend))}"
+    if backend == "banded" and window is None:
+        return "banded attention needs a window, and this layer has none; use dense"
+    if backend == "cudnn" and name not in ("bfloat16", "float16"):
+        return f"cudnn attention computes in bfloat16 or float16, not {name}; use dense or banded"
+    if backend == "cudnn" and (head_dim % 8 or head_dim > 256):
+        return f"cudnn attention needs a head_dim of 8, 16, ... 256, not {head_dim}; use banded"
+    if backend == "splash" and name not in ("bfloat16", "float32"):
+        return f"splash attention computes in bfloat16 or float32, not {name}; use dense or banded"
+    return None
+
+
+def choose_backend(
+    platform: str, dtype: DTypeLike, T: int, window: int | None, head_dim: int
+) -> Backend:
+    """The kernel that should be fastest for these shapes on `jax.default_backend()`.
+
+    >>> choose_backend("cpu", "float32", T=128, window=64, head_dim=24)
+    'banded'
+    """
+
+    def able(backend: Backend) -> bool:
+        return unsupported(backend, dtype, window, head_dim) is None
+
+    if platform in ("gpu", "cuda") and able("cudnn"):
+        return "cudnn"
+    # Below one block, splash would mostly compute padding.
+    if platform == "tpu" and able("splash") and T >= LANES:
+        return "splash"
+    # Whichever makes fewer scores.
+    return "dense" if window is None or T <= window + _block_size(window) else "banded"
+
+
+def training_attention(
+    q: Queries, k: Keys, v: Keys, window: int | None, backend: Backend | None = None
+) -> Queries:
+    """Causal window attention over whole sequences, by the kernel that `backend` names.
+
+    `None` takes the best for the platform and the shapes. Where cuDNN turns out not to
+    work, XLA does it, and a warning says why.
+
+    Raises:
+        BadInput: the named kernel cannot compute these shapes.
+    """
+    T, H = q.shape[1], q.shape[3]
+    if backend is None:
+        backend = choose_backend(jax.default_backend(), q.dtype, T, window, H)
+        if backend == "cudnn" and not cudnn_works(q.dtype.name, H):
+            backend = choose_backend("cpu", q.dtype, T, window, H)
+    if reason := unsupported(backend, q.dtype, window, H):
+        raise BadInput(reason)
+    if backend == "cudnn":
+        return fused_attention(q, k, v, window)
+    if backend == "splash":
+        return splash_attention(q, k, v, window)
+    if backend == "banded" and window is not None:
+        return banded_attention(q, k, v, window)
+    return dense_attention(q, k, v, window)
+
+
+def _block_size(window: int) -> int:
+    return -(-window // 4)

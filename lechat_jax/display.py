@@ -1,0 +1,91 @@
+"""What a person sees while it trains: a live bar in a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+class Display:
+    """Progress of one run, with its loss, its rate and the time left.
+
+    Use it as a context. `total` steps may be unknown at first; `say` prints a line of
+    its own, above the bar where there is one.
+    """
+
+    def __init__(self, total: int | None, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.total = total
+        self._last = -PLAIN_SECONDS
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=total, status="compiling")
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """Prints text as it is, even what looks like markup, but without control characters.
+
+        A young model writes any byte, and some bytes would drive the terminal.
+        """
+        self.console.print(text.translate(CONTROLS), style=style, markup=False, emoji=False)
+
+    def advance(
+        self, step: int, loss: float, tokens_per_s: float, seconds_left: float | None
+    ) -> None:
+        """Shows where training is; without a terminal, a line every ten seconds or so."""
+        left = "" if seconds_left is None else f" · {clock(seconds_left)} left"
+        status = f"loss {loss:.3f} · {tokens_per_s:,.0f} tokens/s{left}"
+        of = "" if self.total is None else f"/{self.total}"
+        if self.console.is_terminal:
+            self._bar.update(
+                self._task,
+                completed=step,
+                total=self.total,
+                description=f"step {step}{of}",
+                status=status,
+            )
+        elif time.monotonic() - self._last >= PLAIN_SECONDS or step == self.total:
+            self._last = time.monotonic()
+            self.say(f"step {step}{of} · {status}")
+
+    def work(self, what: str, done: int, total: int) -> None:
+        """Shows how far a part beside training is, such as the final evaluation."""
+        if self.console.is_terminal:
+            self._bar.update(
+                self._task, completed=done, total=total, description=what, status=f"{done}/{total}"
+            )
+        elif done == total or time.monotonic() - self._last >= PLAIN_SECONDS:
+            self._last = time.monotonic()
+            self.say(f"{what} {done}/{total}")
+
+
+def clock(seconds: float) -> str:
+    """A duration as minutes and seconds.
+
+    >>> clock(75.4), clock(3671)
+    ('1:15', '1:01:11')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

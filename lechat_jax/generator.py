@@ -1,0 +1,238 @@
+"""A model ready to continue prompts: what the command line, training and servers hold."""
+
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from lechat_jax.cache import cache_bytes, empty_cache
+from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.config import MistralConfig
+from lechat_jax.continuation import Continuation, Sample, join
+from lechat_jax.decode import MOST, DecodeState, Request, decode, left_padded, prefill
+from lechat_jax.errors import BadInput
+from lechat_jax.model import Mistral, bind, weights_of
+from lechat_jax.run import CONFIG, Run
+from lechat_jax.sampling import Sampling
+from lechat_jax.tokenizer import FILE_NAME, Tokenizer
+
+CONTEXT = 4096  # positions of a layer without a window, unless told otherwise
+PATIENCE = 0.1  # seconds of decoding until a stream shows something
+
+
+class Generator:
+    """A model, and how to feed it.
+
+    Two functions are compiled for each number of prompts; nothing else that can be asked
+    for, neither lengths nor sampling, compiles anything.
+
+    Attributes:
+        config: the model's.
+        weights: the model's, by name; their dtype is what is computed in.
+        tokenizer: makes text of ids; without one there are only ids.
+        chunk: tokens of a prompt that are read at once.
+        context: positions that a layer without a window can hold, prompt included.
+
+    Raises:
+        BadInput: chunk or context is below 1, or the tokenizer is another model's.
+    """
+
+    def __init__(
+        self,
+        model: Mistral,
+        tokenizer: Tokenizer | None = None,
+        *,
+        chunk: int | None = None,
+        context: int = CONTEXT,
+    ) -> None:
+        self.config: MistralConfig = model.config
+        self.weights = weights_of(model)
+        self.tokenizer = tokenizer
+        # A CPU takes 0.1 ms for each token of a chunk (the default model, two cores), padding
+        # too, so a short prompt wants a short chunk. On an H200 fewer than 165 tokens take no
+        # less time than reading the weights for them does (790 TFLOP/s over 4.8 TB/s).
+        on_cpu = jax.default_backend() == "cpu"
+        self.chunk = (64 if on_cpu else 256) if chunk is None else chunk
+        self.context = context
+        if self.chunk < 1 or context < 1:
+            raise BadInput(f"chunk ({self.chunk}) and context ({context}) must be at least 1")
+        if tokenizer and tokenizer.vocab_size != self.config.vocab_size:
+            raise BadInput(
+                f"{tokenizer.path} has {tokenizer.vocab_size} tokens and the model "
+                f"{self.config.vocab_size}; use the tokenizer that the model was trained with"
+            )
+
+    @classmethod
+    def from_run(cls, folder: Path, *, context: int = CONTEXT) -> "Generator":
+        """The model of a training run, as the last good checkpoint has it.
+
+        Damaged checkpoints that had to be passed over are named on stderr.
+
+        Raises:
+            BadInput: the folder is no training run, or has no good checkpoint yet.
+        """
+        run = Run.open(folder)
+        if '"model_type"' in (folder / CONFIG).read_text(encoding="utf-8", errors="replace"):
+            raise BadInput(
+                f"{folder} is in Hugging Face's format, which is not read here; "
+                "name the folder of a training run, such as runs/NAME"
+            )
+        config = MistralConfig.from_dict(run.config["model"])
+        shapes = jax.eval_shape(lambda: weights_of(Mistral(config, rngs=nnx.Rngs(0))))
+        restored = Checkpoints(run.checkpoints).restore({"model": shapes})
+        for sentence in restored.refused:
+            print(f"warning: {sentence}", file=sys.stderr)
+        path = folder / FILE_NAME
+        tokenizer = Tokenizer.from_file(path) if path.exists() else None
+        return cls(bind(config, restored.items["model"]), tokenizer, context=context)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a prompt: BOS, and those of the text.
+
+        Raises:
+            BadInput: there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise BadInput(f"there is no tokenizer ({FILE_NAME}); give the prompt as ids")
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int = 200,
+        sampling: Sampling | None = None,
+        eos_ids: Collection[int] | None = None,
+    ) -> list[Sample]:
+        """What follows each prompt, all made in one batch; the arguments are `stream`'s."""
+        rounds = self.stream(prompts, max_tokens, sampling, eos_ids)
+        return [join(pieces) for pieces in zip(*rounds, strict=True)]
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int = 200,
+        sampling: Sampling | None = None,
+        eos_ids: Collection[int] | None = None,
+    ) -> Iterator[list[Sample]]:
+        """The next piece for each prompt, again and again until all have stopped.
+
+        The first pieces are of one token, for an early start, and the following ones grow
+        as long as they come quickly. No token depends on that, or on the other rows: only
+        on the model, the row's prompt and number, and `sampling`.
+
+        Args:
+            prompts: the ids of each, BOS included; at least one.
+            max_tokens: new tokens for each prompt, or fewer.
+            sampling: how tokens are chosen; by default as `Sampling()`.
+            eos_ids: tokens that end a text; by default the tokenizer's EOS. Empty: none.
+
+        Raises:
+            BadInput: a prompt is empty, longer than the context or not of this vocabulary,
+                `max_tokens` is negative, or the cache does not fit into memory.
+        """
+        if not 0 <= max_tokens < 2**31:
+            raise BadInput(f"max_tokens must be at least 0 and below 2**31, not {max_tokens}")
+        if eos_ids is None:
+            eos_ids = {self.tokenizer.eos_id} if self.tokenizer else set()
+        self._check(prompts)
+        self._check_memory(len(prompts))
+        rows = [
+            Continuation(prompt, max_tokens, self._room(prompt), eos_ids, self.tokenizer)
+            for prompt in prompts
+        ]
+        return self._rounds(prompts, rows, sampling or Sampling(), eos_ids)
+
+    def _rounds(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: list[Continuation],
+        sampling: Sampling,
+        eos_ids: Collection[int],
+    ) -> Iterator[list[Sample]]:
+        if all(row.stopped for row in rows):
+            yield [row.take([], []) for row in rows]
+            return
+        state = self._read(prompts, [row.limit for row in rows])
+        ends = np.isin(np.arange(self.config.vocab_size), list(eos_ids))
+        controls, streams = sampling.controls(len(rows)), sampling.streams(len(rows))
+        request = Request(controls, streams, jnp.asarray(ends))
+        n = 1
+        while not all(row.stopped for row in rows):
+            began = time.perf_counter()
+            state, out = decode(self.config, self.weights, state, request, np.int32(n))
+            ids, logprobs, lengths = jax.device_get(out)
+            quick = time.perf_counter() - began < PATIENCE
+            n = min(MOST, 2 * n) if quick else max(1, n // 2)
+            yield [
+                row.take(ids[b, :length].tolist(), logprobs[b, :length].tolist())
+                for b, (row, length) in enumerate(zip(rows, lengths, strict=True))
+            ]
+
+    def _read(self, prompts: Sequence[Sequence[int]], limits: list[int]) -> DecodeState:
+        """The state after all prompts, from which each row may produce so many tokens."""
+        cache = empty_cache(*self._cache_size(len(prompts)))
+        tokens, positions = left_padded(prompts, self.chunk)
+        for start in range(0, tokens.shape[1], self.chunk):
+            part = slice(start, start + self.chunk)
+            cache = prefill(self.config, self.weights, cache, tokens[:, part], positions[:, part])
+        return DecodeState(
+            cache=cache,
+            token=jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32),
+            position=jnp.asarray([len(prompt) - 1 for prompt in prompts], jnp.int32),
+            left=jnp.asarray(limits, jnp.int32),
+        )
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises `BadInput` for prompts that this model cannot continue."""
+        if not prompts:
+            raise BadInput("there is no prompt; give at least one")
+        for prompt in prompts:
+            if not len(prompt):
+                raise BadInput("a prompt has no tokens; an empty text is the BOS token alone")
+            for id_ in prompt:
+                if not 0 <= id_ < self.config.vocab_size:
+                    raise BadInput(
+                        f"prompt token {id_} is not an id of the model, which has "
+                        f"0 to {self.config.vocab_size - 1}"
+                    )
+            if (self._room(prompt) or 0) < 0:
+                raise BadInput(
+                    f"the prompt has {len(prompt)} tokens and the context {self.context}; "
+                    "ask for a longer context"
+                )
+
+    def _check_memory(self, batch: int) -> None:
+        """Raises `BadInput` when the cache for so many rows would not fit."""
+        needed = cache_bytes(*self._cache_size(batch))
+        free = _free_bytes(self.weights["embed.kernel"])
+        if free is not None and needed > free:
+            raise BadInput(
+                f"the cache takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+                "ask for a shorter context or fewer samples"
+            )
+
+    def _cache_size(self, batch: int) -> tuple[MistralConfig, int, int, int, DTypeLike]:
+        return self.config, batch, self.chunk, self.context, self.weights["embed.kernel"].dtype
+
+    def _room(self, prompt: Sequence[int]) -> int | None:
+        """New tokens that fit behind a prompt; without end when every layer has a window."""
+        return self.context - len(prompt) if None in self.config.windows else None
+
+
+def _free_bytes(beside: Array) -> int | None:
+    """Memory left where this array lies, in bytes; `None` if the device does not say."""
+    device = next(iter(beside.devices()))
+    if device.platform == "cpu":
+        return psutil.virtual_memory().available
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

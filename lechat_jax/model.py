@@ -1,0 +1,249 @@
+"""The Mistral 7B decoder (arXiv:2310.06825, section 2): reads like the paper's figure.
+
+Kernels have their output axes first and contract the last, as in PyTorch, so converting a
+checkpoint renames and reshapes but never transposes. Arithmetic follows the dtype of the
+weights: cast them to bfloat16 or float64 and the model computes in it; norms, rotations,
+scores and softmax are at least float32.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from lechat_jax.attention import Backend, attend, training_attention
+from lechat_jax.cache import Cache, Place, distinct_windows, places
+from lechat_jax.config import MistralConfig
+from lechat_jax.mask import window_mask
+from lechat_jax.rope import Rotation, rotate, rotation
+
+# The weights of a model by the name under which every format of lechat stores them.
+Weights = dict[str, Array]
+
+# What a pass carries from layer to layer beside the residual stream: the cache, or nothing.
+Memory = TypeVar("Memory", Cache, None)
+
+# From rotated queries, keys and values, and the memory, to what each query gathers and the
+# memory after it.
+Mixer = Callable[[Array, Array, Array, Memory], tuple[Array, Memory]]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    Normalised in at least float32 and rounded before the product with the scale, in the
+    order of both PyTorch references.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """The same shape and dtype, with a root mean square of `scale`."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * self.scale[...]
+
+
+class Linear(nnx.Module):
+    """A linear map without bias, whose kernel has the axes it writes and then those it reads.
+
+    All positions and all axes are flattened to one matrix product. The gradient of a
+    product with batch axes writes transposed copies of its operands on a CPU, which costs
+    a feed-forward layer 1.6 times its time.
+    """
+
+    def __init__(
+        self, writes: tuple[int, ...], reads: tuple[int, ...], std: float, *, rngs: nnx.Rngs
+    ) -> None:
+        self.writes, self.reads = writes, reads
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*writes, *reads)))
+
+    def __call__(self, x: Array) -> Array:
+        """`x` [..., *reads] mapped to [..., *writes]."""
+        matrix = self.kernel[...].reshape(math.prod(self.writes), math.prod(self.reads))
+        positions = x.shape[: x.ndim - len(self.reads)]
+        return (x.reshape(-1, matrix.shape[1]) @ matrix.T).reshape(*positions, *self.writes)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
+
+    def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
+        D, N, K, H = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
+        out_std = (N * H * 2 * config.n_layers) ** -0.5
+        self.q = Linear((N, H), (D,), D**-0.5, rngs=rngs)
+        self.k = Linear((K, H), (D,), D**-0.5, rngs=rngs)
+        self.v = Linear((K, H), (D,), D**-0.5, rngs=rngs)
+        self.o = Linear((D,), (N, H), out_std, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], turn: Rotation, mix: Mixer[Memory], memory: Memory
+    ) -> tuple[Float[Array, "B T D"], Memory]:
+        """What each position gathers from those that `mix` lets it see."""
+        q, k, v = rotate(self.q(x), turn), rotate(self.k(x), turn), self.v(x)
+        mixed, memory = mix(q, k, v, memory)
+        return self.o(mixed), memory
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward (Shazeer 2020, arXiv:2002.05202): down(silu(gate x) * up x)."""
+
+    def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
+        D, F = config.dim, config.hidden_dim
+        self.gate = Linear((F,), (D,), D**-0.5, rngs=rngs)
+        self.up = Linear((F,), (D,), D**-0.5, rngs=rngs)
+        self.down = Linear((D,), (F,), (F * 2 * config.n_layers) ** -0.5, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Each position on its own."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One layer: attention, then feed-forward, each normalised before and added after."""
+
+    def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn = Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], turn: Rotation, mix: Mixer[Memory], memory: Memory
+    ) -> tuple[Float[Array, "B T D"], Memory]:
+        """The residual stream after this layer, and the memory with its keys and values."""
+        mixed, memory = self.attn(self.attn_norm(x), turn, mix, memory)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), memory
+
+
+class Table(nnx.Module):
+    """One vector of width D for each token id: the embedding, and the head."""
+
+    def __init__(self, config: MistralConfig, std: float, *, rngs: nnx.Rngs) -> None:
+        shape = (config.vocab_size, config.dim)
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
+
+
+class Mistral(nnx.Module):
+    """A decoder of `config.n_layers` blocks between an embedding and a head.
+
+    Freshly made, its weights are float32: normal, with the deviation that keeps the
+    residual stream at the scale of the embedding, and norms of one.
+
+    >>> from lechat_jax.config import preset
+    >>> model = nnx.eval_shape(lambda: Mistral(preset("lechat-15m"), rngs=nnx.Rngs(0)))
+    >>> sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    15165888
+    """
+
+    def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embed = Table(config, 1.0, rngs=rngs)
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layers)])
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        std = config.dim**-0.5
+        self.head = self.embed if config.tied_embeddings else Table(config, std, rngs=rngs)
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], backend: Backend | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits of the token that follows each position of whole sequences."""
+        return self.logits(self.hidden(tokens, backend))
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], backend: Backend | None = None
+    ) -> Float[Array, "B T D"]:
+        """What the head reads at each position of whole sequences, starting at position 0.
+
+        `backend` names the attention kernel; `None` takes the best for the platform.
+        """
+        x = self.embed.kernel[...][tokens]
+        turn = self._turn(jnp.arange(tokens.shape[1])[None], x.dtype)
+        for block, window in zip(self.blocks, self.config.windows, strict=True):
+            mix = functools.partial(_mix_whole, window=window, backend=backend)
+            x, _ = block(x, turn, mix, None)
+        return self.norm(x)
+
+    def extend(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """What the head reads at each new position, and the cache with them in it.
+
+        The T tokens go into the next T slots; a position of `EMPTY` is padding, which
+        nothing will see. T must fit the chunk that the cache was made for.
+        """
+        x = self.embed.kernel[...][tokens]
+        turn = self._turn(positions, x.dtype)
+        cursor = cache.cursor
+        cache = Cache(tuple(ring.claim(cursor, positions) for ring in cache.rings), cursor)
+        masks = [
+            window_mask(positions, ring.position, window)
+            for ring, window in zip(cache.rings, distinct_windows(self.config), strict=True)
+        ]
+        for block, place in zip(self.blocks, places(self.config), strict=True):
+            mix = functools.partial(_mix_cached, place=place, mask=masks[place.ring])
+            x, cache = block(x, turn, mix, cache)
+        return self.norm(x), Cache(cache.rings, cursor + tokens.shape[1])
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The head's score of every token id, at least float32."""
+        kernel = self.head.kernel[...]
+        wide = jnp.promote_types(kernel.dtype, jnp.float32)
+        return jnp.einsum("...D,VD->...V", hidden, kernel, preferred_element_type=wide)
+
+    def _turn(self, positions: Int[Array, "B T"], dtype: DTypeLike) -> Rotation:
+        return rotation(positions, self.config.head_dim, self.config.rope_theta, dtype)
+
+
+def _mix_whole(
+    q: Array, k: Array, v: Array, memory: None, *, window: int | None, backend: Backend | None
+) -> tuple[Array, None]:
+    return training_attention(q, k, v, window, backend), memory
+
+
+def _mix_cached(
+    q: Array, k: Array, v: Array, cache: Cache, *, place: Place, mask: Array
+) -> tuple[Array, Cache]:
+    ring = cache.rings[place.ring].write(place.layer, cache.cursor, k, v)
+    rings = (*cache.rings[: place.ring], ring, *cache.rings[place.ring + 1 :])
+    return attend(q, *ring.read(place.layer), mask), Cache(rings, cache.cursor)
+
+
+def weights_of(model: Mistral) -> Weights:
+    """The weights by name, sharing memory with the model.
+
+    >>> from lechat_jax.config import preset
+    >>> list(weights_of(Mistral(preset("lechat-15m"), rngs=nnx.Rngs(0))))[:3]
+    ['blocks.0.attn.k.kernel', 'blocks.0.attn.o.kernel', 'blocks.0.attn.q.kernel']
+    """
+    return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def bind(config: MistralConfig, weights: Weights) -> Mistral:
+    """A model of that shape around these weights, which may be traced: no copy is made.
+
+    The hot functions take the plain dict, since passing a module to a jitted function
+    costs milliseconds of Python a call, and bind it inside.
+    """
+    graph, names = _skeleton(config)
+    flat = [(path, nnx.Param(weights[name])) for name, path in names.items()]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+@functools.lru_cache(maxsize=8)
+def _skeleton(config: MistralConfig) -> tuple[nnx.GraphDef, dict[str, tuple]]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: Mistral(config, rngs=nnx.Rngs(0))))
+    return graph, {_name(path): path for path, _ in nnx.to_flat_state(state)}
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path))

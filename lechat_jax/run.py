@@ -1,0 +1,164 @@
+"""The folder of one training run: what was asked, what was measured, what came out.
+
+runs/<name>/
+  config.json        the model, and every training option as resolved
+  metrics.jsonl      an object a line; see `Run.log`
+  loss.png           the curve
+  samples/           one text a file
+  checkpoints/       training state, with checksums
+  tokenizer.model.v1 the tokenizer, so that the folder is enough to generate
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lechat_jax.errors import BadInput
+
+CONFIG, METRICS, CURVE = "config.json", "metrics.jsonl", "loss.png"
+
+
+class Run:
+    """One run's folder. Whole files are written beside and renamed; metrics are appended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tensorboard: Any = None
+        self.checkpoints = folder / "checkpoints"
+        self.samples = folder / "samples"
+
+    @classmethod
+    def create(cls, folder: Path) -> "Run":
+        """A new, empty run.
+
+        Raises:
+            BadInput: there is a run in the folder already, or it cannot be written.
+        """
+        if os.path.exists(folder / CONFIG):  # False, not an error, where one may not look
+            raise BadInput(
+                f"{folder} holds a run already; continue it with --resume {folder}, "
+                "or name another folder with --out"
+            )
+        run = cls(folder)
+        try:
+            run.samples.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise BadInput(
+                f"cannot write to {folder}: {error.strerror}; choose another --out"
+            ) from None
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        """A run that was started before.
+
+        Raises:
+            BadInput: the folder holds none.
+        """
+        if not os.path.isfile(folder / CONFIG):
+            raise BadInput(f"{folder} is not a training run: it has no {CONFIG}")
+        return cls(folder)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `config.json` says: `{"model": {...}, "train": {...}}`."""
+        path = self.folder / CONFIG
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise BadInput(f"{path} is not valid JSON") from None
+        parts = config if isinstance(config, dict) else {}
+        if not all(isinstance(parts.get(part), dict) for part in ("model", "train")):
+            raise BadInput(f"{path} must have the parts 'model' and 'train'")
+        return config
+
+    @config.setter
+    def config(self, config: dict[str, Any]) -> None:
+        """Writes it, whole."""
+        self.write(CONFIG, json.dumps(config, indent=2) + "\n")
+
+    def write(self, name: str, text: str) -> Path:
+        """A whole text file below the folder: all of it or the old one, never half."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.partial")
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+        return path
+
+    def mirror_to_tensorboard(self) -> None:
+        """From now on `log` also writes TensorBoard events to the folder `tensorboard`.
+
+        Raises:
+            BadInput: the extra is not installed.
+        """
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise BadInput(
+                "--tensorboard needs tensorboardX: pip install 'lechat-jax[tensorboard]'"
+            ) from None
+        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        """More lines of metrics.
+
+        `step`, `time_s` since the process started and `tokens` trained on always; of
+        `train/loss` and `val/loss` (nats a token), `train/tokens_per_sec`, `val/bpb`
+        (bits per UTF-8 byte), `val/tokens` and `val/bytes` whichever was measured.
+        Floats are written so that reading them gives the same bits.
+        """
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if self._tensorboard:
+            for row in rows:
+                for key in row.keys() - {"step", "time_s", "tokens"}:
+                    self._tensorboard.add_scalar(key, row[key], row["step"])
+            self._tensorboard.flush()
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines logged so far, up to one that a crash may have cut."""
+        path = self.folder / METRICS
+        if not path.exists():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+    def rewind(self, step: int) -> None:
+        """Forgets the metrics after `step`, which a resumed run will measure again."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        self.write(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def draw(self) -> Path:
+        """`loss.png`: training loss in nats a token and validation in bits a byte, by step."""
+        from matplotlib.figure import Figure  # half a second, and only needed here
+
+        rows = list(self.metrics())
+        train = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+        val = [(row["step"], row["val/bpb"]) for row in rows if "val/bpb" in row]
+        figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel="training loss (nats per token)")
+        if train:
+            axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1)
+        bits = axes.twinx()
+        bits.set_ylabel("validation (bits per byte)")
+        if val:
+            bits.plot(*zip(*val, strict=True), "o-", color="tab:orange", markersize=4)
+            bits.annotate(
+                f"{val[-1][1]:.3f}", val[-1], xytext=(0, 8), textcoords="offset points", ha="right"
+            )
+        axes.spines["top"].set_visible(False)
+        bits.spines["top"].set_visible(False)
+        path = self.folder / CURVE
+        beside = path.with_name(f".{CURVE}.partial")
+        figure.savefig(beside, format="png")
+        os.replace(beside, path)
+        return path

@@ -1,0 +1,262 @@
+"""Training as a function of its options and its step: stopped or killed, it goes on.
+
+A run that resumes takes the same steps as one that was never stopped, bit for bit on a
+CPU: the weights and the optimiser come from the checkpoint, and everything else (which
+text, at which rate) follows from the number of the step.
+"""
+
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+
+from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.config import MistralConfig
+from lechat_jax.data import Batches, Tokens
+from lechat_jax.display import Display, clock
+from lechat_jax.generator import Generator
+from lechat_jax.model import bind
+from lechat_jax.options import TrainConfig
+from lechat_jax.run import Run
+from lechat_jax.sampling import Sampling
+from lechat_jax.step import StepOptions, TrainState, init_state, train_steps
+from lechat_jax.stop import Stop
+from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.validation import Validator
+
+TIMED_CALLS = 3  # measured before minutes become steps
+TRAINING_SHARE = 0.9  # of the minutes; the rest validates, saves and samples on the way
+CHECKPOINT_SECONDS = 60.0
+
+
+class Diverged(Exception):
+    """The loss is no number any more; the message says where and what to try."""
+
+
+def elapsed() -> float:
+    """Seconds since this process started, interpreter and imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
+class Trainer:
+    """One run in progress: its options, its text, its state, and the folder it fills."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: MistralConfig,
+        options: TrainConfig,
+        tokens: Tokens,
+        tokenizer: Tokenizer,
+        display: Display,
+    ) -> None:
+        self.run, self.config, self.options = run, config, options
+        self.tokens, self.tokenizer, self.display = tokens, tokenizer, display
+        self.checkpoints = Checkpoints(run.checkpoints)
+        on_cpu = jax.default_backend() == "cpu"
+        shape = options.shape(jax.default_backend())
+        self.batches = Batches(len(tokens.train), shape.block, shape.batch, options.seed)
+        self.step_options = StepOptions(
+            block=shape.block,
+            dtype=shape.dtype,
+            learning_rate=options.learning_rate,
+        )
+        self.calls = 4 if on_cpu else 32  # steps in one call of the device
+        self.validator = Validator(config, self.step_options, tokens, tokenizer)
+        self.state = init_state(config, self.step_options, options.seed)
+        self.step = 0
+        self.total = options.steps
+        epochs = options.max_epochs * self.batches.windows / self.batches.batch
+        self.most = max(1, int(epochs))  # steps of a run whose length is still to be measured
+        self.rate = 0.0
+
+    @property
+    def seen(self) -> int:
+        """Tokens trained on."""
+        return self.step * self.batches.batch * self.batches.block
+
+    def restore(self) -> None:
+        """Continues from the last good checkpoint, or from the start if there is none yet."""
+        if self.checkpoints.steps():
+            restored = self.checkpoints.restore(self.items())
+            for sentence in restored.refused:
+                self.display.say(f"warning: {sentence}", style="yellow")
+            self.state = TrainState(
+                restored.items["model"], restored.items["optimizer"], jnp.int32(restored.step)
+            )
+            self.step = restored.step
+            self.display.say(
+                f"resuming at step {self.step} of {self.total or 'a number to be measured'}"
+            )
+        else:
+            self.display.say("no checkpoint was saved yet: starting again at step 0")
+        self.run.rewind(self.step)
+
+    def items(self) -> dict[str, Any]:
+        """What a checkpoint holds; the step is its number, and data and rates follow from it."""
+        return {"model": self.state.weights, "optimizer": self.state.optimizer}
+
+    def save(self) -> None:
+        """A checkpoint of this step.
+
+        Raises:
+            Diverged: a weight is no finite number, so that the last checkpoint stays the last.
+        """
+        finite = all(bool(jnp.isfinite(leaf).all()) for leaf in self.state.weights.values())
+        if not finite:
+            raise Diverged(f"weights are not finite after step {self.step}; {self.advice()}")
+        self.checkpoints.save(self.step, self.items(), {"tokens": self.seen})
+
+    def advice(self) -> str:
+        """What is left after a divergence, and what to do."""
+        steps = self.checkpoints.steps()
+        last = "no checkpoint was saved before"
+        if steps:
+            folder = self.run.checkpoints / str(steps[-1])
+            last = f"the last good checkpoint is step {steps[-1]} in {folder}"
+        return f"{last}; try a new run with --learning-rate {self.options.learning_rate / 2:g}"
+
+    def train(self, stop: Stop) -> None:
+        """Steps until the run's length is reached or a signal asks to stop.
+
+        Raises:
+            Diverged: the loss is NaN or infinite.
+        """
+        stream = jnp.asarray(self.tokens.train)
+        timed: list[float] = []
+        saved = time.monotonic()
+        while not stop.asked and self.step != self.total:
+            n = self.steps_to_event()
+            began = time.perf_counter()
+            losses = self.advance(stream, n)
+            seconds = time.perf_counter() - began
+            self.rate = n * self.batches.batch * self.batches.block / seconds
+            self.record(losses)
+            timed.append(seconds / n)
+            if self.total is None and (len(timed) > TIMED_CALLS or self.step >= self.most):
+                self.plan(float(np.median(timed[1:] or timed)))
+            self.show(float(losses[-1]))
+            self.events()
+            every = self.options.checkpoint_every
+            due = self.step % every == 0 if every else time.monotonic() - saved > CHECKPOINT_SECONDS
+            if due and self.step != self.total:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+
+    def advance(self, stream: jax.Array, n: int) -> np.ndarray:
+        """The losses of the next `n` steps, taken in one call."""
+        starts = self.batches.starts_range(self.step, self.calls)
+        self.state, losses = train_steps(
+            self.config,
+            self.step_options,
+            self.state,
+            stream,
+            jnp.asarray(starts, jnp.int32),
+            jnp.int32(n),
+            jnp.int32(self.total or self.most),
+        )
+        return np.asarray(losses)[:n]
+
+    def record(self, losses: np.ndarray) -> None:
+        """Counts these steps and logs them.
+
+        Raises:
+            Diverged: one of them is not finite; those before it are logged.
+        """
+        rows = []
+        for loss in losses:
+            if not math.isfinite(loss):
+                self.run.log(rows)
+                raise Diverged(f"the loss is {loss} at step {self.step + 1}; {self.advice()}")
+            self.step += 1
+            rows.append(self.row() | {"train/loss": float(loss)})
+        rows[-1]["train/tokens_per_sec"] = self.rate
+        self.run.log(rows)
+
+    def row(self) -> dict[str, Any]:
+        """The keys that every line of metrics has."""
+        return {"step": self.step, "time_s": round(elapsed(), 3), "tokens": self.seen}
+
+    def steps_to_event(self) -> int:
+        """Steps of the next call: as many as fit before something else is to be done."""
+        ends = [self.total or self.most]
+        for every in (self.every("eval"), self.every("sample"), self.options.checkpoint_every):
+            if every:
+                ends.append(self.step + every - self.step % every)
+        return min([self.calls, *(end - self.step for end in ends)])
+
+    def every(self, what: str) -> int | None:
+        """Steps between two validations or samples, once the length of the run is known."""
+        asked = getattr(self.options, f"{what}_every")
+        parts = {"eval": 10, "sample": 4}[what]
+        return asked or (max(1, -(-self.total // parts)) if self.total else None)
+
+    def plan(self, seconds_per_step: float) -> None:
+        """Turns the minutes into a number of steps, once, and stores it with the run.
+
+        The steps before were taken at a rate that does not depend on it, as far as one can
+        know. They are saved first, so that no resumed run takes them again otherwise.
+        """
+        left = max(0.0, self.options.minutes * 60 - elapsed())
+        fits = self.step + int(TRAINING_SHARE * left / seconds_per_step)
+        self.save()
+        self.total = max(self.step, min(fits, self.most))
+        self.display.total = self.total
+        config = self.run.config
+        config["train"]["steps"] = self.total
+        self.run.config = config
+        why = f"{self.options.minutes:g} minutes"
+        if self.most < fits:
+            why = f"{self.options.max_epochs:g} passes over the text (--max-epochs)"
+        self.display.say(f"{self.total} steps of {seconds_per_step * 1e3:,.0f} ms: {why}")
+
+    def show(self, loss: float) -> None:
+        """Moves the progress bar."""
+        left = None
+        if self.total:
+            per_step = self.batches.batch * self.batches.block / self.rate
+            left = (self.total - self.step) * per_step
+        self.display.advance(self.step, loss, self.rate, left)
+
+    def events(self) -> None:
+        """Validates and samples if this step is one to do so; the last step does it later."""
+        if self.step == self.total:
+            return
+        if (every := self.every("eval")) and self.step % every == 0:
+            score = self.validator.interim(self.state.weights)
+            self.run.log([self.row() | score.metrics()])
+            self.display.say(
+                f"step {self.step} · {clock(elapsed())} · validation loss {score.loss:.3f} · "
+                f"{score.bits_per_byte:.3f} bits per byte (on {score.tokens:,} tokens)"
+            )
+        if (every := self.every("sample")) and self.step % every == 0:
+            self.sample()
+
+    def sample(self) -> None:
+        """Continues every prompt, prints the texts and keeps them in the run's folder."""
+        prompts = [self.default_prompt(), *self.options.prompt]
+        generator = Generator(bind(self.config, self.state.weights), self.tokenizer)
+        samples = generator.generate(
+            [[self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] for prompt in prompts],
+            max_tokens=self.options.max_tokens,
+            sampling=Sampling(
+                temperature=self.options.temperature,
+                top_p=self.options.top_p,
+                seed=self.options.seed,
+            ),
+        )
+        texts = [p + s.text for p, s in zip(prompts, samples, strict=True)]
+        self.run.write(f"samples/step-{self.step:06}.txt", "\n\n---\n\n".join(texts) + "\n")
+        for prompt, whole in zip(prompts, texts, strict=True):
+            self.display.say(f"--- sample at step {self.step} ---", style="dim")
+            self.display.say(f"[{prompt}]{whole.removeprefix(prompt)}\n")
+
+    def default_prompt(self) -> str:
+        """The first words of the held-out text."""
+        words = self.tokenizer.decode(self.tokens.val[1:33]).split()
+        return " ".join(words[:6])

@@ -1,0 +1,1 @@
+"""The proof: lechat beside other implementations of the same model."""

@@ -1,0 +1,58 @@
+"""Speed side by side, in one run on one machine: python -m parity.bench WORK.
+
+Whatever is compared takes turns, A B A B, and each figure is the median, since machines
+drift. --json writes the figures for a script.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import tyro
+from rich.console import Console
+
+from lechat_jax import cli
+from lechat_jax.errors import BadInput
+from parity.bench_attention import Attention
+from parity.bench_train import Train
+from parity.report import Report
+
+
+class Work(Protocol):
+    """The options of one kind of measurement, and how to do it."""
+
+    @property
+    def json(self) -> Path | None:
+        """Where the report goes, beside the terminal."""
+        ...
+
+    def run(self, console: Console) -> Report:
+        """Measures, and prints what it found."""
+        ...
+
+
+WORKS: dict[str, Callable[..., Work]] = {"train": Train, "attention": Attention}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see `--help`."""
+    work = tyro.extras.subcommand_cli_from_dict(
+        WORKS, prog="python -m parity.bench", description=__doc__, args=argv
+    )
+    if work.json and not work.json.absolute().parent.is_dir():
+        raise BadInput(f"there is no folder {work.json.absolute().parent} to write --json to")
+    # JAX would take most of a GPU's memory at its first use, and leave none for the peer.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200, soft_wrap=True)
+    report = work.run(console)
+    if work.json:
+        report.write(work.json)
+        console.print(f"report: {work.json}", markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

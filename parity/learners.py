@@ -1,0 +1,226 @@
+"""Two ways that lechat learns, behind the interface that a benchmark drives every peer by."""
+
+import dataclasses
+import functools
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.data import Batches
+from lechat_jax.model import Weights
+from lechat_jax.step import StepOptions, init_state, score, total_nats, train_steps
+
+FOREVER = np.iinfo(np.int32).max  # steps in a run whose length is not known yet
+
+
+class NotCompiled(Exception):
+    """A learner's compiler does not work on this machine; the message is its reason."""
+
+
+class Lesson(NamedTuple):
+    """What every learner of a run has in common.
+
+    Attributes:
+        config: of the model.
+        batches: which windows of the stream each step reads.
+        stream: the training tokens.
+        seed: of the initial weights, which are the same for all.
+        weights: those, by lechat's names, in memory of their own.
+        steps_per_call: at most this many are asked for at a time.
+    """
+
+    config: MistralConfig
+    batches: Batches
+    stream: Integer[np.ndarray, " train"]
+    seed: int
+    weights: dict[str, Float[np.ndarray, "..."]]
+    steps_per_call: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets that one step learns from, B * T."""
+        return self.batches.batch * self.batches.block
+
+    def rows(self, first_step: int, n: int) -> Integer[np.ndarray, "n B row"]:
+        """The windows of `n` steps, T + 1 tokens each."""
+        starts = self.batches.starts_range(first_step, n)
+        windows = self.stream[starts[..., None] + np.arange(self.batches.block + 1)]
+        return windows.astype(np.int64)
+
+
+def step_options(block: int) -> StepOptions:
+    """How lechat takes a step in a benchmark: as in the main job, in float32."""
+    return StepOptions(block=block, dtype="float32")
+
+
+def initial_weights(config: MistralConfig, seed: int) -> dict[str, Float[np.ndarray, "..."]]:
+    """What lechat draws from that seed, as arrays that no step will overwrite."""
+    state = init_state(config, step_options(block=1), seed)
+    return {name: np.array(leaf) for name, leaf in state.weights.items()}
+
+
+class Learner(Protocol):
+    """A model in training, whoever's code it is.
+
+    Attributes:
+        step: steps taken.
+        note: what a reader of its figures should know, or nothing.
+    """
+
+    step: int
+    note: str
+
+    def advance(self, n: int, total: int) -> list[float]:
+        """The losses, in nats a token, of the next `n` steps of a run of `total`; waits."""
+        ...
+
+    def nats(
+        self,
+        inputs: Integer[np.ndarray, "B T"],
+        targets: Integer[np.ndarray, "B T"],
+        counted: Bool[np.ndarray, "B T"],
+    ) -> float:
+        """Total nats of the counted targets, a softmax over the whole vocabulary."""
+        ...
+
+    def device_bytes(self) -> int | None:
+        """Most memory of an accelerator that it took; `None` on a CPU."""
+        ...
+
+
+class Lechat:
+    """lechat as its main job trains it: the same compiled steps, optimiser and rates."""
+
+    def __init__(self, lesson: Lesson) -> None:
+        self.lesson, self.options = lesson, step_options(lesson.batches.block)
+        self.state = init_state(lesson.config, self.options, lesson.seed)
+        self.stream = jnp.asarray(lesson.stream)
+        self.step = 0
+        self.note = "its own optimiser, as in the main job"
+
+    def advance(self, n: int, total: int) -> list[float]:
+        """See `Learner.advance`."""
+        starts = self.lesson.batches.starts_range(self.step, self.lesson.steps_per_call)
+        self.state, losses = train_steps(
+            self.lesson.config,
+            self.options,
+            self.state,
+            self.stream,
+            jnp.asarray(starts, jnp.int32),
+            jnp.int32(n),
+            jnp.int32(total),
+        )
+        self.step += n
+        return np.asarray(losses)[:n].tolist()
+
+    def nats(
+        self,
+        inputs: Integer[np.ndarray, "B T"],
+        targets: Integer[np.ndarray, "B T"],
+        counted: Bool[np.ndarray, "B T"],
+    ) -> float:
+        """See `Learner.nats`."""
+        inputs, targets = inputs.astype(np.int32), targets.astype(np.int32)
+        weights = self.current_weights()
+        return float(score(self.lesson.config, self.options, weights, inputs, targets, counted))
+
+    def current_weights(self) -> Weights:
+        """The weights after the steps so far."""
+        return self.state.weights
+
+    def device_bytes(self) -> int | None:
+        """See `Learner.device_bytes`; JAX counts all that was in use since the start."""
+        device = jax.devices()[0]
+        return None if device.platform == "cpu" else device.memory_stats()["peak_bytes_in_use"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) as most train a small Mistral.
+
+    Matrices and tables decay, norm scales do not. The rate rises for `warmup` steps and
+    then falls along a line to zero at the end of the run.
+    """
+
+    rate: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    decay: float = 0.1
+    warmup: int = 10
+
+    def share_of_rate(self, step: int, total: int) -> float:
+        """The fraction of the peak rate at a step, counted from 0.
+
+        >>> [round(AdamW(rate=3e-3, warmup=2).share_of_rate(i, 6), 2) for i in range(6)]
+        [0.5, 0.83, 0.67, 0.5, 0.33, 0.17]
+        """
+        return max(0.0, min((step + 1) / self.warmup, (total - step) / total))
+
+
+class LechatAdamW(Lechat):
+    """lechat's model under the optimiser of its peers, so that only the model can differ."""
+
+    def __init__(self, lesson: Lesson, adamw: AdamW) -> None:
+        super().__init__(lesson)
+        self.adamw = adamw
+        self.note = f"AdamW at {adamw.rate:g}"
+        self.weights: Weights = self.state.weights
+        self.moments = _optax(adamw).init(self.weights)
+
+    def advance(self, n: int, total: int) -> list[float]:
+        """See `Learner.advance`."""
+        losses = []
+        for rows in self.lesson.rows(self.step, n):
+            self.weights, self.moments, loss = _adamw_step(
+                self.lesson.config,
+                self.options,
+                self.adamw,
+                self.weights,
+                self.moments,
+                jnp.asarray(rows, jnp.int32),
+                jnp.float32(self.adamw.share_of_rate(self.step, total)),
+            )
+            losses.append(loss)
+            self.step += 1
+        return [float(loss) for loss in losses]
+
+    def current_weights(self) -> Weights:
+        """The weights after the steps so far."""
+        return self.weights
+
+
+def _optax(adamw: AdamW) -> optax.GradientTransformation:
+    return optax.adamw(
+        adamw.rate,
+        b1=adamw.beta1,
+        b2=adamw.beta2,
+        eps=adamw.eps,
+        weight_decay=adamw.decay,
+        mask=lambda weights: jax.tree.map(lambda leaf: leaf.ndim > 1, weights),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def _adamw_step(
+    config: MistralConfig,
+    options: StepOptions,
+    adamw: AdamW,
+    weights: Weights,
+    moments: optax.OptState,
+    rows: Int[Array, "B row"],
+    share_of_rate: Float[Array, ""],
+) -> tuple[Weights, optax.OptState, Float[Array, ""]]:
+    """Weights and moments after one step, and its loss before."""
+    share = jnp.full((rows.shape[0], options.block), 1 / (rows.shape[0] * options.block))
+    loss, grads = jax.value_and_grad(total_nats, argnums=2)(
+        config, options, weights, rows[:, :-1], rows[:, 1:], share
+    )
+    updates, moments = _optax(adamw).update(grads, moments, weights)
+    weights = jax.tree.map(lambda leaf, update: leaf + share_of_rate * update, weights, updates)
+    return weights, moments, loss

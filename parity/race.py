@@ -1,0 +1,215 @@
+"""Learners side by side: each on a clock of its own that runs only while it learns."""
+
+import dataclasses
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Integer
+
+from lechat_jax.data import Tokens, interim_rows, score_blocks
+from lechat_jax.errors import BadInput
+from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.validation import BLOCK, Score
+from parity.learners import FOREVER, Learner, Lesson
+from parity.measure import PeakMemory, wait_until_idle
+from parity.report import TableText
+
+RECENT = 8  # calls whose median tells how long the next ones will take
+
+
+class Point(NamedTuple):
+    """One point of a validation curve: after how much of its own time a learner scored what."""
+
+    impl: str
+    seconds: float
+    tokens: int
+    bpb: float
+
+
+@dataclasses.dataclass
+class Runner:
+    """A learner and its clock.
+
+    Attributes:
+        impl: whose code it is.
+        make: builds the learner, which the clock counts too.
+        lesson: what it learns.
+        seconds: spent learning, with building and compiling.
+        times: seconds a step in each call but the first, which compiles.
+        losses: of the steps so far, in nats a token.
+        peak_bytes: most memory that building and the first call took, if known.
+        learner: what `make` built, once it has been called.
+    """
+
+    impl: str
+    make: Callable[[], Learner]
+    lesson: Lesson
+    seconds: float = 0.0
+    times: list[float] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    peak_bytes: int | None = None
+    learner: Learner | None = None
+
+    def call(self, n: int, total: int) -> float:
+        """Seconds that the next `n` steps took, of a run of `total`.
+
+        Raises:
+            BadInput: the loss is not finite any more.
+        """
+        if self.learner is None:
+            with PeakMemory() as memory:
+                began = time.perf_counter()
+                self.learner = self.make()
+                losses = self.learner.advance(n, total)
+                seconds = time.perf_counter() - began
+            self.peak_bytes = self.learner.device_bytes() or memory.bytes
+        else:
+            began = time.perf_counter()
+            losses = self.learner.advance(n, total)
+            seconds = time.perf_counter() - began
+            self.times.append(seconds / n)
+        self.seconds += seconds
+        self.losses += losses
+        if not all(map(math.isfinite, losses)):
+            raise BadInput(
+                f"the loss of {self.impl} is not finite after step {len(self.losses)}; "
+                "choose a lower learning rate"
+            )
+        return seconds
+
+    def run(self, until: float, limit: float) -> None:
+        """Learns until its clock shows `until` seconds, of a run of `limit` seconds.
+
+        The run's length in steps, on which the learning rate depends, is what fits at the
+        recent speed, told anew at each call: so the rate is zero when the time is over,
+        however the machine drifts.
+        """
+        while self.seconds < until:
+            n, total = self.lesson.steps_per_call, FOREVER
+            if self.times:
+                per_step = statistics.median(self.times[-RECENT:])
+                left = max(1, round((limit - self.seconds) / per_step))
+                n, total = min(n, left), len(self.losses) + left
+            self.call(n, total)
+
+    @property
+    def tokens(self) -> int:
+        """Learned from so far."""
+        return len(self.losses) * self.lesson.tokens_per_step
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The median over its calls, without the first, which compiles."""
+        return self.lesson.tokens_per_step / statistics.median(self.times)
+
+
+class HeldOut(NamedTuple):
+    """Validation rows and the UTF-8 bytes that their targets stand for."""
+
+    inputs: Integer[np.ndarray, "B T"]
+    targets: Integer[np.ndarray, "B T"]
+    counted: Bool[np.ndarray, "B T"]
+    n_bytes: int
+
+    @classmethod
+    def of(cls, tokens: Tokens, tokenizer: Tokenizer, rows: int) -> "HeldOut":
+        """At most so many rows of the held-out text, evenly spread, always the same ones."""
+        inputs, targets, counted = score_blocks(tokens.val, BLOCK, tokenizer.bos_id)
+        chosen = interim_rows(len(inputs), rows)
+        texts = [tokenizer.decode(row) for row in targets[chosen].tolist()]
+        n_bytes = sum(len(text.encode()) for text in texts)
+        return cls(inputs[chosen], targets[chosen], counted[chosen], n_bytes)
+
+    def bits_per_byte(self, learner: Learner) -> float:
+        """Of these rows, one at a time: a row has enough tokens to keep a CPU busy."""
+        rows = zip(self.inputs, self.targets, self.counted, strict=True)
+        nats = sum(learner.nats(x[None], y[None], c[None]) for x, y, c in rows)
+        return Score(nats, int(self.counted.sum()), self.n_bytes).bits_per_byte
+
+
+def race(
+    runners: list[Runner],
+    held_out: HeldOut,
+    seconds: float,
+    slice_seconds: float,
+    eval_seconds: float,
+    on_point: Callable[[Point], None],
+) -> tuple[list[Point], int]:
+    """Trains each runner for so many seconds of its own, in slices taken in turn.
+
+    Whoever is furthest behind goes next, also when one took long to compile. Before a slice
+    it waits until the last one's threads sleep. Validation is on nobody's clock. Gives one
+    curve after the other, and before how many slices the process did not come to rest.
+    """
+    points: list[Point] = []
+    marks = {runner.impl: min(eval_seconds, seconds) for runner in runners}
+    restless = 0
+
+    def score_if_due(runner: Runner) -> None:
+        if runner.seconds < marks[runner.impl] or runner.learner is None:
+            return
+        bpb = held_out.bits_per_byte(runner.learner)
+        points.append(Point(runner.impl, runner.seconds, runner.tokens, bpb))
+        on_point(points[-1])
+        marks[runner.impl] = min(seconds, (runner.seconds // eval_seconds + 1) * eval_seconds)
+
+    for runner in runners:  # one that is compiled may be past its first mark
+        score_if_due(runner)
+    while (runner := min(runners, key=lambda runner: runner.seconds)).seconds < seconds:
+        restless += not wait_until_idle()
+        runner.run(min(runner.seconds + slice_seconds, marks[runner.impl]), seconds)
+        score_if_due(runner)
+    order = [runner.impl for runner in runners]
+    return sorted(points, key=lambda point: order.index(point.impl)), restless
+
+
+def side_by_side_table(points: list[Point], eval_seconds: float) -> TableText:
+    """The curves in columns: bits per byte when each one's own clock showed the seconds.
+
+    >>> curve = [Point("A", 5.1, 10, 3.0), Point("B", 5.2, 9, 3.1), Point("A", 6.0, 12, 2.9)]
+    >>> list(side_by_side_table(curve, eval_seconds=5.0).lines)
+    [['5', '3.0000', ''], ['end', '2.9000', '3.1000']]
+    """
+    last = {point.impl: point for point in points}
+    scored: dict[float, dict[str, float]] = {}
+    for point in points:
+        is_last = point is last[point.impl]
+        passed = math.inf if is_last else point.seconds // eval_seconds * eval_seconds
+        scored.setdefault(passed, {})[point.impl] = point.bpb
+    lines = []
+    for seconds in sorted(scored):
+        bpb = [f"{scored[seconds][impl]:.4f}" if impl in scored[seconds] else "" for impl in last]
+        lines.append(["end" if math.isinf(seconds) else f"{seconds:g}", *bpb])
+    return TableText(["seconds", *last], lines)
+
+
+def draw(points: list[Point], machine: str, path: Path) -> None:
+    """The curves as a PNG file: bits per byte over each one's own seconds.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from matplotlib.figure import Figure  # half a second, and only needed here
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="seconds of its own training, compiling included",
+        ylabel="validation (bits per byte)",
+    )
+    for impl in dict.fromkeys(point.impl for point in points):
+        own = [point for point in points if point.impl == impl]
+        label = f"{impl}: {own[-1].bpb:.3f} after {own[-1].tokens:,} tokens"
+        axes.plot([p.seconds for p in own], [p.bpb for p in own], "o-", markersize=3, label=label)
+    axes.set_title(machine, fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
+    beside = path.with_name(f".{path.name}.partial")
+    figure.savefig(beside, format="png")
+    os.replace(beside, path)

@@ -1,0 +1,33 @@
+"""Small models in which everything matters, for whoever compares two ways to run one."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.model import Mistral, bind, weights_of
+
+
+def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Mistral:
+    """A model whose logits have a deviation of about 1 and change with every detail.
+
+    Fresh norms are all one and fresh layers add little, so that a lost norm, a wrong
+    rotation or a window that is off by one would hardly be seen. Here norms are random,
+    and each layer adds as much as was there.
+    """
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: weights_of(Mistral(config, rngs=nnx.Rngs(0))))
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith("scale"):
+            return rng.uniform(0.5, 1.5, shape)
+        inputs = math.prod(shape[1:]) if name.endswith("o.kernel") else shape[-1]
+        is_lookup = name.startswith("embed") and not config.tied_embeddings
+        return rng.standard_normal(shape) * (1.0 if is_lookup else inputs**-0.5)
+
+    drawn = {name: draw(name, leaf.shape) for name, leaf in sorted(shapes.items())}
+    return bind(config, {name: jnp.asarray(array, dtype) for name, array in drawn.items()})

@@ -1,0 +1,350 @@
+"""The benchmark measures what it says: the same model on both sides, in turn, in one format."""
+
+import dataclasses
+import json
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jaxtyping import Bool, Integer
+
+from lechat_jax.attention import dense_attention
+from lechat_jax.config import PRESETS, MistralConfig
+from lechat_jax.data import Batches
+from lechat_jax.errors import BadInput
+from lechat_jax.model import bind
+from parity import transformers_peer
+from parity.bench import main
+from parity.learners import AdamW, Lesson, initial_weights
+from parity.measure import PeakMemory, machine_line, read_speed, wait_until_idle
+from parity.race import HeldOut, Point, Runner, race
+
+ROW = "work impl dtype batch context tokens_per_s peak_bytes losses".split()
+
+Bench = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def config(tiny: MistralConfig, monkeypatch: pytest.MonkeyPatch) -> MistralConfig:
+    """The tiny model with an id for each of the tokenizer's, as the preset `tiny`."""
+    config = dataclasses.replace(tiny, vocab_size=32000)
+    monkeypatch.setitem(PRESETS, "tiny", config)
+    torch.set_num_threads(1)
+    return config
+
+
+@pytest.fixture
+def bench(config: MistralConfig, tmp_path: Path) -> Bench:
+    """Runs the command on the tiny model and a short text; gives the report it wrote."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"The cat sat on mat {i}, and slept.\n" for i in range(150)))
+
+    def run(work: str, *flags: str) -> dict[str, Any]:
+        report = tmp_path / "report.json"
+        shape = "--batch 2 --block 16 --steps-per-call 2 --peer-attention sdpa".split()
+        given = [*shape, "--data", str(text)] if work == "train" else []
+        common = ["--preset", "tiny", "--read-gb", "0.001", "--json", str(report)]
+        assert main([work, *common, *given, *flags]) == 0
+        return json.loads(report.read_text(encoding="utf-8"))
+
+    return run
+
+
+def lesson(config: MistralConfig) -> Lesson:
+    stream = np.random.default_rng(0).integers(config.vocab_size, size=400).astype(np.uint16)
+    weights = initial_weights(config, seed=0)
+    return Lesson(config, Batches(len(stream), 16, 2, seed=0), stream, 0, weights, 2)
+
+
+def test_a_report_has_the_keys_that_scripts_read(bench: Bench) -> None:
+    report = bench("train", "--no-compile", "--steps", "4")
+    assert report["machine"] == machine_line()
+    assert report["read_gb_s"] > 0
+    assert [row["impl"] for row in report["rows"]] == ["lechat_jax", "transformers-eager"]
+    for row in report["rows"]:
+        assert row.keys() >= set(ROW)
+        assert (row["work"], row["dtype"], row["batch"], row["context"]) == (
+            "train",
+            "float32",
+            2,
+            16,
+        )
+        assert row["tokens_per_s"] > 0
+        assert len(row["losses"]) == 4
+
+
+def test_both_sides_start_from_the_same_model(bench: Bench) -> None:
+    ours, theirs = bench("train", "--no-compile", "--steps", "3")["rows"]
+    assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=1e-5)
+
+
+def test_the_same_optimizer_gives_the_same_losses(bench: Bench) -> None:
+    report = bench("train", "--no-compile", "--steps", "12", "--same-optimizer")
+    ours, theirs = (row["losses"] for row in report["rows"])
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours[0] - min(ours) > 0.1  # it learns, so the rate is not zero on both sides
+    told = report["largest_relative_difference"]["transformers-eager"]
+    assert told == pytest.approx(max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)))
+
+
+def test_converted_weights_compute_the_same_logits(config: MistralConfig) -> None:
+    rng = np.random.default_rng(1)
+    weights = {  # norms of one would hide a norm in the wrong place
+        name: leaf + 0.3 * rng.standard_normal(leaf.shape, np.float32)
+        for name, leaf in initial_weights(config, seed=0).items()
+    }
+    ids = rng.integers(config.vocab_size, size=(2, 33))
+    ours = jax.jit(lambda weights: bind(config, weights)(jnp.asarray(ids)))(weights)
+    with torch.no_grad():
+        theirs = transformers_peer.build(config, weights)(input_ids=torch.from_numpy(ids)).logits
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * float(np.std(ours)))  # measured: 1e-5
+
+
+def test_a_layer_with_a_window_of_its_own_is_refused(config: MistralConfig) -> None:
+    ragged = dataclasses.replace(config, sliding_window=(7, None, 7))
+    with pytest.raises(BadInput, match="one window for all layers"):
+        transformers_peer.build(ragged, {})
+
+
+def test_the_faster_attention_is_named_with_its_reason(config: MistralConfig) -> None:
+    chosen = transformers_peer.fastest_attention(lesson(config))
+    assert chosen.name in ("eager", "sdpa")
+    assert chosen.why.startswith(f"{chosen.name} attention takes")
+
+
+def test_where_torch_cannot_compile_a_row_says_so(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+        def fails(*args: Any) -> Any:
+            raise RuntimeError("no C++ compiler was found\nlong advice follows")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", without_compiler)
+    rows = bench("train", "--no-eager", "--steps", "3", "--same-optimizer")["rows"]
+    assert [row["impl"] for row in rows] == ["lechat_jax", "transformers-compiled"]
+    assert (rows[1]["tokens_per_s"], rows[1]["losses"]) == (None, [])
+    assert rows[1]["note"] == "torch.compile does not work here: no C++ compiler was found"
+
+
+def test_an_error_in_the_eager_peer_is_not_taken_for_a_missing_compiler(
+    config: MistralConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = transformers_peer.Peer(lesson(config), AdamW(1e-3), "sdpa", compiled=False)
+    monkeypatch.setattr(peer, "loss", lambda rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        peer.advance(1, 10)
+
+
+@pytest.mark.slow
+def test_the_compiled_peer_computes_the_same(bench: Bench) -> None:
+    rows = bench("train", "--steps", "4", "--same-optimizer")["rows"]
+    assert [row["impl"] for row in rows][1:] == ["transformers-eager", "transformers-compiled"]
+    for row in rows[1:]:
+        assert row["losses"] == pytest.approx(rows[0]["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "instead"),
+    [(["train"], "--no-eager --no-compile"), (["attention"], "--no-sdpa")],
+)
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_a_missing_peer_is_one_clear_line(
+    argv: list[str], instead: str, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(BadInput, match=r'needs \w+, which.*pip install -e "\.\[torch\]"') as error:
+        main(argv)
+    assert missing in str(error.value)
+    assert instead in str(error.value)
+
+
+def test_lechat_alone_needs_no_torch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    rows = bench("train", "--no-eager", "--no-compile", "--steps", "3")["rows"]
+    assert [row["impl"] for row in rows] == ["lechat_jax"]
+
+
+def test_minutes_give_a_curve_of_both(bench: Bench, tmp_path: Path) -> None:
+    plot = tmp_path / "curve.png"
+    times = "--minutes 0.02 --slice 0.2 --eval-every 0.5 --eval-rows 1".split()
+    report = bench("train", "--no-compile", *times, "--plot", str(plot))
+    for impl in ("lechat_jax", "transformers-eager"):
+        own = [point for point in report["curve"] if point["impl"] == impl]
+        assert own[-1]["seconds"] >= 1.2  # a first call that took longer is still scored
+        assert [point["seconds"] for point in own] == sorted(point["seconds"] for point in own)
+        assert all(0 < point["bpb"] < 20 and point["tokens"] % 32 == 0 for point in own)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+class Clock:
+    """A clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Walker:
+    """Takes a step in so many seconds of a clock; remembers the run's length it was told."""
+
+    def __init__(self, seconds: float, clock: Clock) -> None:
+        self.seconds, self.clock = seconds, clock
+        self.step, self.note = 0, ""
+        self.totals: list[int] = []
+
+    def advance(self, n: int, total: int) -> list[float]:
+        self.clock.now += n * self.seconds
+        self.step += n
+        self.totals.append(total)
+        return [1.0] * n
+
+    def nats(
+        self,
+        inputs: Integer[np.ndarray, "B T"],
+        targets: Integer[np.ndarray, "B T"],
+        counted: Bool[np.ndarray, "B T"],
+    ) -> float:
+        self.clock.now += 100.0  # which must be on nobody's clock
+        return float(np.log(2) * counted.sum() * 8)
+
+    def device_bytes(self) -> int | None:
+        return None
+
+
+def test_in_a_race_each_clock_runs_alone_and_the_length_is_foreseen(
+    config: MistralConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("parity.race.time", clock)
+    walkers = [Walker(1.0, clock), Walker(3.0, clock)]
+    runners = [
+        Runner(impl, lambda walker=walker: walker, lesson(config))
+        for impl, walker in zip("AB", walkers, strict=True)
+    ]
+    row = np.ones((1, 4), np.int64)
+    held_out = HeldOut(row, row, row > 0, n_bytes=16)
+    told: list[Point] = []
+    points, _ = race(
+        runners, held_out, seconds=60, slice_seconds=8, eval_seconds=20, on_point=told.append
+    )
+    bits = 2.0  # 8 a token, 4 tokens, 16 bytes
+    assert points == [
+        *(Point("A", s, s * 32, bits) for s in (20, 40, 60)),
+        *(Point("B", s, s // 3 * 32, bits) for s in (24, 42, 60)),
+    ]
+    assert "".join(point.impl for point in told) == "BAABBA"  # abreast, not one by one
+    for walker in walkers:
+        assert set(walker.totals[2:]) == {walker.step}  # the two before found out the speed
+    assert [runner.tokens_per_s for runner in runners] == pytest.approx([32, 32 / 3])
+
+
+def test_a_loss_that_is_no_number_stops_the_race(config: MistralConfig) -> None:
+    class Diverging(Walker):
+        def advance(self, n: int, total: int) -> list[float]:
+            return [float("nan")] * n
+
+    runner = Runner("A", lambda: Diverging(1.0, Clock()), lesson(config))
+    with pytest.raises(BadInput, match="loss of A is not finite after step 2"):
+        runner.call(2, 10)
+
+
+def test_the_rate_rises_then_falls_to_zero() -> None:
+    shares = [AdamW(rate=1.0, warmup=10).share_of_rate(step, 50) for step in range(50)]
+    assert shares[0] == pytest.approx(0.1)
+    assert max(shares) == shares[8] == pytest.approx(42 / 50)
+    assert shares[-1] == pytest.approx(1 / 50)
+
+
+def test_attention_is_timed_at_every_length(bench: Bench) -> None:
+    report = bench("attention", "--windows", "4", "--repetitions", "1")
+    seen = {(r["kernel"], r["impl"], r["pass"], r["context"]) for r in report["rows"]}
+    kernels = [("banded", "lechat_jax"), ("dense", "lechat_jax"), ("sdpa", "transformers")]
+    assert seen == {
+        (*kernel, passes, context)
+        for kernel in kernels
+        for passes in ("forward", "forward+backward")
+        for context in (8, 16, 32, 64)
+    }
+    for row in report["rows"]:
+        assert row.keys() >= set(ROW)
+        assert row["tokens_per_s"] == pytest.approx(row["context"] / row["seconds"])
+        assert (row["doubling"] is None) == (row["context"] == 8)
+    assert report["largest_doubling"].keys() == {"banded", "dense", "sdpa"}
+
+
+@pytest.mark.parametrize("window", [1, 4, 100])
+def test_the_timed_peer_attention_is_the_same_attention(window: int) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 19, n, 8), np.float32) for n in (6, 2, 2))
+    out = transformers_peer.sdpa(q, k, v, window, is_both=False)()
+    ours = dense_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), window)
+    assert isinstance(out, torch.Tensor)
+    np.testing.assert_allclose(out.numpy(), ours, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("train --steps 5 --steps-per-call 5", "--steps must be more than --steps-per-call"),
+        ("train --batch 0", "--batch must be at least 1, not 0"),
+        ("train --slice 0", "--slice must be more than 0"),
+        ("train --minutes 0", "--minutes must be more than 0"),
+        ("train --plot x.png", "--plot draws the curves of --minutes"),
+        ("train --same-optimizer --minutes 1", "leave out --minutes"),
+        ("train --preset lechat-15b", "unknown preset 'lechat-15b'"),
+        ("train --json /nowhere/at/all/report.json", "there is no folder /nowhere/at/all"),
+        ("attention --windows 0", "--windows must be"),
+        ("attention --repetitions 0", "--repetitions must be at least 1"),
+    ],
+)
+def test_bad_flags_are_one_clear_line(argv: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        main(argv.split())
+
+
+@pytest.mark.parametrize("work", ["train", "attention"])
+def test_help_describes_each_flag(work: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([work, "--help"])
+    assert end.value.code == 0
+    assert "Size of the array whose reading measures" in capsys.readouterr().out
+
+
+def test_peak_memory_sees_what_was_there_and_is_gone() -> None:
+    with PeakMemory() as memory:
+        np.ones(25_000_000)  # 200 MB
+    assert memory.bytes is None or 190e6 < memory.bytes < 400e6
+
+
+def test_a_busy_thread_is_noticed() -> None:
+    stop = threading.Event()
+
+    def spin() -> None:
+        while not stop.is_set():
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    try:
+        assert not wait_until_idle(limit_s=0.2)
+    finally:
+        stop.set()
+        thread.join()
+    assert wait_until_idle(limit_s=10.0)
+
+
+def test_the_read_says_how_it_was_made() -> None:
+    read = read_speed(gigabytes=0.001)
+    assert read.gb_s > 0
+    assert "of 0.001 GB" in read.how

@@ -1,0 +1,103 @@
+"""A command line reads a dataclass; what is wrong with it is one line and exit code 2."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from lechat_jax import cli
+from lechat_jax.errors import BadInput
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Flags of a small program."""
+
+    n_cups: int = 1
+    """Cups of coffee to make."""
+    beans: str | None = None
+    """Beans to grind. By default those that are open."""
+    decaf: bool = False
+    """Without caffeine."""
+    guest: tuple[str, ...] = ()
+    """Names to write on the cups."""
+
+    def __post_init__(self) -> None:
+        if self.n_cups < 1:
+            raise BadInput(f"--n-cups must be at least 1, not {self.n_cups}")
+
+
+def parse(*argv: str) -> Options:
+    return cli.parse(Options, "python -m coffee", "Makes coffee.", argv)
+
+
+def exit_code(work: Callable[[], object]) -> int | str | None:
+    with pytest.raises(SystemExit) as stop:
+        work()
+    return stop.value.code
+
+
+def test_fields_are_flags_in_kebab_case() -> None:
+    asked = parse("--n-cups", "3", "--guest", "Ada", "Grace", "--beans", "house")
+    assert asked == Options(n_cups=3, beans="house", guest=("Ada", "Grace"))
+    assert parse() == Options()
+
+
+def test_a_yes_or_no_flag_takes_no_value() -> None:
+    assert parse("--decaf") == Options(decaf=True)
+
+
+def test_flags_are_read_from_the_command_line_when_none_are_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["coffee", "--n-cups", "2"])
+    assert cli.parse(Options, "coffee", "", None) == Options(n_cups=2)
+
+
+def test_help_says_what_each_flag_does_and_exits_with_0(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert exit_code(lambda: parse("--help")) == 0
+    said = capsys.readouterr()
+    for part in ("usage: python -m coffee", "Makes coffee.", "--n-cups", "Cups of coffee", "1)"):
+        assert part in said.out
+    assert said.err == ""
+
+
+@pytest.mark.parametrize("argv", [("--sugar", "2"), ("--n-cups", "two"), ("--n-cups",)])
+def test_flags_that_cannot_be_read_exit_with_2(
+    argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(lambda: parse(*argv)) == 2
+    said = capsys.readouterr()
+    assert argv[0] in said.err
+    assert said.out == ""
+
+
+def test_a_value_that_the_options_refuse_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        parse("--n-cups", "0")
+
+    assert exit_code(lambda: cli.run(main)) == 2
+    assert capsys.readouterr() == ("", "error: --n-cups must be at least 1, not 0\n")
+
+
+def test_bad_input_at_work_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        raise BadInput("the tank is empty; fill it")
+
+    assert exit_code(lambda: cli.run(main)) == 2
+    assert capsys.readouterr() == ("", "error: the tank is empty; fill it\n")
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (3, 3)])
+def test_the_exit_code_is_what_the_work_returns(returned: int | None, code: int) -> None:
+    assert exit_code(lambda: cli.run(lambda: returned)) == code
+
+
+def test_a_fault_of_the_program_is_no_bad_input() -> None:
+    def main() -> int:
+        raise ValueError("a bug, which its traceback helps to find")
+
+    with pytest.raises(ValueError, match="a bug"):
+        cli.run(main)

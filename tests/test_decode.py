@@ -1,0 +1,160 @@
+"""The two hot functions: what they are given up, copy, count and return."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array
+
+from lechat_jax.cache import EMPTY, empty_cache
+from lechat_jax.config import MistralConfig
+from lechat_jax.decode import MOST, DecodeState, Produced, Request, decode, left_padded, prefill
+from lechat_jax.model import Weights, weights_of
+from lechat_jax.sampling import Sampling
+from tests.models import lively
+
+
+def test_prompts_are_padded_on_the_left_to_whole_chunks_without_their_last_token() -> None:
+    tokens, positions = left_padded([[11, 12, 13, 14, 15], [21], [31, 32]], chunk=3)
+    assert tokens.tolist() == [[0, 0, 11, 12, 13, 14], [0] * 6, [0, 0, 0, 0, 0, 31]]
+    assert positions.tolist() == [[-1, -1, 0, 1, 2, 3], [-1] * 6, [-1, -1, -1, -1, -1, 0]]
+
+
+@pytest.mark.parametrize(("length", "T"), [(1, 0), (2, 4), (5, 4), (6, 8)])
+def test_a_prompt_takes_as_few_chunks_as_hold_it(length: int, T: int) -> None:
+    assert left_padded([[7] * length], chunk=4)[0].shape == (1, T)
+
+
+@pytest.fixture(scope="module")
+def weights(tiny: MistralConfig) -> Weights:
+    return weights_of(lively(tiny))
+
+
+def start(config: MistralConfig, left: list[int], dtype: str = "float32") -> DecodeState:
+    """Rows at the first token of their text, which is their row number."""
+    B = len(left)
+    cache = empty_cache(config, B, chunk=4, context=64, dtype=dtype)
+    return DecodeState(cache, jnp.arange(B), jnp.zeros(B, jnp.int32), jnp.array(left))
+
+
+def request(config: MistralConfig, B: int, ends: tuple[int, ...] = ()) -> Request:
+    greedy = Sampling(temperature=0)
+    is_end = jnp.asarray(np.isin(np.arange(config.vocab_size), ends))
+    return Request(greedy.controls(B), greedy.streams(B), is_end)
+
+
+def run(
+    config: MistralConfig, weights: Weights, left: list[int], calls: list[int], ends: tuple = ()
+) -> tuple[DecodeState, list[Produced]]:
+    state, produced = start(config, left), []
+    for n in calls:
+        state, out = decode(config, weights, state, request(config, len(left), ends), jnp.int32(n))
+        produced.append(out)
+    return state, produced
+
+
+def texts(produced: list[Produced]) -> list[list[int]]:
+    rows = zip(
+        *[zip(out.ids.tolist(), out.length.tolist(), strict=True) for out in produced], strict=True
+    )
+    return [[id_ for ids, length in row for id_ in ids[:length]] for row in rows]
+
+
+def test_a_text_does_not_depend_on_how_it_is_cut_into_calls(
+    tiny: MistralConfig, weights: Weights
+) -> None:
+    state, produced = run(tiny, weights, [20, 20], [20])
+    again, pieces = run(tiny, weights, [20, 20], [1, 7, 0, 5, 64])
+    assert texts(produced) == texts(pieces)
+    assert [len(text) for text in texts(pieces)] == [20, 20]
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_rows_stop_when_they_have_enough_and_the_call_when_all_do(
+    tiny: MistralConfig, weights: Weights
+) -> None:
+    state, (out,) = run(tiny, weights, [3, 0, 9], [30])
+    assert out.length.tolist() == [3, 0, 9]
+    assert state.left.tolist() == [0, 0, 0]
+    assert state.position.tolist() == [3, 0, 9]
+    assert state.cache.cursor == 9  # and not 30
+    beyond = np.arange(MOST) >= np.array([[3], [0], [9]])
+    assert not np.asarray(out.ids)[beyond].any()
+    assert not np.asarray(out.logprobs)[beyond].any()
+
+
+def test_a_row_is_the_same_whether_others_are_done_or_not(
+    tiny: MistralConfig, weights: Weights
+) -> None:
+    _, together = run(tiny, weights, [2, 20, 5], [20])
+    _, longer = run(tiny, weights, [20, 20, 20], [20])
+    assert texts(together)[1] == texts(longer)[1]
+    assert texts(longer)[0][:2] == texts(together)[0]
+
+
+def test_a_token_that_ends_a_text_is_its_last(tiny: MistralConfig, weights: Weights) -> None:
+    _, (out,) = run(tiny, weights, [20], [20])
+    (text,) = texts([out])
+    end = text[6]
+    state, (out,) = run(tiny, weights, [20], [20], ends=(end,))
+    assert texts([out]) == [text[: text.index(end) + 1]]
+    assert state.left.tolist() == [0]
+
+
+def large(config: MistralConfig, n_layers: int, window: int) -> MistralConfig:
+    """The tiny model with a cache that outweighs all else it needs."""
+    return dataclasses.replace(
+        config, n_layers=n_layers, n_kv_heads=3, head_dim=32, sliding_window=window
+    )
+
+
+def decode_memory(config: MistralConfig) -> tuple[int, int, int]:
+    """Bytes of the cache, of what the compiled decode updates in place, and of its scratch."""
+
+    def shapes() -> tuple[Weights, DecodeState, Request]:
+        weights = weights_of(lively(config))
+        return weights, start(config, [1]), request(config, 1)
+
+    weights, state, asked = jax.eval_shape(shapes)
+    n = jax.ShapeDtypeStruct((), jnp.int32)
+    memory = decode.lower(config, weights, state, asked, n).compile().memory_analysis()
+    assert memory is not None
+    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
+    return cache, memory.alias_size_in_bytes, memory.temp_size_in_bytes
+
+
+def test_a_token_does_not_copy_the_cache(tiny: MistralConfig) -> None:
+    """The scratch is a few slices of one layer, however many layers there are."""
+    cache, in_place, scratch = decode_memory(large(tiny, n_layers=4, window=2048))
+    more_cache, more_in_place, more_scratch = decode_memory(large(tiny, n_layers=8, window=2048))
+    assert in_place >= cache
+    assert more_in_place >= more_cache > 1.9 * cache
+    assert scratch < 3 * cache / (2 * 4)  # the keys or values of a layer; measured: 2.2
+    assert more_scratch < 1.1 * scratch
+
+
+def test_what_is_passed_in_is_given_up(tiny: MistralConfig, weights: Weights) -> None:
+    state = start(tiny, [4])
+    after, _ = decode(tiny, weights, state, request(tiny, 1), jnp.int32(2))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
+    rows = jnp.zeros((1, 4), jnp.int32)
+    later = prefill(tiny, weights, after.cache, rows, jnp.full((1, 4), EMPTY))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(after.cache))
+    assert not any(leaf.is_deleted() for leaf in [*weights.values(), *jax.tree.leaves(later)])
+
+
+def test_padding_alone_changes_nothing_that_is_seen(tiny: MistralConfig, weights: Weights) -> None:
+    """A chunk of padding, even in the middle of a text, is as if it had not been."""
+
+    def continued(pad: bool) -> Array:
+        state, _ = decode(tiny, weights, start(tiny, [9]), request(tiny, 1), jnp.int32(3))
+        if pad:
+            rows = jnp.zeros((1, 1), jnp.int32)
+            cache = prefill(tiny, weights, state.cache, rows, jnp.full((1, 1), EMPTY))
+            state = state._replace(cache=cache)
+        return decode(tiny, weights, state, request(tiny, 1), jnp.int32(6))[1].logprobs
+
+    np.testing.assert_allclose(continued(pad=True), continued(pad=False), rtol=1e-5)

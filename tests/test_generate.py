@@ -1,0 +1,199 @@
+"""The command line: what it prints where, what it writes, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from lechat_jax import cli, generate
+from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.config import MistralConfig
+from lechat_jax.generate import RULE, main
+from lechat_jax.generator import Generator
+from lechat_jax.model import weights_of
+from lechat_jax.run import Run
+from lechat_jax.sampling import Sampling
+from lechat_jax.tokenizer import Tokenizer
+from tests.models import lively
+
+ROOT = Path(__file__).parent.parent
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def config(tiny: MistralConfig) -> MistralConfig:
+    return dataclasses.replace(tiny, vocab_size=32000, n_layers=1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, config: MistralConfig) -> str:
+    """A training run with a tokenizer."""
+    run = Run.create(tmp_path_factory.mktemp("runs") / "small")
+    run.config = {"model": config.to_dict(), "train": {}}
+    Tokenizer.mistral_v1().save(run.folder)
+    Checkpoints(run.checkpoints).save(7, {"model": weights_of(lively(config))}, {})
+    return str(run.folder)
+
+
+@pytest.fixture(autouse=True)
+def settings_of_jax_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "enable_compilation_cache", lambda: None)
+
+
+def said(capsys: Output, *argv: str) -> tuple[str, str]:
+    assert main(argv) == 0
+    return capsys.readouterr()
+
+
+def test_a_prompt_and_its_continuation_are_printed(
+    run: str, config: MistralConfig, capsys: Output
+) -> None:
+    out, err = said(capsys, run, "--prompt", "The cat", "--max-tokens", "20", "--seed", "3")
+    tokenizer = Tokenizer.mistral_v1()
+    prompt = [1, *tokenizer.encode("The cat")]
+    made = Generator(lively(config), tokenizer)
+    (sample,) = made.generate([prompt], 20, Sampling(seed=3))
+    assert out == "The cat" + sample.text + "\n"
+    assert err.startswith("20 tokens: the first after ")
+    assert err.rstrip().endswith(" tokens/s")
+
+
+def test_each_flag_of_sampling_arrives(run: str, config: MistralConfig, capsys: Output) -> None:
+    flags = "--temperature 1.5 --top-k 50 --top-p 0.8 --min-p 0.01 --seed 5 --max-tokens 25"
+    out, _ = said(capsys, run, "--prompt-ids", "1,2", *flags.split())
+    how = Sampling(temperature=1.5, top_k=50, top_p=0.8, min_p=0.01, seed=5)
+    made = Generator(lively(config), Tokenizer.mistral_v1())
+    (sample,) = made.generate([[1, 2]], 25, how)
+    assert out == sample.text + "\n"
+
+
+def test_samples_are_printed_with_a_rule_between_and_written_as_json(
+    run: str, tmp_path: Path, capsys: Output
+) -> None:
+    file = tmp_path / "out.json"
+    out, err = said(
+        capsys, run, "--prompt", "A", "--samples", "3", "--max-tokens", "9", "--json", str(file)
+    )
+    written = json.loads(file.read_text())
+    assert set(written) == {"samples", "tokens_per_s"}
+    assert written["tokens_per_s"] > 0
+    assert [set(sample) for sample in written["samples"]] == [{"ids", "logprobs", "text"}] * 3
+    assert [len(sample["ids"]) for sample in written["samples"]] == [9, 9, 9]
+    assert all(logprob < 0 for sample in written["samples"] for logprob in sample["logprobs"])
+    assert len({sample["text"] for sample in written["samples"]}) == 3
+    texts = ["A" + sample["text"] for sample in written["samples"]]
+    assert out == f"\n{RULE}\n".join(texts) + "\n"
+    assert err.startswith("27 tokens")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_without_a_prompt_the_model_begins_by_itself(run: str, capsys: Output) -> None:
+    empty, _ = said(capsys, run, "--max-tokens", "5", "--temperature", "0")
+    from_bos, _ = said(capsys, run, "--max-tokens", "5", "--temperature", "0", "--prompt-ids", "1")
+    assert empty == from_bos != "\n"
+
+
+def test_no_tokens_are_no_speed(run: str, tmp_path: Path, capsys: Output) -> None:
+    file = tmp_path / "out.json"
+    out, err = said(capsys, run, "--prompt", "The cat", "--max-tokens", "0", "--json", str(file))
+    assert (out, err[:9]) == ("The cat\n", "0 tokens:")
+    assert json.loads(file.read_text()) == {
+        "samples": [{"ids": [], "logprobs": [], "text": ""}],
+        "tokens_per_s": None,
+    }
+
+
+@pytest.fixture(scope="module")
+def mute(tmp_path_factory: pytest.TempPathFactory, tiny: MistralConfig) -> str:
+    """A run without a tokenizer or a window, whose likeliest next token is always 2: EOS."""
+    config = dataclasses.replace(tiny, n_layers=1, sliding_window=None)
+    weights = weights_of(lively(config))
+    weights["norm.scale"] = jnp.zeros_like(weights["norm.scale"])  # all logits equal
+    run = Run.create(tmp_path_factory.mktemp("runs") / "mute")
+    run.config = {"model": config.to_dict(), "train": {}}
+    Checkpoints(run.checkpoints).save(1, {"model": weights}, {})
+    return str(run.folder)
+
+
+def test_without_a_tokenizer_there_are_ids(mute: str, tmp_path: Path, capsys: Output) -> None:
+    file = tmp_path / "out.json"
+    flags = ("--prompt-ids", "5, 6", "--max-tokens", "3", "--temperature", "0")
+    out, _ = said(capsys, mute, *flags, "--json", str(file))
+    assert out == "5 6 0 0 0 \n"  # all are equally likely, and 0 is the lowest
+    assert json.loads(file.read_text())["samples"][0]["text"] == ""
+
+
+def test_a_full_context_is_reported(mute: str, capsys: Output) -> None:
+    _, err = said(capsys, mute, "--prompt-ids", "5,6", "--context", "8", "--samples", "2")
+    assert "2 of 2 samples stopped at the context of 8 tokens; --context gives" in err
+
+
+def test_eos_ends_a_text_unless_it_is_to_be_ignored(
+    tmp_path: Path, config: MistralConfig, capsys: Output
+) -> None:
+    run = Run.create(tmp_path / "brief")
+    run.config = {"model": config.to_dict(), "train": {}}
+    Tokenizer.mistral_v1().save(run.folder)
+    weights = weights_of(lively(config))
+    first = Generator(lively(config)).generate([[1]], 1, Sampling(temperature=0))[0].ids[0]
+    head = weights["head.kernel"]
+    weights["head.kernel"] = head.at[2].set(head[first] * 2)  # EOS outbids the first choice
+    Checkpoints(run.checkpoints).save(1, {"model": weights}, {})
+    flags = (str(run.folder), "--temperature", "0", "--max-tokens", "6")
+    assert said(capsys, *flags)[1].startswith("1 tokens")
+    assert said(capsys, *flags, "--ignore-eos")[1].startswith("6 tokens")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--prompt a --prompt-ids 1", "not both"),
+        ("--prompt-ids 1,b", "must be numbers with commas between them, not '1,b'"),
+        ("--prompt-ids 1,32000", "token 32000 is not an id"),
+        ("--samples 0", "--samples must be at least 1"),
+        ("--max-tokens -1", "max_tokens must be at least 0"),
+        ("--temperature -1", "temperature must be"),
+        ("--top-p 0", "top_p must be"),
+        ("--context 0", "must be at least 1"),
+        ("--json nowhere/out.json", "there is no folder .*nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    run: str, capsys: Output, flags: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: main([run, *flags.split()]))
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(err)
+
+
+def test_text_needs_a_tokenizer_and_a_run_must_be_one(mute: str, tmp_path: Path) -> None:
+    for argv, message in (
+        ([mute, "--prompt", "The"], "there is no tokenizer"),
+        ([str(tmp_path)], "is not a training run"),
+    ):
+        with pytest.raises(generate.BadInput, match=message):
+            main(argv)
+
+
+def test_the_program_streams_to_a_pipe_and_keeps_what_it_compiled(run: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lechat_jax.generate", run, "--prompt", "Hi", "--max-tokens"]
+    done = subprocess.run(
+        [*command, "4"],
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "LECHAT_CACHE": str(tmp_path / "cache")},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode().startswith("Hi")
+    assert any((tmp_path / "cache" / "jax").iterdir())

@@ -1,0 +1,278 @@
+"""What can be asked of a generator, what it answers, and what that costs."""
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import monitoring
+
+from lechat_jax import generator
+from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.config import MistralConfig
+from lechat_jax.continuation import Sample
+from lechat_jax.errors import BadInput
+from lechat_jax.generator import Generator
+from lechat_jax.model import weights_of
+from lechat_jax.run import Run
+from lechat_jax.sampling import Sampling
+from lechat_jax.tokenizer import Tokenizer
+from tests.models import lively
+
+ROOT = Path(__file__).parent.parent
+GREEDY = Sampling(temperature=0)
+PLAIN = Sampling(temperature=1.0, top_p=1.0)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([length, seed]).integers(97, size=length).tolist()
+
+
+@pytest.fixture(scope="module")
+def made(tiny: MistralConfig) -> Generator:
+    return Generator(lively(tiny), chunk=4)
+
+
+def test_a_seed_gives_a_text_and_each_row_another(made: Generator) -> None:
+    prompts = [prompt_of(5)] * 3
+
+    def drawn(seed: int) -> list[list[int]]:
+        return [sample.ids for sample in made.generate(prompts, 9, Sampling(seed=seed))]
+
+    assert drawn(1) == drawn(1)
+    assert len({tuple(ids) for ids in drawn(1) + drawn(2)}) == 6
+
+
+@pytest.mark.parametrize("patience", [-1.0, 1e9])
+def test_a_stream_is_the_text_in_pieces_however_they_are_cut(
+    made: Generator, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    prompts = [prompt_of(5), prompt_of(8)]
+    whole = made.generate(prompts, 40, PLAIN)
+    monkeypatch.setattr(generator, "PATIENCE", patience)
+    rounds = list(made.stream(prompts, 40, PLAIN))
+    sizes = [len(pieces[0].ids) for pieces in rounds]
+    assert sizes == ([1] * 40 if patience < 0 else [1, 2, 4, 8, 16, 9])
+    for row, sample in enumerate(whole):
+        assert [id_ for pieces in rounds for id_ in pieces[row].ids] == sample.ids
+    assert [pieces[0].stopped for pieces in rounds] == [None] * (len(rounds) - 1) + ["length"]
+
+
+def test_no_tokens_are_made_when_none_are_asked_for(made: Generator) -> None:
+    nothing = Sample(ids=[], logprobs=[], text="", stopped="length")
+    assert made.generate([prompt_of(5), prompt_of(1)], max_tokens=0) == [nothing, nothing]
+
+
+def test_a_text_ends_at_eos_and_the_others_go_on(made: Generator) -> None:
+    prompts = [prompt_of(5), prompt_of(8)]
+    first, second = made.generate(prompts, 12, GREEDY)
+    eos = next(id_ for id_ in first.ids if id_ not in second.ids)
+    ended, other = made.generate(prompts, 12, GREEDY, eos_ids=[eos, 96])
+    assert ended.ids == first.ids[: first.ids.index(eos) + 1]
+    assert (ended.stopped, other) == ("eos", second)
+    assert made.generate(prompts, 12, GREEDY, eos_ids=[]) == [first, second]
+
+
+def test_without_a_window_generation_stops_at_the_context_and_says_so(
+    tiny: MistralConfig,
+) -> None:
+    model = lively(dataclasses.replace(tiny, sliding_window=(7, None, None)))
+    made = Generator(model, chunk=5, context=24)
+    prompts = [prompt_of(11), prompt_of(1), prompt_of(24)]
+    samples = made.generate(prompts, 20, PLAIN)
+    assert [(len(s.ids), s.stopped) for s in samples] == [
+        (13, "context"),
+        (20, "length"),
+        (0, "context"),
+    ]
+    with pytest.raises(BadInput, match="the prompt has 25 tokens and the context 24"):
+        made.generate([prompt_of(25)])
+
+
+def test_with_windows_the_context_is_no_limit(tiny: MistralConfig) -> None:
+    (sample,) = Generator(lively(tiny), chunk=4, context=8).generate([prompt_of(9)], 30, GREEDY)
+    assert (len(sample.ids), sample.stopped) == (30, "length")
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(tiny: MistralConfig) -> None:
+    model = lively(dataclasses.replace(tiny, sliding_window=None))
+    with pytest.raises(BadInput, match=r"the cache takes 3\d\d\.\d\d GB .* shorter context"):
+        Generator(model, context=10**9).stream([prompt_of(5)])
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of the functions that are compiled meanwhile."""
+    names: list[str] = []
+
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(kwargs["fun_name"]))
+
+    monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield names
+    finally:
+        monitoring.unregister_event_duration_listener(note)
+
+
+def test_two_functions_are_compiled_whatever_is_asked_for(tiny: MistralConfig) -> None:
+    config = dataclasses.replace(tiny, n_layers=1, sliding_window=5)  # a shape of its own
+    made = Generator(lively(config), chunk=4)
+    with compilations() as first:
+        made.generate([prompt_of(9)], 3)
+    assert [name for name in first if "prefill" in name or "decode" in name] == [
+        "jit(prefill)",
+        "jit(decode)",
+    ]
+    with compilations() as later:
+        for length, n, how in [
+            (1, 1, GREEDY),
+            (2, 70, Sampling(temperature=2.0, top_k=5, top_p=0.5, min_p=0.1, seed=9)),
+            (33, 200, PLAIN),
+            (150, 0, PLAIN),
+        ]:
+            made.generate([prompt_of(length)], n, how, eos_ids=[n])
+        Generator(lively(config, seed=5), chunk=4).generate([prompt_of(3)], 2)
+    assert later == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "there is no prompt"),
+        ({"prompts": [[1], []]}, "a prompt has no tokens"),
+        ({"prompts": [[1, 97]]}, "token 97 .* 0 to 96"),
+        ({"prompts": [[-1]]}, "token -1"),
+        ({"prompts": [[1]], "max_tokens": -1}, "max_tokens must be at least 0"),
+        ({"prompts": [[1]], "max_tokens": 2**31}, "max_tokens must be .* below"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused_at_once(
+    made: Generator, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        made.stream(**arguments)
+
+
+def test_settings_without_sense_are_refused(tiny: MistralConfig) -> None:
+    model = lively(tiny)
+    for chunk, context in ((0, 1), (1, 0)):
+        with pytest.raises(BadInput, match="must be at least 1"):
+            Generator(model, chunk=chunk, context=context)
+    with pytest.raises(BadInput, match="has 32000 tokens and the model 97"):
+        Generator(model, Tokenizer.mistral_v1())
+    with pytest.raises(BadInput, match="no tokenizer"):
+        Generator(model).encode("The")
+
+
+def test_broken_weights_are_reported_and_not_babbled_with(tiny: MistralConfig) -> None:
+    model = lively(tiny)
+    model.norm.scale[...] = jnp.full_like(model.norm.scale[...], jnp.nan)
+    with pytest.raises(BadInput, match="not finite"):
+        Generator(model).generate([prompt_of(3)], 2)
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny: MistralConfig) -> Run:
+    """A run with two checkpoints, as training leaves it."""
+    config = dataclasses.replace(tiny, vocab_size=32000, n_layers=1)
+    run = Run.create(tmp_path / "run")
+    run.config = {"model": config.to_dict(), "train": {}}
+    Tokenizer.mistral_v1().save(run.folder)
+    for step in (3, 5):
+        weights = weights_of(lively(config, seed=step))
+        Checkpoints(run.checkpoints).save(step, {"model": weights, "other": [jnp.ones(2)]}, {})
+    return run
+
+
+def test_a_run_is_continued_with_its_newest_weights(run: Run) -> None:
+    made = Generator.from_run(run.folder)
+    prompt = made.encode("The cat")
+    assert prompt == [1, 415, 5255]
+    (sample,) = made.generate([prompt], 30, Sampling(seed=2))
+    (same,) = Generator(lively(made.config, seed=5)).generate([prompt], 30, Sampling(seed=2))
+    assert sample.ids == same.ids
+    tokenizer = Tokenizer.mistral_v1()
+    assert "The cat" + sample.text == tokenizer.decode(prompt + sample.ids)
+    pieces = made.stream([prompt], 30, Sampling(seed=2))
+    assert "".join(piece.text for (piece,) in pieces) == sample.text
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = (path for path in (run.checkpoints / "5" / "model").rglob("*") if path.is_file())
+    damaged = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    made = Generator.from_run(run.folder)
+    assert "warning: checkpoint 5" in capsys.readouterr().err
+    assert made.generate([[1]], 4, GREEDY) == Generator(
+        lively(made.config, seed=3), Tokenizer.mistral_v1()
+    ).generate([[1]], 4, GREEDY)
+
+
+def test_a_run_without_a_tokenizer_speaks_in_ids(run: Run) -> None:
+    (run.folder / "tokenizer.model.v1").unlink()
+    made = Generator.from_run(run.folder)
+    (sample,) = made.generate([[1, 2]], 5)
+    assert (len(sample.ids), sample.text) == (5, "")
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, tiny: MistralConfig) -> None:
+    with pytest.raises(BadInput, match=r"not a training run: it has no config\.json"):
+        Generator.from_run(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "dim": 1}))
+    with pytest.raises(BadInput, match="in Hugging Face's format"):
+        Generator.from_run(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model": tiny.to_dict(), "train": {}}))
+    with pytest.raises(BadInput, match="there is no checkpoint"):
+        Generator.from_run(tmp_path)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from lechat_jax.config import MistralConfig
+from lechat_jax.generator import Generator
+from tests.models import lively
+
+config = MistralConfig(
+    dim=16, n_layers=2, n_heads=8, n_kv_heads=8, head_dim=128, hidden_dim=16, vocab_size=97,
+    norm_eps=1e-5, rope_theta=1e4, sliding_window=8 if sys.argv[1] == "window" else None,
+)
+made = Generator(lively(config), chunk=8, context=10_100)
+(sample,) = made.generate([[1, 2, 3]], int(sys.argv[2]))
+assert len(sample.ids) == int(sys.argv[2])
+status = Path("/proc/self/status").read_text()
+print(status.split("VmHWM:")[1].split()[0])
+"""
+
+
+def peak_memory(attention: str, n: int) -> int:
+    """The most memory, in kB, that a fresh process takes to generate n tokens.
+
+    As the kernel counts it for the program alone: `ru_maxrss` is never less than what the
+    process that started it had.
+    """
+    command = [sys.executable, "-c", PEAK, attention, str(n)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ten_thousand_tokens_take_the_memory_of_a_hundred() -> None:
+    """Each token has 16 kB of keys and values; 10,000 of them would be 165 MB."""
+    few, many = peak_memory("window", 100), peak_memory("window", 10_000)
+    assert abs(many - few) < 0.05 * few
+    assert peak_memory("full", 100) > few + 150_000  # room for all of them would be seen

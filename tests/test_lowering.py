@@ -1,0 +1,145 @@
+"""Training, scoring and decoding can be lowered for TPUs and NVIDIA GPUs without having one.
+
+Lowering ends before XLA's own compiler: it shows that every operation exists on the
+platform and that the attention kernel meant for it is in the program.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+from jax._src.cudnn import fused_attention_stablehlo
+
+from lechat_jax.cache import empty_cache
+from lechat_jax.config import preset
+from lechat_jax.decode import DecodeState, Request, decode, prefill
+from lechat_jax.sampling import Sampling
+from lechat_jax.step import StepOptions, init_state, score, train_steps
+
+# The default model's shapes, fewer layers.
+CONFIG = dataclasses.replace(preset("lechat-15m"), n_layers=2)
+B, T, W = 8, 256, CONFIG.sliding_window
+
+CUDNN = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+
+# A hot function with its static arguments bound, and what its arrays look like.
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def shape(*dims: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def weights(dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+    state = jax.eval_shape(lambda: init_state(CONFIG, StepOptions(T), seed=0))
+    return {name: shape(*leaf.shape, dtype=dtype) for name, leaf in state.weights.items()}
+
+
+def training(options: StepOptions) -> Call:
+    state = jax.eval_shape(lambda: init_state(CONFIG, options, seed=0))
+    stream, starts = shape(10_000, dtype="uint16"), shape(4, B)
+    return partial(train_steps, CONFIG, options), (state, stream, starts, shape(), shape())
+
+
+def scoring(options: StepOptions) -> Call:
+    rows, counted = shape(B, T), shape(B, T, dtype="bool")
+    return partial(score, CONFIG, options), (weights("float32"), rows, rows, counted)
+
+
+def prefilling(dtype: str) -> Call:
+    cache = empty_cache(CONFIG, B, chunk=64, context=T, dtype=dtype)
+    return partial(prefill, CONFIG), (weights(dtype), cache, shape(B, 64), shape(B, 64))
+
+
+def decoding(dtype: str) -> Call:
+    cache = empty_cache(CONFIG, B, chunk=64, context=T, dtype=dtype)
+    rows = jnp.zeros(B, jnp.int32)
+    state = DecodeState(cache, token=rows, position=rows, left=rows)
+    sampling = Sampling(temperature=0.8, top_k=50, top_p=0.9, min_p=0.05)
+    ends = jnp.zeros(CONFIG.vocab_size, bool)
+    request = Request(sampling.controls(B), sampling.streams(B), ends)
+    return partial(decode, CONFIG), (weights(dtype), state, request, shape())
+
+
+def lowered(platform: str, call: Call) -> str:
+    """The program in StableHLO.
+
+    Exported as a function of plain arrays: lowering a function of dataclasses, JAX builds
+    them around descriptions of arrays, which their annotations do not admit.
+    """
+    hot, arguments = call
+    leaves, tree = jax.tree.flatten(arguments)
+
+    def flat(*leaves: Any) -> list[jax.Array]:
+        return jax.tree.leaves(hot(*jax.tree.unflatten(tree, leaves)))
+
+    allowed = [export.DisabledSafetyCheck.custom_call(name) for name in CUDNN]
+    exported = export.export(jax.jit(flat), platforms=[platform], disabled_checks=allowed)
+    return exported(*leaves).mlir_module()
+
+
+def kernels(program: str) -> set[str]:
+    """The hand-written kernels that a program calls, beside what XLA makes itself."""
+    called = set(re.findall(r"custom_call @([\w$.]+)", program))
+    return {name for name in called if name == "tpu_custom_call" or "cudnn" in name}
+
+
+@pytest.fixture
+def cudnn_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX asks the installed cuDNN for its version before it lowers; here it is told one."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_300)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_training_step_for_tpu_runs_splash_attention(dtype: Any) -> None:
+    options = StepOptions(T, dtype, backend="splash")
+    program = lowered("tpu", training(options))
+    assert kernels(program) == {"tpu_custom_call"}
+    for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
+        assert kernel in program
+
+
+@pytest.mark.usefixtures("cudnn_is_there")
+def test_a_training_step_for_cuda_runs_cudnn_with_the_window() -> None:
+    options = StepOptions(T, "bfloat16", backend="cudnn")
+    program = lowered("cuda", training(options))
+    assert kernels(program) == set(CUDNN)
+    calls = [line for line in program.splitlines() if "custom_call @__cudnn" in line]
+    for call in calls:
+        told = call.replace("\\22", '"')
+        assert f'"sliding_window_length": {W}' in told
+        assert '"mask_type": "CAUSAL"' in told
+    assert len(calls) == 2 * CONFIG.n_layers
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_training_step_needs_neither_kernel(platform: str) -> None:
+    options = StepOptions(T, "float32", backend="banded")
+    assert kernels(lowered(platform, training(options))) == set()
+
+
+@pytest.mark.usefixtures("cudnn_is_there")
+@pytest.mark.parametrize(
+    ("platform", "backend", "called"),
+    [("tpu", "splash", {"tpu_custom_call"}), ("cuda", "cudnn", {"__cudnn$fmhaSoftmax"})],
+)
+def test_scoring_runs_the_forward_kernel_alone(
+    platform: str, backend: Any, called: set[str]
+) -> None:
+    options = StepOptions(T, "bfloat16", backend=backend)
+    assert kernels(lowered(platform, scoring(options))) == called
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_prefill_and_decode_need_no_kernel(platform: str, dtype: str) -> None:
+    assert kernels(lowered(platform, prefilling(dtype))) == set()
+    program = lowered(platform, decoding(dtype))
+    assert kernels(program) == set()
+    assert "stablehlo.while" in program

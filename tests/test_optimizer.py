@@ -1,0 +1,212 @@
+"""Matrices are turned orthogonal, tables and norms are left to Adam, one schedule rules all."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.model import Mistral, Weights, weights_of
+from lechat_jax.optimizer import (
+    Optimizer,
+    Rates,
+    group,
+    stack_blocks,
+    unstack_blocks,
+    warmup_then_cooldown,
+)
+
+# A kernel is a map from what it reads (its last axes) to what it writes (its first): how
+# many axes it writes.
+WRITES = {"q": 2, "k": 2, "v": 2, "o": 1, "gate": 1, "up": 1, "down": 1}
+
+
+@functools.cache
+def shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
+    weights = jax.eval_shape(lambda: weights_of(Mistral(config, rngs=nnx.Rngs(0))))
+    return {name: leaf.shape for name, leaf in weights.items()}
+
+
+@functools.cache
+def gradients(config: MistralConfig) -> Weights:
+    """Random ones, of no particular size."""
+    rng = np.random.default_rng(0)
+    return {
+        name: jnp.asarray(rng.normal(size=shape) * rng.uniform(0.1, 10), jnp.float32)
+        for name, shape in shapes(config).items()
+    }
+
+
+def update(grads: Weights, learning_rate: float = 1.0) -> dict[str, np.ndarray]:
+    """The first update; it depends on the gradients alone, so these stand for the weights."""
+    optimizer = Optimizer(learning_rate)
+    program = jax.jit(lambda grads: optimizer.update(grads, optimizer.init(grads), grads)[0])
+    return {name: np.asarray(leaf) for name, leaf in program(grads).items()}
+
+
+@functools.cache
+def first_update(config: MistralConfig) -> dict[str, np.ndarray]:
+    return update(gradients(config))
+
+
+def as_matrix(name: str, kernel: Any) -> np.ndarray:
+    """The kernel as [writing, reading]."""
+    writes = WRITES[name.split(".")[-2]]
+    return np.asarray(kernel, np.float64).reshape(np.prod(kernel.shape[:writes]), -1)
+
+
+def matrices(config: MistralConfig) -> list[str]:
+    return [name for name in shapes(config) if group(name) == "matrix"]
+
+
+# --- groups ---
+
+
+def test_each_weight_has_its_group(tiny: MistralConfig) -> None:
+    groups: dict[str, set[str]] = {}
+    for name in shapes(tiny):
+        groups.setdefault(group(name), set()).add(name)
+    assert groups.pop("embed") == {"embed.kernel"}
+    assert groups.pop("head") == {"head.kernel"}
+    assert groups.pop("norm") == {"norm.scale"} | {
+        f"blocks.{i}.{norm}.scale" for i in range(3) for norm in ("attn_norm", "mlp_norm")
+    }
+    assert groups.pop("matrix") == {
+        f"blocks.{i}.{part}.kernel"
+        for i in range(3)
+        for part in "attn.q attn.k attn.v attn.o mlp.gate mlp.up mlp.down".split()
+    }
+    assert not groups
+
+
+def test_a_stack_has_the_group_of_its_parts(tiny: MistralConfig) -> None:
+    assert {group(name) for name in stack_blocks(gradients(tiny))} == set(Rates._fields)
+
+
+# --- stacks ---
+
+
+@settings(max_examples=10)
+@given(n_layers=st.integers(1, 23), data=st.data())
+def test_stacking_blocks_and_unstacking_them_changes_nothing(
+    n_layers: int, data: st.DataObject
+) -> None:
+    names = ["embed.kernel"] + [
+        f"blocks.{i}.{part}" for i in range(n_layers) for part in ("attn.q.kernel", "norm.scale")
+    ]
+    separate = {
+        name: jnp.full((2, 3), i, jnp.float32)
+        for i, name in enumerate(data.draw(st.permutations(names)))
+    }
+    stacked = stack_blocks(separate)
+    assert {name: leaf.shape for name, leaf in stacked.items()} == {
+        "embed.kernel": (2, 3),
+        "blocks.attn.q.kernel": (n_layers, 2, 3),
+        "blocks.norm.scale": (n_layers, 2, 3),
+    }
+    for i in range(n_layers):  # in the order of their numbers, "10" after "9"
+        layer = stacked["blocks.norm.scale"][i]
+        assert (layer == separate[f"blocks.{i}.norm.scale"]).all()
+    again = unstack_blocks(stacked)
+    assert again.keys() == separate.keys()
+    assert all((again[name] == separate[name]).all() for name in names)
+
+
+# --- the schedule ---
+
+
+def factor(step: int, total: int) -> float:
+    return float(warmup_then_cooldown(jnp.int32(step), jnp.int32(total)))
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 0.1), (4, 0.5), (9, 1), (10, 1), (40, 1), (55, 0.75), (70, 0.5), (99, 1 / 60), (100, 0)],
+)
+def test_the_rate_rises_stays_and_falls_to_zero(step: int, expected: float) -> None:
+    assert factor(step, total=100) == pytest.approx(expected, rel=1e-6)
+
+
+def test_after_the_end_nothing_moves() -> None:
+    assert factor(101, total=100) == factor(10_000, total=100) == 0
+
+
+# The first steps are taken before the run's length is known.
+@pytest.mark.parametrize("total", [100, 101, 12_345, np.iinfo(np.int32).max])
+def test_the_first_four_tenths_do_not_depend_on_the_length(total: int) -> None:
+    factors = [factor(step, total) for step in range(40)]
+    assert factors[:10] == [np.float32(i / 10) for i in range(1, 11)]
+    assert set(factors[9:]) == {1.0}
+
+
+@given(total=st.integers(1, 10**6), data=st.data())
+def test_the_rate_never_leaves_0_to_1(total: int, data: st.DataObject) -> None:
+    assert 0 < factor(data.draw(st.integers(0, total - 1)), total) <= 1
+
+
+# --- the matrices ---
+
+
+# What an axis of heads on the wrong side would change: such a stack of small matrices is
+# orthogonal in its slices, and not as the map that the model applies.
+def test_the_update_of_each_matrix_is_nearly_orthogonal(tiny: MistralConfig) -> None:
+    for name in matrices(tiny):
+        matrix = as_matrix(name, first_update(tiny)[name])
+        fan_out, fan_in = matrix.shape
+        scale = Rates().matrix * max(1, fan_out / fan_in) ** 0.5
+        singular = np.linalg.svd(matrix / scale, compute_uv=False)
+        assert 0.5 < singular.min(), name
+        assert singular.max() < 1.3, name
+
+
+def test_it_is_the_newton_schulz_iteration_of_the_gradient(tiny: MistralConfig) -> None:
+    for name in matrices(tiny):
+        left, s, right = np.linalg.svd(as_matrix(name, gradients(tiny)[name]), full_matrices=False)
+        s /= np.sqrt((s**2).sum())
+        for _ in range(5):  # on a matrix it acts on the singular values alone
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        fan_out, fan_in = len(left), right.shape[1]
+        scale = Rates().matrix * max(1, fan_out / fan_in) ** 0.5
+        update = as_matrix(name, first_update(tiny)[name])
+        np.testing.assert_allclose(update, -scale * (left * s) @ right, atol=1e-4 * scale)
+
+
+def test_layers_do_not_disturb_each_other(tiny: MistralConfig) -> None:
+    """Each layer's kernel moves as it would in a model that has no other."""
+    for layer in range(tiny.n_layers):
+        name = f"blocks.{layer}.attn.o.kernel"
+        alone = update({"blocks.0.attn.o.kernel": gradients(tiny)[name]})
+        whole = first_update(tiny)[name]
+        atol = 1e-5 * np.abs(whole).max()
+        np.testing.assert_allclose(alone["blocks.0.attn.o.kernel"], whole, atol=atol)
+
+
+# --- tables and norms ---
+
+
+@pytest.mark.parametrize("kind", ["embed", "head", "norm"])
+def test_tables_and_norms_take_adams_first_step(tiny: MistralConfig, kind: str) -> None:
+    names = [name for name in shapes(tiny) if group(name) == kind]
+    for name in names:
+        expected = -getattr(Rates(), kind) * np.sign(gradients(tiny)[name])
+        np.testing.assert_allclose(first_update(tiny)[name], expected, rtol=1e-4)
+
+
+def test_a_row_of_a_table_moves_only_when_its_token_is_met() -> None:
+    moved = update({"embed.kernel": jnp.zeros((4, 2)).at[1].set(1e-6)})["embed.kernel"]
+    assert (moved[[0, 2, 3]] == 0).all()
+    np.testing.assert_allclose(moved[1], -Rates().embed, rtol=1e-3)  # however small the gradient
+
+
+def test_the_learning_rate_scales_every_update(tiny: MistralConfig) -> None:
+    names = ["embed.kernel", "head.kernel", "norm.scale", "blocks.0.mlp.up.kernel"]
+    halved = update({name: gradients(tiny)[name] for name in names}, learning_rate=0.5)
+    for name in names:
+        whole = first_update(tiny)[name]
+        np.testing.assert_allclose(halved[name], whole / 2, atol=1e-6 * np.abs(whole).max())

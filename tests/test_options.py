@@ -1,0 +1,251 @@
+"""What can be asked of the main job: each flag explained, each bad value named, all of it kept."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lechat_jax import cli
+from lechat_jax.config import preset
+from lechat_jax.errors import BadInput
+from lechat_jax.options import TrainConfig
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+FLAGS = {f"--{name.replace('_', '-')}": name for name in FIELDS}
+
+
+def parse(*argv: str) -> TrainConfig:
+    return cli.parse(TrainConfig, "train", "Trains.", argv)
+
+
+@pytest.fixture
+def help_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """All of `--help` in one line, without its frame."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    return " ".join(re.sub(r"[^\x20-\x7e]", " ", capsys.readouterr().out).split())
+
+
+@pytest.fixture
+def help_of(help_text: str) -> dict[str, str]:
+    """What `--help` says after each flag."""
+    starts = [re.search(rf" {flag}[ ,]", help_text) for flag in FLAGS]
+    places = [start.start() for start in starts if start]
+    assert len(places) == len(FLAGS)
+    assert places == sorted(places)
+    pairs = zip(places, [*places[1:], len(help_text)], strict=True)
+    return dict(zip(FLAGS, (help_text[a:b] for a, b in pairs), strict=True))
+
+
+# --- the help ---
+
+
+def test_every_flag_says_what_it_does(help_of: dict[str, str]) -> None:
+    for flag, text in help_of.items():
+        sentence = re.search(r"[A-Z][a-z].*\.", text)
+        assert sentence, f"{flag}: {text}"
+        assert len(sentence[0].split()) >= 4, f"{flag}: {text}"
+
+
+def test_every_flag_says_its_default(help_of: dict[str, str]) -> None:
+    for flag, text in help_of.items():
+        default = FIELDS[FLAGS[flag]].default
+        if default is None and flag != "--resume":
+            assert re.search("By default|instead of", text), f"{flag}: {text}"
+        elif isinstance(default, (str, float, int)) and not isinstance(default, bool):
+            assert f"default: {default}" in text, f"{flag}: {text}"
+
+
+@pytest.mark.parametrize(
+    ("flag", "unit"),
+    [
+        ("--minutes", "in minutes"),
+        ("--steps", "steps"),
+        ("--max-epochs", "passes over"),
+        ("--batch", "Rows"),
+        ("--block", "Tokens"),
+        ("--sliding-window", "in tokens"),
+        ("--eval-every", "Steps"),
+        ("--sample-every", "Steps"),
+        ("--checkpoint-every", "Steps"),
+        ("--max-tokens", "Tokens"),
+    ],
+)
+def test_a_quantity_has_a_unit(help_of: dict[str, str], flag: str, unit: str) -> None:
+    assert unit in help_of[flag]
+
+
+# --- reading flags ---
+
+
+def test_without_flags_the_default_model_is_trained_for_five_minutes() -> None:
+    assert parse() == TrainConfig()
+    assert (TrainConfig().minutes, TrainConfig().preset) == (5.0, "lechat-15m")
+    assert TrainConfig().model() == preset("lechat-15m")
+
+
+def test_flags_become_fields() -> None:
+    argv = "--data x.txt --steps 3 --minutes 0.5 --dtype bfloat16 --out run --tensorboard"
+    asked = parse(*argv.split(), "--sliding-window", "full", "--prompt", "To be", "Or not")
+    assert asked == TrainConfig(
+        data="x.txt",
+        steps=3,
+        minutes=0.5,
+        dtype="bfloat16",
+        out=Path("run"),
+        tensorboard=True,
+        sliding_window="full",
+        prompt=("To be", "Or not"),
+    )
+
+
+# --- bad values ---
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("batch", 0),
+        ("batch", -8),
+        ("block", 1),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("max_tokens", 0),
+        ("eval_every", 0),
+        ("sample_every", 0),
+        ("checkpoint_every", -1),
+        ("minutes", 0.0),
+        ("minutes", math.inf),
+        ("minutes", math.nan),
+        ("max_epochs", -1.0),
+        ("max_epochs", math.inf),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+    ],
+)
+def test_a_bad_value_is_refused_before_anything_is_done(name: str, value: Any) -> None:
+    with pytest.raises(BadInput) as error:
+        TrainConfig(**{name: value})
+    flag = f"--{name.replace('_', '-')}"
+    sentence = re.escape(flag) + r" must be .+, not " + re.escape(str(value))
+    assert re.fullmatch(sentence, str(error.value))
+
+
+def test_on_the_command_line_a_bad_value_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: parse("--block", "1") and None)
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "error: --block must be at least 2, not 1\n")
+
+
+# --- what is trained ---
+
+
+def test_flags_change_the_preset() -> None:
+    asked = TrainConfig(
+        dim=40, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=8, hidden_dim=56, sliding_window=7
+    )
+    expected = dataclasses.replace(
+        preset("lechat-15m"),
+        dim=40,
+        n_layers=3,
+        n_heads=6,
+        n_kv_heads=2,
+        head_dim=8,
+        hidden_dim=56,
+        sliding_window=7,
+    )
+    assert asked.model() == expected
+
+
+def test_full_attention_has_a_word() -> None:
+    asked = TrainConfig(sliding_window="full")
+    assert asked.model() == dataclasses.replace(preset("lechat-15m"), sliding_window=None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (TrainConfig(preset="mistral"), "unknown preset 'mistral'"),
+        (TrainConfig(n_heads=7), r"n_heads \(7\) must be divisible by n_kv_heads \(2\)"),
+        (TrainConfig(head_dim=5), "head_dim must be even"),
+        (TrainConfig(sliding_window=0), "sliding_window must be at least 1"),
+        (TrainConfig(dim=0), "dim must be positive"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(asked: TrainConfig, sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        asked.model()
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape"),
+    [
+        ("cpu", (8, 128, "float32")),
+        ("gpu", (256, 256, "bfloat16")),
+        ("tpu", (256, 256, "bfloat16")),
+    ],
+)
+def test_the_batch_suits_the_platform(platform: str, shape: tuple) -> None:
+    assert TrainConfig().shape(platform) == shape
+    assert TrainConfig(batch=2).shape(platform) == (2, *shape[1:])
+    assert TrainConfig(block=16).shape(platform) == (shape[0], 16, shape[2])
+    assert TrainConfig(dtype="bfloat16").shape(platform) == (*shape[:2], "bfloat16")
+
+
+# --- keeping them ---
+
+COUNTS = st.none() | st.integers(2, 10**6)
+POSITIVE = st.floats(1e-6, 1e6)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+PATHS = st.none() | st.sampled_from(["runs/a", "/tmp/b c", "."]).map(Path)
+
+
+@given(
+    data=st.none() | TEXTS,
+    sliding_window=COUNTS | st.just("full"),
+    n_heads=COUNTS,
+    minutes=POSITIVE,
+    steps=COUNTS,
+    learning_rate=POSITIVE,
+    dtype=st.sampled_from([None, "float32", "bfloat16"]),
+    out=PATHS,
+    resume=PATHS,
+    tensorboard=st.booleans(),
+    prompt=st.lists(TEXTS, max_size=3).map(tuple),
+    temperature=st.floats(0, 10),
+)
+def test_json_and_back_are_the_same_options(**asked: Any) -> None:
+    options = TrainConfig(**asked)
+    stored = json.loads(json.dumps(options.to_dict()))
+    assert stored.keys() == FIELDS.keys()
+    assert TrainConfig.from_dict(stored) == options
+
+
+def test_what_a_run_stores_beside_its_options_is_left_aside() -> None:
+    stored = TrainConfig(steps=5).to_dict() | {"corpus": "sotu", "corpus_bytes": 7}
+    assert TrainConfig.from_dict(stored) == TrainConfig(steps=5)
+
+
+# --- beside --resume ---
+
+
+def test_a_resumed_run_can_only_be_asked_for_other_samples() -> None:
+    free = TrainConfig(resume=Path("run"), prompt=("To be",), max_tokens=9, temperature=0.0)
+    assert free.contradictions() == []
+    asked = dataclasses.replace(free, steps=9, n_layers=2, out=Path("x"), learning_rate=2.0)
+    assert asked.contradictions() == ["--n-layers", "--steps", "--learning-rate", "--out"]

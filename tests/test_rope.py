@@ -1,0 +1,98 @@
+"""Rotary embeddings against complex multiplication, which they are, written in NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lechat_jax.rope import rotate, rotation
+
+HEAD_DIM, THETA = 8, 1e4
+POSITION = st.integers(0, 5000)
+
+
+def turned(x: np.ndarray, position: int, theta: float = THETA) -> np.ndarray:
+    """One head of width H as H/2 complex numbers, lane h with lane h + H/2, each turned."""
+    half = x.shape[-1] // 2
+    angle = position * theta ** (-np.arange(half) / half)
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def head(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(HEAD_DIM)
+
+
+def rotated(x: np.ndarray, position: int) -> np.ndarray:
+    """One head at one position through the real thing, in float32."""
+    turn = rotation(jnp.array([[position]]), HEAD_DIM, THETA, jnp.float32)
+    return np.asarray(rotate(jnp.asarray(x, jnp.float32)[None, None, None], turn))[0, 0, 0]
+
+
+def test_one_pair_of_lanes_turns_by_one_radian_a_position() -> None:
+    turn = rotation(jnp.array([[0, 1, 2]]), head_dim=2, theta=123.0, dtype=jnp.float32)
+    x = jnp.tile(jnp.array([1.0, 0.0]), (1, 3, 1, 1))
+    np.testing.assert_allclose(
+        rotate(x, turn)[0, :, 0],
+        [[1.0, 0.0], [0.54030231, 0.84147098], [-0.41614684, 0.90929743]],
+        rtol=1e-6,
+    )
+
+
+def test_lane_h_is_paired_with_lane_h_plus_half_and_turns_slower() -> None:
+    # Position 100, theta 10^4, H = 4: lane 0 turns by 100 rad, lane 1 by 1 rad.
+    turn = rotation(jnp.array([[100]]), head_dim=4, theta=1e4, dtype=jnp.float32)
+    x = jnp.array([0.0, 1.0, 0.0, 0.0])[None, None, None]
+    np.testing.assert_allclose(
+        rotate(x, turn)[0, 0, 0], [0.0, 0.54030231, 0.0, 0.84147098], rtol=1e-6
+    )
+
+
+def test_a_batch_of_heads_is_turned_as_complex_numbers_are(x64: None) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 5, 3, HEAD_DIM))
+    positions = np.array([[0, 1, 2, 3, 4], [1000, 7, 99999, 12, 1 << 20]])
+    turn = rotation(jnp.asarray(positions), HEAD_DIM, THETA, jnp.float64)
+    expected = [[turned(x[b, t], int(positions[b, t])) for t in range(5)] for b in range(2)]
+    assert turn.cos.dtype == jnp.float64
+    np.testing.assert_allclose(rotate(jnp.asarray(x), turn), expected, atol=1e-9, rtol=0)
+    near = rotation(jnp.arange(100)[None], HEAD_DIM, THETA, jnp.float64)
+    angle = np.arange(100)[:, None] * THETA ** (-np.arange(4) / 4)
+    np.testing.assert_allclose(near.sin[0], np.sin(angle), atol=1e-13, rtol=0)
+
+
+@given(POSITION, st.integers(0, 9))
+def test_lengths_are_kept(position: int, seed: int) -> None:
+    x = head(seed)
+    assert np.linalg.norm(rotated(x, position)) == pytest.approx(np.linalg.norm(x), rel=1e-5)
+
+
+@given(POSITION, POSITION, st.integers(0, 5000))
+def test_products_depend_on_the_distance_alone(q_pos: int, k_pos: int, shift: int) -> None:
+    q, k = head(1), head(2)
+    here = rotated(q, q_pos) @ rotated(k, k_pos)
+    there = rotated(q, q_pos + shift) @ rotated(k, k_pos + shift)
+    assert here == pytest.approx(there, abs=5e-3)  # float32 angles up to 10,000 rad
+    assert here == pytest.approx(turned(q, q_pos - k_pos) @ k, abs=5e-3)
+
+
+def test_bfloat16_does_not_confuse_neighbouring_positions() -> None:
+    # 257 is not a bfloat16: it would be 256, and every odd position after it wrong.
+    positions = jnp.array([[256, 257, 4097]])
+    turn = rotation(positions, HEAD_DIM, THETA, jnp.bfloat16)
+    exact = rotation(positions, HEAD_DIM, THETA, jnp.float32)
+    assert turn.cos.dtype == jnp.float32
+    np.testing.assert_array_equal(turn.cos, exact.cos)
+    assert not np.array_equal(turn.cos[0, 0], turn.cos[0, 1])
+    x = jnp.ones((1, 3, 1, HEAD_DIM), jnp.bfloat16)
+    assert rotate(x, turn).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        rotate(x, turn), rotate(x.astype(jnp.float32), turn).astype(jnp.bfloat16)
+    )
+
+
+def test_every_head_at_a_position_is_turned_alike() -> None:
+    x = jnp.tile(jnp.asarray(head(0), jnp.float32), (1, 2, 3, 1))
+    y = rotate(x, rotation(jnp.array([[3, 4]]), HEAD_DIM, THETA, jnp.float32))
+    np.testing.assert_array_equal(y[:, :, 0], y[:, :, 2])
+    assert not np.array_equal(y[:, 0], y[:, 1])

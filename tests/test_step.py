@@ -1,0 +1,261 @@
+"""A training step: the mean loss, its gradient, the schedule, and as many in a call as asked."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.model import Weights, bind
+from lechat_jax.step import (
+    StepOptions,
+    TrainState,
+    init_state,
+    score,
+    total_nats,
+    train_steps,
+)
+
+B, CALLS = 3, 4
+OPTIONS = StepOptions(block=16, chunk=20)  # 20 does not divide the 48 tokens of a batch
+STREAM = np.random.default_rng(0).integers(97, size=200, dtype=np.uint16)
+STARTS = np.random.default_rng(1).integers(200 - 17, size=(CALLS, B), dtype=np.int32)
+FIRST_BATCH = jnp.asarray(np.stack([STREAM[start : start + 17] for start in STARTS[0]]), jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def small(tiny: MistralConfig) -> MistralConfig:
+    return dataclasses.replace(tiny, n_layers=2)  # fewer layers compile sooner
+
+
+@functools.cache
+def first_state(config: MistralConfig) -> TrainState:
+    return init_state(config, OPTIONS, seed=0)
+
+
+def fresh(config: MistralConfig, step: int = 0) -> TrainState:
+    """A copy of the first state, since training consumes what it is given."""
+    return jax.tree.map(jnp.array, first_state(config))._replace(step=jnp.int32(step))
+
+
+def train(
+    config: MistralConfig,
+    state: TrainState,
+    n: int,
+    starts: np.ndarray = STARTS,
+    total: int = 100,
+    stream: np.ndarray = STREAM,
+) -> tuple[TrainState, np.ndarray]:
+    state, losses = train_steps(
+        config,
+        OPTIONS,
+        state,
+        jnp.asarray(stream),
+        jnp.asarray(starts),
+        jnp.int32(n),
+        jnp.int32(total),
+    )
+    return state, np.asarray(losses)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    same = jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
+    return jax.tree.all(same)
+
+
+@functools.cache
+def first_batch_nats(config: MistralConfig) -> np.ndarray:
+    """-log p of each token of the first batch, from the model's logits."""
+    logits = jax.jit(lambda weights, inputs: bind(config, weights)(inputs))
+    z = np.asarray(logits(first_state(config).weights, FIRST_BATCH[:, :-1]), np.float64)
+    log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    return -np.take_along_axis(log_p, np.asarray(FIRST_BATCH)[:, 1:, None], axis=2)[..., 0]
+
+
+# --- what is computed ---
+
+
+def test_the_loss_is_the_mean_over_all_tokens_of_the_batch(small: MistralConfig) -> None:
+    _, losses = train(small, fresh(small), 1)
+    assert losses[0] == pytest.approx(first_batch_nats(small).mean(), rel=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_gradient_is_the_slope_of_the_loss(small: MistralConfig) -> None:
+    """In the direction of a random change of each kind of weight, in float64."""
+    options = dataclasses.replace(OPTIONS, dtype="float64")
+    share = jnp.full((B, 16), 1 / 48)
+
+    def loss(weights: Weights) -> jax.Array:
+        return total_nats(small, options, weights, FIRST_BATCH[:, :-1], FIRST_BATCH[:, 1:], share)
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss))
+    rng = np.random.default_rng(0)
+    weights = {
+        name: jnp.asarray(leaf + 0.1 * rng.normal(size=leaf.shape), jnp.float64)
+        for name, leaf in first_state(small).weights.items()  # norms of one hide faults
+    }
+    _, gradient = value_and_grad(weights)
+    kinds = [name for name in weights if not name.startswith("blocks.0")]
+    assert len(kinds) == 12
+    for name in kinds:
+        change = jnp.asarray(rng.normal(size=weights[name].shape))
+        up, down = (
+            float(value_and_grad(weights | {name: weights[name] + by * change})[0])
+            for by in (1e-5, -1e-5)
+        )
+        slope = float((gradient[name] * change).sum())
+        assert gradient[name].dtype == jnp.float64
+        assert (up - down) / 2e-5 == pytest.approx(slope, rel=1e-6, abs=1e-9), name
+
+
+def test_a_tiny_text_is_learned_by_heart(small: MistralConfig) -> None:
+    stream = np.tile(np.arange(25, dtype=np.uint16), 8)
+    state, first, last = fresh(small), 0.0, 0.0
+    for _ in range(10):
+        state, losses = train(small, state, CALLS, stream=stream, total=1000)
+        first, last = first or losses[0], losses[-1]
+    assert int(state.step) == 40
+    assert first > 4
+    assert last < 0.1
+
+
+def test_the_seed_decides_the_weights(small: MistralConfig) -> None:
+    first, other = first_state(small), init_state(small, OPTIONS, seed=1)
+    assert same_bits(first, init_state(small, OPTIONS, seed=0))
+    assert not same_bits(first.weights["head.kernel"], other.weights["head.kernel"])
+
+
+# --- several steps in a call ---
+
+
+def test_steps_in_one_call_are_the_steps_of_one_call_each_bit_for_bit(small: MistralConfig) -> None:
+    together, losses = train(small, fresh(small), CALLS)
+    state, one_by_one = fresh(small), []
+    for row in STARTS:
+        starts = np.zeros_like(STARTS)
+        starts[0] = row
+        state, loss = train(small, state, 1, starts)
+        one_by_one.append(loss[0])
+    assert same_bits(losses, np.array(one_by_one))
+    assert same_bits(together, state)
+    assert int(state.step) == CALLS
+
+
+@pytest.mark.parametrize("n", range(CALLS + 1))
+def test_steps_not_taken_change_nothing_and_have_no_loss(small: MistralConfig, n: int) -> None:
+    _, all_losses = train(small, fresh(small), CALLS)
+    state, losses = train(small, fresh(small), n)
+    assert int(state.step) == n
+    assert losses.tolist() == all_losses[:n].tolist() + [0.0] * (CALLS - n)
+    if n == 0:
+        assert same_bits(state, fresh(small))
+
+
+def test_one_program_serves_any_number_of_steps(
+    small: MistralConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compiled(work: Callable[[], object]) -> list[str]:
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            work()
+        return [message for message in caplog.messages if "Compiling jit(" in message]
+
+    def novelty(x: jax.Array) -> jax.Array:
+        return x + 1
+
+    train(small, fresh(small), 1)
+    states = [fresh(small) for _ in range(CALLS)]
+    assert "novelty" in compiled(lambda: jax.jit(novelty)(jnp.int32(1)))[0]
+    for n, state in enumerate(states):
+        assert compiled(lambda n=n, state=state: train(small, state, n, total=7 * n + 1)) == []
+
+
+def test_the_old_state_is_given_up_so_that_there_is_one_in_memory(small: MistralConfig) -> None:
+    old = fresh(small)
+    train(small, old, 1)
+    assert all(leaf.is_deleted() for leaf in old.weights.values())
+
+
+# --- the schedule ---
+
+
+def moved(config: MistralConfig, step: int, total: int) -> np.ndarray:
+    before = np.asarray(fresh(config).weights["head.kernel"])
+    state, _ = train(config, fresh(config, step), 1, total=total)
+    return np.asarray(state.weights["head.kernel"]) - before
+
+
+def test_the_rate_follows_the_step_of_the_state(small: MistralConfig) -> None:
+    whole = moved(small, step=20, total=100)
+    for step, total, factor in ((0, 100, 0.1), (70, 100, 0.5), (20, 21, 1 / 12.6)):
+        np.testing.assert_allclose(moved(small, step, total), factor * whole, atol=1e-6)
+    assert np.abs(whole).max() > 1e-3
+    assert not moved(small, step=100, total=100).any()
+
+
+# --- precision ---
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a program, those of its loops and calls included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for part in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if hasattr(part, "eqns"):
+                yield from equations(part)
+
+
+def product_types(program: Callable[..., Any], *args: Any) -> set[str]:
+    """The types of the operands of all matrix products."""
+    jaxpr = jax.make_jaxpr(program)(*args)
+    products = [eq for eq in equations(jaxpr) if eq.primitive.name == "dot_general"]
+    return {var.aval.dtype.name for eq in products for var in eq.invars}
+
+
+def test_half_precision_multiplies_in_half_and_keeps_its_state_in_single(
+    small: MistralConfig,
+) -> None:
+    half = dataclasses.replace(OPTIONS, dtype="bfloat16")
+    share = jnp.full((B, 16), 1 / 48)
+
+    def loss(options: StepOptions, weights: Weights) -> jax.Array:
+        return total_nats(small, options, weights, FIRST_BATCH[:, :-1], FIRST_BATCH[:, 1:], share)
+
+    weights = fresh(small).weights
+    value, gradient = jax.eval_shape(jax.value_and_grad(functools.partial(loss, half)), weights)
+    assert value.dtype == jnp.float32
+    assert {leaf.dtype.name for leaf in gradient.values()} == {"float32"}
+    assert product_types(functools.partial(loss, OPTIONS), weights) == {"float32"}
+    assert product_types(functools.partial(loss, half), weights) == {"bfloat16"}
+    state = fresh(small)
+    after, losses = jax.eval_shape(
+        functools.partial(train_steps, small, half),
+        state,
+        jnp.asarray(STREAM),
+        jnp.asarray(STARTS),
+        jnp.int32(1),
+        jnp.int32(100),
+    )
+    assert losses.dtype == jnp.float32
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    assert {leaf.dtype.name for leaf in after.weights.values()} == {"float32"}
+
+
+# --- scoring ---
+
+
+def test_only_what_is_counted_is_scored(small: MistralConfig) -> None:
+    weights, inputs, targets = fresh(small).weights, FIRST_BATCH[:, :-1], FIRST_BATCH[:, 1:]
+    counted = np.random.default_rng(0).uniform(size=(B, 16)) > 0.5
+    got = score(small, OPTIONS, weights, inputs, targets, jnp.asarray(counted))
+    assert float(got) == pytest.approx(first_batch_nats(small)[counted].sum(), rel=1e-6)
+    assert float(score(small, OPTIONS, weights, inputs, targets, jnp.zeros((B, 16), bool))) == 0

@@ -1,0 +1,71 @@
+"""The first signal is a wish; the second one is an order."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from lechat_jax.stop import Stop
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture
+def old_effect() -> Iterator[list[int]]:
+    """What the signals did before, standing in for the end of this process."""
+    heard: list[int] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def hear(number: int, frame: object) -> None:
+        heard.append(number)
+
+    for number in SIGNALS:
+        signal.signal(number, hear)
+    yield heard
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_noted_by_name(number: signal.Signals, old_effect: list[int]) -> None:
+    with Stop() as stop:
+        assert stop.asked == ""
+        signal.raise_signal(number)
+        assert stop.asked == number.name
+    assert old_effect == []
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("second", SIGNALS)
+def test_the_second_has_its_old_effect(
+    first: signal.Signals, second: signal.Signals, old_effect: list[int]
+) -> None:
+    with Stop() as stop:
+        signal.raise_signal(first)
+        signal.raise_signal(second)
+    assert old_effect == [second]
+    assert stop.asked == first.name
+
+
+def test_a_second_ctrl_c_interrupts_as_ever(old_effect: list[int]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert stop.asked == "SIGINT"
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_outside_signals_have_their_old_effect(asked: bool, old_effect: list[int]) -> None:
+    def work() -> None:
+        with Stop():
+            if asked:
+                signal.raise_signal(signal.SIGTERM)
+            raise RuntimeError("the work failed")
+
+    with pytest.raises(RuntimeError, match="the work failed"):
+        work()
+    for number in SIGNALS:
+        signal.raise_signal(number)
+    assert old_effect == list(SIGNALS)
