@@ -185,15 +185,35 @@ def test_text_needs_a_tokenizer_and_a_run_must_be_one(mute: str, tmp_path: Path)
             main(argv)
 
 
-def test_the_program_streams_to_a_pipe_and_keeps_what_it_compiled(run: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lechat_jax.generate", run, "--prompt", "Hi", "--max-tokens"]
-    done = subprocess.run(
-        [*command, "4"],
-        capture_output=True,
+def test_ctrl_c_ends_it_without_a_traceback(
+    run: str, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "stream", interrupted)
+    assert main([run]) == 130
+
+
+def program(run: str, cache: Path, *flags: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lechat_jax.generate", run, "--prompt", "Hi", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         cwd=ROOT,
-        env={**os.environ, "LECHAT_CACHE": str(tmp_path / "cache")},
-        timeout=240,
+        env={**os.environ, "LECHAT_CACHE": str(cache)},
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.decode().startswith("Hi")
+
+
+def test_the_program_streams_until_nobody_reads_and_keeps_what_it_compiled(
+    run: str, tmp_path: Path
+) -> None:
+    with program(run, tmp_path / "cache", "--max-tokens", "1000000", "--ignore-eos") as talking:
+        assert talking.stdout is not None
+        assert talking.stderr is not None
+        assert talking.stdout.read(2) == b"Hi"
+        assert len(talking.stdout.read(100)) == 100  # long before the end
+        talking.stdout.close()
+        assert talking.wait(timeout=240) == 141
+        assert talking.stderr.read() == b""
     assert any((tmp_path / "cache" / "jax").iterdir())

@@ -275,4 +275,4 @@ def test_ten_thousand_tokens_take_the_memory_of_a_hundred() -> None:
     """Each token has 16 kB of keys and values; 10,000 of them would be 165 MB."""
     few, many = peak_memory("window", 100), peak_memory("window", 10_000)
     assert abs(many - few) < 0.05 * few
-    assert peak_memory("full", 100) > few + 150_000  # room for all of them would be seen
+    assert peak_memory("full", 2) > few + 150_000  # room for all of them would be seen

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lechat_jax.mask import window_mask
 
-POSITIONS = st.lists(st.integers(-1, 12), min_size=1, max_size=8)
+POSITIONS = st.lists(st.integers(-1, 12), min_size=6, max_size=6)
 
 
 def sees(q_pos: list[int], k_pos: list[int], window: int | None) -> list[list[int]]:
