@@ -46,9 +46,7 @@ class Ring(NamedTuple):
         """Number of slots S."""
         return self.position.shape[1]
 
-    def claim(
-        self, cursor: Int[Array, ""], positions: Int[Array, "B T"], window: Window = None
-    ) -> "Ring":
+    def claim(self, cursor: Int[Array, ""], positions: Int[Array, "B T"], window: Window) -> "Ring":
         """The ring with the next T slots holding these positions (`EMPTY` for padding).
 
         Raises:

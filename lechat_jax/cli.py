@@ -1,5 +1,6 @@
 """How every command line of lechat reads its flags and reports what is wrong with them."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
@@ -30,9 +31,19 @@ def parse(options: type[Args], prog: str, description: str, argv: Sequence[str] 
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Exits with what `main` returns, and with 2 and one line when the input is bad."""
+    """Exits with what `main` returns, and without a traceback for what is no fault of ours.
+
+    Bad input is one line and exit code 2. Ctrl-C and a reader that has gone (as `head`
+    does) end it quietly, with what a shell makes of SIGINT and SIGPIPE.
+    """
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
+        code = 141
+    sys.exit(code)

@@ -29,7 +29,7 @@ class Display:
             transient=True,
             disable=not self.console.is_terminal,
         )
-        self._task = self._bar.add_task("training", total=total, status="compiling")
+        self._task = self._bar.add_task("starting", total=None, status="")
 
     def __enter__(self) -> "Display":
         self._bar.start()
@@ -69,6 +69,10 @@ class Display:
             self._last = time.monotonic()
             self.say(f"step {step}{of} · {status}")
 
+    def wait(self, what: str) -> None:
+        """Shows, in a terminal, that something goes on whose end is not known."""
+        self._bar.update(self._task, completed=0, total=None, description=what, status="")
+
     def work(self, what: str, done: int, total: int) -> None:
         """Shows how far a part beside training is, such as the final evaluation."""
         if self.console.is_terminal:
@@ -83,7 +87,7 @@ class Display:
 def clock(seconds: float) -> str:
     """A duration as minutes and seconds.
 
-    >>> clock(75.4), clock(3671)
+    >>> clock(75.4), clock(3671.0)
     ('1:15', '1:01:11')
     """
     minutes, seconds = divmod(round(seconds), 60)

@@ -67,17 +67,6 @@ class GenerateConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Generates as the flags say; see `--help`."""
     options = cli.parse(GenerateConfig, "python -m lechat_jax.generate", __doc__ or "", argv)
-    try:
-        _generate(options)
-    except KeyboardInterrupt:
-        return 130  # as a shell counts signals: 128 + SIGINT
-    except BrokenPipeError:  # whoever reads has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
-        return 141
-    return 0
-
-
-def _generate(options: GenerateConfig) -> None:
     sampling = Sampling(
         options.temperature, options.top_k, options.top_p, options.min_p, options.seed
     )
@@ -102,6 +91,7 @@ def _generate(options: GenerateConfig) -> None:
     _report(options, timed, samples)
     if options.json:
         _write(options.json, samples, timed.tokens_per_s)
+    return 0
 
 
 class Timed:

@@ -184,11 +184,11 @@ class Mistral(nnx.Module):
         x = self.embed.kernel[...][tokens]
         turn = self._turn(positions, x.dtype)
         cursor = cache.cursor
-        cache = Cache(tuple(ring.claim(cursor, positions) for ring in cache.rings), cursor)
-        masks = [
-            window_mask(positions, ring.position, window)
-            for ring, window in zip(cache.rings, distinct_windows(self.config), strict=True)
-        ]
+        rings, masks = [], []
+        for ring, window in zip(cache.rings, distinct_windows(self.config), strict=True):
+            rings.append(ring.claim(cursor, positions, window))
+            masks.append(window_mask(positions, rings[-1].position, window))
+        cache = Cache(tuple(rings), cursor)
         for block, place in zip(self.blocks, places(self.config), strict=True):
             mix = functools.partial(_mix_cached, place=place, mask=masks[place.ring])
             x, cache = block(x, turn, mix, cache)

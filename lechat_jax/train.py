@@ -11,7 +11,7 @@ from lechat_jax import cli
 from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.corpus import Corpus, load_corpus
-from lechat_jax.data import load_tokens
+from lechat_jax.data import Batches, load_tokens
 from lechat_jax.display import Display, clock
 from lechat_jax.errors import BadInput
 from lechat_jax.options import TrainConfig
@@ -47,11 +47,12 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
     )
     if tokens.note:
         display.say(f"note: {tokens.note}")
+    shape = options.shape(jax.default_backend())
+    batches = Batches(len(tokens.train), shape.block, shape.batch, options.seed)
     run = old.run if old else _new_run(options, config, corpus, tokenizer)
     if options.tensorboard:
         run.mirror_to_tensorboard()
-    trainer = Trainer(run, config, options, tokens, tokenizer, display)
-    shape = options.shape(jax.default_backend())
+    trainer = Trainer(run, config, options, tokens, tokenizer, batches, display)
     display.say(
         f"model: {options.preset}, {config.n_params:,} parameters, "
         f"window {config.sliding_window or 'full'}\n"
@@ -120,27 +121,33 @@ def finish(trainer: Trainer, display: Display) -> None:
     )
 
 
+def pause(trainer: Trainer, signal: str, display: Display) -> None:
+    """The samples, the curve and the way on of a run that was asked to stop."""
+    trainer.sample()
+    trainer.run.draw()
+    display.say(
+        f"stopped by {signal} after step {trainer.step}, saved; continue with\n"
+        f"  python -m lechat_jax.train --resume {trainer.run.folder}"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The main job; see `--help`."""
     asked = cli.parse(TrainConfig, "python -m lechat_jax.train", __doc__ or "", argv)
     enable_compilation_cache()
-    display = Display(None)
-    trainer = set_up(asked, display)
-    try:
-        with display, Stop() as stop:
-            trainer.train(stop)
-    except Diverged as error:
-        display.say(f"stopped: {error}", style="red")
-        return 1
-    if trainer.step == trainer.total:
-        finish(trainer, display)
-    else:
-        trainer.sample()
-        trainer.run.draw()
-        display.say(
-            f"stopped by {stop.asked} after step {trainer.step}, saved; continue with\n"
-            f"  python -m lechat_jax.train --resume {trainer.run.folder}"
-        )
+    with Display(None) as display:
+        trainer = set_up(asked, display)
+        display.total = trainer.total
+        try:
+            with Stop() as stop:
+                trainer.train(stop)
+        except Diverged as error:
+            display.say(f"stopped: {error}", style="red")
+            return 1
+        if trainer.step == trainer.total:
+            finish(trainer, display)
+        else:
+            pause(trainer, stop.asked, display)
     return 0
 
 

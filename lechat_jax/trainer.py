@@ -52,17 +52,17 @@ class Trainer:
         options: TrainConfig,
         tokens: Tokens,
         tokenizer: Tokenizer,
+        batches: Batches,
         display: Display,
     ) -> None:
         self.run, self.config, self.options = run, config, options
-        self.tokens, self.tokenizer, self.display = tokens, tokenizer, display
+        self.tokens, self.tokenizer = tokens, tokenizer
+        self.batches, self.display = batches, display
         self.checkpoints = Checkpoints(run.checkpoints)
         on_cpu = jax.default_backend() == "cpu"
-        shape = options.shape(jax.default_backend())
-        self.batches = Batches(len(tokens.train), shape.block, shape.batch, options.seed)
         self.step_options = StepOptions(
-            block=shape.block,
-            dtype=shape.dtype,
+            block=batches.block,
+            dtype=options.shape(jax.default_backend()).dtype,
             learning_rate=options.learning_rate,
         )
         self.calls = 4 if on_cpu else 32  # steps in one call of the device
@@ -126,6 +126,7 @@ class Trainer:
         Raises:
             Diverged: the loss is NaN or infinite.
         """
+        self.display.wait("compiling")
         stream = jnp.asarray(self.tokens.train)
         timed: list[float] = []
         saved = time.monotonic()

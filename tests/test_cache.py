@@ -33,7 +33,7 @@ def ring_of(slots: int, n_layers: int = 1, batch: int = 1) -> Ring:
 def put(ring: Ring, cursor: int, positions: list[int], layer: int = 0) -> Ring:
     """One chunk of one row: the key at position p is p + 0.25, the value p + 0.5."""
     at = jnp.asarray(cursor)
-    ring = ring.claim(at, jnp.array([positions]))
+    ring = ring.claim(at, jnp.array([positions]), None)
     x = jnp.array(positions, jnp.float32)[None, :, None, None]
     return ring.write(layer, at, x + 0.25, x + 0.5)
 

@@ -192,7 +192,9 @@ def test_ctrl_c_ends_it_without_a_traceback(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Generator, "stream", interrupted)
-    assert main([run]) == 130
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: main([run]))
+    assert stop.value.code == 130
 
 
 def program(run: str, cache: Path, *flags: str) -> subprocess.Popen[bytes]:

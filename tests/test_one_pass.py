@@ -16,7 +16,7 @@ import pytest
 
 from lechat_jax import cache
 from lechat_jax.cache import Ring
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import MistralConfig, Window
 from lechat_jax.continuation import Sample
 from lechat_jax.generator import Generator
 from lechat_jax.model import Mistral, Weights, bind, weights_of
@@ -106,8 +106,8 @@ def test_a_ring_that_is_too_small_would_be_seen(
     model = lively(dataclasses.replace(tiny, n_layers=2))
     claim = cache.Ring.claim
 
-    def unguarded(ring: Ring, cursor: jax.Array, positions: jax.Array, _: Any = None) -> Ring:
-        return claim(ring, cursor, positions)
+    def unguarded(ring: Ring, cursor: jax.Array, positions: jax.Array, _: Window) -> Ring:
+        return claim(ring, cursor, positions, None)
 
     def with_slots(slots: int) -> float:
         monkeypatch.setattr(cache, "capacity", lambda window, chunk, context: slots)

@@ -175,6 +175,7 @@ BAD = {
     "an empty text": (["--data", "empty.txt"], "empty.txt"),
     "a text that is too short": (["--data", "short.txt"], "short"),
     "a block of one": (["--block", "1"], "--block must be at least 2"),
+    "a block longer than the text": (["--block", "99999"], "a block of 99999 needs 100000"),
     "a window of nothing": (["--sliding-window", "0"], "sliding_window must be at least 1"),
     "heads that do not group": (["--n-heads", "8", "--n-kv-heads", "3"], "divisible"),
     "an unknown preset": (["--preset", "gpt"], "unknown preset 'gpt'"),
