@@ -10,6 +10,7 @@ runs/<name>/
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,25 +139,32 @@ class Run:
         self.write(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
 
     def draw(self) -> Path:
-        """`loss.png`: training loss in nats a token and validation in bits a byte, by step."""
+        """`loss.png`: training loss in nats a token and validation in bits a byte, by step.
+
+        Scores on the way are of fewer held-out tokens than the last one, and so no one line.
+        """
         from matplotlib.figure import Figure  # half a second, and only needed here
 
         rows = list(self.metrics())
         train = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
-        val = [(row["step"], row["val/bpb"]) for row in rows if "val/bpb" in row]
+        scores = [row for row in rows if "val/bpb" in row]
+        sizes = {row["val/tokens"] for row in scores}
+        most = max(sizes) if len(sizes) > 1 else math.inf  # a run that was stopped has one size
         figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
-        axes = figure.add_subplot(xlabel="step", ylabel="training loss (nats per token)")
-        if train:
-            axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1)
+        axes = figure.add_subplot(xlabel="step")
+        axes.set_ylabel("training loss (nats per token)", color="tab:blue")
         bits = axes.twinx()
-        bits.set_ylabel("validation (bits per byte)")
-        if val:
-            bits.plot(*zip(*val, strict=True), "o-", color="tab:orange", markersize=4)
-            bits.annotate(
-                f"{val[-1][1]:.3f}", val[-1], xytext=(0, 8), textcoords="offset points", ha="right"
-            )
-        axes.spines["top"].set_visible(False)
-        bits.spines["top"].set_visible(False)
+        bits.set_ylabel("validation (bits per byte)", color="tab:orange")
+        if train:
+            axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=0.8)
+        if part := [(r["step"], r["val/bpb"]) for r in scores if r["val/tokens"] < most]:
+            bits.plot(*zip(*part, strict=True), "o-", color="tab:orange", label="on the way")
+        if full := [(r["step"], r["val/bpb"]) for r in scores if r["val/tokens"] == most]:
+            label = f"{full[-1][1]:.3f} on all {most:,} held-out tokens"
+            bits.plot(*zip(*full, strict=True), "*", color="tab:red", markersize=12, label=label)
+            bits.legend(frameon=False)
+        for side in (axes, bits):
+            side.spines["top"].set_visible(False)
         path = self.folder / CURVE
         beside = path.with_name(f".{CURVE}.partial")
         figure.savefig(beside, format="png")

@@ -20,7 +20,7 @@ CONFIG = {"model": {"dim": 40}, "train": {"steps": 3}}
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "time_s": 0.5, "tokens": 24, "train/loss": 4.5},
     {"step": 2, "time_s": 1.0, "tokens": 48, "train/loss": 4.25, "train/tokens_per_sec": 9.0},
-    {"step": 2, "time_s": 1.5, "tokens": 48, "val/loss": 4.0, "val/bpb": 1.5},
+    {"step": 2, "time_s": 1.5, "tokens": 48, "val/loss": 4.0, "val/bpb": 1.5, "val/tokens": 8192},
     {"step": 3, "time_s": 2.0, "tokens": 72, "train/loss": 3.5},
 ]
 
@@ -228,6 +228,7 @@ run.log({ROWS!r})
         (2, "train/tokens_per_sec", 9.0),
         (2, "val/bpb", 1.5),
         (2, "val/loss", 4.0),
+        (2, "val/tokens", 8192.0),
         (3, "train/loss", 3.5),
     ]
     assert list(run.metrics()) == ROWS
