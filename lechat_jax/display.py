@@ -71,7 +71,8 @@ class Display:
 
     def wait(self, what: str) -> None:
         """Shows, in a terminal, that something goes on whose end is not known."""
-        self._bar.update(self._task, completed=0, total=None, description=what, status="")
+        self._bar.remove_task(self._task)  # since no update makes a known total unknown again
+        self._task = self._bar.add_task(what, total=None, status="")
 
     def work(self, what: str, done: int, total: int) -> None:
         """Shows how far a part beside training is, such as the final evaluation."""
