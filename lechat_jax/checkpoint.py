@@ -101,7 +101,7 @@ class Checkpoints:
             (partial / "new").rename(self._at(step))
             sync(self.folder)
             self._prune(step)
-        except Exception as error:
+        except Exception as error:  # a full disk comes in many types; the rest is raised again
             if reason := _disk_error(error):
                 raise BadInput(
                     f"checkpoint {step} cannot be saved in {self.folder}: {reason}; older "

@@ -91,23 +91,22 @@ def test_a_run_leaves_all_that_was_promised(whole: Path) -> None:
     assert (whole / "tokenizer.model.v1").is_file()
 
 
-def test_a_run_that_was_stopped_and_killed_equals_one_that_was_not(
-    whole: Path, text: Path, tmp_path: Path
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_was_interrupted_equals_one_that_was_not(
+    sent: signal.Signals, whole: Path, text: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     process = start(folder, text)
     wait_for_checkpoint(folder, process, after=0)
-    process.send_signal(signal.SIGTERM)
-    stopped = finish(process)
-    assert stopped.returncode == 0, stopped.stderr
-    assert f"--resume {folder}" in stopped.stdout
-
-    last = max(int(p.name) for p in (folder / "checkpoints").iterdir())
-    if last < 8:  # else the signal came too late for another checkpoint on the way
-        process = start(folder)
-        wait_for_checkpoint(folder, process, after=last)
-        process.kill()
-        finish(process)
+    process.send_signal(sent)
+    ended = finish(process)
+    if sent == signal.SIGKILL:
+        assert ended.returncode == -signal.SIGKILL
+    else:
+        assert ended.returncode == 0, ended.stderr
+        assert f"stopped by {sent.name} after step" in ended.stdout
+        assert f"--resume {folder}" in ended.stdout
+    assert not (folder / "checkpoints" / "12").exists(), "it was stopped on the way"
 
     resumed = finish(start(folder))
     assert resumed.returncode == 0, resumed.stderr
