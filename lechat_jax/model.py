@@ -154,20 +154,27 @@ class Mistral(nnx.Module):
         self.head = self.embed if config.tied_embeddings else Table(config, std, rngs=rngs)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], backend: Backend | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        backend: Backend | None = None,
+        first_position: int = 0,
     ) -> Float[Array, "B T V"]:
         """Logits of the token that follows each position of whole sequences."""
-        return self.logits(self.hidden(tokens, backend))
+        return self.logits(self.hidden(tokens, backend, first_position))
 
     def hidden(
-        self, tokens: Int[Array, "B T"], backend: Backend | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        backend: Backend | None = None,
+        first_position: int = 0,
     ) -> Float[Array, "B T D"]:
-        """What the head reads at each position of whole sequences, starting at position 0.
+        """What the head reads at each position of whole sequences.
 
-        `backend` names the attention kernel; `None` takes the best for the platform.
+        `backend` names the attention kernel; `None` takes the best for the platform. The
+        sequences start at `first_position`, and nothing before it is seen.
         """
         x = self.embed.kernel[...][tokens]
-        turn = self._turn(jnp.arange(tokens.shape[1])[None], x.dtype)
+        turn = self._turn(first_position + jnp.arange(tokens.shape[1])[None], x.dtype)
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             mix = functools.partial(_mix_whole, window=window, backend=backend)
             x, _ = block(x, turn, mix, None)

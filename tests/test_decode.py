@@ -13,7 +13,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.decode import MOST, DecodeState, Produced, Request, decode, left_padded, prefill
 from lechat_jax.model import Weights, weights_of
 from lechat_jax.sampling import Sampling
-from tests.models import lively
+from parity.lively import lively
 
 
 def test_prompts_are_padded_on_the_left_to_whole_chunks_without_their_last_token() -> None:

@@ -19,7 +19,7 @@ from lechat_jax.model import weights_of
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer
-from tests.models import lively
+from parity.lively import lively
 
 ROOT = Path(__file__).parent.parent
 Output = pytest.CaptureFixture[str]

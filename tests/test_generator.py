@@ -25,7 +25,7 @@ from lechat_jax.model import weights_of
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer
-from tests.models import lively
+from parity.lively import lively
 
 ROOT = Path(__file__).parent.parent
 GREEDY = Sampling(temperature=0)
@@ -245,7 +245,7 @@ import sys
 from pathlib import Path
 from lechat_jax.config import MistralConfig
 from lechat_jax.generator import Generator
-from tests.models import lively
+from parity.lively import lively
 
 config = MistralConfig(
     dim=16, n_layers=2, n_heads=8, n_kv_heads=8, head_dim=128, hidden_dim=16, vocab_size=97,

@@ -21,7 +21,7 @@ from lechat_jax.continuation import Sample
 from lechat_jax.generator import Generator
 from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.sampling import Sampling
-from tests.models import lively
+from parity.lively import lively
 
 W = 7
 LENGTHS = (W - 1, W, W + 1, 2 * W + 3)

@@ -1,4 +1,4 @@
-"""Small models in which everything matters, for whoever compares two ways to run one."""
+"""Random models in which everything matters, for whoever compares two ways to run one."""
 
 import math
 
