@@ -1,0 +1,260 @@
+"""Tensors in safetensors files: read where they lie, written a slab at a time.
+
+A 7B model is 14.5 GB, so nothing here holds one: a tensor that is read is a view into a map
+of its file, and a tensor that is written passes in pieces of a few megabytes.
+
+A checkpoint is `<stem>.safetensors`, or shards and the index that names them. Other files
+are never looked for: a repository often holds the same weights twice, in two formats.
+"""
+
+import collections
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+
+from lechat_jax.errors import BadInput
+from lechat_jax.headers import DTYPES, TensorInfo, read_header, read_index
+from lechat_jax.manifest import sync
+
+SLAB = 1 << 22  # bytes at once: what was just checked is still in the cache to be written
+AHEAD = 8  # slabs that may be written before they are hashed
+
+Wanted = tuple[str, np.dtype, tuple[int, ...]]
+Read = Callable[[str], Shaped[np.ndarray, "..."]]
+
+
+class TensorFiles(Mapping[str, TensorInfo]):
+    """The tensors of one checkpoint by name, in the order in which they lie on the disk."""
+
+    def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
+        self._infos = dict(sorted(infos.items(), key=lambda item: (item[1].path, item[1].start)))
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    @classmethod
+    def open(cls, folder: Path, stem: str = "model") -> "TensorFiles":
+        """The checkpoint `<stem>.safetensors` of a folder, or the shards of its index.
+
+        Raises:
+            BadInput: there is none, a file is missing, damaged or something else under this
+                name, the index and the shards disagree, or a shard lies outside the folder.
+        """
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if single.is_file():
+            return cls(read_header(folder, single.name))
+        if not index.is_file():
+            raise BadInput(f"{folder} has neither {single.name} nor {index.name}")
+        weight_map = read_index(index)
+        infos: dict[str, TensorInfo] = {}
+        for shard in sorted(set(weight_map.values())):
+            for name, info in read_header(folder, shard).items():
+                if name in infos:
+                    raise BadInput(
+                        f"{name} is in two shards, {infos[name].path.name} and {shard}; "
+                        f"download {folder} again"
+                    )
+                infos[name] = info
+        for name in sorted(weight_map.keys() | infos.keys()):
+            listed, found = weight_map.get(name), infos.get(name)
+            if listed is None and found is not None:
+                raise BadInput(f"{found.path} has {name}, which {index.name} does not list")
+            if found is None or found.path.name != listed:
+                raise BadInput(f"{folder / str(listed)} lacks {name}, which {index.name} lists")
+        return cls(infos)
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._infos[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files, in order."""
+        return tuple(dict.fromkeys(info.path for info in self._infos.values()))
+
+    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
+        """The tensor as a read-only view into the file: nothing is copied, it is read when used.
+
+        The file stays mapped as long as a view of it lives.
+        """
+        info = self._infos[name]
+        if info.path not in self._maps:
+            with info.path.open("rb") as file:
+                self._maps[info.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.ndarray(info.shape, info.dtype, self._maps[info.path], info.start)
+
+    def release(self) -> None:
+        """Gives back the memory of what was read so far; views stay valid and read it again."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def write_tensors(
+    folder: Path,
+    stem: str,
+    infos: Sequence[Wanted],
+    read: Read,
+    *,
+    shard_bytes: int | None,
+    metadata: Mapping[str, str],
+    on_bytes: Callable[[int], None] | None = None,
+    on_slab: Callable[[str, Shaped[np.ndarray, "..."]], None] | None = None,
+    on_file: Callable[[Path, str], None] | None = None,
+) -> list[Path]:
+    """The files of a new checkpoint, synced to disk, with the index last if there is one.
+
+    Memory holds one tensor at most, and none where `read` gives views of a file. The folder
+    is the caller's, who makes it visible when all is done; what fails leaves its part there.
+
+    Args:
+        folder: an existing folder that nobody reads yet.
+        stem: gives `<stem>.safetensors`, or `<stem>-00001-of-00002.safetensors` and an index.
+        infos: name, dtype and shape of each tensor, in the order in which they are written.
+        read: gives a tensor by name. One of another dtype is cast, slab by slab.
+        shard_bytes: most bytes of tensors in a file, unless one alone has more; `None` for
+            a single file.
+        metadata: goes into each file; Hugging Face's libraries want `{"format": "pt"}`.
+        on_bytes: told how many more bytes were written.
+        on_slab: given each piece of each tensor, flat, before it is written; it may raise.
+        on_file: told each finished file and its SHA-256 in hexadecimal.
+
+    Raises:
+        BadInput: a tensor has another shape, or the folder cannot be written.
+    """
+    paths = []
+    shards = _shards(infos, shard_bytes)
+
+    def pieces(shard: Sequence[Wanted]) -> Iterator[memoryview]:
+        yield memoryview(_header(shard, metadata))
+        for name, dtype, shape in shard:
+            for piece in _slabs(name, read(name), dtype, shape):
+                if on_slab:
+                    on_slab(name, piece)
+                yield piece.view(np.uint8).data
+
+    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as syncer:
+        synced = []
+        for i, shard in enumerate(shards, 1):
+            part = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+            path = folder / f"{stem}{part}.safetensors"
+            digest = _write(path, pieces(shard), hasher if on_file else None, on_bytes)
+            if on_file:
+                on_file(path, digest)
+            synced.append(syncer.submit(_sync, path))  # while the next one is written
+            paths.append(path)
+        for done in synced:
+            done.result()
+    if len(shards) > 1:
+        index = folder / f"{stem}.safetensors.index.json"
+        text = _index(shards, paths)
+        _write(index, iter([memoryview(text)]), None, None)
+        if on_file:
+            on_file(index, hashlib.sha256(text).hexdigest())
+        _sync(index)
+        paths.append(index)
+    return paths
+
+
+def _write(
+    path: Path,
+    pieces: Iterator[memoryview],
+    hasher: ThreadPoolExecutor | None,
+    on_bytes: Callable[[int], None] | None,
+) -> str:
+    """The SHA-256 of the file that was written, hashed by another thread meanwhile."""
+    sha = hashlib.sha256()
+    hashing: collections.deque[Future[None]] = collections.deque()
+    with _writing(path), path.open("wb", buffering=0) as file:
+        for piece in pieces:
+            if hasher:
+                hashing.append(hasher.submit(sha.update, piece))
+            rest = piece
+            while rest:  # a write may take less than it is given
+                rest = rest[file.write(rest) :]
+            if len(hashing) > AHEAD:
+                hashing.popleft().result()
+            if on_bytes:
+                on_bytes(len(piece))
+    for done in hashing:
+        done.result()
+    return sha.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    with _writing(path):
+        sync(path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says which file cannot be written, and why: most often the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"cannot write {error.filename or path}: {error.strerror}") from error
+
+
+def _shards(infos: Sequence[Wanted], shard_bytes: int | None) -> list[list[Wanted]]:
+    """The tensors in files, in order, each as full as the limit allows."""
+    shards: list[list[Wanted]] = [[]]
+    size = 0
+    for info in infos:
+        if shards[-1] and shard_bytes is not None and size + _nbytes(info) > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(info)
+        size += _nbytes(info)
+    return shards
+
+
+def _slabs(
+    name: str, array: Shaped[np.ndarray, "..."], dtype: np.dtype, shape: tuple[int, ...]
+) -> Iterator[Shaped[np.ndarray, "..."]]:
+    """The array in flat pieces of `SLAB` bytes, of the dtype wanted."""
+    if array.shape != shape:
+        raise BadInput(f"{name} has the shape {list(array.shape)} instead of {list(shape)}")
+    flat = np.ascontiguousarray(array).reshape(-1)
+    n = SLAB // max(array.itemsize, dtype.itemsize)
+    for start in range(0, flat.size, n):
+        with np.errstate(over="ignore"):  # it becomes infinite, which `on_slab` may refuse
+            yield flat[start : start + n].astype(dtype, copy=False)
+
+
+def _header(infos: Sequence[Wanted], metadata: Mapping[str, str]) -> bytes:
+    """Length and header of a file, padded to 8 bytes, so that a map of it is aligned."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for info in infos:
+        name, dtype, shape = info
+        start, end = end, end + _nbytes(info)
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _index(shards: Sequence[Sequence[Wanted]], paths: Sequence[Path]) -> bytes:
+    """The text of the index."""
+    weight_map = {
+        name: path.name for shard, path in zip(shards, paths, strict=True) for name, _, _ in shard
+    }
+    total = sum(_nbytes(info) for shard in shards for info in shard)
+    found = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return (json.dumps(found, indent=2) + "\n").encode()
+
+
+def _nbytes(info: Wanted) -> int:
+    return math.prod(info[2]) * info[1].itemsize
