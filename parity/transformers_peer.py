@@ -15,8 +15,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from parity.formats import to_format
 from parity.learners import FOREVER, AdamW, Lesson, NotCompiled
 from parity.measure import cores, in_turn
+from parity.names import rows
 
 AttentionName = Literal["eager", "sdpa"]
 PROBES = 3  # timed steps of each attention before one is chosen
@@ -29,43 +31,14 @@ class Chosen(NamedTuple):
     why: str
 
 
-def hugging_face_name(name: str) -> str:
-    """A weight's name in transformers, from its name in lechat.
-
-    >>> hugging_face_name("blocks.3.attn.q.kernel"), hugging_face_name("norm.scale")
-    ('model.layers.3.self_attn.q_proj.weight', 'model.norm.weight')
-    """
-    match name.split("."):
-        case ["embed", "kernel"]:
-            return "model.embed_tokens.weight"
-        case ["head", "kernel"]:
-            return "lm_head.weight"
-        case ["norm", "scale"]:
-            return "model.norm.weight"
-        case ["blocks", i, "attn_norm", "scale"]:
-            return f"model.layers.{i}.input_layernorm.weight"
-        case ["blocks", i, "mlp_norm", "scale"]:
-            return f"model.layers.{i}.post_attention_layernorm.weight"
-        case ["blocks", i, "attn", kernel, "kernel"]:
-            return f"model.layers.{i}.self_attn.{kernel}_proj.weight"
-        case ["blocks", i, "mlp", kernel, "kernel"]:
-            return f"model.layers.{i}.mlp.{kernel}_proj.weight"
-    raise BadInput(f"{name} is no weight of a Mistral")
-
-
 def to_transformers(
-    weights: Mapping[str, Float[np.ndarray, "..."]],
+    config: MistralConfig, weights: Mapping[str, Float[np.ndarray, "..."]]
 ) -> dict[str, Float[torch.Tensor, "..."]]:
-    """The weights under transformers' names, the head axes flattened into one.
-
-    Both keep output axes first and contract the last, so nothing is transposed.
-    """
-    tensors = {}
-    for name, leaf in weights.items():
-        is_output = name.endswith(".attn.o.kernel")  # D N H; the others N H D or a matrix
-        flat = leaf.reshape(leaf.shape[0], -1) if is_output else leaf.reshape(-1, leaf.shape[-1])
-        tensors[hugging_face_name(name)] = torch.from_numpy(flat if leaf.ndim > 1 else leaf)
-    return tensors
+    """The weights under transformers' names and in its shapes; nothing is copied."""
+    return {
+        row.hf: torch.from_numpy(to_format(weights[name], config, "hf", row))
+        for name, row in rows(config).items()
+    }
 
 
 def build(
@@ -94,7 +67,7 @@ def build(
     )
     with device():
         model = transformers.MistralForCausalLM(words)
-    tensors = to_transformers(weights)
+    tensors = to_transformers(config, weights)
     if config.tied_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors)
@@ -157,8 +130,8 @@ class Peer:
             NotCompiled: `torch.compile` does not work here.
         """
         losses = []
-        for rows in torch.from_numpy(self.lesson.rows(self.step, n)).to(self.device):
-            losses.append(self._backward(rows))
+        for batch in torch.from_numpy(self.lesson.rows(self.step, n)).to(self.device):
+            losses.append(self._backward(batch))
             for group in self.optimizer.param_groups:
                 group["lr"] = self.adamw.rate * self.adamw.share_of_rate(self.step, total)
             self.optimizer.step()

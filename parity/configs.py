@@ -1,0 +1,246 @@
+"""A model's shape in the words of each format, both ways.
+
+What decides the arithmetic is read or refused by name, never skipped. What a format defines
+for an absent field is taken from that format's own program; where its programs disagree, as
+on an absent `rope_theta` in `params.json`, the user is asked.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lechat_jax.config import MistralConfig, Window
+from lechat_jax.errors import BadInput
+
+Fields = Mapping[str, Any]
+
+# Hugging Face's words for the fields that are the same under another name.
+WORDS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+}
+# What transformers' MistralConfig and MinistralConfig take for what a config leaves out.
+ABSENT = {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096}
+DEFAULT_THETA = 1e4  # transformers', when neither rope_theta nor rope_parameters has one
+SLIDING, FULL = "sliding_attention", "full_attention"
+CLASSES = {"mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
+POSITIONS = "32768"  # max_position_embeddings of all 7B models, where the source had none
+
+# In params.json: what says nothing about the arithmetic, or only this.
+TOLERATED: dict[str, Callable[[Any], bool]] = {
+    "max_seq_len": lambda value: True,
+    "max_position_embeddings": lambda value: True,
+    "max_batch_size": lambda value: True,
+    "dtype": lambda value: True,
+    "model_type": lambda value: value == "transformer",
+    "activation": lambda value: value == "silu",
+    "causal": lambda value: value is True,
+}
+
+
+def from_hugging_face(fields: Fields, where: object) -> MistralConfig:
+    """The model that a `config.json` of transformers 4 or 5 describes.
+
+    Raises:
+        BadInput: it is no Mistral, or one with parts that lechat does not have.
+    """
+    kind = fields.get("model_type")
+    if kind not in CLASSES:
+        raise BadInput(
+            f"{where} has the model_type {kind!r}; only {' and '.join(CLASSES)} are read here"
+        )
+    _refuse_hugging_face(fields, where)
+    optional = {*ABSENT, "head_dim"}
+    if lacking := [key for key in WORDS.values() if key not in fields and key not in optional]:
+        raise BadInput(f"{where} lacks {', '.join(lacking)}")
+    fields = ABSENT | dict(fields)
+    found = {ours: fields.get(theirs) for ours, theirs in WORDS.items()}
+    if found["head_dim"] is None:
+        found["head_dim"] = _quotient(fields["hidden_size"], fields["num_attention_heads"], where)
+    if found["n_kv_heads"] is None:
+        found["n_kv_heads"] = found["n_heads"]
+    found["rope_theta"] = _theta(fields, where)
+    found["tied_embeddings"] = fields.get("tie_word_embeddings", False)
+    found["sliding_window"] = _windows(fields, where)
+    return _config(found, where)
+
+
+def to_hugging_face(
+    config: MistralConfig, dtype: str, positions: int, bos_id: int, eos_id: int
+) -> dict[str, Any]:
+    """A `config.json` that transformers 4 and 5 read as this model.
+
+    Raises:
+        BadInput: the layers have windows of several sizes, for which transformers has no word.
+    """
+    sizes = {window for window in config.windows if window is not None}
+    if len(sizes) > 1:
+        raise BadInput(
+            f"the layers have windows of {len(sizes)} sizes ({sorted(sizes)}) and transformers' "
+            "Ministral has one; convert to --to mistral or --to lechat instead"
+        )
+    is_mixed = None in config.windows and bool(sizes)
+    kind = "ministral" if is_mixed else "mistral"
+    layers = [FULL if window is None else SLIDING for window in config.windows]
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return {
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
+        **{theirs: getattr(config, ours) for ours, theirs in WORDS.items()},
+        "sliding_window": sizes.pop() if sizes else None,
+        **({"layer_types": layers} if is_mixed else {}),
+        "tie_word_embeddings": config.tied_embeddings,
+        "rope_parameters": rope,  # transformers 5
+        "rope_theta": config.rope_theta,  # transformers 4
+        "dtype": dtype,
+        "torch_dtype": dtype,  # transformers 4
+        "max_position_embeddings": positions,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+    }
+
+
+def from_params(fields: Fields, where: object, rope_theta: float | None) -> MistralConfig:
+    """The model that a `params.json` of Mistral's describes.
+
+    Args:
+        fields: the JSON object.
+        where: for messages.
+        rope_theta: for an old file without one; Mistral's own program has taken 1e4 and 1e6
+            for that at different times, so nothing is assumed.
+
+    Raises:
+        BadInput: it has parts that lechat does not have, or no `rope_theta`.
+    """
+    found = {name: fields[name] for name in WORDS if name in fields}
+    known = {*found, "rope_theta", "sliding_window", "_sliding_window", "tied_embeddings"}
+    for key in fields.keys() - known:
+        value = fields[key]
+        if value not in (None, False, {}) and not TOLERATED.get(key, lambda _: False)(value):
+            raise BadInput(f"{where} has {key} = {_short(value)}, which lechat does not support")
+    found["n_kv_heads"] = found.get("n_kv_heads", found.get("n_heads"))
+    found["tied_embeddings"] = fields.get("tied_embeddings") or False
+    window = fields.get("sliding_window", fields.get("_sliding_window"))
+    found["sliding_window"] = _pattern(window, fields.get("n_layers"), where)
+    theta = fields.get("rope_theta")
+    if theta is None and rope_theta is None:
+        raise BadInput(
+            f"{where} does not say rope_theta, on which releases differ; pass "
+            "--rope-theta 10000 for Mistral-7B v0.1, --rope-theta 1000000 for v0.2 and later"
+        )
+    if None not in (theta, rope_theta) and theta != rope_theta:
+        raise BadInput(f"{where} has rope_theta {_short(theta)}; leave out --rope-theta")
+    found["rope_theta"] = rope_theta if theta is None else theta
+    return _config(found, where)
+
+
+def to_params(config: MistralConfig) -> dict[str, Any]:
+    """A `params.json` for Mistral's own program; full attention and an untied head go unsaid."""
+    fields = config.to_dict()
+    if fields["sliding_window"] is None:
+        del fields["sliding_window"]
+    if not fields["tied_embeddings"]:
+        del fields["tied_embeddings"]
+    return fields
+
+
+def _config(found: dict[str, Any], where: object) -> MistralConfig:
+    """The config, with the file named when it is a bad one."""
+    try:
+        return MistralConfig.from_dict(found)
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
+
+
+def _refuse_hugging_face(fields: Fields, where: object) -> None:
+    """Raises `BadInput` for the first field that asks for what lechat does not have."""
+    for key in ("quantization_config", "attention_bias", "mlp_bias", "num_local_experts"):
+        if fields.get(key):
+            raise BadInput(
+                f"{where} has {key} = {_short(fields[key])}, which lechat does not support"
+            )
+    if (act := fields.get("hidden_act", "silu")) != "silu":
+        raise BadInput(f"{where} has hidden_act {act!r}; only silu is supported")
+    wanted = list(CLASSES.values())
+    classes = fields.get("architectures") or wanted
+    if not isinstance(classes, list) or not any(name in wanted for name in classes):
+        raise BadInput(f"{where} is of {_short(classes)}; only {' and '.join(wanted)} are read")
+
+
+def _theta(fields: Fields, where: object) -> Any:
+    """The base of the rotary frequencies, which transformers 5 keeps in `rope_parameters`."""
+    theta = fields.get("rope_theta")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = fields.get(key) or {}
+        if not isinstance(rope, dict):
+            raise BadInput(f"{where} has {key} = {_short(rope)}, which is no JSON object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        unknown = rope.keys() - {"rope_type", "type", "rope_theta"}
+        if kind != "default" or unknown:
+            raise BadInput(
+                f"{where} has {key} = {_short(rope)}; only plain rotary embeddings, "
+                "rope_type default, are supported"
+            )
+        theta = rope.get("rope_theta", theta)
+    return DEFAULT_THETA if theta is None else theta
+
+
+def _windows(fields: Fields, where: object) -> Any:
+    """The window, or each layer's where `layer_types` says so; transformers counts alike."""
+    window = fields["sliding_window"]
+    layers = fields.get("layer_types")
+    if layers is None:
+        return window
+    if not isinstance(layers, list) or not all(layer in (SLIDING, FULL) for layer in layers):
+        raise BadInput(f"{where} has layer_types other than {SLIDING} and {FULL}")
+    if window is None and SLIDING in layers:
+        raise BadInput(f"{where} has {SLIDING} among its layer_types but no sliding_window")
+    return _uniform([window if layer == SLIDING else None for layer in layers])
+
+
+def _pattern(window: Any, n_layers: Any, where: object) -> Any:
+    """The window of `params.json`; a list is repeated until every layer has one."""
+    if isinstance(window, str):
+        try:
+            window = json.loads(window)
+        except ValueError:
+            raise BadInput(f"{where} has sliding_window = {window!r}, which is no number") from None
+    if not isinstance(window, list):
+        return window
+    if not window or type(n_layers) is not int or n_layers % len(window):
+        raise BadInput(
+            f"{where} has a sliding_window of {len(window)} layers, which does not repeat "
+            f"evenly over its {n_layers}"
+        )
+    return _uniform(window * (n_layers // len(window)))
+
+
+def _uniform(windows: list[Window]) -> Any:
+    """One window if all layers have the same, else the list."""
+    return windows[0] if windows and windows.count(windows[0]) == len(windows) else windows
+
+
+def _quotient(dim: Any, n_heads: Any, where: object) -> int:
+    """The head width that an absent `head_dim` means."""
+    if type(dim) is not int or type(n_heads) is not int or n_heads < 1 or dim % n_heads:
+        raise BadInput(
+            f"{where} has no head_dim, and hidden_size {_short(dim)} is no multiple of "
+            f"num_attention_heads {_short(n_heads)}"
+        )
+    return dim // n_heads
+
+
+def _short(value: Any) -> str:
+    """A value in a message, cut when it is long."""
+    text = json.dumps(value)
+    return text if len(text) < 80 else f"{text[:77]}..."

@@ -1,0 +1,279 @@
+"""A config means in lechat what the format's own program makes of it, or is refused by name."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lechat_jax.config import PRESETS, MistralConfig
+from lechat_jax.errors import BadInput
+from parity.configs import from_hugging_face, from_params, to_hugging_face, to_params
+
+Fields = dict[str, Any]
+
+# As released: https://huggingface.co/mistralai/Mistral-7B-v0.1/blob/main/config.json
+V01: Fields = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+# As released in mistral-7B-v0.1.tar; it does not say rope_theta.
+V01_PARAMS: Fields = {
+    "dim": 4096,
+    "n_layers": 32,
+    "head_dim": 128,
+    "hidden_dim": 14336,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "norm_eps": 1e-05,
+    "sliding_window": 4096,
+    "vocab_size": 32000,
+}
+
+
+def without(fields: Fields, *keys: str) -> Fields:
+    return {key: value for key, value in fields.items() if key not in keys}
+
+
+def test_the_released_config_is_the_preset() -> None:
+    assert from_hugging_face(V01, "x") == PRESETS["mistral-7b-v0.1"]
+
+
+def test_the_released_params_are_the_preset_when_told_the_base() -> None:
+    assert from_params(V01_PARAMS, "x", rope_theta=1e4) == PRESETS["mistral-7b-v0.1"]
+
+
+def test_an_absent_base_in_params_is_asked_for() -> None:
+    with pytest.raises(BadInput, match=r"does not say rope_theta.*--rope-theta 10000"):
+        from_params(V01_PARAMS, "x", rope_theta=None)
+
+
+def test_a_base_that_params_has_is_not_overruled() -> None:
+    fields = {**V01_PARAMS, "rope_theta": 1e6}
+    assert from_params(fields, "x", None).rope_theta == from_params(fields, "x", 1e6).rope_theta
+    with pytest.raises(BadInput, match=r"x has rope_theta 1000000\.0; leave out --rope-theta"):
+        from_params(fields, "x", rope_theta=1e4)
+
+
+V5_ROPE: Fields = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"sliding_window": None}, {"sliding_window": None}),
+        ({"head_dim": None}, {"head_dim": 128}),
+        ({"head_dim": 64}, {"head_dim": 64}),
+        ({"num_key_value_heads": None}, {"n_kv_heads": 32}),
+        ({"tie_word_embeddings": True}, {"tied_embeddings": True}),
+        (V5_ROPE, {"rope_theta": 5e5}),
+        ({"rope_scaling": None, "rope_theta": 1e6}, {"rope_theta": 1e6}),
+        ({"rope_scaling": {"type": "default"}}, {"rope_theta": 1e4}),
+        ({"quantization_config": None, "attention_bias": False}, {}),
+        (
+            {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
+            {"n_layers": 2, "sliding_window": (None, 4096)},
+        ),
+        (
+            {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+            {"n_layers": 2, "sliding_window": None},
+        ),
+        ({"model_type": "ministral", "architectures": ["MinistralForCausalLM"]}, {}),
+    ],
+)
+def test_a_config_of_hugging_face_means(change: Fields, expected: Fields) -> None:
+    found = from_hugging_face({**V01, **change}, "x")
+    assert found == dataclasses.replace(PRESETS["mistral-7b-v0.1"], **expected)
+
+
+TINY: Fields = {
+    "model_type": "mistral",
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "vocab_size": 97,
+}
+
+
+@pytest.mark.parametrize("change", [{}, V5_ROPE, {"rope_theta": 7.0}, {"sliding_window": None}])
+def test_what_is_absent_means_what_transformers_makes_of_it(change: Fields, tmp_path: Path) -> None:
+    fields = {**TINY, **change}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    ours = from_hugging_face(fields, "x")
+    assert (ours.n_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
+    assert (ours.norm_eps, ours.sliding_window) == (theirs.rms_norm_eps, theirs.sliding_window)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.tied_embeddings == theirs.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "has the model_type 'llama'; only mistral and ministral"),
+        ({"model_type": None}, "has the model_type None"),
+        ({"architectures": ["MistralForSequenceClassification"]}, "ForSequenceClassification"),
+        ({"architectures": "MistralForCausalLM"}, "is of"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "has quantization_config"),
+        ({"attention_bias": True}, "has attention_bias = true"),
+        ({"mlp_bias": True}, "has mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "has rope_scaling = .*linear"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "has rope_parameters = .*yarn"),
+        ({"rope_parameters": {"full_attention": V5_ROPE}}, "has rope_parameters"),
+        ({"rope_parameters": {**V5_ROPE["rope_parameters"], "partial_rotary_factor": 0.5}}, "part"),
+        ({"rope_parameters": [1]}, "has rope_parameters = .* no JSON object"),
+        ({"layer_types": ["full_attention"]}, "names 1 layers|sliding_window"),
+        ({"layer_types": ["chunked_attention"] * 32}, "layer_types other than"),
+        ({"layer_types": "sliding_attention"}, "layer_types other than"),
+        ({"sliding_window": None, "layer_types": ["sliding_attention"] * 32}, "no sliding_window"),
+        ({"sliding_window": 0}, "sliding_window must be at least 1"),
+        ({"sliding_window": "4096"}, "sliding_window must be a whole number"),
+        ({"hidden_size": "4096"}, "dim must be a whole number|no multiple"),
+        ({"num_attention_heads": 0}, "no multiple"),
+        ({"num_attention_heads": 7}, "no multiple of num_attention_heads 7"),
+        ({"num_key_value_heads": 5}, "must be divisible by n_kv_heads"),
+        ({"rms_norm_eps": -1}, "norm_eps must be positive"),
+        ({"rope_theta": float("nan")}, "rope_theta must be positive"),
+        ({"rope_theta": "x"}, "rope_theta must be a number"),
+        ({"tie_word_embeddings": "no"}, "tied_embeddings must be true or false"),
+    ],
+)
+def test_what_lechat_does_not_have_is_refused(change: Fields, message: str) -> None:
+    if "layer_types" in change and len(change["layer_types"]) == 1:
+        change = {**change, "layer_types": ["full_attention", "sliding_attention"]}
+    with pytest.raises(BadInput, match=message) as error:
+        from_hugging_face({**V01, **change}, "folder/config.json")
+    assert str(error.value).startswith("folder/config.json")
+
+
+def test_a_config_without_sizes_is_refused() -> None:
+    with pytest.raises(BadInput, match="x lacks hidden_size, intermediate_size"):
+        from_hugging_face(without(V01, "hidden_size", "intermediate_size"), "x")
+
+
+FOUR = {**V01_PARAMS, "n_layers": 4, "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (without(FOUR, "sliding_window"), {"sliding_window": None}),
+        ({**FOUR, "sliding_window": None}, {"sliding_window": None}),
+        ({**FOUR, "sliding_window": "4096"}, {"sliding_window": 4096}),
+        ({**FOUR, "sliding_window": [None, 8, 8, 8]}, {"sliding_window": (None, 8, 8, 8)}),
+        ({**FOUR, "sliding_window": [None, 8]}, {"sliding_window": (None, 8, None, 8)}),
+        ({**FOUR, "sliding_window": "[null, 8]"}, {"sliding_window": (None, 8, None, 8)}),
+        ({**FOUR, "sliding_window": [8, 8]}, {"sliding_window": 8}),
+        (
+            {**without(FOUR, "sliding_window"), "_sliding_window": [None, 8, 8, 8]},
+            {"sliding_window": (None, 8, 8, 8)},
+        ),
+        (without(FOUR, "n_kv_heads"), {"n_kv_heads": 32}),
+        ({**FOUR, "tied_embeddings": True}, {"tied_embeddings": True}),
+        (
+            {
+                **FOUR,
+                "max_seq_len": 32768,
+                "max_position_embeddings": 1,
+                "model_type": "transformer",
+                "moe": None,
+                "use_biases": False,
+                "quantization": {},
+            },
+            {},
+        ),
+    ],
+)
+def test_params_of_mistrals_mean(fields: Fields, expected: Fields) -> None:
+    base = dataclasses.replace(PRESETS["mistral-7b-v0.1"], n_layers=4, rope_theta=1e6)
+    assert from_params(fields, "x", None) == dataclasses.replace(base, **expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moe": {"num_experts": 8}}, "has moe = "),
+        ({"quantization": {"qformat_weight": "fp8_e4m3"}}, "has quantization = "),
+        ({"yarn": {"factor": 16}}, "has yarn = "),
+        ({"llama_4_scaling": {"beta": 0.1}}, "has llama_4_scaling"),
+        ({"vision_encoder": {"hidden_size": 1024}}, "has vision_encoder = "),
+        ({"q_lora_rank": 1024}, "has q_lora_rank = 1024"),
+        ({"model_type": "mamba"}, "has model_type = .*mamba"),
+        ({"sliding_window": "wide"}, "has sliding_window = 'wide'"),
+        ({"sliding_window": [1, 2, 3]}, "sliding_window of 3 layers"),
+        ({"sliding_window": []}, "sliding_window of 0 layers"),
+        ({"dim": None}, "dim must be a whole number"),
+    ],
+)
+def test_params_of_what_lechat_does_not_have_are_refused(change: Fields, message: str) -> None:
+    with pytest.raises(BadInput, match=message) as error:
+        from_params({**FOUR, **change}, "folder/params.json", None)
+    assert str(error.value).startswith("folder/params.json")
+
+
+def test_params_without_sizes_are_refused() -> None:
+    with pytest.raises(BadInput, match="x: model config lacks dim, n_heads"):
+        from_params(without(FOUR, "dim", "n_heads"), "x", None)
+
+
+def test_windows_of_two_sizes_have_no_word_in_hugging_face(tiny: MistralConfig) -> None:
+    config = dataclasses.replace(tiny, sliding_window=(7, None, 9))
+    with pytest.raises(BadInput, match=r"windows of 2 sizes \(\[7, 9\]\).*--to mistral"):
+        to_hugging_face(config, "float32", 64, 1, 2)
+
+
+WINDOWS = st.none() | st.just(7) | st.just((7, None, 7)) | st.just((None, 7, 7))
+
+
+@given(st.builds(dict, sliding_window=WINDOWS, tied_embeddings=st.booleans()))
+def test_every_config_comes_back(change: Fields) -> None:
+    base = dataclasses.replace(PRESETS["lechat-15m"], n_layers=3, rope_theta=1e6)
+    config = dataclasses.replace(base, **change)
+    hugging_face = json.dumps(to_hugging_face(config, "bfloat16", 64, 1, 2))
+    assert from_hugging_face(json.loads(hugging_face), "x") == config
+    assert from_params(json.loads(json.dumps(to_params(config))), "x", None) == config
+
+
+@pytest.mark.parametrize("window", [None, 7, (7, None, 7)])
+def test_transformers_reads_what_is_written(
+    tiny: MistralConfig, window: int | None | tuple[int | None, ...], tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny, sliding_window=window, rope_theta=3e5)
+    fields = to_hugging_face(config, "bfloat16", positions=64, bos_id=1, eos_id=2)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    found = transformers.AutoConfig.from_pretrained(tmp_path)
+    layers = getattr(found, "layer_types", None)
+    kinds = (
+        [found.sliding_window] * 3
+        if layers is None
+        else [found.sliding_window if layer == "sliding_attention" else None for layer in layers]
+    )
+    assert kinds == list(config.windows)
+    assert found.rope_parameters == {"rope_type": "default", "rope_theta": 3e5}
+    assert (found.hidden_size, found.num_attention_heads, found.head_dim) == (40, 6, 8)
+    assert str(found.dtype).endswith("bfloat16")
+    assert from_hugging_face(found.to_dict(), "x") == config
