@@ -1,5 +1,6 @@
 """What a benchmark says: rows of figures, for a person as a table and for a script as JSON."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +12,8 @@ from rich.box import ROUNDED
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from lechat_jax.errors import BadInput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +90,25 @@ class Report:
         """The report as a JSON file: all of it, or the old file.
 
         Raises:
-            OSError: the folder cannot be written.
+            BadInput: it cannot be written there.
         """
-        beside = path.with_name(f".{path.name}.partial")
-        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file has all of the text, or is what it was.
+
+    Raises:
+        BadInput: it cannot be written there.
+    """
+    beside = path.parent / f".{path.name}.partial"
+    try:
+        beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise BadInput(f"cannot write {path} ({error.strerror}); name another file") from error
 
 
 class TableText(NamedTuple):

@@ -56,6 +56,15 @@ class Stage:
         return math.isfinite(self.rel) and bool(self.rel <= self.budget)
 
     @property
+    def share(self) -> float:
+        """The error over its budget: too much above 1, infinite where it is no number."""
+        if not math.isfinite(self.rel):
+            return math.inf
+        if self.budget <= 0:  # exact equality is asked for
+            return 0.0 if self.ok else math.inf
+        return float(self.rel / self.budget)
+
+    @property
     def label(self) -> str:
         """The stage with its layer, if it has one.
 
