@@ -39,6 +39,9 @@ BINS: tuple[tuple[float, str, str, str, str, str], ...] = (
 )
 
 
+KINDS = {"✓": ' class="yes"', "✗": ' class="no"'}  # of a cell, by the mark it begins with
+
+
 def page(report: Report) -> str:
     """The whole page: the verdict, the maps, every row, the notes and the machine."""
     if isinstance(report, FaultReport):
@@ -115,9 +118,8 @@ def _share(stage: Stage) -> str:
 
 
 def _bin(stage: Stage) -> int:
-    """Which colour; where rounding puts an error on the budget, `ok` decides the side."""
-    allowed = range(4) if stage.ok else range(4, len(BINS))
-    return next((i for i in allowed if stage.share <= BINS[i][0]), allowed[-1])
+    """Which colour: that of the first decade the error is within."""
+    return next(i for i, scale in enumerate(BINS) if stage.share <= scale[0])
 
 
 def _rows(verdict: Verdict) -> str:
@@ -157,7 +159,7 @@ def _table(header: Sequence[str], lines: Iterable[tuple[bool, Sequence[str]]]) -
     head = "".join(f'<th scope="col">{_text(name)}</th>' for name in header)
     body = ""
     for ok, (first, *rest) in lines:
-        kinds = (' class="no"' if cell.startswith("✗") else "" for cell in rest)
+        kinds = (KINDS.get(cell[:1], "") for cell in rest)
         cells = "".join(map("<td{}>{}</td>".format, kinds, map(_text, rest)))
         row = "<tr>" if ok else '<tr class="over">'
         body += f'{row}<th scope="row">{_text(first)}</th>{cells}</tr>\n'
@@ -203,6 +205,7 @@ thead th { color: var(--dim); font-weight: 600; }
 tbody th { font-weight: 600; white-space: nowrap; }
 .rows td, .rows tbody th { border-top: 1px solid var(--line); vertical-align: top; }
 .rows .over { background: var(--bad); }
+.rows .yes, .rows .no { white-space: nowrap; }
 .rows .no { font-weight: 700; }
 .map td { border: 1px solid var(--page); white-space: nowrap; }
 .map td.first { border-left: .5rem solid var(--page); }

@@ -146,7 +146,7 @@ def _stage_tables(console: Console, verdict: Verdict) -> Iterator[Table]:
         table = _table(console, ["stage"])
         for name in names:
             lines = f"{name[0]}\n{against(name)}".replace("against ", "against\n")
-            table.add_column(Text(lines), min_width=CELL)
+            table.add_column(Text(lines))
         for stage, row in rows.items():
             cells = []
             for compared in map(row.get, names):

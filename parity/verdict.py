@@ -57,8 +57,8 @@ class Stage:
 
     @property
     def share(self) -> float:
-        """The error over its budget: too much above 1, infinite where it is no number."""
-        if not math.isfinite(self.rel):
+        """The error over its budget: too much above 1, infinite where one is no number."""
+        if not math.isfinite(self.rel) or math.isnan(self.budget):
             return math.inf
         if self.budget <= 0:  # exact equality is asked for
             return 0.0 if self.ok else math.inf

@@ -471,6 +471,12 @@ def test_a_file_is_plain_text_whatever_the_report_was_told(
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
+@pytest.mark.parametrize("write", WRITERS[1:])
+def test_the_order_is_that_of_execution_whatever_came_first(tmp_path: Path, write: Write) -> None:
+    backwards = dataclasses.replace(DIFFERENT, stages=DIFFERENT.stages[::-1])
+    assert written(tmp_path, write, backwards) == written(tmp_path, write, DIFFERENT)
+
+
 @pytest.mark.parametrize("write", WRITERS)
 def test_where_nothing_can_be_written_is_one_clear_line(tmp_path: Path, write: Write) -> None:
     path = tmp_path / "missing" / "report"

@@ -62,6 +62,7 @@ def test_a_stage_is_ok_within_its_budget_and_never_when_it_is_no_number(
         (0.0, 0.0, 0.0),
         (1e-300, 0.0, math.inf),
         (math.nan, 4.0, math.inf),
+        (4.0, math.nan, math.inf),
         (math.inf, math.inf, math.inf),
     ],
 )
