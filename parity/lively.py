@@ -31,3 +31,13 @@ def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0)
 
     drawn = {name: draw(name, leaf.shape) for name, leaf in sorted(shapes.items())}
     return bind(config, {name: jnp.asarray(array, dtype) for name, array in drawn.items()})
+
+
+def lively_weights(config: MistralConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """The weights of a lively model by lechat's names, float32.
+
+    All of them are numbers that bfloat16 has too, so that models in different arithmetic
+    have the very same weights.
+    """
+    model = lively(config, jnp.bfloat16, seed)
+    return {name: np.asarray(leaf).astype(np.float32) for name, leaf in weights_of(model).items()}

@@ -1,0 +1,126 @@
+"""The proof that the check can fail: faults are planted, and each must be found and placed.
+
+A fault changes the weights as a wrong conversion would, the config as a wrong reading
+would, or the code as a wrong port would; the reference stays as it is. Beside each stands
+who would have let it pass: the tolerances of published ports, each at the length and window
+of its own test, on a freshly initialised model.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import softmax
+
+from lechat_jax.config import MistralConfig
+from parity import names
+from parity.answers import Model, Task
+from parity.exam import Exam
+from parity.faults_in_code import CODE
+from parity.faults_in_files import CONFIG, WEIGHTS
+from parity.planting import Planted
+from parity.verdict import Fault, Stage
+
+FAULTS: tuple[Planted, ...] = (*WEIGHTS, *CONFIG, *CODE)
+
+
+class Criterion(NamedTuple):
+    """What a published parity test asks for.
+
+    Attributes:
+        name: whose test it is.
+        T: tokens in its sequence.
+        window: of its model.
+        passes: whether logits, float32, are close enough to the reference's.
+    """
+
+    name: str
+    T: int
+    window: int
+    passes: Callable[[Float[np.ndarray, "B T V"], Float[np.ndarray, "B T V"]], bool]
+
+
+def _probabilities(logits: Float[np.ndarray, "B T V"]) -> Float[np.ndarray, "B T V"]:
+    return softmax(logits, axis=-1)
+
+
+# tests/test_modeling_flax_common.py of transformers 4; tests/test_mistral.py of levanter;
+# tests/modules/test_utils/comparators.py of EasyDeL; tests/test_model.py of litgpt, the only
+# one whose text is longer than its window.
+CRITERIA = (
+    Criterion("FlaxMistral", 7, 7, lambda a, b: np.allclose(a, b, rtol=0, atol=1e-5)),
+    Criterion(
+        "levanter",
+        128,
+        4096,
+        lambda a, b: np.allclose(_probabilities(a), _probabilities(b), 1e-4, 1e-4),
+    ),
+    Criterion("EasyDeL", 128, 4096, lambda a, b: np.allclose(a, b, rtol=0, atol=0.125)),
+    Criterion("litgpt", 20, 10, lambda a, b: np.allclose(a, b, rtol=1.3e-6, atol=1e-5)),
+)
+
+
+def suite(model: Model, task: Task) -> Iterator[Fault]:
+    """Each fault planted in turn, and what the check and the published tests make of it."""
+    exams: dict[tuple, Exam] = {}
+    fresh = _FreshModels(model.config)
+    for fault in FAULTS:
+        key = tuple(fault.base.items())
+        if key not in exams:
+            config = dataclasses.replace(model.config, **fault.base)
+            right = Model(config, lively_weights(config)) if fault.base else model
+            exams[key] = Exam(right, right, task)
+        found = first_divergence(exams[key], fault)
+        yield Fault(
+            fault.name,
+            fault.where,
+            detected=found is not None,
+            expected_stage=fault.expected,
+            found_stage=found.label if found else None,
+            missed_by=tuple(c.name for c in CRITERIA if fresh.pass_with(fault, c)),
+        )
+
+
+def first_divergence(right: Exam, fault: Planted) -> Stage | None:
+    """The first stage that is not ok when lechat_jax has the fault; the rest is not computed."""
+    with fault.plant(right.theirs, fault.layer) as wrong:
+        exam = Exam(wrong, right.theirs, right.task, truth=right.truth)
+        is_exact = fault.dtype == "float64"
+        stages = exam.exact(transformers=False) if is_exact else exam.rounded(fault.dtype)
+        return next((stage for stage in stages if not stage.ok), None)
+
+
+class _FreshModels:
+    """Models as an initialiser leaves them, on which published tests are run.
+
+    Weights have a deviation of 0.02 and norms are one, so attention is nearly uniform, and
+    most mistakes hardly change the logits.
+    """
+
+    def __init__(self, config: MistralConfig) -> None:
+        self.config = dataclasses.replace(config, n_layers=2, vocab_size=1000)
+        self._right: dict[tuple, tuple[Model, np.ndarray]] = {}
+
+    def pass_with(self, fault: Planted, criterion: Criterion) -> bool:
+        """Whether the test is content with a model that has the fault."""
+        config = dataclasses.replace(self.config, **fault.base, sliding_window=criterion.window)
+        draw = np.random.default_rng(0)
+        tokens = draw.integers(config.vocab_size, size=(1, criterion.T))
+        key = (config, criterion.T)
+        if key not in self._right:
+            right = Model(config, _initial_weights(config, draw))
+            self._right[key] = right, TorchOracle(*right, "float32").forward(tokens)["logits"]
+        right, logits = self._right[key]
+        with fault.plant(right, fault.layer) as wrong:
+            found = JaxOracle(*wrong, "float32").forward(tokens)["logits"]
+        return criterion.passes(found, logits)
+
+
+def _initial_weights(config: MistralConfig, draw: np.random.Generator) -> dict[str, np.ndarray]:
+    return {
+        name: np.ones(shape, np.float32)
+        if name.endswith("scale")
+        else (0.02 * draw.standard_normal(shape)).astype(np.float32)
+        for name, shape in names.shapes(config, "lechat").items()
+    }

@@ -1,0 +1,179 @@
+"""lechat_jax as an oracle: the same functions that train and generate."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lechat_jax import cache, step
+from lechat_jax.config import MistralConfig
+from lechat_jax.generator import Generator
+from lechat_jax.model import Mistral, Weights, bind
+from lechat_jax.sampling import Sampling
+from parity.oracles import AdamW, Arrays, Dtype, Gradients, Stages, Text, Trajectory
+
+
+class JaxOracle:
+    """lechat_jax; see `Oracle`.
+
+    Whatever it compiles is compiled for it alone, so that a function which was replaced
+    for a while is not remembered.
+    """
+
+    name = "jax"
+
+    def __init__(self, config: MistralConfig, weights: Arrays, dtype: Dtype) -> None:
+        self.config, self.dtype = config, dtype
+        self._stages = jax.jit(self._trace, static_argnums=2)
+        self._extend = jax.jit(self._read)
+        self.load(weights)
+
+    def load(self, weights: Arrays) -> None:
+        """See `Oracle.load`."""
+        self.weights: Weights = {}  # the old ones go before the new ones come
+        with self._arithmetic():
+            for name, leaf in weights.items():
+                self.weights[name] = jnp.array(leaf, self.dtype)
+
+    def forward(self, tokens: Int[np.ndarray, "B T"], first_position: int = 0) -> Stages:
+        """See `Oracle.forward`."""
+        with self._arithmetic():
+            found = self._stages(self.weights, jnp.asarray(tokens, jnp.int32), first_position)
+        return {name: _numpy(leaf) for name, leaf in found.items()}
+
+    def gradients(self, rows: Int[np.ndarray, "B row"]) -> Gradients:
+        """See `Oracle.gradients`."""
+        with self._arithmetic():
+            loss_and_grad = jax.jit(jax.value_and_grad(self._loss))
+            loss, grads = loss_and_grad(self.weights, jnp.asarray(rows, jnp.int32))
+        return Gradients(float(loss), {name: _numpy(leaf) for name, leaf in grads.items()})
+
+    def train(self, steps: Int[np.ndarray, "steps B row"], adamw: AdamW) -> Trajectory:
+        """See `Oracle.train`; the optimiser is optax's."""
+        optimizer = optax.adamw(
+            adamw.rate,
+            b1=adamw.beta1,
+            b2=adamw.beta2,
+            eps=adamw.eps,
+            weight_decay=adamw.decay,
+        )
+
+        def one(carry: tuple, rows: Int[Array, "B row"]) -> tuple[tuple, Array]:
+            weights, moments = carry
+            loss, grads = jax.value_and_grad(self._loss)(weights, rows)
+            updates, moments = optimizer.update(grads, moments, weights)
+            return (optax.apply_updates(weights, updates), moments), loss
+
+        with self._arithmetic():
+            run = jax.jit(functools.partial(jax.lax.scan, one))
+            start = (self.weights, optimizer.init(self.weights))
+            (weights, _), losses = run(start, jnp.asarray(steps, jnp.int32))
+        return Trajectory(_numpy(losses), {name: _numpy(leaf) for name, leaf in weights.items()})
+
+    def cached(
+        self, tokens: Int[np.ndarray, "B T"], prompt: int, chunk: int
+    ) -> Float[np.ndarray, "B T V"]:
+        """See `Oracle.cached`."""
+        B, T = tokens.shape
+        found = []
+        with self._arithmetic():
+            state = cache.empty_cache(self.config, B, chunk, T, self.dtype)
+            for start, end in pieces(T, prompt, chunk):
+                positions = np.broadcast_to(np.arange(start, end), (B, end - start))
+                part = jnp.asarray(tokens[:, start:end], jnp.int32)
+                logits, state = self._extend(
+                    self.weights, part, jnp.asarray(positions, jnp.int32), state
+                )
+                found.append(_numpy(logits))
+        return np.concatenate(found, axis=1)
+
+    def greedy(self, prompts: Sequence[Sequence[int]], n: int, chunk: int) -> list[Text]:
+        """See `Oracle.greedy`; the loop is the one that users run."""
+        context = max(map(len, prompts)) + n
+        with self._arithmetic():
+            made = Generator(bind(self.config, self.weights), chunk=chunk, context=context)
+            samples = made.generate(prompts, n, Sampling(temperature=0), eos_ids=())
+        return [Text(sample.ids, sample.logprobs) for sample in samples]
+
+    def _trace(self, weights: Weights, tokens: Int[Array, "B T"], first_position: int) -> dict:
+        seen: dict[str, Array] = {}
+        model = bind(self.config, weights)
+        _watch(model, seen)
+        hidden = model.hidden(tokens, first_position=first_position)
+        return seen | {"norm": hidden, "logits": model.logits(hidden)}
+
+    def _loss(self, weights: Weights, rows: Int[Array, "B row"]) -> Float[Array, ""]:
+        """Mean nats a token, the logits of a third of the tokens at a time."""
+        B, T = rows.shape[0], rows.shape[1] - 1
+        options = step.StepOptions(block=T, dtype=self.dtype, chunk=-(-B * T // 3))
+        share = jnp.full((B, T), 1 / (B * T))
+        return step.total_nats(self.config, options, weights, rows[:, :-1], rows[:, 1:], share)
+
+    def _read(
+        self,
+        weights: Weights,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        state: cache.Cache,
+    ) -> tuple[Float[Array, "B T V"], cache.Cache]:
+        model = bind(self.config, weights)
+        hidden, state = model.extend(tokens, positions, state)
+        return model.logits(hidden), state
+
+    @contextlib.contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Sixty-four bits where they are asked for, and no TensorFloat-32 in a matrix product."""
+        with jax.enable_x64(self.dtype == "float64"), jax.default_matmul_precision("highest"):
+            yield
+
+
+def pieces(T: int, prompt: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each part of a text: the prompt's chunks, then single tokens.
+
+    >>> list(pieces(T=9, prompt=7, chunk=3))
+    [(0, 3), (3, 6), (6, 7), (7, 8), (8, 9)]
+    """
+    for start in range(0, prompt, chunk):
+        yield start, min(start + chunk, prompt)
+    for start in range(prompt, T):
+        yield start, start + 1
+
+
+class _Tap(nnx.Module):
+    """A module that shows each of its inputs and outputs to somebody."""
+
+    def __init__(self, inner: nnx.Module, show: Callable[[Array, Array], None]) -> None:
+        self.inner, self.show = inner, show
+
+    def __call__(self, x: Array, *rest: object) -> object:
+        """What the module makes of it."""
+        assert callable(self.inner)
+        made = self.inner(x, *rest)
+        self.show(x, made[0] if isinstance(made, tuple) else made)
+        return made
+
+
+def _watch(model: Mistral, seen: dict[str, Array]) -> None:
+    """From now on, each pass of the model leaves its stages in `seen`."""
+
+    def put(module: nnx.Module, *, read: str = "", made: str = "") -> _Tap:
+        def show(x: Array, y: Array) -> None:
+            seen.update({name: leaf for name, leaf in ((read, x), (made, y)) if name})
+
+        return _Tap(module, show)
+
+    for i, block in enumerate(model.blocks):
+        block.attn, block.mlp = put(block.attn, made=f"attn.{i}"), put(block.mlp, made=f"mlp.{i}")
+    first = model.blocks[0]
+    first.attn_norm = put(first.attn_norm, read="embed", made="norm.0")
+    model.norm = put(model.norm, read="stream")
+
+
+def _numpy(leaf: Array) -> np.ndarray:
+    return np.asarray(leaf).astype(np.float64)
