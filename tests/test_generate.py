@@ -19,6 +19,7 @@ from lechat_jax.model import weights_of
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.weights import save_weights
 from parity.lively import lively
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +129,29 @@ def test_without_a_tokenizer_there_are_ids(mute: str, tmp_path: Path, capsys: Ou
     assert json.loads(file.read_text())["samples"][0]["text"] == ""
 
 
+def test_weights_in_the_format_of_lechat_are_continued_too(
+    run: str, config: MistralConfig, tmp_path: Path, capsys: Output
+) -> None:
+    save_weights(tmp_path / "m", config, weights_of(lively(config)), Tokenizer.mistral_v1().path)
+    flags = ("--prompt", "The cat", "--max-tokens", "9")
+    assert said(capsys, str(tmp_path / "m"), *flags)[0] == said(capsys, run, *flags)[0]
+
+
+def test_weights_without_a_tokenizer_continue_ids_in_the_type_asked_for(
+    tiny: MistralConfig, tmp_path: Path, capsys: Output
+) -> None:
+    save_weights(tmp_path / "m", tiny, weights_of(lively(tiny)), None)
+    file = tmp_path / "out.json"
+    flags = ["--prompt-ids", "1,5", "--max-tokens", "9", "--temperature", "0", "--json", str(file)]
+    for dtype, asked in (("float32", []), ("bfloat16", ["--dtype", "bfloat16"])):
+        said(capsys, str(tmp_path / "m"), *flags, *asked)
+        (sample,) = Generator(lively(tiny, dtype)).generate([[1, 5]], 9, Sampling(temperature=0))
+        written = json.loads(file.read_text())["samples"]
+        assert written == [{"ids": sample.ids, "logprobs": sample.logprobs, "text": ""}]
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "m"), "--dtype", "float16"])  # activations would overflow
+
+
 def test_a_full_context_is_reported(mute: str, capsys: Output) -> None:
     _, err = said(capsys, mute, "--prompt-ids", "5,6", "--context", "8", "--samples", "2")
     assert "2 of 2 samples stopped at the context of 8 tokens; --context gives" in err
@@ -176,10 +200,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
         raise AssertionError(err)
 
 
-def test_text_needs_a_tokenizer_and_a_run_must_be_one(mute: str, tmp_path: Path) -> None:
+def test_text_needs_a_tokenizer_and_a_folder_a_model(mute: str, tmp_path: Path) -> None:
     for argv, message in (
         ([mute, "--prompt", "The"], "there is no tokenizer"),
-        ([str(tmp_path)], "is not a training run"),
+        ([str(tmp_path)], "is not a training run and holds no weights of lechat's"),
     ):
         with pytest.raises(generate.BadInput, match=message):
             main(argv)

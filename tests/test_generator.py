@@ -12,19 +12,21 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 from jax import monitoring
 
 from lechat_jax import generator
 from lechat_jax.checkpoint import Checkpoints
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import MistralConfig, preset
 from lechat_jax.continuation import Sample
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
-from lechat_jax.model import weights_of
+from lechat_jax.model import bind, weights_of
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.weights import save_weights
 from parity.lively import lively
 
 ROOT = Path(__file__).parent.parent
@@ -195,7 +197,7 @@ def run(tmp_path: Path, tiny: MistralConfig) -> Run:
 
 
 def test_a_run_is_continued_with_its_newest_weights(run: Run) -> None:
-    made = Generator.from_run(run.folder)
+    made = Generator.from_checkpoint(run.folder)
     prompt = made.encode("The cat")
     assert prompt == [1, 415, 5255]
     (sample,) = made.generate([prompt], 30, Sampling(seed=2))
@@ -215,7 +217,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    made = Generator.from_run(run.folder)
+    made = Generator.from_checkpoint(run.folder)
     assert "warning: checkpoint 5" in capsys.readouterr().err
     assert made.generate([[1]], 4, GREEDY) == Generator(
         lively(made.config, seed=3), Tokenizer.mistral_v1()
@@ -224,26 +226,81 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 
 def test_a_run_without_a_tokenizer_speaks_in_ids(run: Run) -> None:
     (run.folder / "tokenizer.model.v1").unlink()
-    made = Generator.from_run(run.folder)
+    made = Generator.from_checkpoint(run.folder)
     (sample,) = made.generate([[1, 2]], 5)
     assert (len(sample.ids), sample.text) == (5, "")
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path, tiny: MistralConfig) -> None:
-    with pytest.raises(BadInput, match=r"not a training run: it has no config\.json"):
-        Generator.from_run(tmp_path / "nowhere")
+@pytest.fixture
+def folder(tmp_path: Path, tiny: MistralConfig) -> Path:
+    """Weights in lechat's format, stored in bfloat16 and with a tokenizer."""
+    config = dataclasses.replace(tiny, vocab_size=32000, n_layers=1)
+    weights = weights_of(lively(config, jnp.bfloat16))
+    save_weights(tmp_path / "model", config, weights, Tokenizer.mistral_v1().path)
+    return tmp_path / "model"
+
+
+def test_weights_alone_are_continued_as_a_run_is(folder: Path) -> None:
+    made = Generator.from_checkpoint(folder)
+    model = lively(made.config, jnp.bfloat16)
+    wide = {name: leaf.astype(jnp.float32) for name, leaf in weights_of(model).items()}
+    by_hand = Generator(bind(made.config, wide), Tokenizer.mistral_v1())
+    prompt = made.encode("The cat")
+    assert made.generate([prompt], 9, PLAIN) == by_hand.generate([prompt], 9, PLAIN)
+
+
+def test_a_cpu_computes_in_float32_unless_told_otherwise(folder: Path, run: Run) -> None:
+    def types(folder: Path, **asked: Any) -> set[str]:
+        made = Generator.from_checkpoint(folder, **asked)
+        return {str(leaf.dtype) for leaf in made.weights.values()}
+
+    assert types(folder) == types(run.folder) == {"float32"}
+    assert types(folder, dtype="bfloat16") == {"bfloat16"}
+    assert types(run.folder, dtype=jnp.bfloat16) == {"bfloat16"}
+
+
+def test_elsewhere_it_computes_in_the_type_that_is_stored(
+    folder: Path, tiny: MistralConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generator.jax, "default_backend", lambda: "gpu")
+    made = Generator.from_checkpoint(folder)
+    assert {str(leaf.dtype) for leaf in made.weights.values()} == {"bfloat16"}
+    mixed = weights_of(lively(tiny))
+    mixed["head.kernel"] = mixed["head.kernel"].astype(jnp.bfloat16)
+    save_weights(folder.with_name("mixed"), tiny, mixed, None)
+    with pytest.raises(BadInput, match="several types, bfloat16 and float32; choose the one"):
+        Generator.from_checkpoint(folder.with_name("mixed"))
+    made = Generator.from_checkpoint(folder.with_name("mixed"), dtype="float32")
+    assert made.weights["head.kernel"].dtype == jnp.float32
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = psutil.virtual_memory()._replace(available=16 * 10**9)
+    monkeypatch.setattr(generator.psutil, "virtual_memory", lambda: memory)
+    (folder / "config.json").write_text(json.dumps(preset("mistral-7b-v0.1").to_dict()))
+    with pytest.raises(BadInput, match=r"take 28\.97 GB in float32 and 16\.00 GB are free; choose"):
+        Generator.from_checkpoint(folder)
+    with pytest.raises(BadInput, match=r"config\.json is not what was saved"):
+        Generator.from_checkpoint(folder, dtype="bfloat16")  # goes on, since 14.48 GB would fit
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path, tiny: MistralConfig) -> None:
+    with pytest.raises(BadInput, match=r"nowhere is not there"):
+        Generator.from_checkpoint(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "dim": 1}))
-    with pytest.raises(BadInput, match="in Hugging Face's format"):
-        Generator.from_run(tmp_path)
+    with pytest.raises(BadInput, match=rf"convert {tmp_path} {tmp_path}-lechat --to lechat$"):
+        Generator.from_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model": tiny.to_dict(), "train": {}}))
     with pytest.raises(BadInput, match="there is no checkpoint"):
-        Generator.from_run(tmp_path)
+        Generator.from_checkpoint(tmp_path)
 
 
 PEAKS = """
 import sys
 from pathlib import Path
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import MistralConfig, preset
 from lechat_jax.generator import Generator
 from parity.lively import lively
 

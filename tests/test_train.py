@@ -128,7 +128,7 @@ def test_a_run_that_was_interrupted_equals_one_that_was_not(
 
 def weights(folder: Path) -> dict[str, bytes]:
     """Every bit of the model that a run ended with."""
-    found = Generator.from_run(folder).weights
+    found = Generator.from_checkpoint(folder).weights
     return {name: np.asarray(leaf).tobytes() for name, leaf in found.items()}
 
 
