@@ -73,7 +73,7 @@ def read_header(folder: Path, file_name: str) -> dict[str, TensorInfo]:
     path = folder / file_name
     if not path.is_file():
         raise BadInput(f"{path} is missing; download it, or the whole checkpoint, again")
-    _check_inside(folder, path)
+    check_inside(folder, path)
     _check_valid(path)
     with path.open("rb") as file:
         n_header = int.from_bytes(file.read(8), "little")
@@ -140,10 +140,13 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     return parsed
 
 
-def _check_inside(folder: Path, path: Path) -> None:
-    """Refuses a link that leads out of the folder, unless into the Hub's own cache.
+def check_inside(folder: Path, path: Path) -> None:
+    """Nothing, for a file that lies in the folder or, by a link, in the Hub's own cache.
 
     There a snapshot is a folder of links to `../../blobs`.
+
+    Raises:
+        BadInput: it is a link to somewhere else.
     """
     home, target = folder.resolve(), path.resolve()
     in_cache = home.parent.name == "snapshots" and target.is_relative_to(

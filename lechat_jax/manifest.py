@@ -3,17 +3,22 @@
 import hashlib
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MANIFEST = "SHA256SUMS"
 
 
-def write_manifest(whole: Path) -> None:
-    """Puts the checksum of every file in the folder into its manifest."""
-    digests = _digests(whole, _files(whole))
-    manifest = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+def write_manifest(whole: Path, known: Mapping[str, str] | None = None) -> None:
+    """Puts the checksum of every file in the folder into its manifest.
+
+    Those in `known`, by name, were taken while the files were written and are not read again.
+    """
+    known = known or {}
+    names = _files(whole)
+    digests = {**known, **_digests(whole, [name for name in names if name not in known])}
+    manifest = "".join(f"{digests[name]}  {name}\n" for name in names)
     (whole / MANIFEST).write_text(manifest, encoding="utf-8")
 
 

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Shaped
+from safetensors import safe_open
 
 from lechat_jax.errors import BadInput
 from lechat_jax.headers import DTYPES, TensorInfo, read_header, read_index
 from lechat_jax.manifest import sync
 
-SLAB = 1 << 22  # bytes at once: what was just checked is still in the cache to be written
+SLAB = 1 << 20  # bytes at once: four times as much falls out of the cache and takes twice the CPU
 AHEAD = 8  # slabs that may be written before they are hashed
 
 Wanted = tuple[str, np.dtype, tuple[int, ...]]
@@ -83,6 +84,12 @@ class TensorFiles(Mapping[str, TensorInfo]):
         """The files, in order."""
         return tuple(dict.fromkeys(info.path for info in self._infos.values()))
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What its first file says beside the tensors."""
+        with safe_open(self.paths[0], framework="numpy") as file:
+            return file.metadata() or {}
+
     def read(self, name: str) -> Shaped[np.ndarray, "..."]:
         """The tensor as a read-only view into the file: nothing is copied, it is read when used.
 
@@ -139,7 +146,7 @@ def write_tensors(
     def pieces(shard: Sequence[Wanted]) -> Iterator[memoryview]:
         yield memoryview(_header(shard, metadata))
         for name, dtype, shape in shard:
-            for piece in _slabs(name, read(name), dtype, shape):
+            for piece in slabs(name, read(name), dtype, shape):
                 if on_slab:
                     on_slab(name, piece)
                 yield piece.view(np.uint8).data
@@ -165,6 +172,24 @@ def write_tensors(
         _sync(index)
         paths.append(index)
     return paths
+
+
+def slabs(
+    name: str, array: Shaped[np.ndarray, "..."], dtype: np.dtype, shape: tuple[int, ...]
+) -> Iterator[Shaped[np.ndarray, "..."]]:
+    """The array in flat pieces of `SLAB` bytes, of the dtype wanted.
+
+    Raises:
+        BadInput: it is of another shape; `name` is named.
+    """
+    if array.shape != shape:
+        raise BadInput(f"{name} has the shape {list(array.shape)} instead of {list(shape)}")
+    flat = np.ascontiguousarray(array).reshape(-1)
+    n = SLAB // max(array.itemsize, dtype.itemsize)
+    for start in range(0, flat.size, n):
+        with np.errstate(over="ignore"):  # it becomes infinite, which the caller may refuse
+            piece = flat[start : start + n].astype(dtype, copy=False)
+        yield piece
 
 
 def _write(
@@ -217,19 +242,6 @@ def _shards(infos: Sequence[Wanted], shard_bytes: int | None) -> list[list[Wante
         shards[-1].append(info)
         size += _nbytes(info)
     return shards
-
-
-def _slabs(
-    name: str, array: Shaped[np.ndarray, "..."], dtype: np.dtype, shape: tuple[int, ...]
-) -> Iterator[Shaped[np.ndarray, "..."]]:
-    """The array in flat pieces of `SLAB` bytes, of the dtype wanted."""
-    if array.shape != shape:
-        raise BadInput(f"{name} has the shape {list(array.shape)} instead of {list(shape)}")
-    flat = np.ascontiguousarray(array).reshape(-1)
-    n = SLAB // max(array.itemsize, dtype.itemsize)
-    for start in range(0, flat.size, n):
-        with np.errstate(over="ignore"):  # it becomes infinite, which `on_slab` may refuse
-            yield flat[start : start + n].astype(dtype, copy=False)
 
 
 def _header(infos: Sequence[Wanted], metadata: Mapping[str, str]) -> bytes:

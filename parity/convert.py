@@ -1,0 +1,223 @@
+"""Converts weights between the formats, both ways: python -m parity.convert SRC DST --to FORMAT.
+
+SRC is a folder in any format (what it is, is found out), a training run, or a model of the
+Hugging Face Hub such as mistralai/Mistral-7B-v0.1. Nothing is held in memory, whatever the
+size of the model, and DST appears when it is complete, or not at all.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import tyro
+from jaxtyping import Shaped
+from rich.console import Console
+
+from lechat_jax import cli
+from lechat_jax.errors import BadInput
+from lechat_jax.manifest import sync, write_manifest
+from lechat_jax.tensors import Wanted, write_tensors
+from parity.finite import is_finite
+from parity.formats import to_format
+from parity.names import Format, names, rows, shapes, tied_head
+from parity.pickles import write_pickle
+from parity.progress import Meter
+from parity.sources import Source, check_whole, open_source
+from parity.targets import write_config, write_tokenizer
+
+Dtype = Literal["keep", "bfloat16", "float16", "float32"]
+DTYPES: dict[Dtype, np.dtype] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+RELEASE = 1 << 28  # bytes read until their memory is given back
+SPARE = 1 << 24  # bytes of disk for what are no tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """The flags of `python -m parity.convert`.
+
+    Attributes:
+        src: Folder of a checkpoint or a training run, or the name of a model on the Hub.
+        dst: Folder to make.
+        to: Format to write: lechat's, Hugging Face's (hf), Mistral's own (mistral), or a state
+            dict of lechat_torch (torch).
+        rope_theta: Base of the rotary frequencies, for a params.json that does not say it.
+        revision: Branch, tag or commit of the model on the Hub.
+        dtype: Type of the weights written.
+        shard_gb: Most GB of weights in a file; 0 is one file. Mistral's own and torch have one.
+        allow_nonfinite: Write weights that are infinite or not a number too.
+        overwrite: Replace a checkpoint at DST, once the new one is complete.
+    """
+
+    src: tyro.conf.Positional[str]
+    dst: tyro.conf.Positional[Path]
+    to: Format
+    rope_theta: float | None = None
+    revision: str | None = None
+    dtype: Dtype = "keep"
+    shard_gb: float = 5.0
+    allow_nonfinite: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.shard_gb >= 0:
+            raise BadInput(f"--shard-gb must be at least 0, not {self.shard_gb}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see `--help`."""
+    options = cli.parse(Convert, "python -m parity.convert", __doc__ or "", argv)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    check_destination(options)
+    source = open_source(
+        options.src, rope_theta=options.rope_theta, revision=options.revision, verify=False
+    )
+    meter = convert(source, options, console)
+    print(
+        f"{options.dst}: {len(source.names)} tensors, {meter.done / 1e9:.2f} GB of "
+        f"{_dtype(source, options).name} in {meter.seconds:.1f} s "
+        f"({meter.done / 1e9 / meter.seconds:.2f} GB/s), {source.format} to {options.to}"
+    )
+    if options.to == "lechat":
+        print(f"generate:  python -m lechat_jax.generate {options.dst} --prompt TEXT")
+    print(f"compare:   python -m parity.check --checkpoint {options.src} --against {options.dst}")
+    return 0
+
+
+def convert(source: Source, options: Convert, console: Console) -> Meter:
+    """Writes the source as the options say, and tells how much that was and how long it took.
+
+    Raises:
+        BadInput: the disk has too little room, the format has no words for the model, or a
+            weight is not finite; then nothing is left behind.
+    """
+    dtype = _dtype(source, options)
+    infos = _wanted(source, options.to, dtype)
+    total = sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in infos)
+    dst = options.dst.absolute()
+    partial = dst.with_name(f".{dst.name}.partial")
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        if (free := shutil.disk_usage(dst.parent).free) < total + SPARE:
+            raise BadInput(
+                f"{dst} takes {total / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make room"
+            )
+        new = partial / "new"
+        new.mkdir(parents=True)
+        with Meter(total, console) as meter, ThreadPoolExecutor(1) as beside:
+            # The source is verified while it is read, and nothing appears before that is done.
+            whole = beside.submit(check_whole, source.path) if source.format == "lechat" else None
+            write_config(new, options.to, source, dtype)
+            write_tokenizer(new, options.to, source)
+            _write_weights(new, infos, source, options, meter)
+            if whole:
+                whole.result()
+        _appear(new, dst, partial / "old")
+    except OSError as error:
+        raise BadInput(f"cannot write {error.filename or dst}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return meter
+
+
+def _write_weights(
+    folder: Path, infos: list[Wanted], source: Source, options: Convert, meter: Meter
+) -> None:
+    """The weights of the source in the folder, and the manifest of a folder of lechat's."""
+    config, fmt = source.config, options.to
+    table = rows(config)
+    ours = {theirs: name for name, theirs in names(config, fmt).items()}
+
+    def read(key: str) -> Shaped[np.ndarray, "..."]:
+        return to_format(source.read(ours[key]), config, fmt, table[ours[key]])
+
+    def check(key: str, piece: Shaped[np.ndarray, "..."]) -> None:
+        if not options.allow_nonfinite and not is_finite(piece):
+            raise BadInput(_complaint(source, ours[key], piece.dtype))
+
+    def count(n: int) -> None:
+        before = meter.done
+        meter.add(n)
+        if before // RELEASE != meter.done // RELEASE:
+            source.release()
+
+    if fmt == "torch":
+        head = tied_head(config, fmt)
+        aliases = {head: names(config, fmt)["embed.kernel"]} if head else {}
+        path = folder / "model.pt"
+        write_pickle(path, infos, aliases, read, on_bytes=count, on_slab=check)
+        return
+    digests: dict[str, str] = {}
+    one_file = fmt == "mistral" or not options.shard_gb
+    write_tensors(
+        folder,
+        "consolidated" if fmt == "mistral" else "model",
+        infos,
+        read,
+        shard_bytes=None if one_file else int(options.shard_gb * 1e9),
+        metadata={"format": "pt", **source.metadata},
+        on_bytes=count,
+        on_slab=check,
+        on_file=(lambda path, digest: digests.update({path.name: digest}))
+        if fmt == "lechat"
+        else None,
+    )
+    if fmt == "lechat":
+        write_manifest(folder, digests)
+
+
+def _wanted(source: Source, fmt: Format, dtype: np.dtype) -> list[Wanted]:
+    """Name, dtype and shape of each tensor to write, in the order in which they are best read."""
+    found, sizes = names(source.config, fmt), shapes(source.config, fmt)
+    return [(found[name], dtype, sizes[name]) for name in source.names]
+
+
+def _dtype(source: Source, options: Convert) -> np.dtype:
+    return source.dtype if options.dtype == "keep" else DTYPES[options.dtype]
+
+
+def _complaint(source: Source, name: str, dtype: np.dtype) -> str:
+    """What is wrong with a weight, which may have been finite before it was cast."""
+    original = source.stored[name].dtype
+    cast = "" if original == dtype else f" as {dtype.name} (it is {original.name})"
+    return (
+        f"{source.where(name)} is not finite{cast}; the file is damaged or the training "
+        "diverged, and --allow-nonfinite writes it all the same"
+    )
+
+
+def check_destination(options: Convert) -> None:
+    """Raises `BadInput` for a place that must not be written to."""
+    dst, src = options.dst.absolute(), Path(options.src).absolute()
+    if not dst.exists():
+        return
+    if dst.resolve() == src.resolve() or src.resolve().is_relative_to(dst.resolve()):
+        raise BadInput(f"{options.dst} is the source, or around it; name another folder")
+    if not options.overwrite:
+        raise BadInput(f"{options.dst} exists; name another folder, or pass --overwrite")
+    is_checkpoint = any((dst / name).is_file() for name in ("config.json", "params.json"))
+    if not dst.is_dir() or (any(dst.iterdir()) and not is_checkpoint):
+        raise BadInput(f"{options.dst} is no checkpoint, so it is not overwritten")
+
+
+def _appear(new: Path, dst: Path, old: Path) -> None:
+    """The new folder under its name, for good: synced, and in the place of an old one."""
+    for path in (*new.iterdir(), new):
+        sync(path)
+    if dst.exists():
+        dst.rename(old)
+    new.rename(dst)
+    sync(dst.parent)
+
+
+if __name__ == "__main__":
+    cli.run(main)

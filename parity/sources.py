@@ -1,0 +1,262 @@
+"""A checkpoint in any format, read as lechat's: the right names and shapes, a tensor at a time.
+
+A repository often holds the same weights twice; Hugging Face's index is preferred to
+Mistral's consolidated file, and safetensors to a pickle. Files are never looked for by a
+pattern, which would mix them.
+"""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Shaped
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
+from lechat_jax.headers import check_inside, parse_json
+from lechat_jax.manifest import fault
+from lechat_jax.run import Run
+from parity import configs, hub
+from parity.formats import from_format
+from parity.names import Format, match, names, rows, shape, tied_head
+from parity.pickles import pickle_store
+from parity.stores import Store, Stored, array_store, safetensors_store
+
+SourceFormat = Literal["hf", "mistral", "lechat", "torch", "run"]
+
+DTYPES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32), np.dtype(float))
+TOKENIZER = re.compile(
+    r"tokenizer\.model(\.v\d+(m\d+)?)?|tokenizer\.json|tokenizer_config\.json|tekken\.json|"
+    r"special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)"
+)
+POSITIONS = "max_position_embeddings"
+KEPT = ("source", "revision", "step", POSITIONS)  # of the metadata, from copy to copy
+SLAB = 1 << 22  # elements compared at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint that has been found whole and fitting, but not read.
+
+    Attributes:
+        format: what it is.
+        path: its folder.
+        config: the model.
+        tokenizer_files: those beside the weights, all of them.
+        metadata: where it came from, as text that a copy may carry along.
+        stored: the tensors by lechat's name, in the order in which they are best read.
+        store: gives back memory.
+    """
+
+    format: SourceFormat
+    path: Path
+    config: MistralConfig
+    tokenizer_files: tuple[Path, ...]
+    metadata: Mapping[str, str]
+    stored: Mapping[str, Stored]
+    store: Store
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Lechat's name of each weight, in the order in which they are best read."""
+        return tuple(self.stored)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of all weights.
+
+        Raises:
+            BadInput: they have several.
+        """
+        dtypes = {stored.dtype: stored for stored in self.stored.values()}
+        if len(dtypes) > 1:
+            a, b = list(dtypes.values())[:2]
+            raise BadInput(
+                f"{a.where} is {a.dtype} and {b.where} is {b.dtype}; "
+                "make them one with python -m parity.convert --dtype"
+            )
+        return next(iter(dtypes))
+
+    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
+        """A weight in lechat's shape: a view of its file, unless its rows change their order."""
+        fmt = _format(self.format)
+        return from_format(self.stored[name].read(), self.config, fmt, rows(self.config)[name])
+
+    def where(self, name: str) -> str:
+        """The key and the file of a weight, for messages."""
+        return self.stored[name].where
+
+    def release(self) -> None:
+        """Gives back the memory of the files that were read so far."""
+        self.store.release()
+
+
+def open_source(
+    path: Path | str,
+    *,
+    rope_theta: float | None = None,
+    revision: str | None = None,
+    verify: bool = True,
+) -> Source:
+    """The checkpoint in a folder, or of a model of the Hugging Face Hub such as `org/name`.
+
+    Args:
+        path: a folder in any format, also a training run's; or the Hub's name of a model.
+        rope_theta: for a `params.json` that does not say it.
+        revision: of the model on the Hub: a branch, a tag or a commit.
+        verify: compare what has checksums with them, at half a second a GB; without, the
+            caller does it with `check_whole`.
+
+    Raises:
+        BadInput: there is nothing there that can be read, or it is damaged, or its config
+            and its weights do not fit.
+    """
+    folder, metadata = Path(path), {}
+    if not folder.exists() and hub.is_name(str(path)):
+        folder, metadata = hub.download(str(path), revision)
+    elif revision is not None:
+        raise BadInput(f"--revision is for models of the Hub, and {path} is a folder")
+    if not folder.is_dir():
+        kind = "a file; name the folder it is in" if folder.exists() else "not there"
+        raise BadInput(f"{path} is {kind}")
+    config, params = folder / "config.json", folder / "params.json"
+    fields = parse_json(config.read_bytes(), config) if config.is_file() else {}
+    if "model" in fields and "train" in fields:
+        return _run(folder, fields)
+    if "dim" in fields:
+        return _lechat(folder, fields, verify)
+    if "model_type" in fields and (_has(folder, "model") or not params.is_file()):
+        return _hugging_face(folder, fields, metadata)
+    if params.is_file():
+        fields = parse_json(params.read_bytes(), params)
+        return _mistral(folder, fields, rope_theta, metadata)
+    raise BadInput(
+        f"{folder} holds no checkpoint: neither a config.json of Hugging Face's or lechat's, "
+        "nor Mistral's params.json"
+    )
+
+
+def _hugging_face(folder: Path, fields: dict[str, Any], metadata: dict[str, str]) -> Source:
+    config = configs.from_hugging_face(fields, folder / "config.json")
+    if not _has(folder, "model"):
+        for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+            if (folder / name).is_file():
+                raise BadInput(
+                    f"{folder} has its weights in {name}, a pickle; save the model as safetensors"
+                )
+    if type(positions := fields.get(POSITIONS)) is int:
+        metadata = {**metadata, POSITIONS: str(positions)}
+    return _source("hf", folder, config, safetensors_store(folder, "model"), metadata)
+
+
+def _mistral(
+    folder: Path, fields: dict[str, Any], rope_theta: float | None, metadata: dict[str, str]
+) -> Source:
+    config = configs.from_params(fields, folder / "params.json", rope_theta)
+    old = folder / "consolidated.00.pth"
+    if _has(folder, "consolidated") or not old.is_file():
+        if old.is_file():
+            print(f"{folder} has {old.name} too; the safetensors are read", file=sys.stderr)
+        store = safetensors_store(folder, "consolidated")
+    elif (folder / "consolidated.01.pth").exists():
+        raise BadInput(f"{folder} has its weights cut into consolidated.00.pth, .01.pth and so on")
+    else:
+        check_inside(folder, old)
+        store = pickle_store(old)
+    return _source("mistral", folder, config, store, metadata)
+
+
+def check_whole(folder: Path) -> None:
+    """Nothing, for a folder of lechat's whose files are what was written.
+
+    Raises:
+        BadInput: one is not; it is named.
+    """
+    if reason := fault(folder):
+        raise BadInput(f"{folder} is damaged: {reason}; make or download it again")
+
+
+def _lechat(folder: Path, fields: dict[str, Any], verify: bool) -> Source:
+    """Lechat's own folder, or that of a state dict of lechat_torch with the same config."""
+    try:
+        config = MistralConfig.from_dict(fields)
+    except BadInput as error:
+        raise BadInput(f"{folder / 'config.json'}: {error}") from None
+    pickled = folder / "model.pt"
+    if pickled.is_file() and not _has(folder, "model"):
+        check_inside(folder, pickled)
+        return _source("torch", folder, config, pickle_store(pickled), {})
+    if verify:
+        check_whole(folder)
+    return _source("lechat", folder, config, safetensors_store(folder, "model"), {})
+
+
+def _run(folder: Path, fields: dict[str, Any]) -> Source:
+    """The last good checkpoint of a training run."""
+    import jax
+
+    from lechat_jax.checkpoint import Checkpoints
+
+    config = MistralConfig.from_dict(fields["model"])
+    run = Run.open(folder)
+    template = {
+        name: jax.ShapeDtypeStruct(shape(config, "lechat", row.axes), np.float32)
+        for name, row in rows(config).items()
+    }
+    restored = Checkpoints(run.checkpoints).restore({"model": template})
+    for sentence in restored.refused:
+        print(f"warning: {sentence}", file=sys.stderr)
+    arrays = {name: np.asarray(leaf) for name, leaf in restored.items["model"].items()}
+    store = array_store(run.checkpoints / str(restored.step), arrays)
+    return _source("run", folder, config, store, {"step": str(restored.step)})
+
+
+def _source(
+    kind: SourceFormat, folder: Path, config: MistralConfig, store: Store, metadata: dict[str, str]
+) -> Source:
+    """The source, once every weight has been found in the shape and dtype it must have."""
+    fmt = _format(kind)
+    keys = match(config, fmt, store.tensors.keys(), folder)
+    by_key = {key: name for name, key in keys.items()}
+    stored = {by_key[key]: one for key, one in store.tensors.items() if key in by_key}
+    table = rows(config)
+    for name, one in stored.items():
+        if one.shape != (wanted := shape(config, fmt, table[name].axes)):
+            raise BadInput(f"{one.where} has the shape {list(one.shape)} instead of {list(wanted)}")
+        if one.dtype not in DTYPES:
+            raise BadInput(
+                f"{one.where} is {one.dtype}; a weight must be bfloat16, float16 or float32"
+            )
+    if (head := store.tensors.get(tied_head(config, fmt) or "")) is not None:
+        _check_equal(head, store.tensors[names(config, fmt)["embed.kernel"]])
+    tokenizer = tuple(sorted(path for path in folder.iterdir() if TOKENIZER.fullmatch(path.name)))
+    for path in tokenizer:
+        check_inside(folder, path)
+    metadata = {key: store.metadata[key] for key in KEPT if key in store.metadata} | metadata
+    return Source(kind, folder, config, tokenizer, metadata, stored, store)
+
+
+def _check_equal(head: Stored, embedding: Stored) -> None:
+    """Raises `BadInput` if the head of a model that claims to be tied is not its embedding."""
+    if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
+        a, b = (x.read().reshape(-1).view(np.uint8) for x in (head, embedding))
+        parts = (slice(start, start + SLAB) for start in range(0, a.size, SLAB))
+        if np.may_share_memory(a, b) or all(np.array_equal(a[part], b[part]) for part in parts):
+            return
+    raise BadInput(f"{head.where} differs from the embedding, though the config says they are tied")
+
+
+def _has(folder: Path, stem: str) -> bool:
+    """Whether there are safetensors of that stem."""
+    single = folder / f"{stem}.safetensors"
+    return single.exists() or (folder / f"{stem}.safetensors.index.json").exists()
+
+
+def _format(kind: SourceFormat) -> Format:
+    """The names and shapes of a kind of checkpoint."""
+    return "lechat" if kind == "run" else kind

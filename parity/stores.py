@@ -1,0 +1,72 @@
+"""Tensors on the disk by their own keys, whatever kind of file they lie in.
+
+A store knows what it holds without reading it; a tensor is read when it is asked for, and
+where the kind of file permits, as a view of it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+
+from lechat_jax.tensors import TensorFiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor that has not been read.
+
+    Attributes:
+        dtype: of its elements.
+        shape: as it is stored.
+        where: the file and the key, for messages.
+        read: gives it.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    where: str
+    read: Callable[[], Shaped[np.ndarray, "..."]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """What one checkpoint holds, by key.
+
+    Attributes:
+        tensors: in the order in which they are best read.
+        release: gives back the memory of the files that were read so far.
+        metadata: what the files say beside the tensors.
+    """
+
+    tensors: Mapping[str, Stored]
+    release: Callable[[], None] = lambda: None
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def safetensors_store(folder: Path, stem: str) -> Store:
+    """The tensors of `<stem>.safetensors` or of the shards of its index.
+
+    Raises:
+        BadInput: see `TensorFiles.open`.
+    """
+    files = TensorFiles.open(folder, stem)
+    tensors = {
+        key: Stored(
+            info.dtype, info.shape, f"{key} in {info.path}", lambda key=key: files.read(key)
+        )
+        for key, info in files.items()
+    }
+    return Store(tensors, files.release, files.metadata)
+
+
+def array_store(where: object, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> Store:
+    """Tensors that are in memory already."""
+    return Store(
+        {
+            key: Stored(array.dtype, array.shape, f"{key} in {where}", lambda array=array: array)
+            for key, array in arrays.items()
+        }
+    )

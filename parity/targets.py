@@ -1,0 +1,88 @@
+"""What a checkpoint consists of in each format, beside the bytes of its tensors."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lechat_jax.tokenizer import FILE_NAME, Tokenizer
+from parity import configs
+from parity.names import Format
+from parity.sources import POSITIONS, Source
+
+BOS, EOS = 1, 2  # of all of Mistral's tokenizers
+
+# With these, transformers' tokenizer gives SentencePiece's own ids: a space before every
+# text whatever it begins with (`legacy`), and control pieces spelled in it stay text.
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "clean_up_tokenization_spaces": False,
+    "legacy": True,
+    "split_special_tokens": True,
+    "model_max_length": int(1e30),  # no limit, as transformers itself writes it
+}
+
+
+def write_config(folder: Path, fmt: Format, source: Source, dtype: np.dtype) -> None:
+    """Puts the config of the model into the folder, in the words of the format.
+
+    Raises:
+        BadInput: the format has no words for such a model.
+    """
+    if fmt == "mistral":
+        _write(folder / "params.json", configs.to_params(source.config))
+    elif fmt == "hf":
+        positions = int(source.metadata.get(POSITIONS, configs.POSITIONS))
+        bos_id, eos_id = _control_ids(source)
+        fields = configs.to_hugging_face(source.config, dtype.name, positions, bos_id, eos_id)
+        _write(folder / "config.json", fields)
+        ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+        _write(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    else:
+        _write(folder / "config.json", source.config.to_dict())
+
+
+def write_tokenizer(folder: Path, fmt: Format, source: Source) -> None:
+    """Puts the tokenizer's files into the folder, under the names that the format's readers know.
+
+    All formats have the same SentencePiece model; Hugging Face's has settings beside it.
+    """
+    model = sentencepiece_model(source)
+    for path in source.tokenizer_files:
+        if path == model:
+            is_versioned = fmt == "mistral" and path.suffix != ".model"
+            name = path.name if is_versioned else FILE_NAME
+            shutil.copyfile(path, folder / ("tokenizer.model" if fmt == "hf" else name))
+        elif not path.name.startswith("tokenizer.model"):
+            shutil.copyfile(path, folder / path.name)
+    settings = folder / "tokenizer_config.json"
+    if fmt == "hf" and model and not settings.exists():
+        _write(settings, TOKENIZER_CONFIG)
+
+
+def sentencepiece_model(source: Source) -> Path | None:
+    """The SentencePiece model of the source, its newest version; `None` if it has another kind."""
+    found = [path for path in source.tokenizer_files if path.name.startswith("tokenizer.model")]
+    versions = {path: re.findall(r"\d+", path.name) for path in found}
+    return max(found, key=lambda path: [int(n) for n in versions[path]], default=None)
+
+
+def _control_ids(source: Source) -> tuple[int, int]:
+    """The ids that start and end a document."""
+    model = sentencepiece_model(source)
+    if model is None:
+        return BOS, EOS
+    tokenizer = Tokenizer.from_file(model)
+    return tokenizer.bos_id, tokenizer.eos_id
+
+
+def _write(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,508 @@
+"""Weights go from any format to any other and back, byte for byte, or nothing is written."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jaxtyping import Shaped
+
+from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
+from lechat_jax.run import Run
+from lechat_jax.tensors import TensorFiles
+from lechat_jax.tokenizer import Tokenizer
+from parity import convert as module
+from parity.convert import main
+from parity.finite import is_finite
+from parity.make_checkpoint import main as make
+from parity.names import FORMATS, Format, names, shapes
+from parity.sources import open_source
+
+Weights = dict[str, Shaped[np.ndarray, "..."]]
+BF16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = (BF16, np.dtype(np.float16), np.dtype(np.float32))
+
+
+def convert(src: Path | str, dst: Path, to: Format, *flags: str) -> Path:
+    assert main([str(src), str(dst), "--to", to, *flags]) == 0
+    return dst
+
+
+def random_weights(config: MistralConfig, dtype: np.dtype = BF16) -> Weights:
+    rng = np.random.default_rng(0)
+    return {
+        name: (rng.standard_normal(shape) * 0.3).astype(dtype)
+        for name, shape in shapes(config, "lechat").items()
+    }
+
+
+def write_torch(folder: Path, config: MistralConfig, weights: Weights) -> Path:
+    """A folder as lechat_torch has it, made with nothing but PyTorch."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    state = {}
+    for ours, theirs in names(config, "torch").items():
+        flat = weights[ours].reshape(shapes(config, "torch")[ours])
+        state[theirs] = (
+            torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16)
+            if flat.dtype == BF16
+            else torch.from_numpy(flat)
+        )
+    if config.tied_embeddings:
+        state["head.weight"] = state["embed.weight"]
+    torch.save(state, folder / "model.pt")
+    return folder
+
+
+def assert_equal(folder: Path, weights: Weights) -> None:
+    source = open_source(folder)
+    assert set(source.names) == set(weights)
+    for name, array in weights.items():
+        np.testing.assert_array_equal(source.read(name), array, strict=True)
+
+
+@pytest.fixture
+def weights(tiny: MistralConfig) -> Weights:
+    return random_weights(tiny)
+
+
+@pytest.fixture
+def start(tiny: MistralConfig, weights: Weights, tmp_path: Path) -> Path:
+    return write_torch(tmp_path / "start", tiny, weights)
+
+
+@pytest.fixture
+def hf(start: Path, tmp_path: Path) -> Path:
+    return convert(start, tmp_path / "hf", "hf")
+
+
+@pytest.mark.parametrize("first", FORMATS)
+@pytest.mark.parametrize("second", FORMATS)
+def test_any_format_leads_to_any_other(
+    first: Format, second: Format, start: Path, weights: Weights, tiny: MistralConfig
+) -> None:
+    one = convert(start, start.parent / "one", first)
+    two = convert(one, start.parent / "two", second)
+    for folder, fmt in ((one, first), (two, second)):
+        assert open_source(folder).format == fmt
+        assert open_source(folder).config == tiny
+        assert_equal(folder, weights)
+
+
+# Fields, not configs: those would be type-checked while they are drawn, by lot.
+MODELS = st.fixed_dictionaries(
+    {
+        "dim": st.integers(1, 9),
+        "n_layers": st.integers(1, 2),
+        "group": st.integers(1, 3),
+        "n_kv_heads": st.integers(1, 3),
+        "head_dim": st.sampled_from([2, 4, 6]),
+        "hidden_dim": st.integers(1, 9),
+        "vocab_size": st.integers(1, 9),
+        "norm_eps": st.sampled_from([1e-5, 1e-6]),
+        "rope_theta": st.sampled_from([1e4, 1e6]),
+        "sliding_window": st.sampled_from([None, 1, 4096]),
+        "tied_embeddings": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    fields=MODELS,
+    path=st.permutations(FORMATS),
+    dtype=st.sampled_from(DTYPES),
+    shard_gb=st.sampled_from(["0", "1e-7", "5"]),
+)
+def test_every_model_survives_a_journey_through_all_formats(
+    fields: dict[str, Any],
+    path: list[Format],
+    dtype: np.dtype,
+    shard_gb: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    n_heads = fields["group"] * fields["n_kv_heads"]
+    config = MistralConfig(
+        n_heads=n_heads, **{name: value for name, value in fields.items() if name != "group"}
+    )
+    folder = tmp_path_factory.mktemp("journey")
+    weights = random_weights(config, dtype)
+    at = write_torch(folder / "start", config, weights)
+    for fmt in path:
+        at = convert(at, folder / fmt, fmt, "--shard-gb", shard_gb)
+        assert_equal(at, weights)
+        assert open_source(at).config == config
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shards", ["50GB", "20KB"])
+def test_transformers_own_files_are_read_and_ours_load_to_the_same_logits(
+    tied: bool, shards: str, tmp_path: Path
+) -> None:
+    words = transformers.MistralConfig(
+        vocab_size=97,
+        hidden_size=40,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=7,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.MistralForCausalLM(words).eval()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shards)
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == (shards == "20KB")
+    lechat = convert(tmp_path / "theirs", tmp_path / "lechat", "lechat")
+    mistral = convert(lechat, tmp_path / "mistral", "mistral")
+    ours = convert(mistral, tmp_path / "ours", "hf", "--shard-gb", "2e-5")
+    loaded, info = cast(
+        tuple[Any, dict[str, Any]],
+        transformers.AutoModelForCausalLM.from_pretrained(ours, output_loading_info=True),
+    )
+    assert not any(info.values()), info
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        expected, found = theirs(ids).logits, loaded.eval()(ids).logits
+    assert float(expected.std()) > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    a, b = (TensorFiles.open(folder) for folder in (tmp_path / "theirs", ours))
+    assert set(a) == set(b)
+    assert all(a.read(key).tobytes() == b.read(key).tobytes() for key in a)
+
+
+@pytest.mark.parametrize("window", [None, 7, (7, None, 7)])
+def test_windows_reach_transformers(
+    window: int | None | tuple[int | None, ...], tiny: MistralConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny, sliding_window=window)
+    start = write_torch(tmp_path / "start", config, random_weights(config))
+    hf = convert(start, tmp_path / "hf", "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    assert model.dtype == torch.bfloat16
+    kind = "Ministral" if isinstance(window, tuple) else "Mistral"
+    assert type(model).__name__ == f"{kind}ForCausalLM"
+    seen = [getattr(layer.self_attn, "sliding_window", window) for layer in model.model.layers]
+    assert seen == list(config.windows)
+    assert open_source(hf).config == config
+
+
+def test_consolidated_pickles_are_read(start: Path, weights: Weights, tmp_path: Path) -> None:
+    mistral = convert(start, tmp_path / "mistral", "mistral")
+    files = TensorFiles.open(mistral, "consolidated")
+    state = {
+        key: torch.from_numpy(files.read(key).view(np.int16).copy()).view(torch.bfloat16)
+        for key in files
+    }
+    torch.save(state, mistral / "consolidated.00.pth")
+    (mistral / "consolidated.safetensors").unlink()
+    assert_equal(mistral, weights)
+    assert "consolidated.00.pth" in open_source(mistral).where("embed.kernel")
+
+
+def test_of_two_copies_one_is_read_and_it_says_so(
+    start: Path, weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mistral = convert(start, tmp_path / "mistral", "mistral")
+    (mistral / "consolidated.00.pth").write_bytes(b"junk")
+    assert_equal(mistral, weights)
+    assert "has consolidated.00.pth too; the safetensors are read" in capsys.readouterr().err
+    hf = convert(start, tmp_path / "hf", "hf")
+    for path in mistral.iterdir():
+        path.rename(hf / path.name)
+    assert open_source(hf).format == "hf"
+    assert open_source(hf).where("norm.scale") == f"model.norm.weight in {hf}/model.safetensors"
+
+
+def test_a_training_run_is_a_source(tiny: MistralConfig, tmp_path: Path) -> None:
+    weights = random_weights(tiny, np.dtype(np.float32))
+    run = Run.create(tmp_path / "run")
+    run.config = {"model": tiny.to_dict(), "train": {}}
+    arrays = {name: jnp.asarray(array) for name, array in weights.items()}
+    Checkpoints(run.checkpoints).save(7, {"model": arrays}, {})
+    Tokenizer.mistral_v1().save(run.folder)
+    assert open_source(run.folder).format == "run"
+    assert open_source(run.folder).where("norm.scale").endswith("checkpoints/7")
+    hf = convert(run.folder, tmp_path / "hf", "hf")
+    assert_equal(hf, weights)
+    assert (hf / "tokenizer.model").is_file()
+    assert TensorFiles.open(hf).metadata == {"format": "pt", "step": "7"}
+
+
+def test_the_folder_of_lechat_proves_that_it_is_whole(start: Path, tmp_path: Path) -> None:
+    folder = convert(start, tmp_path / "lechat", "lechat", "--shard-gb", "2e-5")
+    lines = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    listed = {name: digest for digest, name in lines}
+    assert listed.keys() == {path.name for path in folder.iterdir()} - {"SHA256SUMS"}
+    for name, digest in listed.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+
+
+def test_a_flipped_bit_is_refused_and_nothing_appears(start: Path, tmp_path: Path) -> None:
+    folder = convert(start, tmp_path / "lechat", "lechat")
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=r"model\.safetensors is not what was saved"):
+        open_source(folder)
+    with pytest.raises(BadInput, match=r"model\.safetensors is not what was saved"):
+        convert(folder, tmp_path / "hf", "hf")
+    assert sorted(os.listdir(tmp_path)) == ["lechat", "start"]
+
+
+def test_weights_are_cast_when_asked(start: Path, weights: Weights, tmp_path: Path) -> None:
+    wide = convert(start, tmp_path / "wide", "lechat", "--dtype", "float32")
+    assert_equal(wide, {name: array.astype(np.float32) for name, array in weights.items()})
+    assert_equal(convert(wide, tmp_path / "narrow", "torch", "--dtype", "bfloat16"), weights)
+    hf = convert(start, tmp_path / "hf", "hf", "--dtype", "float16")
+    fields = json.loads((hf / "config.json").read_text())
+    assert (fields["dtype"], fields["torch_dtype"]) == ("float16", "float16")
+
+
+def spoil(folder: Path, key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Changes one tensor of a folder of lechat_torch."""
+    state = torch.load(folder / "model.pt", weights_only=True)
+    state[key] = change(state[key].clone())
+    torch.save(state, folder / "model.pt")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("to", FORMATS)
+def test_weights_that_are_no_numbers_are_refused(value: str, to: Format, start: Path) -> None:
+    spoil(
+        start, "blocks.1.mlp.down.weight", lambda x: x.index_fill(1, torch.tensor(3), float(value))
+    )
+    dst = start.parent / "out"
+    with pytest.raises(
+        BadInput, match=r"blocks\.1\.mlp\.down\.weight in .*model\.pt is not finite"
+    ):
+        convert(start, dst, to)
+    assert sorted(os.listdir(start.parent)) == ["start"]
+    convert(start, dst, to, "--allow-nonfinite")
+    assert not np.isfinite(
+        open_source(dst).read("blocks.1.mlp.down.kernel").astype(np.float32)
+    ).all()
+
+
+def test_a_weight_that_a_cast_makes_infinite_is_refused(start: Path, tmp_path: Path) -> None:
+    spoil(start, "norm.weight", lambda x: x + 1e6)
+    with pytest.raises(BadInput, match=r"is not finite as float16 \(it is bfloat16\)"):
+        convert(start, tmp_path / "out", "hf", "--dtype", "float16")
+
+
+@given(st.data())
+def test_numbers_are_told_from_what_is_none(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from((*DTYPES, np.dtype(np.float64))))
+    bits = data.draw(st.lists(st.integers(0, 2 ** (8 * dtype.itemsize) - 1), max_size=8))
+    array = np.array(bits, f"u{dtype.itemsize}").view(dtype)
+    assert is_finite(array) == bool(np.isfinite(array.astype(np.float64)).all())
+
+
+TEXTS = (
+    "The cat sat on the mat.",
+    "",
+    " leading",
+    "   three",
+    "\nfirst\n\n  second\r\n\ttab",
+    "😀 emoji 👩‍👩‍👧, é, e\u0301, 日本語, \u2581, \u00a0",
+    "<s> and </s>, <unk> and [INST] as text",
+    "<0x0A>",
+    " ",
+)
+
+
+@pytest.fixture
+def with_tokenizer(tiny: MistralConfig, tmp_path: Path) -> Path:
+    config = dataclasses.replace(tiny, vocab_size=32000, n_layers=1)
+    start = write_torch(tmp_path / "start", config, random_weights(config))
+    Tokenizer.mistral_v1().save(start)
+    return start
+
+
+def test_transformers_tokenizer_gives_the_same_ids(with_tokenizer: Path, tmp_path: Path) -> None:
+    hf = convert(with_tokenizer, tmp_path / "hf", "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(hf)
+    ours = Tokenizer.mistral_v1()
+
+    def check(text: str) -> None:
+        ids = [ours.bos_id, *ours.encode(text)]
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+
+    for text in TEXTS:
+        check(text)
+    settings(max_examples=60)(given(st.text(max_size=30))(check))()
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (1, 2, 32000)
+
+
+def test_tokenizer_files_keep_their_content(with_tokenizer: Path, tmp_path: Path) -> None:
+    hf = convert(with_tokenizer, tmp_path / "hf", "hf")
+    (hf / "tokenizer_config.json").write_text('{"their": "own"}')
+    (hf / "tokenizer.json").write_text("{}")
+    lechat = convert(hf, tmp_path / "lechat", "lechat")
+    assert Tokenizer.from_file(lechat / "tokenizer.model.v1").encode("a") == [264]
+    again = convert(lechat, tmp_path / "again", "hf")
+    assert (again / "tokenizer_config.json").read_text() == '{"their": "own"}'
+    assert (again / "tokenizer.json").read_text() == "{}"
+    assert (again / "tokenizer.model").read_bytes() == (hf / "tokenizer.model").read_bytes()
+
+
+def test_the_longest_position_travels_along(hf: Path, tmp_path: Path) -> None:
+    fields = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**fields, "max_position_embeddings": 123}))
+    again = convert(convert(hf, tmp_path / "lechat", "lechat"), tmp_path / "again", "hf")
+    assert json.loads((again / "config.json").read_text())["max_position_embeddings"] == 123
+
+
+def test_it_says_what_it_did_and_what_comes_next(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dst = convert(start, tmp_path / "lechat", "lechat")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"{dst}: 30 tensors, 0.00 GB of bfloat16 in ")
+    assert f"python -m lechat_jax.generate {dst} --prompt TEXT" in said[1]
+    assert f"python -m parity.check --checkpoint {start} --against {dst}" in said[2]
+
+
+def test_a_folder_that_exists_is_left_alone(start: Path, hf: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="exists; name another folder, or pass --overwrite"):
+        convert(start, hf, "lechat")
+    convert(start, hf, "lechat", "--overwrite")
+    assert open_source(hf).format == "lechat"
+    assert sorted(os.listdir(tmp_path)) == ["hf", "start"]
+
+
+def test_what_is_no_checkpoint_is_never_overwritten(start: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("x")
+    with pytest.raises(BadInput, match="is no checkpoint, so it is not overwritten"):
+        convert(start, home, "hf", "--overwrite")
+    for around in (start, tmp_path):
+        with pytest.raises(BadInput, match="is the source, or around it"):
+            convert(start, around, "hf", "--overwrite")
+    assert (home / "thesis.tex").exists()
+
+
+def test_too_little_disk_is_seen_before(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(BadInput, match=r"takes 0\.00 GB and 0\.00 GB are free; make room"):
+        convert(start, tmp_path / "hf", "hf")
+    assert sorted(os.listdir(tmp_path)) == ["start"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(start: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BadInput, match=r"cannot write .*file"):
+        convert(start, tmp_path / "file" / "hf", "hf")
+
+
+def test_a_killed_conversion_leaves_no_half_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    assert make([str(src), "--preset", "lechat-15m", "--dtype", "float32"]) == 0
+    program = (
+        "import signal, os, sys, parity.convert as c\n"
+        "c.is_finite = lambda piece: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "c.main(sys.argv[1:])"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(src), str(dst), "--to", "lechat"])
+    assert run.returncode == -signal.SIGKILL
+    assert sorted(os.listdir(tmp_path)) == [".dst.partial", "src"]
+    convert(src, dst, "lechat")
+    assert sorted(os.listdir(tmp_path)) == ["dst", "src"]
+    open_source(dst)
+
+
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    shape = ["--preset", "bench-284m", "--layers", "4", "--shard-gb", "0.1"]
+    assert make([str(src), *shape]) == 0
+    program = (
+        "import sys, re, pathlib, torch, parity.convert as c\n"
+        "def anon():\n"
+        "    text = pathlib.Path('/proc/self/status').read_text()\n"
+        "    return int(re.search(r'RssAnon:\\s*(\\d+)', text)[1]) * 1024\n"
+        "peak = before = anon()\n"
+        "def slab(piece):\n"
+        "    global peak\n"
+        "    peak = max(peak, anon())\n"
+        "    return True\n"
+        "c.is_finite = slab\n"
+        "c.main(sys.argv[1:])\n"
+        "print(peak - before)"
+    )
+    if not Path("/proc/self/status").exists():
+        pytest.skip("only Linux says how much memory is anonymous")
+    for to, dst in (("lechat", tmp_path / "a"), ("hf", tmp_path / "b"), ("torch", tmp_path / "c")):
+        at = tmp_path / "a" if to == "hf" else src
+        argv = [sys.executable, "-c", program, str(at), str(dst), "--to", to, "--shard-gb", "0"]
+        run = subprocess.run(argv, capture_output=True, text=True, check=True)
+        grown = int(run.stdout.splitlines()[-1])
+        most = 100e6 if to == "torch" else 40e6  # PyTorch loads more of itself to save
+        assert grown < most < sum(p.stat().st_size for p in src.iterdir()) / 2, (to, grown)
+
+
+def test_made_checkpoints_are_of_the_released_shapes(tmp_path: Path) -> None:
+    assert make([str(tmp_path / "x"), "--preset", "lechat-15m", "--layers", "1"]) == 0
+    source = open_source(tmp_path / "x")
+    assert (source.format, source.dtype, source.config.n_layers) == ("hf", BF16, 1)
+    kernel = source.read("blocks.0.attn.q.kernel").astype(np.float32)
+    assert float(kernel.std()) == pytest.approx(192**-0.5, rel=0.02)
+    assert float(source.read("norm.scale").astype(np.float32).mean()) == pytest.approx(1, abs=0.05)
+    assert (tmp_path / "x" / "tokenizer.model").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shard-gb", "-1"], "--shard-gb must be at least 0"),
+        (["--revision", "main"], "--revision is for models of the Hub"),
+    ],
+)
+def test_bad_flags_are_one_clear_line(flags: list[str], message: str, start: Path) -> None:
+    with pytest.raises(BadInput, match=message):
+        convert(start, start.parent / "out", "hf", *flags)
+
+
+def test_help_describes_each_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "Write weights that are infinite" in capsys.readouterr().out
+
+
+def test_progress_is_plain_lines_without_a_terminal(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("parity.progress.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(time, "monotonic", iter(range(10**6)).__next__)
+    convert(start, tmp_path / "hf", "hf")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 30
+    assert all("GB/s" in line and "left" in line for line in lines)
