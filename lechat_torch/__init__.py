@@ -1,0 +1,1 @@
+"""Mistral in PyTorch: a second witness, which shares numbers with `lechat_jax` but no maths."""
