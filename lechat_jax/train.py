@@ -1,11 +1,13 @@
 """Trains a Mistral on text and prints samples: `python -m lechat_jax.train`."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lechat_jax import cli
 from lechat_jax.compilation import enable_compilation_cache
@@ -14,33 +16,49 @@ from lechat_jax.corpus import Corpus, load_corpus
 from lechat_jax.data import Batches, load_tokens
 from lechat_jax.display import Display, clock
 from lechat_jax.errors import BadInput
-from lechat_jax.options import TrainConfig
+from lechat_jax.options import DEFAULT_PRESET, TrainConfig
 from lechat_jax.run import Run
 from lechat_jax.stop import Stop
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer import FILE_NAME, Tokenizer
+from lechat_jax.trained import Loaded, Trained
 from lechat_jax.trainer import Diverged, Trainer, elapsed
+
+
+class Start(NamedTuple):
+    """What a run begins or goes on with.
+
+    Attributes:
+        options: as asked, or those of the run that is resumed.
+        model: its shape.
+        tokenizer: of the folder that the weights come from, or Mistral's first.
+        source: the folder with the weights to begin with, instead of random ones.
+        run: the run to resume.
+        corpus_sha256: of the text that it was started on.
+    """
+
+    options: TrainConfig
+    model: MistralConfig
+    tokenizer: Tokenizer
+    source: Trained | None = None
+    run: Run | None = None
+    corpus_sha256: str = ""
 
 
 def set_up(asked: TrainConfig, display: Display) -> Trainer:
     """A trainer at the first step of a new run, or where a stopped one is to go on.
 
     Raises:
-        BadInput: the options, the text or the folder cannot be used; nothing was written.
+        BadInput: the options, the text, the weights or the folder cannot be used; nothing
+            was written.
     """
-    old = _stopped_run(asked) if asked.resume else None
-    options, config = (old.options, old.model) if old else (asked, asked.model())
-    tokenizer = Tokenizer.mistral_v1()
-    if config.vocab_size < tokenizer.vocab_size:
-        raise BadInput(
-            f"the model has {config.vocab_size} token ids but the tokenizer "
-            f"{tokenizer.vocab_size}; choose another preset"
-        )
+    start = _resumed(asked) if asked.resume else _started(asked)
+    options, config, tokenizer = start.options, start.model, start.tokenizer
     corpus = load_corpus(options.data)
     display.say(f"text:  {corpus.name}, {corpus.n_bytes:,} bytes, SHA-256 {corpus.sha256}")
-    if old and old.corpus_sha256 != corpus.sha256:
+    if start.run and start.corpus_sha256 != corpus.sha256:
         raise BadInput(
             f"the text is not the one that {asked.resume} was started on (SHA-256 "
-            f"{old.corpus_sha256}); restore it, or start a new run"
+            f"{start.corpus_sha256}); restore it, or start a new run"
         )
     tokens = load_tokens(
         corpus, tokenizer, on_progress=lambda done, of: display.work("tokenising, byte", done, of)
@@ -49,49 +67,88 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
         display.say(f"note: {tokens.note}")
     shape = options.shape(jax.default_backend())
     batches = Batches(len(tokens.train), shape.block, shape.batch, options.seed)
-    run = old.run if old else _new_run(options, config, corpus, tokenizer)
+    loaded = _load(start.source, display) if start.source else None
+    run = start.run or _new_run(start, corpus, loaded)
     if options.tensorboard:
         run.mirror_to_tensorboard()
     trainer = Trainer(run, config, options, tokens, tokenizer, batches, display)
     display.say(
-        f"model: {options.preset}, {config.n_params:,} parameters, "
+        f"model: {options.model_name}, {config.n_params:,} parameters, "
         f"window {config.sliding_window or 'full'}\n"
         f"step:  {shape.batch} x {shape.block} tokens, {shape.dtype} on {jax.default_backend()}\n"
         f"run:   {run.folder}"
     )
-    if old:
+    if start.run:
         trainer.restore()
+    else:
+        trainer.begin(loaded.weights if loaded else None)
     return trainer
 
 
-class StoppedRun(NamedTuple):
-    """What `config.json` of a run says."""
+def _started(asked: TrainConfig) -> Start:
+    """A new run."""
+    if asked.init_from is None:
+        options = dataclasses.replace(asked, preset=asked.preset or DEFAULT_PRESET)
+        model, tokenizer, source = asked.model(), Tokenizer.mistral_v1(), None
+        otherwise = "choose another preset"
+    else:
+        options = dataclasses.replace(asked, init_from=asked.init_from.absolute())
+        source = Trained.open(asked.init_from)
+        model, tokenizer = source.config, source.tokenizer or Tokenizer.mistral_v1()
+        otherwise = f"put the model's own into {asked.init_from} as {FILE_NAME}"
+        if flags := asked.contradictions_to(model):
+            raise BadInput(
+                f"--init-from takes the model from {asked.init_from}, which is another one; "
+                f"leave out {', '.join(flags)}"
+            )
+    if model.vocab_size != tokenizer.vocab_size:
+        raise BadInput(
+            f"the model has {model.vocab_size} token ids but the tokenizer {tokenizer.path} "
+            f"{tokenizer.vocab_size}; {otherwise}"
+        )
+    return Start(options, model, tokenizer, source)
 
-    run: Run
-    options: TrainConfig
-    model: MistralConfig
-    corpus_sha256: str
 
-
-def _stopped_run(asked: TrainConfig) -> StoppedRun:
+def _resumed(asked: TrainConfig) -> Start:
+    """What `config.json` of a run says, with its own tokenizer."""
     if flags := asked.contradictions():
         raise BadInput(f"--resume goes on with the run's own options; leave out {', '.join(flags)}")
     run = Run.open(Path(asked.resume or ""))
     config = run.config
-    options = TrainConfig.from_dict(config["train"]).with_samples_of(asked)
-    model = MistralConfig.from_dict(config["model"])
-    return StoppedRun(run, options, model, config["train"].get("corpus_sha256", "unknown"))
+    return Start(
+        options=TrainConfig.from_dict(config["train"]).with_samples_of(asked),
+        model=MistralConfig.from_dict(config["model"]),
+        tokenizer=Tokenizer.from_file(run.folder / FILE_NAME),
+        run=run,
+        corpus_sha256=config["train"].get("corpus_sha256", "unknown"),
+    )
 
 
-def _new_run(
-    options: TrainConfig, config: MistralConfig, corpus: Corpus, tokenizer: Tokenizer
-) -> Run:
-    name = options.name or f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+def _load(source: Trained, display: Display) -> Loaded:
+    """The weights to begin with, in the float32 that training keeps them in."""
+    display.wait("loading weights")
+    loaded = source.load(jnp.float32)
+    for sentence in loaded.refused:
+        display.say(f"warning: {sentence}", style="yellow")
+    if bad := [name for name, leaf in loaded.weights.items() if not jnp.isfinite(leaf).all()]:
+        raise BadInput(
+            f"weights of {source.folder} are not finite, {', '.join(bad)}, and no training "
+            "would mend them; convert them again, or start from another folder"
+        )
+    return loaded
+
+
+def _new_run(start: Start, corpus: Corpus, loaded: Loaded | None) -> Run:
+    options = start.options
+    name = options.name or f"{options.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = Run.create(options.out or Path("runs") / name)
-    tokenizer.save(run.folder)
-    shape = options.shape(jax.default_backend())._asdict()
-    text = {"corpus": corpus.name, "corpus_bytes": corpus.n_bytes, "corpus_sha256": corpus.sha256}
-    run.config = {"model": config.to_dict(), "train": options.to_dict() | shape | text}
+    start.tokenizer.save(run.folder)
+    found: dict[str, Any] = options.shape(jax.default_backend())._asdict()
+    found |= {"corpus": corpus.name, "corpus_bytes": corpus.n_bytes}
+    found |= {"corpus_sha256": corpus.sha256}
+    if loaded:
+        found |= {"init_from_sha256": loaded.sha256}
+    run.config = {"model": start.model.to_dict(), "train": options.to_dict() | found}
     return run
 
 

@@ -18,12 +18,13 @@ from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.data import Batches, Tokens
 from lechat_jax.display import Display, clock
+from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
-from lechat_jax.model import bind
+from lechat_jax.model import Weights, bind
 from lechat_jax.options import TrainConfig
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
-from lechat_jax.step import StepOptions, TrainState, init_state, train_steps
+from lechat_jax.step import StepOptions, TrainState, init_state, state_of, train_steps
 from lechat_jax.stop import Stop
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.validation import Validator
@@ -42,8 +43,18 @@ def elapsed() -> float:
     return time.time() - psutil.Process().create_time()
 
 
+def _items(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds; the step is its number, and data and rates follow from it."""
+    return {"model": state.weights, "optimizer": state.optimizer}
+
+
 class Trainer:
-    """One run in progress: its options, its text, its state, and the folder it fills."""
+    """One run in progress: its options, its text, its state, and the folder it fills.
+
+    Its state is there after `begin` or `restore`.
+    """
+
+    state: TrainState
 
     def __init__(
         self,
@@ -67,7 +78,6 @@ class Trainer:
         )
         self.calls = 4 if on_cpu else 32  # steps in one call of the device
         self.validator = Validator(config, self.step_options, tokens, tokenizer)
-        self.state = init_state(config, self.step_options, options.seed)
         self.step = 0
         self.total = options.steps
         epochs = options.max_epochs * self.batches.windows / self.batches.batch
@@ -79,10 +89,27 @@ class Trainer:
         """Tokens trained on."""
         return self.step * self.batches.batch * self.batches.block
 
+    def begin(self, weights: Weights | None = None) -> None:
+        """At step 0, with weights drawn from the seed, or with those given, which it consumes.
+
+        Those given are saved at once: from then on nobody needs the folder they came from.
+        """
+        if weights is None:
+            self.state = self._drawn()
+        else:
+            self.state = state_of(weights, self.step_options)
+            self.save()
+
     def restore(self) -> None:
-        """Continues from the last good checkpoint, or from the start if there is none yet."""
+        """Continues from the last good checkpoint, or from the start if there is none yet.
+
+        Raises:
+            BadInput: none is good, or there is none and the run did not start at random.
+        """
         if self.checkpoints.steps():
-            restored = self.checkpoints.restore(self.items())
+            # Shapes alone: drawing weights to throw them away takes seconds, and a second model.
+            shapes = jax.eval_shape(self._drawn)
+            restored = self.checkpoints.restore(_items(shapes))
             for sentence in restored.refused:
                 self.display.say(f"warning: {sentence}", style="yellow")
             self.state = TrainState(
@@ -92,13 +119,18 @@ class Trainer:
             self.display.say(
                 f"resuming at step {self.step} of {self.total or 'a number to be measured'}"
             )
+        elif self.options.init_from:
+            raise BadInput(
+                f"{self.run.folder} was stopped before the weights it starts from were saved; "
+                f"delete it and start again with --init-from {self.options.init_from}"
+            )
         else:
             self.display.say("no checkpoint was saved yet: starting again at step 0")
+            self.begin()
         self.run.rewind(self.step)
 
-    def items(self) -> dict[str, Any]:
-        """What a checkpoint holds; the step is its number, and data and rates follow from it."""
-        return {"model": self.state.weights, "optimizer": self.state.optimizer}
+    def _drawn(self) -> TrainState:
+        return init_state(self.config, self.step_options, self.options.seed)
 
     def save(self) -> None:
         """A checkpoint of this step.
@@ -109,7 +141,7 @@ class Trainer:
         finite = all(bool(jnp.isfinite(leaf).all()) for leaf in self.state.weights.values())
         if not finite:
             raise Diverged(f"weights are not finite after step {self.step}; {self.advice()}")
-        self.checkpoints.save(self.step, self.items(), {"tokens": self.seen})
+        self.checkpoints.save(self.step, _items(self.state), {"tokens": self.seen})
 
     def advice(self) -> str:
         """What is left after a divergence, and what to do."""

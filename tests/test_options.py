@@ -88,7 +88,7 @@ def test_a_quantity_has_a_unit(help_of: dict[str, str], flag: str, unit: str) ->
 
 def test_without_flags_the_default_model_is_trained_for_five_minutes() -> None:
     assert parse() == TrainConfig()
-    assert (TrainConfig().minutes, TrainConfig().preset) == (5.0, "lechat-15m")
+    assert (TrainConfig().minutes, TrainConfig().model_name) == (5.0, "lechat-15m")
     assert TrainConfig().model() == preset("lechat-15m")
 
 
@@ -207,6 +207,32 @@ def test_the_batch_suits_the_platform(platform: str, shape: tuple) -> None:
     assert TrainConfig(dtype="bfloat16").shape(platform) == (*shape[:2], "bfloat16")
 
 
+# --- weights to start from ---
+
+
+def test_a_run_is_called_after_the_folder_that_it_starts_from() -> None:
+    assert TrainConfig(preset="bench-284m").model_name == "bench-284m"
+    assert TrainConfig(init_from=Path("models/../models/7b-lechat")).model_name == "7b-lechat"
+    assert TrainConfig(init_from=Path(".")).model_name == Path.cwd().name
+
+
+def test_flags_may_repeat_the_model_of_the_weights_but_not_change_it() -> None:
+    model = dataclasses.replace(preset("lechat-15m"), dim=40, sliding_window=None)
+    agreeing = TrainConfig(preset="lechat-15m", dim=40, n_layers=6, sliding_window="full")
+    assert agreeing.contradictions_to(model) == []
+    assert TrainConfig().contradictions_to(model) == []
+    assert TrainConfig(preset="lechat-15m", dim=41).contradictions_to(model) == [
+        *("--preset", "--dim"),
+    ]
+    changing = TrainConfig(dim=40, n_layers=2, sliding_window=7, learning_rate=2.0)
+    assert changing.contradictions_to(model) == ["--n-layers", "--sliding-window"]
+    assert TrainConfig(sliding_window="full").contradictions_to(preset("lechat-15m")) == [
+        "--sliding-window"
+    ]
+    with pytest.raises(BadInput, match="unknown preset 'mistral'"):
+        TrainConfig(preset="mistral").contradictions_to(model)
+
+
 # --- keeping them ---
 
 COUNTS = st.none() | st.integers(2, 10**6)
@@ -225,6 +251,8 @@ PATHS = st.none() | st.sampled_from(["runs/a", "/tmp/b c", "."]).map(Path)
     dtype=st.sampled_from([None, "float32", "bfloat16"]),
     out=PATHS,
     resume=PATHS,
+    init_from=PATHS,
+    preset=st.none() | TEXTS,
     tensorboard=st.booleans(),
     prompt=st.lists(TEXTS, max_size=3).map(tuple),
     temperature=st.floats(0, 10),
@@ -249,3 +277,5 @@ def test_a_resumed_run_can_only_be_asked_for_other_samples() -> None:
     assert free.contradictions() == []
     asked = dataclasses.replace(free, steps=9, n_layers=2, out=Path("x"), learning_rate=2.0)
     assert asked.contradictions() == ["--n-layers", "--steps", "--learning-rate", "--out"]
+    asked = dataclasses.replace(free, preset="lechat-15m", init_from=Path("x"))
+    assert asked.contradictions() == ["--preset", "--init-from"]

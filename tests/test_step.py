@@ -18,6 +18,7 @@ from lechat_jax.step import (
     TrainState,
     init_state,
     score,
+    state_of,
     total_nats,
     train_steps,
 )
@@ -130,6 +131,13 @@ def test_the_seed_decides_the_weights(small: MistralConfig) -> None:
     first, other = first_state(small), init_state(small, OPTIONS, seed=1)
     assert same_bits(first, init_state(small, OPTIONS, seed=0))
     assert not same_bits(first.weights["head.kernel"], other.weights["head.kernel"])
+
+
+def test_weights_that_are_given_are_those_that_are_trained(small: MistralConfig) -> None:
+    first = first_state(small)
+    assert same_bits(state_of(first.weights, OPTIONS), first)
+    other = init_state(small, OPTIONS, seed=1).weights
+    assert same_bits(state_of(other, OPTIONS).weights, other)
 
 
 # --- several steps in a call ---

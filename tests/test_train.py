@@ -1,18 +1,34 @@
 """The main job from the outside: what it writes, how it stops, and that it goes on bit for bit."""
 
+import dataclasses
+import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 
 from lechat_jax import cli
+from lechat_jax.config import MistralConfig
+from lechat_jax.corpus import load_corpus
+from lechat_jax.data import Batches, load_tokens
+from lechat_jax.display import Display
+from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
-from lechat_jax.train import main
+from lechat_jax.model import bind, weights_of
+from lechat_jax.options import TrainConfig
+from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.train import main, set_up
+from lechat_jax.weights import save_weights
+from parity.lively import lively
 
 # A model so small that the 32,000 ids of the tokenizer are nearly all of it.
 SMALL = "--dim 16 --n-layers 2 --n-heads 2 --n-kv-heads 1 --head-dim 8 --hidden-dim 24".split()
@@ -178,6 +194,148 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(
     assert "--learning-rate" in said
     assert not list((tmp_path / "run").glob("checkpoints/*/SHA256SUMS"))
 
+
+# --- weights to start from ---
+
+SHORT = "--batch 2 --block 16 --max-tokens 8 --steps 3".split()
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 500 ids, so that one sees whose is used."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(f"The square of {i} is {i * i}." for i in range(2000)),
+        model_prefix=str(folder / "taught"),
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return folder / "taught.model"
+
+
+@pytest.fixture
+def source(tmp_path: Path, tiny: MistralConfig, taught: Path) -> Path:
+    """Weights in lechat's format, stored in bfloat16, of a model with that tokenizer."""
+    ids = Tokenizer.from_file(taught).vocab_size
+    config = dataclasses.replace(tiny, n_layers=1, vocab_size=ids, tied_embeddings=True)
+    save_weights(tmp_path / "source", config, weights_of(lively(config, jnp.bfloat16)), taught)
+    return tmp_path / "source"
+
+
+def trained_from(source: Path, text: Path, *flags: str) -> Path:
+    """The folder of a short run that starts from these weights."""
+    out = source.parent / "run"
+    argv = ["--init-from", str(source), "--out", str(out), "--data", str(text), *SHORT, *flags]
+    assert main(argv) == 0
+    return out
+
+
+def first_loss(source: Path, text: Path) -> float:
+    """Nats a token of the weights on the first batch, from the model's logits."""
+    made = Generator.from_checkpoint(source)
+    assert made.tokenizer is not None
+    stream = load_tokens(load_corpus(str(text)), made.tokenizer).train
+    starts = Batches(len(stream), 16, 2, seed=0).starts(0)
+    rows = np.stack([stream[start : start + 17] for start in starts]).astype(np.int32)
+    z = np.asarray(bind(made.config, made.weights)(jnp.asarray(rows[:, :-1])), np.float64)
+    log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    return -np.take_along_axis(log_p, rows[:, 1:, None], axis=2).mean()
+
+
+def test_training_starts_from_the_weights_that_are_given(
+    source: Path, text: Path, taught: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(source.parent)
+    expected = first_loss(source, text)
+    manifest = hashlib.sha256((source / "SHA256SUMS").read_bytes()).hexdigest()
+    run = trained_from(Path("source"), text, "--n-heads", "6")
+    assert float.fromhex(metrics(run, "train/loss")[1]) == pytest.approx(expected, rel=1e-5)
+    config = json.loads((run / "config.json").read_text())
+    assert config["train"]["init_from"] == str(source)
+    assert config["train"]["init_from_sha256"] == manifest
+    assert config["model"] == json.loads((source / "config.json").read_text())
+    assert (run / "tokenizer.model.v1").read_bytes() == taught.read_bytes()
+    masters = Generator.from_checkpoint(run).weights
+    assert {str(leaf.dtype) for leaf in masters.values()} == {"float32"}
+
+
+def test_a_run_goes_on_without_the_folder_that_it_started_from(source: Path, text: Path) -> None:
+    run = trained_from(source, text)
+    losses, ended_with = metrics(run, "train/loss"), weights(run)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["0", "3"]
+    shutil.rmtree(source)
+    shutil.rmtree(run / "checkpoints" / "3")  # as if it had been stopped right after the start
+    assert main(["--resume", str(run)]) == 0
+    assert metrics(run, "train/loss") == losses
+    assert weights(run) == ended_with
+
+    shutil.rmtree(run / "checkpoints")  # as if it had been killed even before that
+    with pytest.raises(BadInput, match=f"delete it and start again with --init-from {source}"):
+        main(["--resume", str(run)])
+
+
+def test_training_goes_on_from_another_run_as_from_its_weights(source: Path, text: Path) -> None:
+    """Unlike with --resume, on any text, for any length, and with a fresh optimiser."""
+    first = trained_from(source, text)
+    expected = first_loss(first, text)
+    second = source.parent / "second"
+    argv = ["--init-from", str(first), "--out", str(second), "--data", str(text), *SHORT]
+    assert main(argv) == 0
+    assert float.fromhex(metrics(second, "train/loss")[1]) == pytest.approx(expected, rel=1e-5)
+    manifest = (first / "checkpoints" / "3" / "SHA256SUMS").read_bytes()
+    stored = json.loads((second / "config.json").read_text())["train"]
+    assert stored["init_from_sha256"] == hashlib.sha256(manifest).hexdigest()
+
+
+def test_weights_without_a_tokenizer_are_taken_to_have_that_of_mistral(
+    tmp_path: Path, tiny: MistralConfig, text: Path
+) -> None:
+    config = dataclasses.replace(tiny, n_layers=1, vocab_size=32_000)
+    save_weights(tmp_path / "source", config, weights_of(lively(config)), None)
+    options = TrainConfig(init_from=tmp_path / "source", data=str(text), out=tmp_path / "run")
+    v1 = Tokenizer.mistral_v1()
+    assert set_up(options, Display(None)).tokenizer.sha256 == v1.sha256
+    assert Tokenizer.from_file(tmp_path / "run" / "tokenizer.model.v1").sha256 == v1.sha256
+
+
+def test_weights_that_cannot_be_trained_are_refused_and_nothing_is_written(
+    source: Path, text: Path, tiny: MistralConfig
+) -> None:
+    config = dataclasses.replace(tiny, n_layers=1)
+    broken = weights_of(lively(config))
+    broken["norm.scale"] = broken["norm.scale"].at[3].set(jnp.nan)
+    home = source.parent
+    save_weights(home / "mute", config, broken, None)
+    save_weights(home / "mismatched", config, broken, source / "tokenizer.model.v1")
+    shutil.copytree(source, home / "damaged")
+    (home / "damaged" / "SHA256SUMS").write_text("")
+    (home / "theirs").mkdir()
+    (home / "theirs" / "config.json").write_text('{"model_type": "mistral"}')
+    vocab = json.loads((source / "config.json").read_text())["vocab_size"]
+    whole = dataclasses.replace(config, vocab_size=vocab)
+    nan = weights_of(lively(whole))
+    nan["norm.scale"] = nan["norm.scale"].at[3].set(jnp.nan)
+    save_weights(home / "nan", whole, nan, source / "tokenizer.model.v1")
+    there = set(home.iterdir())
+    for name, flags, words in (
+        ("source", ["--preset", "lechat-15m"], "leave out --preset"),
+        ("source", ["--dim", "8", "--n-heads", "6", "--n-layers", "2"], "out --dim, --n-layers"),
+        ("mute", [], f"has 97 token ids but the tokenizer {Tokenizer.mistral_v1().path} 32000"),
+        ("mute", [], f"put the model's own into {home / 'mute'} as tokenizer.model.v1"),
+        ("mismatched", [], f"97 token ids but the tokenizer {home / 'mismatched'}"),
+        ("damaged", [], "damaged is not as it was saved: config.json is not in SHA256SUMS"),
+        ("nan", [], f"weights of {home / 'nan'} are not finite, norm.scale, and no training"),
+        ("theirs", [], f"parity.convert {home / 'theirs'} {home / 'theirs-lechat'} --to lechat"),
+        ("nowhere", [], "nowhere is not there"),
+    ):
+        with pytest.raises(BadInput, match=re.escape(words)):
+            trained_from(home / name, text, *flags)
+    assert set(home.iterdir()) == there
+
+
+# --- what is refused ---
 
 BAD = {
     "a missing file": (["--data", "missing.txt"], "missing.txt"),
