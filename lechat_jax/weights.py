@@ -159,6 +159,7 @@ def save_weights(
     _check_fit(folder, config, weights)
     infos = [(name, np.dtype(leaf.dtype), leaf.shape) for name, leaf in weights.items()]
     partial = folder.with_name(f".{folder.name}.partial")
+    digests: dict[str, str] = {}
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -173,8 +174,9 @@ def save_weights(
             lambda name: np.asarray(weights[name]),
             shard_bytes=shard_bytes,
             metadata={"format": "lechat"},
+            on_file=lambda path, digest: digests.update({path.name: digest}),
         )
-        write_manifest(partial)
+        write_manifest(partial, digests)
         for path in (partial / MANIFEST, partial / CONFIG, partial):
             sync(path)
         os.rename(partial, folder)
