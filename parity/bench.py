@@ -15,6 +15,7 @@ from rich.console import Console
 from lechat_jax import cli
 from lechat_jax.errors import BadInput
 from parity.bench_attention import Attention
+from parity.bench_convert import Convert
 from parity.bench_train import Train
 from parity.report import Report
 
@@ -32,7 +33,11 @@ class Work(Protocol):
         ...
 
 
-WORKS: dict[str, Callable[..., Work]] = {"train": Train, "attention": Attention}
+WORKS: dict[str, Callable[..., Work]] = {
+    "train": Train,
+    "attention": Attention,
+    "convert": Convert,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,11 +21,11 @@ class Row:
     """One figure: how fast one implementation did one work.
 
     Attributes:
-        work: `train` or `attention`.
+        work: `train`, `attention` or `convert`.
         impl: whose code it was.
         dtype: of the arithmetic.
-        batch: rows at once, B.
-        context: tokens in a row, T.
+        batch: rows at once, B; 0 where there are none.
+        context: tokens in a row, T; 0 where there are none.
         tokens_per_s: median of the repetitions; `None` when it did not run.
         peak_bytes: most memory it took; `None` where that is not known.
         losses: of the first steps, in nats a token.
