@@ -117,13 +117,26 @@ def open_source(
             and its weights do not fit.
     """
     folder, metadata = Path(path), {}
-    if not folder.exists() and hub.is_name(str(path)):
-        folder, metadata = hub.download(str(path), revision)
-    elif revision is not None:
-        raise BadInput(f"--revision is for models of the Hub, and {path} is a folder")
-    if not folder.is_dir():
-        kind = "a file; name the folder it is in" if folder.exists() else "not there"
-        raise BadInput(f"{path} is {kind}")
+    try:
+        if not folder.exists() and hub.is_name(str(path)):
+            folder, metadata = hub.download(str(path), revision)
+        elif revision is not None:
+            raise BadInput(f"--revision is for models of the Hub, and {path} is a folder")
+        if not folder.is_dir():
+            kind = "a file; name the folder it is in" if folder.exists() else "not there"
+            raise BadInput(f"{path} is {kind}")
+        source = _open(folder, rope_theta, metadata, verify)
+    except OSError as error:
+        raise BadInput(f"{error.filename or path} cannot be read: {error.strerror}") from error
+    if rope_theta not in (None, source.config.rope_theta):
+        raise BadInput(
+            f"{path} says rope_theta {source.config.rope_theta:g}; leave out --rope-theta"
+        )
+    return source
+
+
+def _open(folder: Path, rope_theta: float | None, metadata: dict[str, str], verify: bool) -> Source:
+    """The checkpoint in a folder, by what its config looks like."""
     config, params = folder / "config.json", folder / "params.json"
     fields = parse_json(config.read_bytes(), config) if config.is_file() else {}
     if "model" in fields and "train" in fields:

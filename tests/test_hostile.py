@@ -276,6 +276,20 @@ def test_without_pytorch_a_pickle_says_what_to_install(
         open_source(pickled)
 
 
+def test_a_base_that_the_config_has_is_not_overruled(hf: Path) -> None:
+    assert open_source(hf, rope_theta=1e4).format == "hf"
+    with pytest.raises(BadInput, match="hf says rope_theta 10000; leave out --rope-theta"):
+        open_source(hf, rope_theta=1e6)
+
+
+def test_a_file_that_cannot_be_read_is_named(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    refused(hf, r"config\.json cannot be read: Permission denied")
+
+
 def test_old_params_ask_for_the_base(pickled: Path, tiny: MistralConfig) -> None:
     fields = {key: value for key, value in to_params(tiny).items() if key != "rope_theta"}
     (pickled / "params.json").write_text(json.dumps(fields))

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model import Mistral, weights_of
+from lechat_torch import model as lechat_torch
 from parity.formats import from_format, to_format
 from parity.names import FORMATS, Format, Tensor, match, names, rows, shapes, tied_head
 
@@ -178,3 +179,14 @@ def test_each_format_has_the_row_order_that_its_own_rotation_needs(tiny: Mistral
     np.testing.assert_allclose(scores("hf", converted(row_of)), wanted, rtol=0, atol=1e-11)
     unturned = {name: row._replace(rotary=False) for name, row in row_of.items()}
     assert np.abs(scores("hf", converted(unturned)) - wanted).max() > 1  # the test can fail
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_table_has_the_weights_of_lechat_torchs_model(tiny: MistralConfig, tied: bool) -> None:
+    config = dataclasses.replace(tiny, tied_embeddings=tied)
+    theirs = {name: tuple(x.shape) for name, x in lechat_torch.Mistral(config).state_dict().items()}
+    ours = shapes(config, "torch")
+    found = {key: ours[name] for name, key in names(config, "torch").items()}
+    if head := tied_head(config, "torch"):
+        found[head] = found["embed.weight"]
+    assert found == theirs
