@@ -10,6 +10,7 @@ are never looked for: a repository often holds the same weights twice, in two fo
 import collections
 import contextlib
 import hashlib
+import io
 import json
 import math
 import mmap
@@ -25,11 +26,17 @@ from lechat_jax.errors import BadInput
 from lechat_jax.headers import DTYPES, TensorInfo, read_header, read_index
 from lechat_jax.manifest import sync
 
-SLAB = 1 << 20  # bytes at once: four times as much falls out of the cache and takes twice the CPU
-AHEAD = 8  # slabs that may be written before they are hashed
+PIECE = 1 << 23  # bytes of a tensor at once: what is cast, and what another thread hashes
+SLAB = (
+    1 << 17
+)  # bytes checked and then written, within the cache: 1 << 20 took twice the system time
+AHEAD = 4  # pieces that may be written before they are hashed
+SYNC = 1 << 28  # bytes between two requests to bring the file to the disk, while more is written
 
 Wanted = tuple[str, np.dtype, tuple[int, ...]]
 Read = Callable[[str], Shaped[np.ndarray, "..."]]
+Piece = tuple[str, Shaped[np.ndarray, "..."]]
+OnSlab = Callable[[str, Shaped[np.ndarray, "..."]], None]
 
 
 class TensorFiles(Mapping[str, TensorInfo]):
@@ -117,7 +124,7 @@ def write_tensors(
     shard_bytes: int | None,
     metadata: Mapping[str, str],
     on_bytes: Callable[[int], None] | None = None,
-    on_slab: Callable[[str, Shaped[np.ndarray, "..."]], None] | None = None,
+    on_slab: OnSlab | None = None,
     on_file: Callable[[Path, str], None] | None = None,
 ) -> list[Path]:
     """The files of a new checkpoint, synced to disk, with the index last if there is one.
@@ -129,12 +136,12 @@ def write_tensors(
         folder: an existing folder that nobody reads yet.
         stem: gives `<stem>.safetensors`, or `<stem>-00001-of-00002.safetensors` and an index.
         infos: name, dtype and shape of each tensor, in the order in which they are written.
-        read: gives a tensor by name. One of another dtype is cast, slab by slab.
+        read: gives a tensor by name. One of another dtype is cast, a piece at a time.
         shard_bytes: most bytes of tensors in a file, unless one alone has more; `None` for
             a single file.
         metadata: goes into each file; Hugging Face's libraries want `{"format": "pt"}`.
         on_bytes: told how many more bytes were written.
-        on_slab: given each piece of each tensor, flat, before it is written; it may raise.
+        on_slab: given each slab of each tensor, flat, before it is written; it may raise.
         on_file: told each finished file and its SHA-256 in hexadecimal.
 
     Raises:
@@ -143,20 +150,20 @@ def write_tensors(
     paths = []
     shards = _shards(infos, shard_bytes)
 
-    def pieces(shard: Sequence[Wanted]) -> Iterator[memoryview]:
-        yield memoryview(_header(shard, metadata))
+    def pieces(shard: Sequence[Wanted]) -> Iterator[Piece]:
+        yield "", np.frombuffer(_header(shard, metadata), np.uint8)
         for name, dtype, shape in shard:
-            for piece in slabs(name, read(name), dtype, shape):
-                if on_slab:
-                    on_slab(name, piece)
-                yield piece.view(np.uint8).data
+            for piece in in_pieces(name, read(name), dtype, shape):
+                yield name, piece
 
     with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as syncer:
         synced = []
         for i, shard in enumerate(shards, 1):
             part = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
             path = folder / f"{stem}{part}.safetensors"
-            digest = _write(path, pieces(shard), hasher if on_file else None, on_bytes)
+            digest = _write(
+                path, pieces(shard), hasher if on_file else None, syncer, on_bytes, on_slab
+            )
             if on_file:
                 on_file(path, digest)
             synced.append(syncer.submit(_sync, path))  # while the next one is written
@@ -166,7 +173,8 @@ def write_tensors(
     if len(shards) > 1:
         index = folder / f"{stem}.safetensors.index.json"
         text = _index(shards, paths)
-        _write(index, iter([memoryview(text)]), None, None)
+        with _writing(index):
+            index.write_bytes(text)
         if on_file:
             on_file(index, hashlib.sha256(text).hexdigest())
         _sync(index)
@@ -174,10 +182,10 @@ def write_tensors(
     return paths
 
 
-def slabs(
+def in_pieces(
     name: str, array: Shaped[np.ndarray, "..."], dtype: np.dtype, shape: tuple[int, ...]
 ) -> Iterator[Shaped[np.ndarray, "..."]]:
-    """The array in flat pieces of `SLAB` bytes, of the dtype wanted.
+    """The array in flat pieces of `PIECE` bytes, of the dtype wanted.
 
     Raises:
         BadInput: it is of another shape; `name` is named.
@@ -185,33 +193,52 @@ def slabs(
     if array.shape != shape:
         raise BadInput(f"{name} has the shape {list(array.shape)} instead of {list(shape)}")
     flat = np.ascontiguousarray(array).reshape(-1)
-    n = SLAB // max(array.itemsize, dtype.itemsize)
+    n = PIECE // max(array.itemsize, dtype.itemsize)
     for start in range(0, flat.size, n):
         with np.errstate(over="ignore"):  # it becomes infinite, which the caller may refuse
             piece = flat[start : start + n].astype(dtype, copy=False)
         yield piece
 
 
+def write_piece(
+    file: io.RawIOBase, name: str, piece: Shaped[np.ndarray, "..."], on_slab: OnSlab | None
+) -> None:
+    """Appends the piece to the file; `on_slab` sees each slab of it just before."""
+    n = SLAB // piece.itemsize
+    for start in range(0, piece.size, n):
+        slab = piece[start : start + n]
+        if on_slab and name:
+            on_slab(name, slab)
+        rest = slab.view(np.uint8).data
+        while rest:  # a write may take less than it is given
+            rest = rest[file.write(rest) or 0 :]
+
+
 def _write(
     path: Path,
-    pieces: Iterator[memoryview],
+    pieces: Iterator[Piece],
     hasher: ThreadPoolExecutor | None,
+    syncer: ThreadPoolExecutor,
     on_bytes: Callable[[int], None] | None,
+    on_slab: OnSlab | None,
 ) -> str:
-    """The SHA-256 of the file that was written, hashed by another thread meanwhile."""
+    """The SHA-256 of the file that was written; two threads hash it and sync it meanwhile."""
     sha = hashlib.sha256()
     hashing: collections.deque[Future[None]] = collections.deque()
+    n_written = n_synced = 0
     with _writing(path), path.open("wb", buffering=0) as file:
-        for piece in pieces:
+        for name, piece in pieces:
             if hasher:
-                hashing.append(hasher.submit(sha.update, piece))
-            rest = piece
-            while rest:  # a write may take less than it is given
-                rest = rest[file.write(rest) :]
+                hashing.append(hasher.submit(sha.update, piece.view(np.uint8).data))
+            write_piece(file, name, piece, on_slab)
+            n_written += piece.nbytes
+            if n_written - n_synced > SYNC:
+                n_synced = n_written
+                syncer.submit(_sync, path)
             if len(hashing) > AHEAD:
                 hashing.popleft().result()
             if on_bytes:
-                on_bytes(len(piece))
+                on_bytes(piece.nbytes)
     for done in hashing:
         done.result()
     return sha.hexdigest()

@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 
 from lechat_jax.errors import BadInput
 from lechat_jax.manifest import sync
-from lechat_jax.tensors import Read, Wanted, slabs
+from lechat_jax.tensors import OnSlab, Read, Wanted, in_pieces, write_piece
 from parity.stores import Store, Stored
 
 
@@ -54,9 +54,9 @@ def write_pickle(
     read: Read,
     *,
     on_bytes: Callable[[int], None],
-    on_slab: Callable[[str, Shaped[np.ndarray, "..."]], None],
+    on_slab: OnSlab,
 ) -> None:
-    """A state dict on the disk, as `torch.save` writes it, with memory for one slab.
+    """A state dict on the disk, as `torch.save` writes it, with memory for one tensor at most.
 
     PyTorch writes the file with the tensors left out, and says where each belongs.
 
@@ -66,7 +66,7 @@ def write_pickle(
         aliases: further names for some of them, which share their memory.
         read: gives a tensor by name.
         on_bytes: told how many more bytes were written.
-        on_slab: given each piece of each tensor, flat, before it is written; it may raise.
+        on_slab: given each slab of each tensor, flat, before it is written; it may raise.
 
     Raises:
         BadInput: PyTorch is missing, or the disk is full.
@@ -86,11 +86,8 @@ def write_pickle(
         with path.open("r+b", buffering=0) as file:
             for name, dtype, shape in infos:
                 file.seek(places[name].untyped_storage()._checkpoint_offset)
-                for piece in slabs(name, read(name), dtype, shape):
-                    on_slab(name, piece)
-                    rest = piece.view(np.uint8).data
-                    while rest:
-                        rest = rest[file.write(rest) :]
+                for piece in in_pieces(name, read(name), dtype, shape):
+                    write_piece(file, name, piece, on_slab)
                     on_bytes(piece.nbytes)
         sync(path)
     except (OSError, RuntimeError) as error:
