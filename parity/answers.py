@@ -64,9 +64,15 @@ class Task:
         )
 
     @property
-    def whole_chunks(self) -> list[int]:
-        """A prompt all but whose last token fill chunks, so that nothing is padded."""
-        return self.tokens[0, : 3 * self.chunk + 1].tolist()
+    def whole_chunks(self) -> list[list[int]]:
+        """As many prompts, all but whose last token fill chunks, so that nothing is padded."""
+        parts = self.steps.reshape(-1, self.steps.shape[-1])[: len(self.prompts)]
+        return parts[:, : self.chunk + 1].tolist()
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest text, prompt and all."""
+        return max(map(len, (*self.prompts, *self.whole_chunks))) + self.new
 
 
 def shortened(config: MistralConfig, window: int) -> MistralConfig:
@@ -103,14 +109,18 @@ class Answers:
         return self.oracle.cached(self.task.tokens, self.task.prompt, self.task.chunk)
 
     @functools.cached_property
-    def alone(self) -> list[Text]:
-        """The greedy continuation of one prompt."""
-        return self.oracle.greedy([self.task.whole_chunks], self.task.new, self.task.chunk)
+    def unpadded(self) -> list[Text]:
+        """The greedy continuations of prompts of one length."""
+        return self._greedy(self.task.whole_chunks)
 
     @functools.cached_property
-    def together(self) -> list[Text]:
+    def padded(self) -> list[Text]:
         """The greedy continuations of prompts of several lengths, in one batch."""
-        return self.oracle.greedy(self.task.prompts, self.task.new, self.task.chunk)
+        return self._greedy(self.task.prompts)
+
+    def _greedy(self, prompts: Sequence[Sequence[int]]) -> list[Text]:
+        task = self.task
+        return self.oracle.greedy(prompts, task.new, task.chunk, task.context)
 
     def score(
         self, prompts: Sequence[Sequence[int]], texts: Sequence[Text]
@@ -213,15 +223,15 @@ def prefill(found: Answers, truth: Answers) -> Iterator[Item]:
 
 
 def decode(found: Answers, truth: Answers) -> Iterator[Item]:
-    """Tokens read one by one past the window, then a text that the model goes on with itself."""
+    """Tokens read one by one past the window, then texts that the model goes on with itself."""
     a, b = (x[:, found.task.prompt :] for x in (found.cached, truth.stages["logits"]))
     yield Item("decode", relative(a, b), a, b)
-    yield _text("decode", [found.task.whole_chunks], found.alone, truth)
+    yield _text("decode", found.task.whole_chunks, found.unpadded, truth)
 
 
 def padding(found: Answers, truth: Answers) -> Iterator[Item]:
     """Prompts of several lengths continued in one batch, against each on its own in one pass."""
-    yield _text("padding", found.task.prompts, found.together, truth)
+    yield _text("padding", found.task.prompts, found.padded, truth)
 
 
 # In the order of execution.

@@ -167,7 +167,7 @@ def _checkpoint(options: CheckConfig, display: Display) -> Verdict:
     ours = theirs
     title, notes, stages = f"{options.checkpoint}", [], []
     if options.against:
-        ours = open_source(options.against, rope_theta=options.rope_theta)
+        ours = open_source(options.against, rope_theta=options.rope_theta, verify=False)
         title = f"{options.against} against {options.checkpoint}"
         notes = _differences(ours, theirs)
         stages = list(same_weights(ours, theirs, display.work))
@@ -211,20 +211,17 @@ def _whole(
     task = Task.of(theirs.config, options.seed)
     exam = Exam(ours, theirs, task)
     stages: list[Stage] = []
-    kinds = {"float64": exam.exact} | {
-        dtype: lambda dtype=dtype: exam.rounded(dtype)
-        for dtype in options.dtypes
-        if dtype != "float64"
-    }
-    for done, (dtype, ask) in enumerate(kinds.items()):
-        for stage in ask():
+    dtypes: list[Dtype] = [dtype for dtype in options.dtypes if dtype != "float64"]
+    asked = [exam.exact(), *map(exam.rounded, dtypes)]
+    for done, questions in enumerate(asked):
+        for stage in questions:
             stages.append(stage)
-            display.work(f"{dtype} {stage.label}", done, len(kinds))
-    display.work("stages", len(kinds), len(kinds))
+            display.work(f"{stage.dtype} {stage.label}", done, len(asked))
+    display.work("stages", len(asked), len(asked))
     if not exam.has_transformers:
         notes.append("transformers' Mistral has one window for all layers, so it is left out")
     verdict = Verdict(title, tuple(stages), tuple(notes))
-    if _is_too_equal(stages):
+    if is_too_equal(stages):
         notes.append(
             "not a single bit differs in float64: that would be one function compared with itself"
         )
@@ -275,7 +272,8 @@ def _shortening(config: MistralConfig, window: int) -> list[str]:
     ]
 
 
-def _is_too_equal(stages: Sequence[Stage]) -> bool:
+def is_too_equal(stages: Sequence[Stage]) -> bool:
+    """Whether not a single bit differs between lechat_jax and lechat_torch in float64."""
     exact = [s for s in stages if s.dtype == "float64" and s.pair == ("jax", "torch")]
     return bool(exact) and all(stage.rel == 0 for stage in exact)
 

@@ -23,8 +23,11 @@ EXACT = 1e-11
 # forward, 2.2e-7 backward.
 TRANSFORMERS_EXACT = 1e-6
 
-# How much larger the error of JAX may be than that of PyTorch. Measured: 0.6 to 1.2.
+# How much larger an error may be than PyTorch's own. Measured on four random models: at most
+# 1.2 in a forward pass, and 1.52 for the gradient of a norm, whose 40 numbers are few to
+# average over.
 SLACK = 1.5
+SLACK_OF_GRADIENTS = 2.0
 
 # How many deviations the worst of some dozen tokens may be off by.
 FEW = 4.0

@@ -17,6 +17,7 @@ from parity.compare import (
     FEW,
     SAME_ROUNDING,
     SLACK,
+    SLACK_OF_GRADIENTS,
     TRANSFORMERS_EXACT,
     relative,
 )
@@ -116,7 +117,8 @@ def _allowed(item: Item, errors: dict[tuple[str, str], float]) -> float:
         return SLACK * errors["logits", ""]
     if item.note == GREEDY:  # the worst of some tokens, in texts that need not be the same
         return FEW * SLACK * errors["decode", ""]
-    return SLACK * errors[item.key]
+    slack = SLACK_OF_GRADIENTS if item.label.startswith("grad") else SLACK
+    return slack * errors[item.key]
 
 
 def _norms(found: Answers, other: Answers) -> Stage:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.generator import Generator
 from lechat_jax.model import Mistral, Weights, bind
 from lechat_jax.sampling import Sampling
-from parity.oracles import AdamW, Arrays, Dtype, Gradients, Stages, Text, Trajectory
+from parity.oracles import AdamW, Arrays, Dtype, Gradients, Implementation, Stages, Text, Trajectory
 
 
 class JaxOracle:
@@ -26,10 +27,11 @@ class JaxOracle:
     for a while is not remembered.
     """
 
-    name = "jax"
+    name: Implementation = "jax"
 
     def __init__(self, config: MistralConfig, weights: Arrays, dtype: Dtype) -> None:
-        self.config, self.dtype = config, dtype
+        self.config = config
+        self.dtype: Dtype = dtype
         self._stages = jax.jit(self._trace, static_argnums=2)
         self._extend = jax.jit(self._read)
         self.load(weights)
@@ -93,9 +95,10 @@ class JaxOracle:
                 found.append(_numpy(logits))
         return np.concatenate(found, axis=1)
 
-    def greedy(self, prompts: Sequence[Sequence[int]], n: int, chunk: int) -> list[Text]:
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], n: int, chunk: int, context: int
+    ) -> list[Text]:
         """See `Oracle.greedy`; the loop is the one that users run."""
-        context = max(map(len, prompts)) + n
         with self._arithmetic():
             made = Generator(bind(self.config, self.weights), chunk=chunk, context=context)
             samples = made.generate(prompts, n, Sampling(temperature=0), eos_ids=())
@@ -162,7 +165,7 @@ class _Tap(nnx.Module):
 def _watch(model: Mistral, seen: dict[str, Array]) -> None:
     """From now on, each pass of the model leaves its stages in `seen`."""
 
-    def put(module: nnx.Module, *, read: str = "", made: str = "") -> _Tap:
+    def put(module: nnx.Module, *, read: str = "", made: str = "") -> Any:
         def show(x: Array, y: Array) -> None:
             seen.update({name: leaf for name, leaf in ((read, x), (made, y)) if name})
 
@@ -171,7 +174,8 @@ def _watch(model: Mistral, seen: dict[str, Array]) -> None:
     for i, block in enumerate(model.blocks):
         block.attn, block.mlp = put(block.attn, made=f"attn.{i}"), put(block.mlp, made=f"mlp.{i}")
     first = model.blocks[0]
-    first.attn_norm = put(first.attn_norm, read="embed", made="norm.0")
+    first.attn_norm = put(first.attn_norm, made="norm.0")
+    model.blocks[0] = put(first, read="embed")
     model.norm = put(model.norm, read="stream")
 
 

@@ -4,6 +4,7 @@ import abc
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,23 +19,25 @@ from lechat_torch.generate import generate
 from lechat_torch.model import Mistral
 from parity import names, transformers_peer
 from parity.oracle_jax import pieces
-from parity.oracles import AdamW, Arrays, Dtype, Gradients, Stages, Text, Trajectory
+from parity.oracles import AdamW, Arrays, Dtype, Gradients, Implementation, Stages, Text, Trajectory
 
+M = TypeVar("M", bound=nn.Module)
 Show = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-class _Watched(abc.ABC):
+class _Watched(abc.ABC, Generic[M]):
     """A PyTorch model as an oracle; what is its own is left to the two below.
 
     With `share`, it may compute with the arrays that it is given instead of copies, which
     spares memory and forbids training.
     """
 
-    model: nn.Module
+    model: M
     layout: names.Format
 
     def __init__(self, config: MistralConfig, dtype: Dtype, share: bool) -> None:
-        self.config, self.dtype, self.share = config, dtype, share
+        self.config, self.share = config, share
+        self.dtype: Dtype = dtype
         self.device = transformers_peer.device()
         torch.set_float32_matmul_precision("highest")  # no TensorFloat-32 where rounding is judged
 
@@ -48,7 +51,10 @@ class _Watched(abc.ABC):
 
     @abc.abstractmethod
     def stations(self) -> dict[str, nn.Module]:
-        """The modules to be watched: `attn.i` and `mlp.i`, and the norms `norm.0` and `norm`."""
+        """The modules to watch: those that make `attn.i`, `mlp.i`, `norm.0` and `norm`.
+
+        And the block that reads `embed`.
+        """
 
     def load(self, weights: Arrays) -> None:
         """See `Oracle.load`."""
@@ -71,9 +77,9 @@ class _Watched(abc.ABC):
 
         def show(name: str) -> Show:
             def put(x: torch.Tensor, y: torch.Tensor) -> None:
-                seen[name] = y
-                if name in ("norm.0", "norm"):
-                    seen[{"norm.0": "embed", "norm": "stream"}[name]] = x
+                seen[name] = x if name == "embed" else y
+                if name == "norm":
+                    seen["stream"] = x
 
             return put
 
@@ -114,6 +120,14 @@ class _Watched(abc.ABC):
                 parameter.copy_(before[name])
         return Trajectory(np.array(losses), after)
 
+    def _modules(self, block: str, attn: str, attn_norm: str, norm: str) -> dict[str, nn.Module]:
+        """The stations, by what this implementation calls its modules."""
+        layers = [block.format(i=i) for i in range(self.config.n_layers)]
+        paths = {f"attn.{i}": f"{layer}.{attn}" for i, layer in enumerate(layers)}
+        paths |= {f"mlp.{i}": f"{layer}.mlp" for i, layer in enumerate(layers)}
+        paths |= {"embed": layers[0], "norm.0": f"{layers[0]}.{attn_norm}", "norm": norm}
+        return {station: self.model.get_submodule(path) for station, path in paths.items()}
+
     def _loss(self, rows: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.logits(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
 
@@ -128,18 +142,18 @@ class _Watched(abc.ABC):
         }
 
 
-class TorchOracle(_Watched):
+class TorchOracle(_Watched[Mistral]):
     """lechat_torch; see `Oracle`."""
 
-    name = "torch"
-    layout = "torch"
+    name: Implementation = "torch"
+    layout: names.Format = "torch"
 
     def __init__(
         self, config: MistralConfig, weights: Arrays, dtype: Dtype, share: bool = False
     ) -> None:
         super().__init__(config, dtype, share)
         with torch.device("meta"):  # its weights come from outside, so none are drawn
-            self.model: Mistral = Mistral(config)
+            self.model = Mistral(config)
         self.load(weights)
 
     def logits(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
@@ -152,13 +166,7 @@ class TorchOracle(_Watched):
 
     def stations(self) -> dict[str, nn.Module]:
         """See `_Watched.stations`."""
-        blocks = list(self.model.blocks)
-        return {
-            **{f"attn.{i}": block.attn for i, block in enumerate(blocks)},
-            **{f"mlp.{i}": block.mlp for i, block in enumerate(blocks)},
-            "norm.0": blocks[0].attn_norm,
-            "norm": self.model.norm,
-        }
+        return self._modules("blocks.{i}", "attn", "attn_norm", "norm")
 
     def cached(
         self, tokens: Int[np.ndarray, "B T"], prompt: int, chunk: int
@@ -175,31 +183,32 @@ class TorchOracle(_Watched):
                 found.append(_numpy(logits))
         return np.concatenate(found, axis=1)
 
-    def greedy(self, prompts: Sequence[Sequence[int]], n: int, chunk: int) -> list[Text]:
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], n: int, chunk: int, context: int
+    ) -> list[Text]:
         """See `Oracle.greedy`."""
-        context = max(map(len, prompts)) + n
         made = generate(self.model, prompts, n, chunk=chunk, context=context)
         return [Text(list(sample.ids), list(sample.logprobs)) for sample in made]
 
 
-class TransformersOracle(_Watched):
+class TransformersOracle(_Watched[transformers.MistralForCausalLM]):
     """transformers' `MistralForCausalLM` with its eager attention; see `Oracle`.
 
     Raises:
         BadInput: the layers have windows of their own, which that model has not.
     """
 
-    name = "transformers"
-    layout = "hf"
+    name: Implementation = "transformers"
+    layout: names.Format = "hf"
 
     def __init__(
         self, config: MistralConfig, weights: Arrays, dtype: Dtype, share: bool = False
     ) -> None:
         super().__init__(config, dtype, share)
-        self.model: transformers.MistralForCausalLM = transformers_peer.build(config, None)
+        self.model = transformers_peer.build(config, None)
         self.model.set_attn_implementation("eager")
         self.model.generation_config.eos_token_id = None  # here no id ends a text
-        self.model.to(_dtype(dtype))
+        cast(nn.Module, self.model).to(_dtype(dtype))
         self.load(weights)
 
     def logits(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
@@ -214,13 +223,7 @@ class TransformersOracle(_Watched):
 
     def stations(self) -> dict[str, nn.Module]:
         """See `_Watched.stations`."""
-        layers = list(self.model.model.layers)
-        return {
-            **{f"attn.{i}": layer.self_attn for i, layer in enumerate(layers)},
-            **{f"mlp.{i}": layer.mlp for i, layer in enumerate(layers)},
-            "norm.0": layers[0].input_layernorm,
-            "norm": self.model.model.norm,
-        }
+        return self._modules("model.layers.{i}", "self_attn", "input_layernorm", "model.norm")
 
     def cached(
         self, tokens: Int[np.ndarray, "B T"], prompt: int, chunk: int
@@ -246,12 +249,15 @@ class TransformersOracle(_Watched):
                 found.append(_numpy(out.logits))
         return np.concatenate(found, axis=1)
 
-    def greedy(self, prompts: Sequence[Sequence[int]], n: int, chunk: int) -> list[Text]:
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], n: int, chunk: int, context: int
+    ) -> list[Text]:
         """See `Oracle.greedy`; its own `generate`, which reads each prompt in one piece."""
         longest = max(map(len, prompts))
         ids = np.array([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         real = np.array([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        made = self.model.generate(
+        model: Any = self.model  # whose type says that it cannot generate
+        made = model.generate(
             self._tensor(ids),
             attention_mask=self._tensor(real),
             generation_config=transformers.GenerationConfig(
@@ -299,6 +305,4 @@ def _dtype(name: Dtype) -> torch.dtype:
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    return np.array(
-        tensor.detach().double().cpu()
-    )  # of its own: a view would change with the weights
+    return tensor.detach().double().cpu().numpy().copy()  # a view would change with the weights

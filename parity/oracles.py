@@ -91,6 +91,11 @@ class Oracle(Protocol):
         """Logits of a text read through the cache: `prompt` tokens in chunks, then one by one."""
         ...
 
-    def greedy(self, prompts: Sequence[Sequence[int]], n: int, chunk: int) -> list[Text]:
-        """The n likeliest tokens after each prompt, all prompts in one padded batch."""
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], n: int, chunk: int, context: int
+    ) -> list[Text]:
+        """The n likeliest tokens after each prompt, all prompts in one padded batch.
+
+        Prompts are read in chunks; `context` is what a layer without a window can hold.
+        """
         ...

@@ -85,7 +85,8 @@ def in_code(
                 replacement = spoil(getattr(owner, attribute))
                 stack.enter_context(mock.patch.object(owner, attribute, replacement))
             # What was compiled before is the right code, and what is compiled now is not.
-            for jitted in (decode.prefill, decode.decode):
+            jitted_functions: tuple[Any, ...] = (decode.prefill, decode.decode)
+            for jitted in jitted_functions:
                 jitted.clear_cache()
                 stack.callback(jitted.clear_cache)
             yield right

@@ -86,7 +86,7 @@ class Streamed:
         self._errors: dict[tuple[str, int], float] = {}  # PyTorch's own, by stage and position
 
     @property
-    def ids(self) -> Int[np.ndarray, "P T"]:
+    def ids(self) -> Int[np.ndarray, "texts T"]:
         """The ids by which a small model finds each text in its embedding."""
         return np.arange(len(self.first_positions) * self.tokens.size).reshape(
             len(self.first_positions), -1
@@ -103,17 +103,17 @@ class Streamed:
         stream = np.tile(theirs, (len(self.first_positions), 1))
         for i in range(n):
             say("layer", i, n)
-            part = self._layer(i, stream)
+            part = self.part_of_layer(i, stream)
             found = self._answers(part, is_sampled=i in self.sampled)
             yield from self._judge(part, found)
             stream = np.concatenate([x["torch"]["stream"][0] for x in found]).astype(np.float32)
             for source in (self.ours, self.theirs):
                 source.release()
-        part = self._head(stream)
+        part = self.part_of_head(stream)
         yield from self._judge(part, self._answers(part, is_sampled=True))
         say("layer", n, n)
 
-    def _layer(self, i: int, stream: Float[np.ndarray, "rows D"]) -> Part:
+    def part_of_layer(self, i: int, stream: Float[np.ndarray, "rows D"]) -> Part:
         """Layer i between an embedding that is the stream, and a head that is nothing."""
 
         def alone(source: Source) -> Model:
@@ -134,7 +134,7 @@ class Streamed:
 
         return self._part(alone, {"attn.0": f"attn.{i}", "mlp.0": f"mlp.{i}"})
 
-    def _head(self, stream: Float[np.ndarray, "rows D"]) -> Part:
+    def part_of_head(self, stream: Float[np.ndarray, "rows D"]) -> Part:
         """The final norm and the head, behind a layer so small that it adds nothing."""
 
         def alone(source: Source) -> Model:

@@ -42,9 +42,9 @@ def to_transformers(
 
 
 def build(
-    config: MistralConfig, weights: Mapping[str, Float[np.ndarray, "..."]]
+    config: MistralConfig, weights: Mapping[str, Float[np.ndarray, "..."]] | None
 ) -> transformers.MistralForCausalLM:
-    """Transformers' model of that shape with these weights, in float32.
+    """Transformers' model of that shape with these weights, in float32; `None` leaves its own.
 
     Raises:
         BadInput: the layers have windows of their own, which transformers' Mistral has not.
@@ -67,6 +67,8 @@ def build(
     )
     with device():
         model = transformers.MistralForCausalLM(words)
+    if weights is None:
+        return model
     tensors = to_transformers(config, weights)
     if config.tied_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]

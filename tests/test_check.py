@@ -1,0 +1,266 @@
+"""The check from the outside: what it compares, when it is content, and when it must not be."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the reference is PyTorch's")
+pytest.importorskip("xformers", reason="the reference takes its masks from xformers")
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
+from lechat_jax.weights import save_weights
+from parity import answers, check, exam
+from parity.answers import Model, Task, shortened
+from parity.check import main
+from parity.exam import Exam
+from parity.lively import lively_weights
+from parity.oracle_jax import JaxOracle
+from parity.oracle_torch import TorchOracle
+from parity.verdict import STAGES, Stage
+
+Output = pytest.CaptureFixture[str]
+
+
+def saved(folder: Path, config: MistralConfig, weights: Mapping[str, np.ndarray]) -> str:
+    """A folder in lechat's format with these weights in bfloat16."""
+    arrays = {name: jnp.asarray(leaf, jnp.bfloat16) for name, leaf in weights.items()}
+    save_weights(folder, config, arrays, None)
+    return str(folder)
+
+
+def verdict(capsys: Output, tmp_path: Path, *flags: str) -> dict[str, Any]:
+    """What the command found, its exit code among it."""
+    report = tmp_path / "report.json"
+    code = main([*flags, "--json", str(report)])
+    capsys.readouterr()
+    return json.loads(report.read_text()) | {"code": code}
+
+
+@pytest.fixture
+def one_pass_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and generation are not looked at."""
+    monkeypatch.setattr(exam, "TOPICS", (answers.forward,))
+
+
+@pytest.fixture(scope="module")
+def small(tiny: MistralConfig) -> MistralConfig:
+    return dataclasses.replace(tiny, n_layers=2)
+
+
+@pytest.fixture(scope="module")
+def weights(small: MistralConfig) -> dict[str, np.ndarray]:
+    return lively_weights(small)
+
+
+@pytest.fixture(scope="module")
+def right(
+    tmp_path_factory: pytest.TempPathFactory, small: MistralConfig, weights: dict[str, np.ndarray]
+) -> str:
+    return saved(tmp_path_factory.mktemp("right") / "model", small, weights)
+
+
+def test_a_random_model_is_the_same_function_in_all_three(tmp_path: Path, capsys: Output) -> None:
+    found = verdict(capsys, tmp_path, "--dtypes", "float32")
+    assert (found["code"], found["equal"], found["first_divergence"]) == (0, True, None)
+    assert {stage["stage"] for stage in found["stages"]} == set(STAGES)
+    pairs = {(*stage["pair"], stage["dtype"]) for stage in found["stages"]}
+    assert pairs == {
+        ("jax", "torch", "float64"),
+        ("transformers", "torch", "float64"),
+        ("torch", "jax", "float32"),
+        ("jax", "torch", "float32"),
+        ("transformers", "torch", "float32"),
+    }
+    exact = [
+        s for s in found["stages"] if s["pair"] == ["jax", "torch"] and s["dtype"] == "float64"
+    ]
+    assert all(stage["rel"] <= 1e-11 for stage in exact)
+    assert any(stage["rel"] > 0 for stage in exact), "one function was compared with itself"
+
+
+def test_one_function_compared_with_itself_proves_nothing() -> None:
+    same = Stage("logits", None, "float64", ("jax", "torch"), 0.0, 1e-11)
+    assert check.is_too_equal([same])
+    assert not check.is_too_equal([same, dataclasses.replace(same, rel=1e-16)])
+    assert not check.is_too_equal([dataclasses.replace(same, pair=("transformers", "torch"))])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": (7, None)},
+        {"sliding_window": None, "n_kv_heads": 6},
+        {"tied_embeddings": True, "n_kv_heads": 1, "sliding_window": 3},
+    ],
+    ids=["a window a layer", "no window, a kv head each", "tied, one kv head"],
+)
+def test_every_kind_of_model_is_the_same_function(
+    small: MistralConfig, changes: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(small, **changes)
+    model = Model(config, lively_weights(config, seed=1))
+    stages = list(Exam(model, model, Task.of(config, seed=1)).exact())
+    assert [stage for stage in stages if not stage.ok] == []
+    assert {stage.stage for stage in stages} == set(STAGES)
+    has_peer = not isinstance(config.sliding_window, tuple)
+    assert any(stage.pair[0] == "transformers" for stage in stages) == has_peer
+
+
+@pytest.mark.usefixtures("one_pass_only")
+def test_a_checkpoint_is_checked_and_its_window_shortened(
+    right: str, tmp_path: Path, capsys: Output
+) -> None:
+    found = verdict(capsys, tmp_path, "--checkpoint", right, "--window", "5", "--dtypes", "float64")
+    assert found["code"] == 0
+    assert found["notes"] == ["the sliding window of 7 was shortened to 5 for the check"]
+
+
+@pytest.mark.usefixtures("one_pass_only")
+def test_a_wrong_conversion_is_red_and_what_is_wrong_with_it_is_said(
+    small: MistralConfig,
+    weights: dict[str, np.ndarray],
+    right: str,
+    tmp_path: Path,
+    capsys: Output,
+) -> None:
+    gate, up = "blocks.1.mlp.gate.kernel", "blocks.1.mlp.up.kernel"
+    wrong = saved(tmp_path / "wrong", small, weights | {gate: weights[up], up: weights[gate]})
+    flags = ["--checkpoint", right, "--against", wrong, "--dtypes", "float64"]
+    found = verdict(capsys, tmp_path, *flags)
+    assert (found["code"], found["equal"]) == (1, False)
+    first = found["first_divergence"]
+    assert (first["stage"], first["layer"], first["dtype"]) == ("mlp", 1, "float64")
+    assert found["hint"] == "lechat_jax computes as if gate and up are swapped"
+    named = [stage["note"] for stage in found["stages"] if stage["dtype"] == "bfloat16"]
+    assert [note.split(":")[0] for note in named] == [gate, up]
+
+
+@pytest.mark.usefixtures("one_pass_only")
+def test_a_config_that_was_read_wrongly_is_recognised(
+    small: MistralConfig,
+    weights: dict[str, np.ndarray],
+    right: str,
+    tmp_path: Path,
+    capsys: Output,
+) -> None:
+    config = dataclasses.replace(small, sliding_window=8)
+    wrong = saved(tmp_path / "wrong", config, weights)
+    flags = ["--checkpoint", right, "--against", wrong, "--dtypes", "float64"]
+    found = verdict(capsys, tmp_path, *flags)
+    assert found["code"] == 1
+    assert found["first_divergence"]["stage"] == "attn"
+    assert found["first_divergence"]["position"] == 7  # the first query that sees a key too many
+    assert found["hint"] == "lechat_jax computes as if the window has one key more"
+    assert f"sliding_window is 8 in {wrong} and 7 in {right}" in found["notes"]
+
+
+@pytest.mark.usefixtures("one_pass_only")
+def test_a_flipped_bit_and_swapped_tensors_in_a_converted_folder_are_red(
+    right: str, tmp_path: Path, capsys: Output
+) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in Path(right).iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[-300] ^= 1
+    (damaged / "model.safetensors").write_bytes(content)
+    flags = ["--checkpoint", right, "--against", str(damaged), "--dtypes", "float64"]
+    found = verdict(capsys, tmp_path, *flags)
+    assert found["code"] == 1
+    assert any("differs" in note and "SHA-256" in note for note in found["notes"])
+    assert any("1 of" in stage["note"] for stage in found["stages"] if not stage["ok"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--against", "x"], "--against needs the --checkpoint"),
+        (["--faults", "--checkpoint", "x"], "leave out --checkpoint"),
+        (["--window", "1"], "--window must be at least 2, not 1"),
+        (["--last-position", "9"], "--last-position must be at least --tokens"),
+        (["--json", "/nowhere/x.json"], "there is no folder /nowhere to write x.json to"),
+        (["--checkpoint", "/nowhere"], "/nowhere is not there"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags: list[str], sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        main(flags)
+
+
+@pytest.mark.usefixtures("one_pass_only")
+def test_reports_of_every_kind_are_written(right: str, tmp_path: Path, capsys: Output) -> None:
+    kinds = ["json", "junit", "markdown", "html"]
+    files = [f"--{kind}={tmp_path / kind}" for kind in kinds]
+    main(["--checkpoint", right, "--dtypes", "float64", *files])
+    said = capsys.readouterr().out
+    for kind in kinds:
+        assert f"report: {tmp_path / kind}" in said
+        assert (tmp_path / kind).stat().st_size > 100
+
+
+def test_a_large_model_is_checked_a_layer_at_a_time(
+    small: MistralConfig,
+    weights: dict[str, np.ndarray],
+    right: str,
+    tmp_path: Path,
+    capsys: Output,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(check, "WHOLE", 0)
+    flags = ["--checkpoint", right, "--tokens", "24", "--window", "7"]
+    found = verdict(capsys, tmp_path, *flags)
+    assert found["code"] == 0
+    assert {stage["dtype"] for stage in found["stages"]} == {"float32"}
+    assert {stage["stage"] for stage in found["stages"]} == {
+        "embed",
+        "attn",
+        "mlp",
+        "norm",
+        "logits",
+    }
+    texts = {stage["note"] for stage in found["stages"] if stage["note"]}
+    assert texts == {"positions 0 to 23", "positions 32744 to 32767"}
+
+    q = "blocks.0.attn.q.kernel"
+    wrong = saved(tmp_path / "wrong", small, weights | {q: np.roll(weights[q], 1, axis=0)})
+    found = verdict(capsys, tmp_path, *flags, "--against", wrong)
+    assert found["code"] == 1
+    red = {(s["stage"], s["layer"]) for s in found["stages"] if not s["ok"]}
+    assert red == {("attn", 0), ("mlp", 0)}, "the layers after it read what the right one made"
+
+
+def test_a_layer_on_its_own_is_that_layer_of_the_whole_model(
+    small: MistralConfig, weights: dict[str, np.ndarray], right: str
+) -> None:
+    from parity.sources import open_source
+    from parity.streamed import Streamed
+
+    tokens = np.random.default_rng(3).integers(small.vocab_size, size=24)
+    source = open_source(right)
+    streamed = Streamed(source, source, tokens, (0,), window=7)
+    whole = TorchOracle(small, weights, "float32").forward(tokens[None])
+    stream = weights["embed.kernel"][tokens]
+    for i in range(2):
+        part = streamed.part_of_layer(i, stream)
+        for oracle in (JaxOracle, TorchOracle):
+            found = oracle(*part.ours, "float32").forward(streamed.ids)
+            for inner, label in part.labels.items():
+                np.testing.assert_allclose(found[inner], whole[label], rtol=0, atol=1e-5)
+        stream = found["stream"][0].astype(np.float32)
+    part = streamed.part_of_head(stream)
+    found = JaxOracle(*part.ours, "float32").forward(streamed.ids)
+    np.testing.assert_allclose(found["logits"], whole["logits"], rtol=0, atol=1e-5)
+
+
+def test_windows_are_shortened_and_full_attention_is_not(tiny: MistralConfig) -> None:
+    windows = dataclasses.replace(tiny, sliding_window=(4096, None, 5))
+    assert shortened(windows, 64).sliding_window == (64, None, 5)
+    assert shortened(dataclasses.replace(tiny, sliding_window=None), 64).sliding_window is None
