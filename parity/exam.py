@@ -22,7 +22,8 @@ from parity.compare import (
     relative,
 )
 from parity.oracle_jax import JaxOracle
-from parity.oracle_torch import TorchOracle, TransformersOracle
+from parity.oracle_torch import TorchOracle
+from parity.oracle_transformers import TransformersOracle
 from parity.oracles import Dtype, Implementation, Oracle
 from parity.verdict import Stage
 

@@ -17,7 +17,17 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.generator import Generator
 from lechat_jax.model import Mistral, Weights, bind
 from lechat_jax.sampling import Sampling
-from parity.oracles import AdamW, Arrays, Dtype, Gradients, Implementation, Stages, Text, Trajectory
+from parity.oracles import (
+    AdamW,
+    Arrays,
+    Dtype,
+    Gradients,
+    Implementation,
+    Stages,
+    Text,
+    Trajectory,
+    pieces,
+)
 
 
 class JaxOracle:
@@ -134,18 +144,6 @@ class JaxOracle:
         """Sixty-four bits where they are asked for, and no TensorFloat-32 in a matrix product."""
         with jax.enable_x64(self.dtype == "float64"), jax.default_matmul_precision("highest"):
             yield
-
-
-def pieces(T: int, prompt: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Start and end of each part of a text: the prompt's chunks, then single tokens.
-
-    >>> list(pieces(T=9, prompt=7, chunk=3))
-    [(0, 3), (3, 6), (6, 7), (7, 8), (8, 9)]
-    """
-    for start in range(0, prompt, chunk):
-        yield start, min(start + chunk, prompt)
-    for start in range(prompt, T):
-        yield start, start + 1
 
 
 class _Tap(nnx.Module):

@@ -7,7 +7,7 @@ that every forward pass calls, so no implementation knows that it is being watch
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -99,3 +99,15 @@ class Oracle(Protocol):
         Prompts are read in chunks; `context` is what a layer without a window can hold.
         """
         ...
+
+
+def pieces(T: int, prompt: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each part of a text: the prompt's chunks, then single tokens.
+
+    >>> list(pieces(T=9, prompt=7, chunk=3))
+    [(0, 3), (3, 6), (6, 7), (7, 8), (8, 9)]
+    """
+    for start in range(0, prompt, chunk):
+        yield start, min(start + chunk, prompt)
+    for start in range(prompt, T):
+        yield start, start + 1

@@ -22,7 +22,8 @@ from parity import names
 from parity.answers import Item, Model, shortened
 from parity.compare import CEILING, SLACK, relative
 from parity.oracle_jax import JaxOracle
-from parity.oracle_torch import TorchOracle, TransformersOracle
+from parity.oracle_torch import TorchOracle
+from parity.oracle_transformers import TransformersOracle
 from parity.oracles import Oracle, Stages
 from parity.sources import Source
 from parity.verdict import Stage
