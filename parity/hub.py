@@ -45,6 +45,7 @@ def download(name: str, revision: str | None) -> tuple[Path, dict[str, str]]:
     """
     try:
         import huggingface_hub
+        import huggingface_hub.errors  # which the package loads only when something is raised
     except ImportError:
         raise BadInput(
             f"there is no folder {name}, and to look for it on the Hugging Face Hub needs "

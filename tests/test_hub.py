@@ -1,6 +1,8 @@
 """A model of the Hub: one copy of its weights, of a known commit, and each failure its sentence."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -148,6 +150,18 @@ def test_offline_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BadInput, match="HF_HUB_OFFLINE is set; unset it to download"):
         open_source(NAME)
+
+
+def test_the_command_says_so_with_exit_code_2(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "parity.convert", NAME, str(tmp_path / "out"), "--to", "hf"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    run = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == (
+        f"error: there is no folder {NAME}, it is not whole in the Hub's cache, and "
+        "HF_HUB_OFFLINE is set; unset it to download\n"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
