@@ -38,7 +38,10 @@ class RMSNorm(nnx.Module):
     """x / rms(x) * scale (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     Normalised in at least float32 and rounded before the product with the scale, in the
-    order of both PyTorch references.
+    order of both PyTorch references. That product is exact in float32, so rounding it is
+    what bfloat16 would have made of it; but the gradient of the scale, a sum over all
+    positions, is then summed in float32, where XLA would take bfloat16 (measured: wrong by
+    1.3 % after 4,096 positions instead of 0.2 %).
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -49,7 +52,9 @@ class RMSNorm(nnx.Module):
         """The same shape and dtype, with a root mean square of `scale`."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype) * self.scale[...]
+        rounded = (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
+        scale = self.scale[...].astype(wide.dtype)
+        return (rounded.astype(wide.dtype) * scale).astype(x.dtype)
 
 
 class Linear(nnx.Module):

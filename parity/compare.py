@@ -19,10 +19,6 @@ from parity.oracles import Dtype
 # each gradient however small, 3e-13.
 EXACT = 1e-11
 
-# transformers computes norms and rotations in float32 whatever the dtype. Measured: 1.2e-7
-# forward, 2.2e-7 backward.
-TRANSFORMERS_EXACT = 1e-6
-
 # How much larger an error may be than PyTorch's own. Measured on four random models: at most
 # 1.2 in a forward pass, and 1.52 for the gradient of a norm, whose 40 numbers are few to
 # average over.

@@ -6,11 +6,10 @@ yield one `Stage` after the other in the order of execution, so that whoever onl
 know where two models part can stop at the first that is not ok.
 """
 
-import functools
 from collections.abc import Iterator
 
 from lechat_jax.errors import BadInput
-from parity.answers import GREEDY, TOPICS, Answers, Item, Model, Task, padding, trajectory
+from parity.answers import GREEDY, TOPICS, Answers, Item, Model, Task, Topic, padding, trajectory
 from parity.compare import (
     CEILING,
     EXACT,
@@ -18,7 +17,6 @@ from parity.compare import (
     SAME_ROUNDING,
     SLACK,
     SLACK_OF_GRADIENTS,
-    TRANSFORMERS_EXACT,
     relative,
 )
 from parity.oracle_jax import JaxOracle
@@ -40,49 +38,50 @@ class Exam:
     ) -> None:
         self.ours, self.theirs, self.task = ours, theirs, task
         self._truth = truth
+        self._errors: dict[tuple[str, str], float] = {}  # of PyTorch in float32
         self.has_transformers = not isinstance(theirs.config.sliding_window, tuple)
-        self._oracles: dict[tuple[Implementation, Dtype], Oracle] = {}
+        self._answers: dict[tuple[Implementation, Dtype], Answers] = {}
 
     @property
     def implementations(self) -> tuple[Implementation, ...]:
         """Those that can run this model."""
         return ("torch", "jax", "transformers") if self.has_transformers else ("torch", "jax")
 
-    def oracle(self, name: Implementation, dtype: Dtype) -> Oracle:
-        """That implementation in that dtype, made when first asked for."""
-        if (name, dtype) not in self._oracles:
+    def answers(self, name: Implementation, dtype: Dtype) -> Answers:
+        """What that implementation makes of the task in that dtype."""
+        if (name, dtype) not in self._answers:
             if name == "jax":
-                made: Oracle = JaxOracle(*self.ours, dtype)
+                oracle: Oracle = JaxOracle(*self.ours, dtype)
+            elif name == "torch":
+                oracle = TorchOracle(*self.theirs, dtype)
             else:
-                kind = {"torch": TorchOracle, "transformers": TransformersOracle}[name]
-                made = kind(*self.theirs, dtype)
-            self._oracles[name, dtype] = made
-        return self._oracles[name, dtype]
+                oracle = TransformersOracle(*self.theirs, dtype)
+            self._answers[name, dtype] = Answers(oracle, self.task)
+        return self._answers[name, dtype]
 
-    @functools.cached_property
+    @property
     def truth(self) -> Answers:
         """What lechat_torch answers in float64, unless it was known before."""
-        return self._truth or Answers(self.oracle("torch", "float64"), self.task)
-
-    @functools.cached_property
-    def other_truth(self) -> Answers:
-        """What lechat_jax answers in float64; it judges lechat_torch's rounding."""
-        return Answers(self.oracle("jax", "float64"), self.task)
+        return self._truth or self.answers("torch", "float64")
 
     def exact(self, *, transformers: bool = True) -> Iterator[Stage]:
         """Every stage in float64: lechat_jax, and transformers, against lechat_torch."""
-        ours = [(self.other_truth, EXACT)]
-        if transformers and self.has_transformers:
-            peer = Answers(self.oracle("transformers", "float64"), self.task)
-            ours.append((peer, TRANSFORMERS_EXACT))
         for topic in TOPICS:
-            for answers, budget in ours:
-                # transformers' softmax is float32 whatever the dtype, where the lowest number
-                # of float64 is minus infinity, so a padded row is no number.
-                if answers.oracle.name == "transformers" and topic in (trajectory, padding):
-                    continue
-                for item in topic(answers, self.truth):
-                    yield item.stage(answers.oracle.name, "float64", "torch", budget)
+            for item in topic(self.answers("jax", "float64"), self.truth):
+                yield item.stage("jax", "float64", "torch", EXACT)
+            if transformers and self.has_transformers and topic not in (trajectory, padding):
+                yield from self._transformers(topic)
+
+    def _transformers(self, topic: Topic) -> Iterator[Stage]:
+        """Transformers in float64, with what PyTorch loses in float32 for a budget.
+
+        Whatever the dtype, its norms, rotations and softmax are float32. Its padding is no
+        number in float64, since what it adds to the scores of padding is not finite there.
+        """
+        rounding = topic(self.answers("torch", "float32"), self.truth)
+        self._errors |= {item.key: item.rel for item in rounding}
+        for item in topic(self.answers("transformers", "float64"), self.truth):
+            yield item.stage("transformers", "float64", "torch", _allowed(item, self._errors))
 
     def rounded(self, dtype: Dtype) -> Iterator[Stage]:
         """Every stage in `dtype`, each implementation against the float64 truth.
@@ -92,9 +91,7 @@ class Exam:
         """
         if dtype == "float64":
             raise BadInput("float64 is the truth that other types are measured by")
-        answers = {
-            name: Answers(self.oracle(name, dtype), self.task) for name in self.implementations
-        }
+        answers = {name: self.answers(name, dtype) for name in self.implementations}
         if dtype == "bfloat16":
             yield _norms(answers["jax"], answers["torch"])
         errors: dict[tuple[str, str], float] = {}  # PyTorch's own, by which JAX is measured
@@ -102,7 +99,7 @@ class Exam:
             for name, found in answers.items():
                 if topic is trajectory and (dtype != "float32" or name == "transformers"):
                     continue  # nobody trains weights that are kept in bfloat16
-                truth = self.other_truth if name == "torch" else self.truth
+                truth = self.answers("jax", "float64") if name == "torch" else self.truth
                 for item in topic(found, truth):
                     budget = CEILING[dtype]
                     if name == "torch":
