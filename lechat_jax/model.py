@@ -99,7 +99,11 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU feed-forward (Shazeer 2020, arXiv:2002.05202): down(silu(gate x) * up x)."""
+    """SwiGLU feed-forward (Shazeer 2020, arXiv:2002.05202): down(silu(gate x) * up x).
+
+    The activation is at least float32 and rounded once, as PyTorch's is. In bfloat16 its
+    derivative, the sum of two products, would be rounded at every step.
+    """
 
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
         D, F = config.dim, config.hidden_dim
@@ -109,7 +113,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Each position on its own."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate = self.gate(x)
+        wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+        return self.down(jax.nn.silu(wide).astype(gate.dtype) * self.up(x))
 
 
 class Block(nnx.Module):

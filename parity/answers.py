@@ -244,12 +244,13 @@ def _text(
 ) -> Item:
     """Whether each token was the likeliest, and had the nats that one pass gives it.
 
-    A token that is not the likeliest counts by what it lacks, over the deviation of the
-    logits: two that are closer than rounding may change places.
+    Both are measured by the deviation of the logits. A token that is not the likeliest
+    counts by what it lacks: two that are closer than rounding may change places.
     """
     nats, deviation = truth.score(prompts, texts)
     ids = np.concatenate([text.ids for text in texts])
     given = np.concatenate([text.logprobs for text in texts])
     scored = nats[np.arange(len(ids)), ids]
-    lacking = float(np.max(nats.max(axis=-1) - scored)) / deviation
-    return Item(label, max(relative(given, scored), lacking), note=GREEDY)
+    lacking = np.max(nats.max(axis=-1) - scored)
+    error = np.sqrt(np.mean((given - scored) ** 2))
+    return Item(label, float(np.maximum(lacking, error)) / deviation, note=GREEDY)

@@ -1,0 +1,32 @@
+"""How errors are measured, and what cannot pass for a small one."""
+
+import math
+
+import numpy as np
+
+from parity.compare import first_position, relative
+
+
+def test_an_error_is_relative_to_the_size_of_the_truth() -> None:
+    truth = np.array([[3.0, -4.0], [0.0, 5.0]])
+    assert relative(truth, truth) == 0
+    assert math.isclose(relative(1.01 * truth, truth), 0.01)
+    assert relative(1e6 * truth, 1e6 * truth + 1e-3) < 1e-9
+
+
+def test_what_is_no_number_or_of_another_shape_is_no_small_error() -> None:
+    truth = np.ones((2, 3))
+    assert math.isnan(relative(np.full((2, 3), np.nan), truth))
+    assert math.isnan(relative(np.ones((3, 2)), truth))
+    assert relative(truth, np.zeros((2, 3))) == math.inf
+    assert relative(np.zeros(3), np.zeros(3)) == 0
+
+
+def test_the_first_position_over_budget_is_named() -> None:
+    truth = np.ones((2, 5, 3))
+    found = truth.copy()
+    found[1, 3, 2] += 1e-3
+    found[0, 4] = np.nan
+    assert first_position(found, truth, 1e-6) == 3
+    assert first_position(found[:, :3], truth[:, :3], 1e-6) is None
+    assert first_position(found[:, 4:], truth[:, 4:], 1e-6) == 0, "no number is over any budget"
