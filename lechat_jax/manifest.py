@@ -9,6 +9,9 @@ from pathlib import Path
 
 MANIFEST = "SHA256SUMS"
 
+# What is read of a folder of weights; a user may put a note beside it.
+OF_A_MODEL = r"config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*"
+
 
 def write_manifest(whole: Path, known: Mapping[str, str] | None = None) -> None:
     """Puts the checksum of every file in the folder into its manifest.
@@ -22,10 +25,13 @@ def write_manifest(whole: Path, known: Mapping[str, str] | None = None) -> None:
     (whole / MANIFEST).write_text(manifest, encoding="utf-8")
 
 
-def fault(whole: Path, folders: Collection[str] | None = None) -> str | None:
+def fault(
+    whole: Path, folders: Collection[str] | None = None, *, must_list: str = ".*"
+) -> str | None:
     """The first thing wrong with the files of these folders (by default all), or None.
 
-    Files beside the folders in it are always among them.
+    Files beside the folders in it are always among them. A file whose name matches the
+    regular expression `must_list` must be in the manifest; others may be as they like.
     """
 
     def wanted(name: str) -> bool:
@@ -41,9 +47,10 @@ def fault(whole: Path, folders: Collection[str] | None = None) -> str | None:
         found = [name for name in _files(whole) if wanted(name)]
         if missing := sorted({name for name in listed if wanted(name)}.difference(found)):
             return f"{missing[0]} is missing"
-        if extra := [name for name in found if name not in listed]:
-            return f"{extra[0]} is not in {MANIFEST}"
-        for name, digest in _digests(whole, found).items():
+        extra = [name for name in found if name not in listed]
+        if strangers := [name for name in extra if re.fullmatch(must_list, name)]:
+            return f"{strangers[0]} is not in {MANIFEST}"
+        for name, digest in _digests(whole, set(found).difference(extra)).items():
             if digest != listed[name]:
                 return f"{name} is not what was saved (its SHA-256 differs)"
     except FileNotFoundError as error:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Shaped
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.headers import parse_json
-from lechat_jax.manifest import MANIFEST, fault, sync, write_manifest
+from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault, sync, write_manifest
 from lechat_jax.model import Mistral, Weights, weights_of
 from lechat_jax.run import CONFIG
 from lechat_jax.tensors import TensorFiles, write_tensors
@@ -123,7 +123,7 @@ def load_weights(
             too small for a number, or one that JAX was not told to have.
     """
     config = read_config(folder)
-    if check and (reason := fault(folder, folders=())):
+    if check and (reason := fault(folder, folders=(), must_list=OF_A_MODEL)):
         raise BadInput(f"{folder} is not as it was saved: {reason}; copy or convert it again")
     files = TensorFiles.open(folder)
     _check_fit(folder, config, files)

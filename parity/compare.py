@@ -25,6 +25,10 @@ EXACT = 1e-11
 SLACK = 1.5
 SLACK_OF_GRADIENTS = 2.0
 
+# The same at the size of a released model, whose matrix products add up 4,096 to 14,336
+# numbers, XLA in another order than PyTorch's library. Measured on Mistral-7B's shapes: 1.5.
+SLACK_OF_LONG_SUMS = 2.5
+
 # How many deviations the worst of some dozen tokens may be off by. Measured: 2.
 FEW = 4.0
 

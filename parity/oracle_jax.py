@@ -48,10 +48,14 @@ class JaxOracle:
 
     def load(self, weights: Arrays) -> None:
         """See `Oracle.load`."""
-        self.weights: Weights = {}  # the old ones go before the new ones come
+        self.drop()  # before the new ones come
         with self._arithmetic():
             for name, leaf in weights.items():
                 self.weights[name] = jnp.array(leaf, self.dtype)
+
+    def drop(self) -> None:
+        """See `Oracle.drop`."""
+        self.weights: Weights = {}
 
     def forward(self, tokens: Int[np.ndarray, "B T"], first_position: int = 0) -> Stages:
         """See `Oracle.forward`."""

@@ -65,6 +65,11 @@ class Watched(abc.ABC, Generic[M]):
             embed, head_module = self.ends()
             head_module.weight = embed.weight
 
+    def drop(self) -> None:
+        """See `Oracle.drop`."""
+        for parameter in self.model.parameters():  # of the same shape, in the memory of one number
+            parameter.data = torch.zeros((), device=self.device).expand(parameter.shape)
+
     def forward(self, tokens: Int[np.ndarray, "B T"], first_position: int = 0) -> Stages:
         """See `Oracle.forward`."""
         seen: dict[str, torch.Tensor] = {}

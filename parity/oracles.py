@@ -73,6 +73,10 @@ class Oracle(Protocol):
         """Takes other weights of the same shapes; nothing is compiled again."""
         ...
 
+    def drop(self) -> None:
+        """Lets go of its weights; `load` brings others."""
+        ...
+
     def forward(self, tokens: Int[np.ndarray, "B T"], first_position: int = 0) -> Stages:
         """All stages of one pass over whole sequences."""
         ...

@@ -17,13 +17,26 @@ def load_peer(instead: str) -> ModuleType:
     Raises:
         BadInput: one of them is not installed; `instead` is how to measure without.
     """
-    for name in ("torch", "transformers"):
-        if importlib.util.find_spec(name) is None:
-            raise BadInput(
-                f"the peer needs {name}, which is not installed: "
-                f'pip install -e ".[torch]", or measure lechat alone with {instead}'
-            )
+    try:
+        need("torch", "transformers")
+    except BadInput as error:
+        raise BadInput(f"{error}, or measure lechat alone with {instead}") from None
     return importlib.import_module("parity.transformers_peer")
+
+
+def need(*packages: str) -> None:
+    """Nothing, if all of them are installed.
+
+    Raises:
+        BadInput: one is not; the message is how to get it.
+    """
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            extra = "" if name != "xformers" else " (it exists for Linux on x86-64 only)"
+            raise BadInput(
+                f"PyTorch's side of the comparison needs {name}, which is not installed{extra}: "
+                'pip install -e ".[torch]"'
+            )
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.headers import check_inside, parse_json
-from lechat_jax.manifest import fault
+from lechat_jax.manifest import OF_A_MODEL, fault
 from lechat_jax.run import Run
 from parity import configs, hub
 from parity.formats import from_format
@@ -190,7 +190,7 @@ def check_whole(folder: Path) -> None:
     Raises:
         BadInput: one is not; it is named.
     """
-    if reason := fault(folder):
+    if reason := fault(folder, must_list=OF_A_MODEL):
         raise BadInput(f"{folder} is damaged: {reason}; make or download it again")
 
 

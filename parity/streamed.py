@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from parity import names
 from parity.answers import Item, Model, shortened
-from parity.compare import CEILING, SLACK, relative
+from parity.compare import CEILING, SLACK_OF_LONG_SUMS, relative
 from parity.oracle_jax import JaxOracle
 from parity.oracle_torch import TorchOracle
 from parity.oracle_transformers import TransformersOracle
@@ -182,6 +182,7 @@ class Streamed:
             oracle = make()
             for texts, ids, first in zip(found, self.ids, self.first_positions, strict=True):
                 texts[name] = oracle.forward(ids[None], first)
+            oracle.drop()
         return found
 
     def _loaded(self, kind: Callable[..., Oracle], model: Model) -> Oracle:
@@ -222,7 +223,7 @@ class Streamed:
         if is_known:
             yield (theirs := stage("torch", ceiling))
             self._errors[kind] = theirs.rel
-        allowed = SLACK * self._errors[kind] * (1 if is_known else BOTH)
+        allowed = SLACK_OF_LONG_SUMS * self._errors[kind] * (1 if is_known else BOTH)
         for name in ("jax", "transformers"):
             if name in texts:
                 yield stage(name, min(ceiling, allowed))

@@ -16,7 +16,7 @@ pytest.importorskip("xformers", reason="the reference takes its masks from xform
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.weights import save_weights
-from parity import answers, check, exam
+from parity import answers, exam, trial
 from parity.answers import Model, Task, shortened
 from parity.check import main
 from parity.exam import Exam
@@ -87,9 +87,9 @@ def test_a_random_model_is_the_same_function_in_all_three(tmp_path: Path, capsys
 
 def test_one_function_compared_with_itself_proves_nothing() -> None:
     same = Stage("logits", None, "float64", ("jax", "torch"), 0.0, 1e-11)
-    assert check.is_too_equal([same])
-    assert not check.is_too_equal([same, dataclasses.replace(same, rel=1e-16)])
-    assert not check.is_too_equal([dataclasses.replace(same, pair=("transformers", "torch"))])
+    assert trial.is_too_equal([same])
+    assert not trial.is_too_equal([same, dataclasses.replace(same, rel=1e-16)])
+    assert not trial.is_too_equal([dataclasses.replace(same, pair=("transformers", "torch"))])
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_a_large_model_is_checked_a_layer_at_a_time(
     capsys: Output,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(check, "WHOLE", 0)
+    monkeypatch.setattr(trial, "WHOLE", 0)
     flags = ["--checkpoint", right, "--tokens", "24", "--window", "7"]
     found = verdict(capsys, tmp_path, *flags)
     assert found["code"] == 0

@@ -6,11 +6,12 @@ pytest.importorskip("torch", reason="the reference is PyTorch's")
 pytest.importorskip("xformers", reason="the reference takes its masks from xformers")
 
 from parity.answers import Model, Task
-from parity.check import SMALL, main
+from parity.check import main
 from parity.exam import Exam
 from parity.faults import CRITERIA, FAULTS, first_divergence
 from parity.lively import lively_weights
 from parity.planting import Planted
+from parity.trial import SMALL
 from parity.verdict import STAGES
 
 # One of each stage and each place; all of them are in the slow test and in CI's own command.

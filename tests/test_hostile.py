@@ -304,7 +304,10 @@ def test_old_params_ask_for_the_base(pickled: Path, tiny: MistralConfig) -> None
     ("change", "message"),
     [
         (lambda f: (f / "SHA256SUMS").unlink(), "is damaged: SHA256SUMS is missing"),
-        (lambda f: (f / "notes.txt").write_text("x"), r"notes\.txt is not in SHA256SUMS"),
+        (
+            lambda f: (f / "model-2.safetensors").touch(),
+            r"model-2\.safetensors is not in SHA256SUMS",
+        ),
         (lambda f: (f / "config.json").write_text("{}"), "holds no checkpoint"),
         (edit_config(norm_eps=1e-6), r"config\.json is not what was saved"),
         (edit_config(quantization="int8"), r"config\.json: .*unknown fields: quantization"),
@@ -318,6 +321,13 @@ def test_a_folder_of_lechats_that_was_changed_is_refused(
     assert main([str(hf), str(folder), "--to", "lechat"]) == 0
     change(folder)
     refused(folder, message)
+
+
+def test_a_note_beside_the_weights_is_let_be(hf: Path) -> None:
+    folder = hf.parent / "lechat"
+    assert main([str(hf), str(folder), "--to", "lechat"]) == 0
+    (folder / "README.md").write_text("Mine.")
+    assert open_source(folder).format == "lechat"
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:

@@ -1,0 +1,194 @@
+"""The trials of `python -m parity.check`: of a random model, of checkpoints, of itself."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.display import Display
+from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault
+from parity.against import same_weights
+from parity.answers import Model, Task, shortened
+from parity.check_options import CheckConfig
+from parity.diagnosis import recognise
+from parity.exam import Exam
+from parity.faults import CRITERIA, FAULTS, suite
+from parity.lively import lively_weights
+from parity.measure import machine_line
+from parity.oracles import Dtype
+from parity.sources import Source, open_source
+from parity.streamed import Streamed
+from parity.verdict import FaultReport, Stage, Verdict
+from parity.wording import Report
+
+WHOLE = 50_000_000  # parameters: larger models are checked a layer at a time
+
+# The model of the check without a checkpoint: no two dimensions agree, so none can be confused.
+SMALL = MistralConfig(
+    dim=40,
+    n_layers=3,
+    n_heads=6,
+    n_kv_heads=2,
+    head_dim=8,
+    hidden_dim=56,
+    vocab_size=97,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    sliding_window=7,
+)
+
+
+def found(options: CheckConfig, display: Display) -> Report:
+    """The verdict that the options ask for, or what became of the planted faults.
+
+    Raises:
+        BadInput: a checkpoint cannot be read, or two cannot be compared.
+    """
+    began = time.perf_counter()
+    if options.faults:
+        report: Report = _planted(options, display)
+    elif options.checkpoint is None:
+        report = _random(options, display)
+    else:
+        report = _checkpoint(options, display)
+    seconds = time.perf_counter() - began
+    return dataclasses.replace(report, seconds=seconds, machine=machine_line())
+
+
+def _planted(options: CheckConfig, display: Display) -> FaultReport:
+    model = Model(SMALL, lively_weights(SMALL, options.seed))
+    found = []
+    for one in suite(model, Task.of(SMALL, options.seed)):
+        found.append(one)
+        display.work("faults", len(found), len(FAULTS))
+    return FaultReport(tuple(found), tuple(criterion.name for criterion in CRITERIA))
+
+
+def _random(options: CheckConfig, display: Display) -> Verdict:
+    model = Model(SMALL, lively_weights(SMALL, options.seed))
+    return _whole(f"a random model, {SMALL.n_params:,} parameters", model, model, options, display)
+
+
+def _checkpoint(options: CheckConfig, display: Display) -> Verdict:
+    assert options.checkpoint is not None
+    theirs = open_source(
+        options.checkpoint, rope_theta=options.rope_theta, revision=options.revision
+    )
+    ours = theirs
+    title, notes, stages = f"{options.checkpoint}", [], []
+    if options.against:
+        ours = open_source(options.against, rope_theta=options.rope_theta, verify=False)
+        title = f"{options.against} against {options.checkpoint}"
+        notes = _differences(ours, theirs)
+        stages = list(same_weights(ours, theirs, display.work))
+    if theirs.config.n_params > WHOLE:
+        verdict = _streamed(title, ours, theirs, options, display)
+    else:
+        models = [_read(source) for source in ((ours, theirs) if options.against else (theirs,))]
+        verdict = _whole(title, models[0], models[-1], options, display)
+    return dataclasses.replace(
+        verdict, stages=(*stages, *verdict.stages), notes=(*notes, *verdict.notes)
+    )
+
+
+def _read(source: Source) -> Model:
+    return Model(
+        source.config, {name: source.read(name).astype(np.float32) for name in source.names}
+    )
+
+
+def _differences(ours: Source, theirs: Source) -> list[str]:
+    """What can be said of two checkpoints before any number is compared."""
+    mine, other = ours.config.to_dict(), theirs.config.to_dict()
+    notes = [
+        f"{key} is {mine[key]} in {ours.path} and {other[key]} in {theirs.path}"
+        for key in mine
+        if mine[key] != other[key]
+    ]
+    if (ours.path / MANIFEST).is_file() and (reason := fault(ours.path, must_list=OF_A_MODEL)):
+        notes.append(f"{ours.path} is not what was written: {reason}")
+    return notes
+
+
+def _whole(
+    title: str, ours: Model, theirs: Model, options: CheckConfig, display: Display
+) -> Verdict:
+    """Every question, asked of models that fit into memory several times."""
+    notes = _shortening(theirs.config, options.window)
+    ours, theirs = (
+        Model(shortened(model.config, options.window), model.weights) for model in (ours, theirs)
+    )
+    task = Task.of(theirs.config, options.seed)
+    exam = Exam(ours, theirs, task)
+    stages: list[Stage] = []
+    dtypes: list[Dtype] = [dtype for dtype in options.dtypes if dtype != "float64"]
+    asked = [exam.exact(), *map(exam.rounded, dtypes)]
+    for done, questions in enumerate(asked):
+        for stage in questions:
+            stages.append(stage)
+            display.work(f"{stage.dtype} {stage.label}", done, len(asked))
+    display.work("stages", len(asked), len(asked))
+    if not exam.has_transformers:
+        notes.append("transformers' Mistral has one window for all layers, so it is left out")
+    verdict = Verdict(title, tuple(stages), tuple(notes))
+    if is_too_equal(stages):
+        notes.append(
+            "not a single bit differs in float64: that would be one function compared with itself"
+        )
+        return dataclasses.replace(verdict, stages=(), notes=tuple(notes))
+    first = verdict.first_divergence
+    if first is not None and first.pair[0] == "jax" and first.dtype == "float64":
+        display.wait("looking for a known fault that does this")
+        name = recognise(ours, theirs, first, task.tokens, "float64")
+        verdict = dataclasses.replace(verdict, hint=_as_if(name))
+    return verdict
+
+
+def _streamed(
+    title: str, ours: Source, theirs: Source, options: CheckConfig, display: Display
+) -> Verdict:
+    """Layer by layer, a text at the start and at the end of the positions."""
+    notes = _shortening(theirs.config, options.window)
+    draw = np.random.default_rng(options.seed)
+    streamed = Streamed(
+        ours,
+        theirs,
+        draw.integers(theirs.config.vocab_size, size=options.tokens),
+        (0, options.last_position + 1 - options.tokens),
+        options.window,
+    )
+    stages = tuple(streamed.run(display.work))
+    hint = ""
+    if streamed.failed and streamed.failed.stage.pair[0] == "jax":
+        display.wait("looking for a known fault that does this")
+        part, inner, stage, first = streamed.failed
+        alone = dataclasses.replace(
+            stage, stage=inner.partition(".")[0], layer=0 if "." in inner else None
+        )
+        row = streamed.ids[streamed.first_positions.index(first)][None]
+        hint = _as_if(recognise(part.ours, part.theirs, alone, row, "float32", first))
+    notes.append(
+        f"layer by layer in float32, the float64 truth on layers "
+        f"{', '.join(map(str, sorted(streamed.sampled)))} and the head"
+    )
+    return Verdict(title, stages, tuple(notes), hint)
+
+
+def _shortening(config: MistralConfig, window: int) -> list[str]:
+    if shortened(config, window) == config:
+        return []
+    return [
+        f"the sliding window of {config.sliding_window} was shortened to {window} for the check"
+    ]
+
+
+def is_too_equal(stages: Sequence[Stage]) -> bool:
+    """Whether not a single bit differs between lechat_jax and lechat_torch in float64."""
+    exact = [s for s in stages if s.dtype == "float64" and s.pair == ("jax", "torch")]
+    return bool(exact) and all(stage.rel == 0 for stage in exact)
+
+
+def _as_if(name: str) -> str:
+    return f"lechat_jax computes as if {name}" if name else ""
