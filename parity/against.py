@@ -4,6 +4,7 @@ What a forward pass can show of one wrong bit in seven billion weights drowns in
 rounding, so the weights themselves are compared as well.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,28 +13,46 @@ from jaxtyping import Shaped
 from lechat_jax.errors import BadInput
 from parity.compare import relative
 from parity.sources import Source
+from parity.stores import Stored
 from parity.verdict import Stage
 
 Say = Callable[[str, int, int], None]
 
 
-def same_weights(ours: Source, theirs: Source, say: Say) -> Iterator[Stage]:
-    """A stage for every weight of `ours` that is another number than in `theirs`.
+def rounded_as(theirs: Source, ours: Source) -> Source:
+    """`theirs` with each weight rounded to the type that `ours` stores it in.
 
-    Where they are stored in different types, `theirs` is rounded to that of `ours` first, as
-    a conversion would have done. Budgets are 0; a weight that is the same makes no stage.
+    That is what a conversion to another type does on purpose; all else is a difference.
 
     Raises:
-        BadInput: the models have other weights or other shapes.
+        BadInput: the models have other weights.
     """
     if different := set(ours.names) ^ set(theirs.names):
         raise BadInput(
             f"{ours.path} and {theirs.path} are of different models: only one has "
             f"{', '.join(sorted(different)[:4])}"
         )
-    names = ours.names
-    for done, name in enumerate(names):
-        say("weights", done, len(names))
+
+    def rounded(name: str, tensor: Stored) -> Stored:
+        dtype = ours.stored[name].dtype
+        if tensor.dtype == dtype:
+            return tensor
+        return dataclasses.replace(tensor, dtype=dtype, read=lambda: tensor.read().astype(dtype))
+
+    stored = {name: rounded(name, tensor) for name, tensor in theirs.stored.items()}
+    return dataclasses.replace(theirs, stored=stored)
+
+
+def same_weights(ours: Source, theirs: Source, say: Say) -> Iterator[Stage]:
+    """A stage for every weight of `ours` that is another number than in `theirs`.
+
+    Budgets are 0; a weight that is the same makes no stage.
+
+    Raises:
+        BadInput: a weight has another shape.
+    """
+    for done, name in enumerate(ours.names):
+        say("weights", done, len(ours.names))
         a, b = ours.read(name), theirs.read(name)
         if a.shape != b.shape:
             raise BadInput(f"{ours.where(name)} is {a.shape} and {theirs.where(name)} {b.shape}")
@@ -51,14 +70,14 @@ def same_weights(ours: Source, theirs: Source, say: Say) -> Iterator[Stage]:
             )
         ours.release()
         theirs.release()
-    say("weights", len(names), len(names))
+    say("weights", len(ours.names), len(ours.names))
 
 
 def _difference(a: Shaped[np.ndarray, "..."], b: Shaped[np.ndarray, "..."]) -> str | None:
     """How many weights differ and where the first is, or None; a row at a time."""
     n, first = 0, None
     for row in range(len(a)):
-        x, y = a[row], b[row].astype(a.dtype)
+        x, y = a[row], b[row]
         bits = f"u{a.dtype.itemsize}"
         unequal = np.ascontiguousarray(x).view(bits) != np.ascontiguousarray(y).view(bits)
         if unequal.any():

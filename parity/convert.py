@@ -6,6 +6,7 @@ size of the model, and DST appears when it is complete, or not at all.
 """
 
 import dataclasses
+import shlex
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,9 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{_dtype(source, options).name} in {meter.seconds:.1f} s "
         f"({meter.done / 1e9 / meter.seconds:.2f} GB/s), {source.format} to {options.to}"
     )
+    src, dst = shlex.quote(options.src), shlex.quote(str(options.dst))
     if options.to == "lechat":
-        print(f"generate:  python -m lechat_jax.generate {options.dst} --prompt TEXT")
-    print(f"compare:   python -m parity.check --checkpoint {options.src} --against {options.dst}")
+        print(f"generate:  python -m lechat_jax.generate {dst} --prompt TEXT")
+    print(f"compare:   python -m parity.check --checkpoint {src} --against {dst}")
     return 0
 
 

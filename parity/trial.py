@@ -9,7 +9,7 @@ import numpy as np
 from lechat_jax.config import MistralConfig
 from lechat_jax.display import Display
 from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault
-from parity.against import same_weights
+from parity.against import rounded_as, same_weights
 from parity.answers import Model, Task, shortened
 from parity.check_options import CheckConfig
 from parity.diagnosis import recognise
@@ -82,6 +82,7 @@ def _checkpoint(options: CheckConfig, display: Display) -> Verdict:
         ours = open_source(options.against, rope_theta=options.rope_theta, verify=False)
         title = f"{options.against} against {options.checkpoint}"
         notes = _differences(ours, theirs)
+        theirs = rounded_as(theirs, ours)
         stages = list(same_weights(ours, theirs, display.work))
     if theirs.config.n_params > WHOLE:
         verdict = _streamed(title, ours, theirs, options, display)
@@ -107,6 +108,12 @@ def _differences(ours: Source, theirs: Source) -> list[str]:
         for key in mine
         if mine[key] != other[key]
     ]
+    types = [{str(tensor.dtype) for tensor in source.stored.values()} for source in (ours, theirs)]
+    if types[0] != types[1]:
+        notes.append(
+            f"the weights of {theirs.path}, {', '.join(types[1])}, were rounded to those of "
+            f"{ours.path}, {', '.join(types[0])}, before they were compared"
+        )
     if (ours.path / MANIFEST).is_file() and (reason := fault(ours.path, must_list=OF_A_MODEL)):
         notes.append(f"{ours.path} is not what was written: {reason}")
     return notes

@@ -179,6 +179,32 @@ def test_a_flipped_bit_and_swapped_tensors_in_a_converted_folder_are_red(
     assert any("1 of" in stage["note"] for stage in found["stages"] if not stage["ok"])
 
 
+@pytest.mark.usefixtures("one_pass_only")
+def test_a_conversion_to_another_type_is_judged_by_what_rounding_makes_of_it(
+    small: MistralConfig, tmp_path: Path, capsys: Output
+) -> None:
+    exact = {n: w + 1e-4 for n, w in lively_weights(small).items()}  # no bfloat16 has these
+    source = tmp_path / "exact"
+    save_weights(source, small, {n: jnp.asarray(w, jnp.float32) for n, w in exact.items()}, None)
+    rounded = saved(tmp_path / "rounded", small, exact)
+    flags = ["--checkpoint", str(source), "--dtypes", "float64"]
+    found = verdict(capsys, tmp_path, *flags, "--against", rounded)
+    assert found["code"] == 0
+    assert "rounded" in found["notes"][0]
+    off = saved(tmp_path / "off", small, exact | {"norm.scale": 1.02 * exact["norm.scale"]})
+    assert verdict(capsys, tmp_path, *flags, "--against", off)["code"] == 1
+
+
+@pytest.mark.usefixtures("one_pass_only")
+def test_models_that_differ_in_size_are_not_compared(
+    small: MistralConfig, right: str, tmp_path: Path
+) -> None:
+    deeper = dataclasses.replace(small, n_layers=3)
+    other = saved(tmp_path / "deeper", deeper, lively_weights(deeper))
+    with pytest.raises(BadInput, match=r"are of different models: only one has blocks\.2"):
+        main(["--checkpoint", right, "--against", other])
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
