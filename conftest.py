@@ -60,18 +60,9 @@ def no_network(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny() -> MistralConfig:
     """A model of three layers in which no two dimensions agree, so none can be confused."""
-    return MistralConfig(
-        dim=40,
-        n_layers=3,
-        n_heads=6,
-        n_kv_heads=2,
-        head_dim=8,
-        hidden_dim=56,
-        vocab_size=97,
-        norm_eps=1e-5,
-        rope_theta=1e4,
-        sliding_window=7,
-    )
+    from parity.lively import SMALL  # not before the shapes of lechat_jax are checked at imports
+
+    return SMALL
 
 
 @pytest.fixture

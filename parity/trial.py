@@ -15,7 +15,7 @@ from parity.check_options import CheckConfig
 from parity.diagnosis import recognise
 from parity.exam import Exam
 from parity.faults import CRITERIA, FAULTS, suite
-from parity.lively import lively_weights
+from parity.lively import SMALL, lively_weights
 from parity.measure import machine_line
 from parity.oracles import Dtype
 from parity.sources import Source, open_source
@@ -24,20 +24,6 @@ from parity.verdict import FaultReport, Stage, Verdict
 from parity.wording import Report
 
 WHOLE = 50_000_000  # parameters: larger models are checked a layer at a time
-
-# The model of the check without a checkpoint: no two dimensions agree, so none can be confused.
-SMALL = MistralConfig(
-    dim=40,
-    n_layers=3,
-    n_heads=6,
-    n_kv_heads=2,
-    head_dim=8,
-    hidden_dim=56,
-    vocab_size=97,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    sliding_window=7,
-)
 
 
 def found(options: CheckConfig, display: Display) -> Report:

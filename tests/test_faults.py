@@ -9,9 +9,8 @@ from parity.answers import Model, Task
 from parity.check import main
 from parity.exam import Exam
 from parity.faults import CRITERIA, FAULTS, first_divergence
-from parity.lively import lively_weights
+from parity.lively import SMALL, lively_weights
 from parity.planting import Planted
-from parity.trial import SMALL
 from parity.verdict import STAGES
 
 # One of each stage and each place; all of them are in the slow test and in CI's own command.
