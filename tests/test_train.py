@@ -58,8 +58,10 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The main job, which sends itself a signal as soon as step 8 is logged: after the checkpoint
 # of step 4, and before the one of step 8.
 INTERRUPTED = """
-import os
+import os, signal
 from lechat_jax import cli, run, train
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it
 
 log = run.Run.log
 
