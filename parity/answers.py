@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import log_softmax
 
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import MistralConfig, Window
 from parity.compare import first_position, relative
 from parity.oracles import AdamW, Arrays, Gradients, Oracle, Stages, Text, Trajectory
 from parity.verdict import Stage
@@ -75,9 +75,22 @@ class Task:
         return max(map(len, (*self.prompts, *self.whole_chunks))) + self.new
 
 
-def shortened(config: MistralConfig, window: int) -> MistralConfig:
-    """The same model with no window longer than that, so that a short text meets its end."""
-    windows = tuple(w if w is None else min(w, window) for w in config.windows)
+def shortened(
+    config: MistralConfig, window: int, beside: MistralConfig | None = None
+) -> MistralConfig:
+    """The same model with no window longer than that, so that a short text meets its end.
+
+    A window that is not the one of the model `beside` it is not made the same: it stays one
+    key longer or shorter.
+    """
+
+    def short(own: Window, other: Window) -> Window:
+        if own is None or other is None or own == other or min(own, other) < window:
+            return own and min(own, window)
+        return window + (1 if own > other else -1)
+
+    pairs = zip(config.windows, (beside or config).windows, strict=True)
+    windows = tuple(short(own, other) for own, other in pairs)
     is_one = not isinstance(config.sliding_window, tuple)
     return dataclasses.replace(config, sliding_window=windows[0] if is_one else windows)
 

@@ -118,11 +118,12 @@ class Streamed:
         """Layer i between an embedding that is the stream, and a head that is nothing."""
 
         def alone(source: Source) -> Model:
+            short = shortened(source.config, self.window, self.theirs.config)
             one = dataclasses.replace(
-                shortened(source.config, self.window),
+                short,
                 n_layers=1,
                 vocab_size=len(stream),
-                sliding_window=shortened(source.config, self.window).windows[i],
+                sliding_window=short.windows[i],
                 tied_embeddings=False,
             )
             inside = [name for name in names.shapes(one, "lechat") if name.startswith("blocks.")]

@@ -111,7 +111,8 @@ def _whole(
     """Every question, asked of models that fit into memory several times."""
     notes = _shortening(theirs.config, options.window)
     ours, theirs = (
-        Model(shortened(model.config, options.window), model.weights) for model in (ours, theirs)
+        Model(shortened(model.config, options.window, theirs.config), model.weights)
+        for model in (ours, theirs)
     )
     task = Task.of(theirs.config, options.seed)
     exam = Exam(ours, theirs, task)

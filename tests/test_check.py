@@ -288,5 +288,8 @@ def test_a_layer_on_its_own_is_that_layer_of_the_whole_model(
 
 def test_windows_are_shortened_and_full_attention_is_not(tiny: MistralConfig) -> None:
     windows = dataclasses.replace(tiny, sliding_window=(4096, None, 5))
+    others = dataclasses.replace(tiny, sliding_window=(4095, 4096, 5))
+    assert shortened(others, 64, beside=windows).sliding_window == (63, 64, 5)
+    assert shortened(windows, 64, beside=others).sliding_window == (65, None, 5)
     assert shortened(windows, 64).sliding_window == (64, None, 5)
     assert shortened(dataclasses.replace(tiny, sliding_window=None), 64).sliding_window is None
