@@ -24,6 +24,7 @@ from parity.verdict import FaultReport, Stage, Verdict
 from parity.wording import Report
 
 WHOLE = 50_000_000  # parameters: larger models are checked a layer at a time
+SHOWN = 4  # weights that differ are named in the notes; the reports name all
 
 
 def found(options: CheckConfig, display: Display) -> Report:
@@ -70,6 +71,8 @@ def _checkpoint(options: CheckConfig, display: Display) -> Verdict:
         notes = _differences(ours, theirs)
         theirs = rounded_as(theirs, ours)
         stages = list(same_weights(ours, theirs, display.work))
+        notes += [f"other weights: {stage.note}" for stage in stages[:SHOWN]]
+        notes += [f"and in {len(stages) - SHOWN} more weights"] if len(stages) > SHOWN else []
     if theirs.config.n_params > WHOLE:
         verdict = _streamed(title, ours, theirs, options, display)
     else:

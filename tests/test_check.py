@@ -140,6 +140,7 @@ def test_a_wrong_conversion_is_red_and_what_is_wrong_with_it_is_said(
     assert found["hint"] == "lechat_jax computes as if gate and up are swapped"
     named = [stage["note"] for stage in found["stages"] if stage["dtype"] == "bfloat16"]
     assert [note.split(":")[0] for note in named] == [gate, up]
+    assert found["notes"] == [f"other weights: {note}" for note in named]
 
 
 @pytest.mark.usefixtures("one_pass_only")
