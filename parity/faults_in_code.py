@@ -59,7 +59,7 @@ def _rotate_half_the_lanes(right: Callable) -> Callable:
     return rotate
 
 
-def _no_rotation_at_all(right: Callable) -> Callable:
+def _sine_for_cosine(right: Callable) -> Callable:
     """The second lane of a pair turns with the sine where it needs the cosine."""
 
     def rotate(x: Array, by: rope.Rotation) -> Array:
@@ -220,7 +220,7 @@ CODE = (
     ),
     in_code("the rotation goes backwards", "attn.0", (model, "rotate", _rotate_backwards)),
     in_code(
-        "the rotation takes a sine for a cosine", "attn.0", (model, "rotate", _no_rotation_at_all)
+        "the rotation takes a sine for a cosine", "attn.0", (model, "rotate", _sine_for_cosine)
     ),
     in_code(
         "only half of the lanes are rotated", "attn.0", (model, "rotate", _rotate_half_the_lanes)

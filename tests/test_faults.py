@@ -45,8 +45,9 @@ def test_a_planted_fault_is_found_where_it_is(exam: Exam, fault: Planted) -> Non
 
 def test_a_fault_is_gone_when_it_was_looked_for(exam: Exam) -> None:
     for fault in FAULTS:
-        with fault.plant(exam.theirs, fault.layer) if not fault.base else _nothing():
-            pass
+        if not fault.base:  # the others are possible in another model only
+            with fault.plant(exam.theirs, fault.layer):
+                pass
     again = Exam(exam.theirs, exam.theirs, exam.task, truth=exam.truth)
     assert all(stage.ok for stage in again.exact(transformers=False))
 
@@ -66,9 +67,3 @@ def test_every_fault_is_found_where_it_is(capsys: pytest.CaptureFixture[str]) ->
     assert main(["--faults"]) == 0
     said = capsys.readouterr().out
     assert all(criterion.name in said for criterion in CRITERIA)
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
