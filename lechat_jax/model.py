@@ -21,10 +21,12 @@ from lechat_jax.attention import Backend, attend, training_attention
 from lechat_jax.cache import Cache, Place, distinct_windows, places
 from lechat_jax.config import MistralConfig
 from lechat_jax.mask import window_mask
+from lechat_jax.projection import project
 from lechat_jax.rope import Rotation, rotate, rotation
 
 # The weights of a model by the name under which every format of lechat stores them.
 Weights = dict[str, Array]
+SCALE = ".scale"  # behind the name of an int8 kernel, that of its scales
 
 # What a pass carries from layer to layer beside the residual stream: the cache, or nothing.
 Memory = TypeVar("Memory", Cache, None)
@@ -70,12 +72,15 @@ class Linear(nnx.Module):
     ) -> None:
         self.writes, self.reads = writes, reads
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*writes, *reads)))
+        self.kernel_scale: nnx.Param | None = None
 
     def __call__(self, x: Array) -> Array:
         """`x` [..., *reads] mapped to [..., *writes]."""
         matrix = self.kernel[...].reshape(math.prod(self.writes), math.prod(self.reads))
+        scale = None if self.kernel_scale is None else self.kernel_scale[...].reshape(-1)
         positions = x.shape[: x.ndim - len(self.reads)]
-        return (x.reshape(-1, matrix.shape[1]) @ matrix.T).reshape(*positions, *self.writes)
+        y = project(x.reshape(-1, matrix.shape[1]), matrix, scale)
+        return y.reshape(*positions, *self.writes)
 
 
 class Attention(nnx.Module):
@@ -140,8 +145,25 @@ class Table(nnx.Module):
     """One vector of width D for each token id: the embedding, and the head."""
 
     def __init__(self, config: MistralConfig, std: float, *, rngs: nnx.Rngs) -> None:
+        self.writes = (config.vocab_size,)
         shape = (config.vocab_size, config.dim)
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        self.kernel_scale: nnx.Param | None = None
+
+    def rows(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+        """The vectors of these ids; those of an int8 table become `dtype`."""
+        rows = self.kernel[...][tokens]
+        if self.kernel_scale is None:
+            return rows
+        return (rows * self.kernel_scale[...][tokens][..., None]).astype(dtype)
+
+    def scores(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The product with every vector, at least float32."""
+        kernel = self.kernel[...]
+        scale = None if self.kernel_scale is None else self.kernel_scale[...]
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        flat = hidden.reshape(-1, kernel.shape[1])
+        return project(flat, kernel, scale, wide).reshape(*hidden.shape[:-1], kernel.shape[0])
 
 
 class Mistral(nnx.Module):
@@ -184,7 +206,7 @@ class Mistral(nnx.Module):
         `backend` names the attention kernel; `None` takes the best for the platform. The
         sequences start at `first_position`, and nothing before it is seen.
         """
-        x = self.embed.kernel[...][tokens]
+        x = self.embed.rows(tokens, self.norm.scale[...].dtype)
         turn = self._turn(first_position + jnp.arange(tokens.shape[1])[None], x.dtype)
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             mix = functools.partial(_mix_whole, window=window, backend=backend)
@@ -199,7 +221,7 @@ class Mistral(nnx.Module):
         The T tokens go into the next T slots; a position of `EMPTY` is padding, which
         nothing will see. T must fit the chunk that the cache was made for.
         """
-        x = self.embed.kernel[...][tokens]
+        x = self.embed.rows(tokens, self.norm.scale[...].dtype)
         turn = self._turn(positions, x.dtype)
         cursor = cache.cursor
         rings, masks = [], []
@@ -214,9 +236,7 @@ class Mistral(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head's score of every token id, at least float32."""
-        kernel = self.head.kernel[...]
-        wide = jnp.promote_types(kernel.dtype, jnp.float32)
-        return jnp.einsum("...D,VD->...V", hidden, kernel, preferred_element_type=wide)
+        return self.head.scores(hidden)
 
     def _turn(self, positions: Int[Array, "B T"], dtype: DTypeLike) -> Rotation:
         return rotation(positions, self.config.head_dim, self.config.rope_theta, dtype)
@@ -250,18 +270,31 @@ def bind(config: MistralConfig, weights: Weights) -> Mistral:
     """A model of that shape around these weights, which may be traced: no copy is made.
 
     The hot functions take the plain dict, since passing a module to a jitted function
-    costs milliseconds of Python a call, and bind it inside.
+    costs milliseconds of Python a call, and bind it inside. A kernel is int8 if its scale
+    is there too, under its name and `SCALE`.
     """
-    graph, names = _skeleton(config)
+    quantized = frozenset(
+        name.removesuffix(SCALE) for name in weights if name.endswith(f"kernel{SCALE}")
+    )
+    graph, names = _skeleton(config, quantized)
     flat = [(path, nnx.Param(weights[name])) for name, path in names.items()]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 @functools.lru_cache(maxsize=8)
-def _skeleton(config: MistralConfig) -> tuple[nnx.GraphDef, dict[str, tuple]]:
-    graph, state = nnx.split(nnx.eval_shape(lambda: Mistral(config, rngs=nnx.Rngs(0))))
+def _skeleton(
+    config: MistralConfig, quantized: frozenset[str]
+) -> tuple[nnx.GraphDef, dict[str, tuple]]:
+    def build() -> Mistral:
+        model = Mistral(config, rngs=nnx.Rngs(0))
+        for path, module in nnx.iter_modules(model):
+            if isinstance(module, Linear | Table) and _name((*path, "kernel")) in quantized:
+                module.kernel_scale = nnx.data(nnx.Param(jnp.ones(module.writes)))
+        return model
+
+    graph, state = nnx.split(nnx.eval_shape(build))
     return graph, {_name(path): path for path, _ in nnx.to_flat_state(state)}
 
 
 def _name(path: tuple) -> str:
-    return ".".join(map(str, path))
+    return ".".join(map(str, path)).replace("kernel_scale", f"kernel{SCALE}")
