@@ -5,58 +5,76 @@ import hashlib
 import importlib.util
 import operator
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import SupportsIndex
 
 import numpy as np
-import sentencepiece
 from jaxtyping import Int32
 
 from lechat_jax.errors import BadInput
+from lechat_jax.spm import SentencePiece
+from lechat_jax.tekken import Tekken
 
 FILE_NAME = "tokenizer.model.v1"
-LONG_TEXT = 32_768  # characters given to one thread at a time, ends of lines permitting
+FILES = re.compile(r"tekken\.json|tokenizer\.model(?:\.v(\d+)(?:m(\d+))?)?")
+
+
+def preferred(paths: Iterable[Path]) -> Path | None:
+    """The tokenizer among these files, by Mistral's names for them; `None` if there is none.
+
+    Mistral's repositories may hold several. As in mistral-common, `tekken.json` wins, and
+    otherwise the newest version; mistral-inference refuses such a folder.
+
+    >>> preferred(map(Path, ["tokenizer.model", "tokenizer.model.v3", "config.json"])).name
+    'tokenizer.model.v3'
+    """
+    found = [(path, match) for path in paths if (match := FILES.fullmatch(path.name))]
+
+    def rank(one: tuple[Path, re.Match[str]]) -> tuple[bool, int, int]:
+        version, images = one[1].groups(default="0")
+        return one[0].suffix == ".json", int(version), int(images)
+
+    return max(found, key=rank)[0] if found else None
 
 
 class Tokenizer:
-    """A SentencePiece model with byte fallback, so that every text has tokens.
+    """Mistral's tokenizer of any version, SentencePiece or tekken; every text has tokens.
 
-    A text gets a space put before it, which `decode` takes away again: `decode(encode(s))`
-    is `s`, unless `s` holds U+2581, the sign SentencePiece itself writes for a space.
+    `decode(encode(s))` is `s`. SentencePiece puts a space before a text, which `decode`
+    takes away again, and loses U+2581, the sign it writes for a space; tekken does neither.
 
     Attributes:
-        path: the model file it was read from.
+        path: the file it was read from.
+        codec: what does the work.
         sha256: of that file.
+        version: Mistral's, such as "v3", which says how a conversation is written down.
+        file_name: Mistral's name for such a file.
         vocab_size: number of ids V.
         bos_id: id that starts a document.
         eos_id: id that ends one.
         byte_of: the byte that an id stands for, for the 256 ids that stand for one.
+        broken: Python's name for how a byte that is in no character becomes U+FFFD.
     """
 
     def __init__(self, path: Path) -> None:
         try:
-            self._model = path.read_bytes()
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._model or b"?")
+            self._content = path.read_bytes()
         except OSError as error:
             raise BadInput(
                 f"cannot read the tokenizer {path}: {error.strerror or error}"
             ) from error
-        except RuntimeError as error:
-            raise BadInput(f"{path} is not a SentencePiece model") from error
+        # The content decides, so that a file may have any name; ".json" is for a damaged one.
+        is_json = self._content[:1] == b"{" or path.suffix == ".json"
+        codec = Tekken(path) if is_json else SentencePiece(path, self._content)
+        self.codec: SentencePiece | Tekken = codec
         self.path = path
-        self.sha256 = hashlib.sha256(self._model).hexdigest()
-        self.vocab_size: int = self._pieces.vocab_size()
-        self.bos_id: int = self._pieces.bos_id()
-        self.eos_id: int = self._pieces.eos_id()
-        ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        self.byte_of = {id_: byte for byte, id_ in enumerate(ids) if self._pieces.is_byte(id_)}
-        self._letter = ids[ord("a")]
-        if len(self.byte_of) < 256 or min(self.bos_id, self.eos_id) < 0:
-            raise BadInput(
-                f"{path} has no byte fallback or no ids for start and end, "
-                "so it is no tokenizer of Mistral's"
-            )
+        self.sha256 = hashlib.sha256(self._content).hexdigest()
+        self.version, self.file_name = codec.version, codec.file_name
+        self.vocab_size = codec.vocab_size
+        self.bos_id, self.eos_id = codec.bos_id, codec.eos_id
+        self.byte_of, self.broken = codec.byte_of, codec.broken
 
     @classmethod
     def mistral_v1(cls) -> "Tokenizer":
@@ -75,7 +93,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: Path | str) -> "Tokenizer":
-        """The tokenizer in a SentencePiece model file.
+        """The tokenizer in a SentencePiece model file or a `tekken.json`.
 
         Raises:
             BadInput: there is no such file, or it holds something else.
@@ -83,7 +101,7 @@ class Tokenizer:
         return cls(Path(path))
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without BOS and EOS; control pieces spelled in it stay text.
+        """The ids of a text, without BOS and EOS; control tokens spelled in it stay text.
 
         Raises:
             BadInput: the text holds half a character pair, as undecodable bytes become.
@@ -92,28 +110,13 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise BadInput(f"character {error.start} of the text is not Unicode") from error
-        return self._pieces.encode(text)
+        return self.codec.encode(text)
 
     def encode_batch(
         self, texts: Sequence[str], num_threads: int = 0
     ) -> list[Int32[np.ndarray, "..."]]:
-        """The ids of each text, equal to `encode`, on `num_threads` threads (0: all cores).
-
-        Long texts are cut for the threads, before a line end: that is a byte piece, which no
-        merge crosses. What SentencePiece puts before it, because a text seems to start
-        there, is dropped again.
-        """
-        parts = [_parts(text) for text in texts]
-        flat = [part for group in parts for part in group]
-        threads = num_threads or os.cpu_count() or 1
-        encoded = iter(self._pieces.encode(flat, num_threads=threads))
-        prefix = len(self.encode("\n")) - 1
-        return [
-            np.concatenate(
-                [np.array(next(encoded)[prefix * (i > 0) :], np.int32) for i in range(len(group))]
-            )
-            for group in parts
-        ]
+        """The ids of each text, equal to `encode`, on `num_threads` threads (0: all cores)."""
+        return self.codec.encode_batch(texts, num_threads)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of the ids; control ids have none, a broken byte is U+FFFD.
@@ -121,32 +124,42 @@ class Tokenizer:
         Raises:
             BadInput: an id is not in the vocabulary.
         """
-        return self._pieces.decode([self._known(id_) for id_ in ids])
+        return self.codec.decode([self._known(id_) for id_ in ids])
 
-    def piece_text(self, id_: SupportsIndex, first: bool) -> str:
-        """The text of one id; as the `first` of a text it lacks the space put before that.
+    def raw(self, id_: SupportsIndex) -> bytes | None:
+        """The bytes of an id that may hold a part of a character; `None` for any other.
 
         Raises:
             BadInput: the id is not in the vocabulary.
         """
-        if first:
-            return self.decode([id_])
-        return self.decode([self._letter, id_])[1:]  # any byte before it makes it not the first
+        return self.codec.raw(self._known(id_))
+
+    def piece_text(self, id_: SupportsIndex, first: bool) -> str:
+        """The text of one id; as the `first` of a text it may lack a space put before that.
+
+        Raises:
+            BadInput: the id is not in the vocabulary.
+        """
+        return self.codec.text(self._known(id_), first)
 
     def is_control(self, id_: SupportsIndex) -> bool:
-        """Whether the id has no text and leaves the next one first (BOS, EOS)."""
-        return self._pieces.is_control(self._known(id_))
+        """Whether the id has no text and leaves the next one first (BOS, EOS).
+
+        Raises:
+            BadInput: the id is not in the vocabulary.
+        """
+        return self.codec.is_control(self._known(id_))
 
     def save(self, folder: Path) -> Path:
-        """The model file, copied into the folder under Mistral's name for it.
+        """The file, copied into the folder under Mistral's name for it.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        path = folder / FILE_NAME
-        beside = folder / f".{FILE_NAME}.{os.getpid()}"
+        path = folder / self.file_name
+        beside = folder / f".{self.file_name}.{os.getpid()}"
         try:
-            beside.write_bytes(self._model)
+            beside.write_bytes(self._content)
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
@@ -167,8 +180,8 @@ class StreamDecoder:
     """The text of ids that arrive a few at a time, each character as soon as it is certain.
 
     The pushes and the `flush` at the end together are `decode` of all ids. Bytes are held
-    until they are a character, or can no longer become one and are U+FFFD each, so a prefix
-    of the output is never a broken character. Work and memory per id are constant.
+    until they are a character, or can no longer become one and are U+FFFD, so a prefix of
+    the output is never a broken character. Work and memory per id are constant.
 
     Args:
         prefix_ids: what came before, such as a prompt; its text is not given again, but the
@@ -183,7 +196,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, prefix_ids: Iterable[SupportsIndex] = ()) -> None:
         self._tokenizer = tokenizer
         self._first = True  # no id with a text has come yet
-        self._held = b""  # the start of a character; at most three bytes
+        self._bytes = codecs.getincrementaldecoder("utf-8")(tokenizer.broken)
         self.push(prefix_ids)
 
     def push(self, ids: Iterable[SupportsIndex]) -> str:
@@ -195,42 +208,14 @@ class StreamDecoder:
         return "".join(map(self._push_one, ids))
 
     def flush(self) -> str:
-        """What is still held, now that nothing follows: U+FFFD for each byte."""
-        text, self._held = "\ufffd" * len(self._held), b""
-        return text
+        """What is still held, now that nothing follows: U+FFFD."""
+        return self._bytes.decode(b"", final=True)
 
     def _push_one(self, id_: SupportsIndex) -> str:
-        byte = self._tokenizer.byte_of.get(operator.index(id_))
-        if byte is not None:
+        raw = self._tokenizer.raw(id_)
+        if raw is not None:
             self._first = False
-            self._held += bytes([byte])
-            return self._settled()
+            return self._bytes.decode(raw)
         text = self.flush() + self._tokenizer.piece_text(id_, self._first)
         self._first = self._first and self._tokenizer.is_control(id_)
         return text
-
-    def _settled(self) -> str:
-        """The characters that the held bytes complete or can no longer complete."""
-        broken = ""
-        while True:
-            try:
-                text, n_read = codecs.utf_8_decode(self._held, "strict", False)
-            except UnicodeDecodeError:  # as SentencePiece does: one byte is lost, not the rest
-                broken, self._held = broken + "\ufffd", self._held[1:]
-            else:
-                self._held = self._held[n_read:]
-                return broken + text
-
-
-def _parts(text: str) -> list[str]:
-    """The text in parts of about `LONG_TEXT` characters; all but the first start with a newline."""
-    parts, start = [], 0
-    while len(text) - start > LONG_TEXT:
-        end = text.rfind("\n", start + 1, start + LONG_TEXT)
-        if end < 0:
-            end = text.find("\n", start + LONG_TEXT)
-        if end < 0:
-            break
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]

@@ -12,7 +12,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.manifest import MANIFEST
 from lechat_jax.model import Weights
 from lechat_jax.run import Run
-from lechat_jax.tokenizer import FILE_NAME, Tokenizer
+from lechat_jax.tokenizer import Tokenizer, preferred
 from lechat_jax.weights import kind_of, load_weights, read_config, weight_shapes
 
 
@@ -63,13 +63,13 @@ class Trained:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer kept with the model, if there is one.
+        """The tokenizer kept with the model, if there is one; of several as `preferred` says.
 
         Raises:
             BadInput: the file is none.
         """
-        path = self.folder / FILE_NAME
-        return Tokenizer.from_file(path) if path.exists() else None
+        path = preferred(self.folder.iterdir())
+        return Tokenizer.from_file(path) if path else None
 
     def load(self, dtype: DTypeLike | None = None) -> Loaded:
         """The weights, cast to `dtype` if one is given; a run's are of its last good checkpoint.

@@ -1,14 +1,13 @@
 """What a checkpoint consists of in each format, beside the bytes of its tensors."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lechat_jax.tokenizer import FILE_NAME, Tokenizer
+from lechat_jax.tokenizer import Tokenizer, preferred
 from parity import configs
 from parity.names import Format
 from parity.sources import POSITIONS, Source
@@ -53,14 +52,14 @@ def write_config(folder: Path, fmt: Format, source: Source, dtype: np.dtype) -> 
 def write_tokenizer(folder: Path, fmt: Format, source: Source) -> None:
     """Puts the tokenizer's files into the folder, under the names that the format's readers know.
 
-    All formats have the same SentencePiece model; Hugging Face's has settings beside it.
+    All formats have the same files. Mistral's names say the version of a SentencePiece model,
+    of which Hugging Face knows one name and has settings beside it.
     """
     model = sentencepiece_model(source)
     for path in source.tokenizer_files:
         if path == model:
-            is_versioned = fmt == "mistral" and path.suffix != ".model"
-            name = path.name if is_versioned else FILE_NAME
-            shutil.copyfile(path, folder / ("tokenizer.model" if fmt == "hf" else name))
+            name = "tokenizer.model" if fmt == "hf" else Tokenizer.from_file(path).file_name
+            shutil.copyfile(path, folder / name)
         elif not path.name.startswith("tokenizer.model"):
             shutil.copyfile(path, folder / path.name)
     settings = folder / "tokenizer_config.json"
@@ -70,9 +69,7 @@ def write_tokenizer(folder: Path, fmt: Format, source: Source) -> None:
 
 def sentencepiece_model(source: Source) -> Path | None:
     """The SentencePiece model of the source, its newest version; `None` if it has another kind."""
-    found = [path for path in source.tokenizer_files if path.name.startswith("tokenizer.model")]
-    versions = {path: re.findall(r"\d+", path.name) for path in found}
-    return max(found, key=lambda path: [int(n) for n in versions[path]], default=None)
+    return preferred(path for path in source.tokenizer_files if path.suffix != ".json")
 
 
 def _control_ids(source: Source) -> tuple[int, int]:

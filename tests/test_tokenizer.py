@@ -11,9 +11,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lechat_jax import spm
 from lechat_jax import tokenizer as module
 from lechat_jax.errors import BadInput
-from lechat_jax.tokenizer import StreamDecoder, Tokenizer
+from lechat_jax.tokenizer import StreamDecoder, Tokenizer, preferred
+from tests.tokenizers import SHIPPED, shipped, small_tekken
+from tests.tokenizers import tokenizer as load
 
 TOKENIZER = Tokenizer.mistral_v1()
 HELLO = 22557
@@ -131,16 +134,16 @@ def test_a_long_text_that_is_cut_for_the_threads_has_the_ids_of_the_whole(
     text: str, longest: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "LONG_TEXT", longest)
+        patch.setattr(spm, "LONG_TEXT", longest)
         assert TOKENIZER.encode_batch([text])[0].tolist() == TOKENIZER.encode(text)
 
 
 def test_a_long_text_is_cut_at_all() -> None:
     line = "word " * 100 + "\n"
-    parts = module._parts(line * 1000)
+    parts = spm._parts(line * 1000)
     assert "".join(parts) == line * 1000
     assert len(parts) == 16
-    assert max(map(len, parts)) <= module.LONG_TEXT
+    assert max(map(len, parts)) <= spm.LONG_TEXT
 
 
 # --- the stream ---
@@ -201,16 +204,123 @@ def test_bytes_that_cannot_become_a_character_are_let_go_at_once(
 
 def test_the_work_per_id_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    decode = Tokenizer.decode
+    decode = spm.SentencePiece.decode
 
-    def counted(self: Tokenizer, ids: list[int]) -> str:
+    def counted(self: spm.SentencePiece, ids: list[int]) -> str:
         sizes.append(len(ids))
         return decode(self, ids)
 
-    monkeypatch.setattr(Tokenizer, "decode", counted)
+    monkeypatch.setattr(spm.SentencePiece, "decode", counted)
     "".join(streamed([HELLO, *GRIN] * 200, list(range(1000))))
     assert len(sizes) <= 1000
     assert max(sizes) <= 2
+
+
+# --- every version ---
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "vocab_size", "file_name"),
+    [
+        ("v1", "v1", 32_000, "tokenizer.model.v1"),
+        ("v2", "v2", 32_768, "tokenizer.model.v2"),
+        ("v3", "v3", 32_768, "tokenizer.model.v3"),
+        ("v7", "v7", 32_768, "tokenizer.model.v7"),
+        ("v3-tekken", "v3", 131_072, "tekken.json"),
+        ("v3m1-tekken", "v3", 131_072, "tekken.json"),
+    ],
+)
+def test_the_version_is_found_in_the_content(
+    name: str, version: str, vocab_size: int, file_name: str, tmp_path: Path
+) -> None:
+    nameless = tmp_path / "tokenizer.model"  # as Hugging Face calls it
+    nameless.write_bytes(shipped(name).read_bytes())
+    found = Tokenizer.from_file(nameless)
+    assert (found.version, found.vocab_size, found.file_name) == (version, vocab_size, file_name)
+    assert (found.bos_id, found.eos_id) == (1, 2)
+    assert found.save(tmp_path).name == file_name
+
+
+def test_the_name_says_how_images_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model.v7m1"
+    path.write_bytes(shipped("v7m1").read_bytes())
+    assert Tokenizer.from_file(path).version == "v7"
+    assert Tokenizer.from_file(path).file_name == "tokenizer.model.v7m1"
+
+
+@pytest.mark.parametrize("version", ["v7", "v11", "v13", "v15"])
+def test_a_later_tekken_says_its_version(tmp_path: Path, version: str) -> None:
+    found = Tokenizer.from_file(small_tekken(tmp_path / "tekken.json", version))
+    assert (found.version, found.vocab_size) == (version, 2100)
+    assert found.decode(found.encode("Hi, caf\u00e9")) == "Hi, caf\u00e9"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_gives_the_ids_and_texts_of_mistral_common(name: str) -> None:
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    theirs = MistralTokenizer.from_file(shipped(name)).instruct_tokenizer.tokenizer
+    ours = load(name)
+    for text in [*SAMPLES, "[INST] as text [/INST]"]:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, bos=False, eos=False)
+        assert ours.decode(ids) == theirs.decode(ids) == text
+    batch = ours.encode_batch(SAMPLES, 2)
+    assert [ids.tolist() for ids in batch] == [ours.encode(text) for text in SAMPLES]
+    special = [id_ for id_ in range(2000) if ours.is_control(id_)]
+    assert set(special) == theirs.special_ids
+    assert ours.decode(special) == ""
+
+
+@pytest.mark.parametrize("name", ["v3", "v7", "v3-tekken"])
+def test_each_is_streamed_as_it_is_decoded(name: str) -> None:
+    ours = load(name)
+    letters = {byte: id_ for id_, byte in ours.byte_of.items()}
+    words = ours.encode(" of caf\u00e9 \u6f22\u5b57\U0001f600\n")
+    some = st.one_of(
+        st.integers(0, 20),
+        st.sampled_from(sorted(ours.byte_of)),
+        st.sampled_from([letters[byte] for byte in "\U0001f600".encode()]),
+        st.sampled_from(words),
+        st.integers(0, ours.vocab_size - 1),
+    )
+
+    def check(ids: list[int], cut: int) -> None:
+        stream, parts = StreamDecoder(ours), [ids[:cut], ids[cut:]]
+        pushes = [stream.push(part) for part in parts]
+        assert "".join([*pushes, stream.flush()]) == ours.decode(ids)
+        after = StreamDecoder(ours, parts[0])
+        assert after.push(parts[1]) == pushes[1]
+
+    given(st.lists(some, max_size=12), st.integers(0, 12))(check)()
+
+
+def test_tekken_holds_bytes_until_they_are_a_character() -> None:
+    ours = load("v3-tekken")
+    ids = {byte: id_ for id_, byte in ours.byte_of.items()}
+    stream = StreamDecoder(ours)
+    grin = [ids[byte] for byte in "\U0001f600".encode()]
+    assert [stream.push([id_]) for id_ in grin] == ["", "", "", "\U0001f600"]
+    assert stream.push([*grin[:2], ids[ord("a")]]) == "\ufffda"
+    assert stream.push([*grin[:2], ours.eos_id]) == "\ufffd", "a control token ends a character"
+    assert (stream.push(grin[:3]), stream.flush(), stream.flush()) == ("", "\ufffd", "")
+
+
+@pytest.mark.parametrize(
+    ("names", "best"),
+    [
+        (["tokenizer.model", "tokenizer.model.v3"], "tokenizer.model.v3"),
+        (["tokenizer.model.v3", "tokenizer.model.v11"], "tokenizer.model.v11"),
+        (["tokenizer.model.v7m1", "tokenizer.model.v7"], "tokenizer.model.v7m1"),
+        (["tekken.json", "tokenizer.model.v3"], "tekken.json"),
+        (["tokenizer.model"], "tokenizer.model"),
+        (["tokenizer.json", "tokenizer.model.old", "config.json"], None),
+    ],
+)
+def test_of_several_the_newest_is_taken(names: list[str], best: str | None) -> None:
+    for order in (names, names[::-1]):
+        found = preferred(map(Path, order))
+        assert (found and found.name) == best
 
 
 # --- its file ---
@@ -245,6 +355,13 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> 
     (tmp_path / "t.model").write_bytes(content)
     with pytest.raises(BadInput, match=r"t\.model is not a SentencePiece model"):
         Tokenizer.from_file(tmp_path / "t.model")
+
+
+@pytest.mark.parametrize("content", ["", "version https://git-lfs", "{}", '{"config": {}}', "{[}"])
+def test_a_broken_tekken_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tekken.json").write_text(content)
+    with pytest.raises(BadInput, match=r"tekken\.json is not a tekken tokenizer"):
+        Tokenizer.from_file(tmp_path / "tekken.json")
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

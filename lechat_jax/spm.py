@@ -1,0 +1,118 @@
+"""Mistral's SentencePiece models, versions 1 to 7: merges of characters, and bytes for the rest."""
+
+import codecs
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Int32
+
+from lechat_jax.errors import BadInput
+
+LONG_TEXT = 32_768  # characters given to one thread at a time, ends of lines permitting
+
+# The control piece that each version added. mistral-common goes by the file's name instead,
+# but Hugging Face's `tokenizer.model` has no version in it.
+MARKS = {"v7": "[SYSTEM_PROMPT]", "v3": "[PREFIX]", "v2": "[INST]"}
+
+
+def _one_by_one(error: UnicodeError) -> tuple[str, int]:
+    """U+FFFD for one byte: as SentencePiece does, the bytes after it get another chance."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "\ufffd", error.start + 1
+
+
+codecs.register_error("lechat.one_by_one", _one_by_one)
+
+
+class SentencePiece:
+    """A SentencePiece model with byte fallback; `Tokenizer` says what its methods do."""
+
+    broken = "lechat.one_by_one"
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        try:
+            pieces = sentencepiece.SentencePieceProcessor(model_proto=content or b"?")
+        except RuntimeError as error:
+            raise BadInput(f"{path} is not a SentencePiece model") from error
+        self._path, self._pieces = path, pieces
+        self.vocab_size: int = pieces.vocab_size()
+        self.bos_id: int = pieces.bos_id()
+        self.eos_id: int = pieces.eos_id()
+        ids = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self.byte_of = {id_: byte for byte, id_ in enumerate(ids) if pieces.is_byte(id_)}
+        self._letter = ids[ord("a")]
+        if len(self.byte_of) < 256 or min(self.bos_id, self.eos_id) < 0:
+            raise BadInput(
+                f"{path} has no byte fallback or no ids for start and end, "
+                "so it is no tokenizer of Mistral's"
+            )
+        marked = (v for v, mark in MARKS.items() if pieces.is_control(pieces.piece_to_id(mark)))
+        self.version = next(marked, "v1")
+
+    @property
+    def file_name(self) -> str:
+        """Mistral's name for it; v7m1 differs from v7 only in how images are read."""
+        name = f"tokenizer.model.{self.version}"
+        return self._path.name if self._path.name.startswith(f"{name}m") else name
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return self._pieces.encode(text)
+
+    def encode_batch(
+        self, texts: Sequence[str], num_threads: int
+    ) -> list[Int32[np.ndarray, "..."]]:
+        """The ids of each text.
+
+        Long texts are cut for the threads, before a line end: that is a byte piece, which no
+        merge crosses. What SentencePiece puts before it, because a text seems to start
+        there, is dropped again.
+        """
+        parts = [_parts(text) for text in texts]
+        flat = [part for group in parts for part in group]
+        threads = num_threads or os.cpu_count() or 1
+        encoded = iter(self._pieces.encode(flat, num_threads=threads))
+        prefix = len(self.encode("\n")) - 1
+        return [
+            np.concatenate(
+                [np.array(next(encoded)[prefix * (i > 0) :], np.int32) for i in range(len(group))]
+            )
+            for group in parts
+        ]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids."""
+        return self._pieces.decode(ids)
+
+    def raw(self, id_: int) -> bytes | None:
+        """The byte of an id that stands for one."""
+        byte = self.byte_of.get(id_)
+        return None if byte is None else bytes([byte])
+
+    def text(self, id_: int, first: bool) -> str:
+        """The text of one id; as the `first` of a text it lacks the space put before that."""
+        if first:
+            return self.decode([id_])
+        return self.decode([self._letter, id_])[1:]  # any byte before it makes it not the first
+
+    def is_control(self, id_: int) -> bool:
+        """Whether the id has no text and leaves the next one first."""
+        return self._pieces.is_control(id_)
+
+
+def _parts(text: str) -> list[str]:
+    """The text in parts of about `LONG_TEXT` characters; all but the first start with a newline."""
+    parts, start = [], 0
+    while len(text) - start > LONG_TEXT:
+        end = text.rfind("\n", start + 1, start + LONG_TEXT)
+        if end < 0:
+            end = text.find("\n", start + LONG_TEXT)
+        if end < 0:
+            break
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]

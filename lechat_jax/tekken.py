@@ -1,0 +1,64 @@
+"""Mistral's tekken tokenizers, `tekken.json`: merges of bytes, from version 3 on."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+from lechat_jax.errors import BadInput
+
+
+class Tekken:
+    """A tekken model, read by mistral-common; `Tokenizer` says what its methods do.
+
+    The first ids are control tokens, the next 256 single bytes. Loading takes a second, half
+    of it for importing mistral-common.
+
+    Attributes:
+        model: mistral-common's own object.
+    """
+
+    file_name = "tekken.json"
+    broken = "replace"
+
+    def __init__(self, path: Path) -> None:
+        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+        try:
+            self.model = Tekkenizer.from_file(path)
+            self.bos_id, self.eos_id = self.model.bos_id, self.model.eos_id
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            raise BadInput(f"{path} is not a tekken tokenizer of Mistral's") from error
+        self.version = str(self.model.version.value)
+        self.vocab_size = self.model.n_words
+        self._n_control = self.model.num_special_tokens
+        self.byte_of = {self._n_control + byte: byte for byte in range(256)}
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return self.model.encode(text, bos=False, eos=False)
+
+    def encode_batch(
+        self, texts: Sequence[str], num_threads: int
+    ) -> list[Int32[np.ndarray, "..."]]:
+        """The ids of each text; encoding releases Python's lock."""
+        with ThreadPoolExecutor(num_threads or None) as threads:
+            return [np.array(ids, np.int32) for ids in threads.map(self.encode, texts)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids; a control token cuts a character that it comes amid."""
+        return self.model.decode(ids)
+
+    def raw(self, id_: int) -> bytes | None:
+        """The bytes of any id but the control tokens."""
+        return None if self.is_control(id_) else self.model.id_to_byte_piece(id_)
+
+    def text(self, id_: int, first: bool) -> str:
+        """The text of one id; it does not matter whether it is the first."""
+        return self.decode([id_])
+
+    def is_control(self, id_: int) -> bool:
+        """Whether the id has no text."""
+        return id_ < self._n_control
