@@ -1,16 +1,19 @@
 """The rolling cache: a ring of keys and values that never grows, however long the text.
 
-A ring of S slots is written in order and wraps; each slot remembers the position of the
-token it holds, and `window_mask` alone decides what may be read. Before the queries of a
-chunk attend, all of the chunk's keys are written, so the oldest of T queries still needs
-the W - 1 keys before it while the newest is already there:
+The token at position p of a row lies in slot p % S of that row, together with its position,
+and `window_mask` alone decides what may be read. Before the queries of a chunk attend, all
+of the chunk's keys are written, so the oldest of T queries still needs the W - 1 keys before
+it while the newest is already there:
 
     S >= W + T - 1          W = 4, T = 3: queries 7 8 9 need keys 4 5 6 | 7 8 9, S >= 6
 
-Without a window nothing may be forgotten, so S is the whole context. A chunk may begin at
-any slot and go round the end, since each token is scattered to its own slot; an update of
-one contiguous piece would be moved back from the end without a word. On a CPU the scatter
-is as fast, and as much in place.
+So T tokens may also be a guess. What turns out wrong is overwritten by what takes its
+position, before a query comes that could see it, and it has overwritten nothing that any
+query still needs.
+
+Without a window nothing may be forgotten, so S is the whole context. Padding is written
+nowhere, and a chunk may go round the end: each token is scattered to its own slot, where an
+update of one contiguous piece would be moved back from the end without a word.
 """
 
 from typing import NamedTuple
@@ -22,23 +25,23 @@ from jaxtyping import Array, Float, Int
 
 from lechat_jax.config import MistralConfig, Window
 
-EMPTY = -1  # the position of a slot that holds nothing, or padding
+EMPTY = -1  # the position of a slot that holds nothing, and of padding
 
 
 class Ring(NamedTuple):
-    """Keys and values of the L layers that share one window, and the slots' positions.
+    """Keys and values of the layers that share one window, and the slots' positions.
 
-    One array for all layers, heads before slots: carried through a loop it is updated in
-    place, where an array per layer is copied for each token (measured, XLA on CPU).
+    An array for each layer, heads before slots, is what attention multiplies as it lies in
+    memory: one array for all layers was cut into a copy of each (XLA on a CPU).
 
     Attributes:
-        k: the keys, already rotated.
-        v: the values.
+        k: the keys of each layer, already rotated.
+        v: the values of each layer.
         position: of the token in each slot, or `EMPTY`.
     """
 
-    k: Float[Array, "L B K S H"]
-    v: Float[Array, "L B K S H"]
+    k: tuple[Float[Array, "B K S H"], ...]
+    v: tuple[Float[Array, "B K S H"], ...]
     position: Int[Array, "B S"]
 
     @property
@@ -46,8 +49,8 @@ class Ring(NamedTuple):
         """Number of slots S."""
         return self.position.shape[1]
 
-    def claim(self, cursor: Int[Array, ""], positions: Int[Array, "B T"], window: Window) -> "Ring":
-        """The ring with the next T slots holding these positions (`EMPTY` for padding).
+    def claim(self, positions: Int[Array, "B T"], window: Window) -> "Ring":
+        """The ring with the slots of these positions holding them; none is `EMPTY`'s.
 
         Raises:
             ValueError: T is more than the ring was made for, so that a key would be
@@ -59,48 +62,87 @@ class Ring(NamedTuple):
                 f"{T} tokens at once are too many for a ring of {self.capacity} slots "
                 f"and a window of {window}"
             )
-        slots = self._next(cursor, T)
-        return self._replace(
-            position=self.position.at[:, slots].set(positions, unique_indices=True)
-        )
+        rows, slots = self._where(positions)
+        return self._replace(position=self.position.at[rows, slots].set(positions, mode="drop"))
 
     def write(
         self,
         layer: int,
-        cursor: Int[Array, ""],
+        positions: Int[Array, "B T"],
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
     ) -> "Ring":
-        """The ring with one layer's keys and values in the next T slots."""
-        slots = self._next(cursor, k.shape[1])
+        """The ring with one layer's keys and values in the slots of these positions."""
+        rows, slots = self._where(positions)
+        alone = slots.size == 1
+        if alone:
+            # XLA makes an update in one piece of a scatter of one, and fuses what reads the
+            # ring into it, for which it copies the whole ring. A scatter of two stays one.
+            rows, slots, k, v = (jnp.concatenate([x, x], axis=1) for x in (rows, slots, k, v))
 
         def put(into: Array, new: Array) -> Array:
-            # Indexed by an array between two slices, the T axis comes first.
-            new = jnp.moveaxis(new, 1, 0).astype(into.dtype)
-            return into.at[layer, :, :, slots].set(new, unique_indices=True)
+            updated = into.at[rows, :, slots]
+            return updated.set(new.astype(into.dtype), mode="drop", unique_indices=not alone)
 
-        return self._replace(k=put(self.k, k), v=put(self.v, v))
+        return self._replace(
+            k=(*self.k[:layer], put(self.k[layer], k), *self.k[layer + 1 :]),
+            v=(*self.v[:layer], put(self.v[layer], v), *self.v[layer + 1 :]),
+        )
 
-    def read(self, layer: int) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    def read(self, layer: int) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """All slots of one layer, in slot order."""
-        return jnp.swapaxes(self.k[layer], 1, 2), jnp.swapaxes(self.v[layer], 1, 2)
+        return self.k[layer], self.v[layer]
 
-    def _next(self, cursor: Int[Array, ""], T: int) -> Int[Array, "T"]:
-        return (cursor + jnp.arange(T)) % self.capacity
+    def _where(self, positions: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """Row and slot of each position; padding's slots are distinct and not in the ring."""
+        B, T = positions.shape
+        rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
+        return rows, jnp.where(
+            positions == EMPTY, self.capacity + jnp.arange(T), self._slot(positions)
+        )
+
+    def _slot(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        return positions % self.capacity
 
 
 class Cache(NamedTuple):
-    """One ring for each distinct window of the model, all written at one cursor.
+    """All that is kept of the tokens so far.
 
     Attributes:
-        rings: in the order of `distinct_windows`.
-        cursor: slots written since the cache was made. All rows of the batch share it, so
-            that a token is one update; rows whose prompts are shorter are padded on the
-            left with `EMPTY` positions.
+        rings: one for each distinct window of the model, in the order of `distinct_windows`.
     """
 
     rings: tuple[Ring, ...]
-    cursor: Int[Array, ""]
+
+    @property
+    def dtype(self) -> DTypeLike:
+        """Of the keys and values."""
+        return self.rings[0].k[0].dtype
+
+    def claim(self, config: MistralConfig, positions: Int[Array, "B T"]) -> "Cache":
+        """The cache with `positions` claimed in every ring."""
+        windows = distinct_windows(config)
+        return Cache(
+            tuple(
+                ring.claim(positions, window)
+                for ring, window in zip(self.rings, windows, strict=True)
+            )
+        )
+
+    def write(
+        self,
+        place: "Place",
+        positions: Int[Array, "B T"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+    ) -> "Cache":
+        """The cache with keys and values written where a layer has its own."""
+        ring = self.rings[place.ring].write(place.layer, positions, k, v)
+        return Cache((*self.rings[: place.ring], ring, *self.rings[place.ring + 1 :]))
+
+    def read(self, place: "Place") -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """All slots of the layer that is there."""
+        return self.rings[place.ring].read(place.layer)
 
 
 class Place(NamedTuple):
@@ -142,16 +184,16 @@ def empty_cache(
     """A cache that holds nothing yet, for chunks of up to `chunk` tokens.
 
     `context` is the number of positions that a layer without a window can hold; layers
-    with one do not look at it. Padding takes no room from the text: it lies to the left of
-    it, so it is overwritten first.
+    with one do not look at it.
     """
     rings = []
     for window in distinct_windows(config):
         slots = capacity(window, chunk, context)
-        shape = (config.windows.count(window), batch, config.n_kv_heads, slots, config.head_dim)
-        k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        shape = (batch, config.n_kv_heads, slots, config.head_dim)
+        n = config.windows.count(window)
+        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(n)) for _ in "kv")
         rings.append(Ring(k, v, jnp.full((batch, slots), EMPTY, jnp.int32)))
-    return Cache(tuple(rings), jnp.zeros((), jnp.int32))
+    return Cache(tuple(rings))
 
 
 def cache_bytes(

@@ -15,10 +15,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from lechat_jax.cache import EMPTY, Cache
 from lechat_jax.config import MistralConfig
+from lechat_jax.lookup import look_up, record
 from lechat_jax.model import Weights, bind
 from lechat_jax.sampling import Controls, sample, token_keys
 
-MOST = 64  # tokens a row that one call of `decode` can return: the width of its buffers
+MOST = 64  # steps that one call of `decode` can take: its buffers have room for their tokens
 
 
 class DecodeState(NamedTuple):
@@ -30,12 +31,15 @@ class DecodeState(NamedTuple):
             of the prompt.
         position: of `token`, counted from the row's own first token.
         left: tokens that each row may still produce; at 0 the row is done.
+        seen: the newest tokens, `token` among them, as `look_up` wants them; without
+            speculation there are no slots.
     """
 
     cache: Cache
     token: Int[Array, "B"]
     position: Int[Array, "B"]
     left: Int[Array, "B"]
+    seen: Int[Array, "B S"]
 
 
 class Request(NamedTuple):
@@ -59,17 +63,22 @@ class Produced(NamedTuple):
         ids: the tokens, the one that ended a row included.
         logprobs: nats that the model itself gave each, at temperature 1 and unfiltered.
         length: how many in each row.
+        steps: how often the model was run.
     """
 
     ids: Int[Array, "B T"]
     logprobs: Float[Array, "B T"]
     length: Int[Array, "B"]
+    steps: Int[Array, ""]
 
 
 def left_padded(
-    prompts: Sequence[Sequence[int]], chunk: int
+    prompts: Sequence[Sequence[int]], chunk: int, start: int = 0
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-    """Tokens and positions of all but the last token of each prompt, in whole chunks."""
+    """Tokens and positions of all but the last token of each prompt, in whole chunks.
+
+    The first token of each is at position `start` of its text.
+    """
     longest = max(len(prompt) for prompt in prompts) - 1
     T = -(-longest // chunk) * chunk
     tokens = np.zeros((len(prompts), T), np.int32)
@@ -77,7 +86,7 @@ def left_padded(
     for row, prompt in enumerate(prompts):
         n = len(prompt) - 1
         tokens[row, T - n :] = prompt[:-1]
-        positions[row, T - n :] = np.arange(n)
+        positions[row, T - n :] = np.arange(start, start + n)
     return tokens, positions
 
 
@@ -97,55 +106,116 @@ def prefill(
     return bind(config, weights).extend(tokens, positions, cache)[1]
 
 
-@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
+@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=(2,))
 def decode(
     config: MistralConfig,
     weights: Weights,
     state: DecodeState,
     request: Request,
     n: Int[Array, ""],
+    draft: int = 0,
 ) -> tuple[DecodeState, Produced]:
-    """Up to `n` more tokens of each row, and the state after them; n is at most `MOST`.
+    """Tokens of `n` more steps for each row, and the state after them; n is at most `MOST`.
 
     Ends early when all rows are done. A row that is done keeps its place in the batch, and
     what is computed there is not used. The state passed in is used up; its cache is
     updated in place, so memory does not depend on how long this goes on.
+
+    A step makes one token, or with a `draft` up to draft + 1: so many are guessed from the
+    text itself, the model reads them all at once, and those are kept that it would have
+    chosen. Each choice is made as it would be without guesses, by the key of its position,
+    so the text is the same, drawn ones included, up to how a product of several rows rounds.
     """
     model = bind(config, weights)
+    ahead = jnp.arange(1 + draft, dtype=jnp.int32)
 
-    def unfinished(carry: tuple[Array, DecodeState, Produced]) -> Bool[Array, ""]:
-        i, state, _ = carry
+    def unfinished(carry: tuple[DecodeState, Produced]) -> Bool[Array, ""]:
+        state, out = carry
         return (
-            (i < n)  # as many as this call was asked for
+            (out.steps < n)  # as many as this call was asked for
             & jnp.any(state.left > 0)  # and some row wants more
         )
 
-    def step(
-        carry: tuple[Array, DecodeState, Produced],
-    ) -> tuple[Array, DecodeState, Produced]:
-        i, state, out = carry
-        hidden, cache = model.extend(state.token[:, None], state.position[:, None], state.cache)
-        keys = token_keys(request.streams, state.position + 1)
-        ids, logprobs = sample(model.logits(hidden[:, 0]), keys, request.controls)
-        live = state.left > 0
-        out = Produced(
-            out.ids.at[:, i].set(jnp.where(live, ids, 0)),
-            out.logprobs.at[:, i].set(jnp.where(live, logprobs, 0)),
-            out.length + live,
-        )
-        state = DecodeState(
-            cache=cache,
-            token=jnp.where(live, ids, state.token),
-            position=state.position + live,
-            left=jnp.where(live & ~request.ends[ids], state.left - 1, 0),
-        )
-        return i + 1, state, out
+    def step(carry: tuple[DecodeState, Produced]) -> tuple[DecodeState, Produced]:
+        state, out = carry
+        guess = look_up(state.seen, state.position, draft) if draft else state.seen[:, :0]
+        tokens = jnp.concatenate([state.token[:, None], guess], axis=1)
+        positions = state.position[:, None] + ahead
+        hidden, cache = model.extend(tokens, positions, state.cache)
+        ids, logprobs = _choose(model.logits(hidden), positions + 1, request)
+        kept = _kept(ids, guess, request.ends, state.left)
+        return _advance(state._replace(cache=cache), out, ids, logprobs, kept, request.ends)
 
+    nothing = _nothing(state, MOST * (1 + draft))
+    return jax.lax.while_loop(unfinished, step, (state, nothing))
+
+
+def _nothing(state: DecodeState, width: int) -> Produced:
     B = state.token.shape[0]
-    wide = jnp.promote_types(state.cache.rings[0].k.dtype, jnp.float32)
-    nothing = Produced(
-        jnp.zeros((B, MOST), jnp.int32), jnp.zeros((B, MOST), wide), jnp.zeros(B, jnp.int32)
+    wide = jnp.promote_types(state.cache.dtype, jnp.float32)
+    return Produced(
+        ids=jnp.zeros((B, width), jnp.int32),
+        logprobs=jnp.zeros((B, width), wide),
+        length=jnp.zeros(B, jnp.int32),
+        steps=jnp.zeros((), jnp.int32),
     )
-    i = jnp.zeros((), jnp.int32)
-    _, state, produced = jax.lax.while_loop(unfinished, step, (i, state, nothing))
-    return state, produced
+
+
+def _choose(
+    logits: Float[Array, "B T V"], positions: Int[Array, "B T"], request: Request
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+    """The token at each of these positions, and what the model gave it, each on its own."""
+    B, T, V = logits.shape
+    streams, controls = jax.tree.map(
+        lambda x: jnp.repeat(x, T, axis=0), (request.streams, request.controls)
+    )
+    keys = token_keys(streams, positions.reshape(-1))
+    ids, logprobs = sample(logits.reshape(B * T, V), keys, controls)
+    return ids.reshape(B, T), logprobs.reshape(B, T)
+
+
+def _kept(
+    ids: Int[Array, "B T"],
+    guess: Int[Array, "B draft"],
+    ends: Bool[Array, "V"],
+    left: Int[Array, "B"],
+) -> Bool[Array, "B T"]:
+    """Which of the chosen tokens stand: all that were chosen after what is in the text.
+
+    The first was; each later one was chosen after a guess, and stands if all guesses before
+    it were right, none of them ended the row, and there is room.
+    """
+    right = (guess == ids[:, :-1]) & ~ends[guess]
+    reached = jnp.cumprod(jnp.pad(right, ((0, 0), (1, 0)), constant_values=True), axis=1) > 0
+    return reached & (jnp.arange(ids.shape[1]) < left[:, None])
+
+
+def _advance(
+    state: DecodeState,
+    out: Produced,
+    ids: Int[Array, "B T"],
+    logprobs: Float[Array, "B T"],
+    kept: Bool[Array, "B T"],
+    ends: Bool[Array, "V"],
+) -> tuple[DecodeState, Produced]:
+    """The state and the output with the kept tokens behind the others of their rows."""
+    rows, T = jnp.arange(ids.shape[0])[:, None], ids.shape[1]
+    n = jnp.sum(kept, axis=1, dtype=jnp.int32)
+    columns = jnp.where(kept, out.length[:, None] + jnp.arange(T), out.ids.shape[1])
+    out = Produced(
+        out.ids.at[rows, columns].set(ids, mode="drop"),
+        out.logprobs.at[rows, columns].set(logprobs, mode="drop"),
+        out.length + n,
+        out.steps + 1,
+    )
+    last = jnp.take_along_axis(ids, jnp.maximum(n - 1, 0)[:, None], axis=1)[:, 0]
+    positions = state.position[:, None] + jnp.arange(1, T + 1, dtype=jnp.int32)
+    seen = record(state.seen, jnp.where(kept, positions, EMPTY), ids) if T > 1 else state.seen
+    moved = DecodeState(
+        cache=state.cache,
+        token=jnp.where(n > 0, last, state.token),
+        position=state.position + n,
+        left=jnp.where((n > 0) & ends[last], 0, state.left - n),
+        seen=seen,
+    )
+    return moved, out

@@ -12,16 +12,19 @@ import psutil
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from lechat_jax.cache import cache_bytes, empty_cache
+from lechat_jax.cache import Cache, cache_bytes, empty_cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.continuation import Continuation, Sample, join
 from lechat_jax.decode import MOST, DecodeState, Request, decode, left_padded, prefill
 from lechat_jax.errors import BadInput
-from lechat_jax.model import Mistral, bind, weights_of
+from lechat_jax.lookup import SEEN, newest
+from lechat_jax.model import Mistral, Weights, bind, weights_of
+from lechat_jax.projection import FEW
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import FILE_NAME, Tokenizer
 from lechat_jax.trained import Trained
 
+MOST_DRAFT = 32  # tokens that may be guessed ahead
 CONTEXT = 4096  # positions of a layer without a window, unless told otherwise
 PATIENCE = 0.1  # seconds of decoding until a stream shows something
 
@@ -34,7 +37,7 @@ class Generator:
 
     Attributes:
         config: the model's.
-        weights: the model's, by name; their dtype is what is computed in.
+        weights: the model's, by name; the dtype of the norms is what is computed in.
         tokenizer: makes text of ids; without one there are only ids.
         chunk: tokens of a prompt that are read at once.
         context: positions that a layer without a window can hold, prompt included.
@@ -54,11 +57,7 @@ class Generator:
         self.config: MistralConfig = model.config
         self.weights = weights_of(model)
         self.tokenizer = tokenizer
-        # A CPU takes 0.1 ms for each token of a chunk (the default model, two cores), padding
-        # too, so a short prompt wants a short chunk. On an H200 fewer than 165 tokens take no
-        # less time than reading the weights for them does (790 TFLOP/s over 4.8 TB/s).
-        on_cpu = jax.default_backend() == "cpu"
-        self.chunk = (64 if on_cpu else 256) if chunk is None else chunk
+        self.chunk = _best_chunk(self.weights) if chunk is None else chunk
         self.context = context
         if self.chunk < 1 or context < 1:
             raise BadInput(f"chunk ({self.chunk}) and context ({context}) must be at least 1")
@@ -120,9 +119,10 @@ class Generator:
         max_tokens: int = 200,
         sampling: Sampling | None = None,
         eos_ids: Collection[int] | None = None,
+        draft: int = 0,
     ) -> list[Sample]:
         """What follows each prompt, all made in one batch; the arguments are `stream`'s."""
-        rounds = self.stream(prompts, max_tokens, sampling, eos_ids)
+        rounds = self.stream(prompts, max_tokens, sampling, eos_ids, draft)
         return [join(pieces) for pieces in zip(*rounds, strict=True)]
 
     def stream(
@@ -131,6 +131,7 @@ class Generator:
         max_tokens: int = 200,
         sampling: Sampling | None = None,
         eos_ids: Collection[int] | None = None,
+        draft: int = 0,
     ) -> Iterator[list[Sample]]:
         """The next piece for each prompt, again and again until all have stopped.
 
@@ -143,22 +144,75 @@ class Generator:
             max_tokens: new tokens for each prompt, or fewer.
             sampling: how tokens are chosen; by default as `Sampling()`.
             eos_ids: tokens that end a text; by default the tokenizer's EOS. Empty: none.
+            draft: tokens to guess ahead from the text itself, as `decode` does it: the same
+                text sooner, if it repeats itself.
 
         Raises:
             BadInput: a prompt is empty, longer than the context or not of this vocabulary,
-                `max_tokens` is negative, or the cache does not fit into memory.
+                `max_tokens` or `draft` is out of range, or the cache does not fit into memory.
         """
-        if not 0 <= max_tokens < 2**31:
-            raise BadInput(f"max_tokens must be at least 0 and below 2**31, not {max_tokens}")
-        if eos_ids is None:
-            eos_ids = {self.tokenizer.eos_id} if self.tokenizer else set()
-        self._check(prompts)
-        self._check_memory(len(prompts))
+        self.check(prompts, max_tokens, draft)
+        eos_ids = self.eos_ids if eos_ids is None else eos_ids
+        self.check_memory(len(prompts), draft)
         rows = [
-            Continuation(prompt, max_tokens, self._room(prompt), eos_ids, self.tokenizer)
+            Continuation(prompt, max_tokens, self.room(len(prompt)), eos_ids, self.tokenizer)
             for prompt in prompts
         ]
-        return self._rounds(prompts, rows, sampling or Sampling(), eos_ids)
+        return self._rounds(prompts, rows, sampling or Sampling(), eos_ids, draft)
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """The tokens that end a text, unless told otherwise."""
+        return {self.tokenizer.eos_id} if self.tokenizer else set()
+
+    def empty_cache(self, batch: int, draft: int) -> Cache:
+        """A cache for so many rows and for guesses of up to `draft` tokens."""
+        return empty_cache(*self._cache_size(batch, draft))
+
+    def read(self, prompts: Sequence[Sequence[int]], cache: Cache, start: int = 0) -> Cache:
+        """The cache with all but the last token of each prompt in it, from position `start` on.
+
+        The cache passed in is used up.
+        """
+        tokens, positions = left_padded(prompts, self.chunk, start)
+        for begin in range(0, tokens.shape[1], self.chunk):
+            part = slice(begin, begin + self.chunk)
+            cache = prefill(self.config, self.weights, cache, tokens[:, part], positions[:, part])
+        return cache
+
+    def rounds(
+        self,
+        state: DecodeState,
+        rows: list[Continuation],
+        sampling: Sampling,
+        eos_ids: Collection[int],
+        draft: int,
+    ) -> Iterator[tuple[DecodeState, list[Sample]]]:
+        """The state and the pieces after each call of `decode`, until all rows have stopped.
+
+        A state is used up when the next one is asked for.
+        """
+        ends = np.isin(np.arange(self.config.vocab_size), list(eos_ids))
+        controls, streams = sampling.controls(len(rows)), sampling.streams(len(rows))
+        request = Request(controls, streams, jnp.asarray(ends))
+        n = 1
+        while not all(row.stopped for row in rows):
+            began = time.perf_counter()
+            state, out = decode(self.config, self.weights, state, request, np.int32(n), draft)
+            ids, logprobs, lengths = jax.device_get((out.ids, out.logprobs, out.length))
+            quick = time.perf_counter() - began < PATIENCE
+            n = min(MOST, 2 * n) if quick else max(1, n // 2)
+            yield (
+                state,
+                [
+                    row.take(ids[b, :length].tolist(), logprobs[b, :length].tolist())
+                    for b, (row, length) in enumerate(zip(rows, lengths, strict=True))
+                ],
+            )
+
+    def room(self, length: int) -> int | None:
+        """Tokens that fit behind so many; without end when every layer has a window."""
+        return self.context - length if None in self.config.windows else None
 
     def _rounds(
         self,
@@ -166,42 +220,32 @@ class Generator:
         rows: list[Continuation],
         sampling: Sampling,
         eos_ids: Collection[int],
+        draft: int,
     ) -> Iterator[list[Sample]]:
         if all(row.stopped for row in rows):
             yield [row.take([], []) for row in rows]
             return
-        state = self._read(prompts, [row.limit for row in rows])
-        ends = np.isin(np.arange(self.config.vocab_size), list(eos_ids))
-        controls, streams = sampling.controls(len(rows)), sampling.streams(len(rows))
-        request = Request(controls, streams, jnp.asarray(ends))
-        n = 1
-        while not all(row.stopped for row in rows):
-            began = time.perf_counter()
-            state, out = decode(self.config, self.weights, state, request, np.int32(n))
-            ids, logprobs, lengths = jax.device_get(out)
-            quick = time.perf_counter() - began < PATIENCE
-            n = min(MOST, 2 * n) if quick else max(1, n // 2)
-            yield [
-                row.take(ids[b, :length].tolist(), logprobs[b, :length].tolist())
-                for b, (row, length) in enumerate(zip(rows, lengths, strict=True))
-            ]
+        state = self._read(prompts, [row.limit for row in rows], draft)
+        for _, pieces in self.rounds(state, rows, sampling, eos_ids, draft):
+            yield pieces
 
-    def _read(self, prompts: Sequence[Sequence[int]], limits: list[int]) -> DecodeState:
+    def _read(self, prompts: Sequence[Sequence[int]], limits: list[int], draft: int) -> DecodeState:
         """The state after all prompts, from which each row may produce so many tokens."""
-        cache = empty_cache(*self._cache_size(len(prompts)))
-        tokens, positions = left_padded(prompts, self.chunk)
-        for start in range(0, tokens.shape[1], self.chunk):
-            part = slice(start, start + self.chunk)
-            cache = prefill(self.config, self.weights, cache, tokens[:, part], positions[:, part])
+        cache = self.read(prompts, self.empty_cache(len(prompts), draft))
         return DecodeState(
             cache=cache,
             token=jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32),
             position=jnp.asarray([len(prompt) - 1 for prompt in prompts], jnp.int32),
             left=jnp.asarray(limits, jnp.int32),
+            seen=jnp.asarray(newest(prompts, SEEN if draft else 0)),
         )
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raises `BadInput` for prompts that this model cannot continue."""
+    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int, draft: int) -> None:
+        """Raises `BadInput` for what this model cannot continue, or not so far."""
+        if not 0 <= max_tokens < 2**31:
+            raise BadInput(f"max_tokens must be at least 0 and below 2**31, not {max_tokens}")
+        if not 0 <= draft <= MOST_DRAFT:
+            raise BadInput(f"draft must be from 0 (off) to {MOST_DRAFT} tokens, not {draft}")
         if not prompts:
             raise BadInput("there is no prompt; give at least one")
         for prompt in prompts:
@@ -213,28 +257,38 @@ class Generator:
                         f"prompt token {id_} is not an id of the model, which has "
                         f"0 to {self.config.vocab_size - 1}"
                     )
-            if (self._room(prompt) or 0) < 0:
+            if (self.room(len(prompt)) or 0) < 0:
                 raise BadInput(
                     f"the prompt has {len(prompt)} tokens and the context {self.context}; "
                     "ask for a longer context"
                 )
 
-    def _check_memory(self, batch: int) -> None:
+    def check_memory(self, batch: int, draft: int) -> None:
         """Raises `BadInput` when the cache for so many rows would not fit."""
-        needed = cache_bytes(*self._cache_size(batch))
-        free = _free_bytes(self.weights["embed.kernel"])
+        needed = cache_bytes(*self._cache_size(batch, draft))
+        free = _free_bytes(self.weights["norm.scale"])
         if free is not None and needed > free:
             raise BadInput(
                 f"the cache takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
                 "ask for a shorter context or fewer samples"
             )
 
-    def _cache_size(self, batch: int) -> tuple[MistralConfig, int, int, int, DTypeLike]:
-        return self.config, batch, self.chunk, self.context, self.weights["embed.kernel"].dtype
+    def _cache_size(self, batch: int, draft: int) -> tuple[MistralConfig, int, int, int, DTypeLike]:
+        dtype = self.weights["norm.scale"].dtype
+        # A guess may reach beyond the context, though no text does.
+        return self.config, batch, max(self.chunk, 1 + draft), self.context + draft, dtype
 
-    def _room(self, prompt: Sequence[int]) -> int | None:
-        """New tokens that fit behind a prompt; without end when every layer has a window."""
-        return self.context - len(prompt) if None in self.config.windows else None
+
+def _best_chunk(weights: Weights) -> int:
+    """Tokens of a prompt to read at once.
+
+    A CPU takes 0.1 ms for each token of a chunk (the default model, two cores), padding too,
+    so a short prompt wants a short chunk, and up to `FEW` it multiplies as fast as it ever
+    does; only bfloat16 kernels it converts once for each chunk. On an H200 fewer than 165
+    tokens take no less time than reading the weights for them (790 TFLOP/s over 4.8 TB/s).
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    return FEW if on_cpu and weights["embed.kernel"].dtype != jnp.bfloat16 else 256
 
 
 def _check_weights_fit(trained: Trained, dtype: np.dtype) -> None:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lechat_jax.attention import Backend, attend, training_attention
+from lechat_jax.attention import Backend, attend_cached, training_attention
 from lechat_jax.cache import Cache, Place, distinct_windows, places
 from lechat_jax.config import MistralConfig
 from lechat_jax.mask import window_mask
@@ -218,21 +218,22 @@ class Mistral(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """What the head reads at each new position, and the cache with them in it.
 
-        The T tokens go into the next T slots; a position of `EMPTY` is padding, which
-        nothing will see. T must fit the chunk that the cache was made for.
+        A position of `EMPTY` is padding, which nothing will see. T must fit the chunk that
+        the cache was made for, and a row's T positions must be one after the other.
         """
         x = self.embed.rows(tokens, self.norm.scale[...].dtype)
         turn = self._turn(positions, x.dtype)
-        cursor = cache.cursor
-        rings, masks = [], []
-        for ring, window in zip(cache.rings, distinct_windows(self.config), strict=True):
-            rings.append(ring.claim(cursor, positions, window))
-            masks.append(window_mask(positions, rings[-1].position, window))
-        cache = Cache(tuple(rings), cursor)
+        cache = cache.claim(self.config, positions)
+        masks = [
+            window_mask(positions, ring.position, window)
+            for ring, window in zip(cache.rings, distinct_windows(self.config), strict=True)
+        ]
         for block, place in zip(self.blocks, places(self.config), strict=True):
-            mix = functools.partial(_mix_cached, place=place, mask=masks[place.ring])
+            mix = functools.partial(
+                _mix_cached, positions=positions, place=place, mask=masks[place.ring]
+            )
             x, cache = block(x, turn, mix, cache)
-        return self.norm(x), Cache(cache.rings, cursor + tokens.shape[1])
+        return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head's score of every token id, at least float32."""
@@ -249,11 +250,10 @@ def _mix_whole(
 
 
 def _mix_cached(
-    q: Array, k: Array, v: Array, cache: Cache, *, place: Place, mask: Array
+    q: Array, k: Array, v: Array, cache: Cache, *, positions: Array, place: Place, mask: Array
 ) -> tuple[Array, Cache]:
-    ring = cache.rings[place.ring].write(place.layer, cache.cursor, k, v)
-    rings = (*cache.rings[: place.ring], ring, *cache.rings[place.ring + 1 :])
-    return attend(q, *ring.read(place.layer), mask), Cache(rings, cache.cursor)
+    cache = cache.write(place, positions, k, v)
+    return attend_cached(q, *cache.read(place), mask), cache
 
 
 def weights_of(model: Mistral) -> Weights:

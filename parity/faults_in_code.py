@@ -15,15 +15,16 @@ from parity.planting import in_code
 
 def _attend(change: Callable[..., Array]) -> tuple[tuple[object, str, Callable], ...]:
     """The same change to attention over whole sequences and over the cache."""
-    return tuple(
-        (owner, "attend", lambda right: lambda q, k, v, mask: change(right, q, k, v, mask))
-        for owner in (attention, model)
-    )
+
+    def changed(right: Callable) -> Callable:
+        return lambda q, k, v, mask: change(right, q, k, v, mask)
+
+    return (attention, "attend", changed), (model, "attend_cached", changed)
 
 
 def _tiled(right: Callable, q: Array, k: Array, v: Array, mask: Array) -> Array:
     """Query head n reads kv head n mod K instead of n // G."""
-    N, K = q.shape[2], k.shape[2]
+    N, K = q.shape[2], k.shape[1 if right is attention.attend_cached else 2]
     order = np.arange(N).reshape(N // K, K).T.ravel()
     return right(q[:, :, order], k, v, mask)[:, :, np.argsort(order)]
 
@@ -177,12 +178,12 @@ def _one_slot_short(right: Callable) -> Callable:
 
 
 def _unguarded(right: Callable) -> Callable:
-    return lambda self, cursor, positions, window: right(self, cursor, positions, None)
+    return lambda self, positions, window: right(self, positions, None)
 
 
 def _clamped_slots(_: Callable) -> Callable:
     """The slot after the last is the last, as `dynamic_update_slice` would have it."""
-    return lambda self, cursor, T: jnp.minimum(cursor, self.capacity - T) + jnp.arange(T)
+    return lambda self, positions: jnp.minimum(positions, self.capacity - 1)
 
 
 def _top_left(right: Callable) -> Callable:
@@ -197,17 +198,19 @@ def _top_left(right: Callable) -> Callable:
 
 
 def _decode_one_late(right: Callable) -> Callable:
-    def read(self: generator.Generator, prompts: Any, limits: Any) -> decode.DecodeState:
-        state = right(self, prompts, limits)
+    def read(
+        self: generator.Generator, prompts: Any, limits: Any, draft: int
+    ) -> decode.DecodeState:
+        state = right(self, prompts, limits, draft)
         return state._replace(position=state.position + 1)
 
     return read
 
 
 def _padding_seen(right: Callable) -> Callable:
-    def left_padded(prompts: Any, chunk: int) -> Any:
-        tokens, positions = right(prompts, chunk)
-        return tokens, np.maximum(positions, 0)
+    def left_padded(prompts: Any, chunk: int, start: int) -> Any:
+        tokens, positions = right(prompts, chunk, start)
+        return tokens, np.broadcast_to(np.arange(positions.shape[1]), positions.shape)
 
     return left_padded
 
@@ -301,7 +304,7 @@ CODE = (
         (cache, "capacity", _one_slot_short),
         (cache.Ring, "claim", _unguarded),
     ),
-    in_code("the ring does not wrap", "prefill", (cache.Ring, "_next", _clamped_slots)),
+    in_code("the ring does not wrap", "prefill", (cache.Ring, "_slot", _clamped_slots)),
     in_code(
         "the mask of a chunk is aligned top-left", "prefill", (model, "window_mask", _top_left)
     ),

@@ -36,7 +36,8 @@ def start(config: MistralConfig, left: list[int], dtype: str = "float32") -> Dec
     """Rows at the first token of their text, which is their row number."""
     B = len(left)
     cache = empty_cache(config, B, chunk=4, context=64, dtype=dtype)
-    return DecodeState(cache, jnp.arange(B), jnp.zeros(B, jnp.int32), jnp.array(left))
+    nobody = jnp.zeros((B, 0), jnp.int32)
+    return DecodeState(cache, jnp.arange(B), jnp.zeros(B, jnp.int32), jnp.array(left), nobody)
 
 
 def request(config: MistralConfig, B: int, ends: tuple[int, ...] = ()) -> Request:
@@ -80,7 +81,7 @@ def test_rows_stop_when_they_have_enough_and_the_call_when_all_do(
     assert out.length.tolist() == [3, 0, 9]
     assert state.left.tolist() == [0, 0, 0]
     assert state.position.tolist() == [3, 0, 9]
-    assert state.cache.cursor == 9  # and not 30
+    assert out.steps == 9  # and not 30
     beyond = np.arange(MOST) >= np.array([[3], [0], [9]])
     assert not np.asarray(out.ids)[beyond].any()
     assert not np.asarray(out.logprobs)[beyond].any()

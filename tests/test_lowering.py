@@ -60,7 +60,7 @@ def prefilling(dtype: str) -> Call:
 def decoding(dtype: str) -> Call:
     cache = empty_cache(CONFIG, B, chunk=64, context=T, dtype=dtype)
     rows = jnp.zeros(B, jnp.int32)
-    state = DecodeState(cache, token=rows, position=rows, left=rows)
+    state = DecodeState(cache, token=rows, position=rows, left=rows, seen=rows[:, None])
     sampling = Sampling(temperature=0.8, top_k=50, top_p=0.9, min_p=0.05)
     ends = jnp.zeros(CONFIG.vocab_size, bool)
     request = Request(sampling.controls(B), sampling.streams(B), ends)

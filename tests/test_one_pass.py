@@ -106,8 +106,8 @@ def test_a_ring_that_is_too_small_would_be_seen(
     model = lively(dataclasses.replace(tiny, n_layers=2))
     claim = cache.Ring.claim
 
-    def unguarded(ring: Ring, cursor: jax.Array, positions: jax.Array, _: Window) -> Ring:
-        return claim(ring, cursor, positions, None)
+    def unguarded(ring: Ring, positions: jax.Array, _: Window) -> Ring:
+        return claim(ring, positions, None)
 
     def with_slots(slots: int) -> float:
         monkeypatch.setattr(cache, "capacity", lambda window, chunk, context: slots)
