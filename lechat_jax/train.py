@@ -94,6 +94,13 @@ def _started(asked: TrainConfig) -> Start:
     else:
         options = dataclasses.replace(asked, init_from=asked.init_from.absolute())
         source = Trained.open(asked.init_from)
+        if source.quantization:
+            raise BadInput(
+                f"--init-from needs floating-point weights, since training changes them by less "
+                f"than int8 can tell, and those of {asked.init_from} are {source.quantization}; "
+                "start from what they were converted from (python -m parity.convert without "
+                "--quantize)"
+            )
         model, tokenizer = source.config, source.tokenizer or Tokenizer.mistral_v1()
         otherwise = f"put the model's own into {asked.init_from} as {FILE_NAME}"
         if flags := asked.contradictions_to(model):

@@ -5,15 +5,26 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from jax.typing import DTypeLike
 
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
 from lechat_jax.manifest import MANIFEST
 from lechat_jax.model import Weights
+from lechat_jax.quantize import Format, check_format, is_kernel, is_scale, quantize_weights
 from lechat_jax.run import Run
+from lechat_jax.tensors import TensorFiles
 from lechat_jax.tokenizer import Tokenizer, preferred
-from lechat_jax.weights import kind_of, load_weights, read_config, weight_shapes
+from lechat_jax.weights import (
+    kind_of,
+    load_weights,
+    read_config,
+    stored_format,
+    weight_shapes,
+    weights_bytes,
+)
 
 
 class Loaded(NamedTuple):
@@ -71,19 +82,43 @@ class Trained:
         path = preferred(self.folder.iterdir())
         return Tokenizer.from_file(path) if path else None
 
-    def load(self, dtype: DTypeLike | None = None) -> Loaded:
+    @property
+    def quantization(self) -> Format | None:
+        """How the weights on the disk are quantised, if they are."""
+        return None if self.run else stored_format(self.folder)
+
+    def weights_bytes(self, dtype: DTypeLike | None = None, quantize: Format | None = None) -> int:
+        """Memory that it takes to `load` the weights, but for one tensor more on its way.
+
+        A run's float32 is read whole before it is cast or quantised.
+        """
+        how = self.quantization or quantize
+        if self.run is None and how is None and dtype is None:
+            return sum(info.nbytes for info in TensorFiles.open(self.folder).values())
+        wanted = weights_bytes(self.config, dtype or np.float32, how)
+        return max(wanted, weights_bytes(self.config, np.float32)) if self.run else wanted
+
+    def load(self, dtype: DTypeLike | None = None, quantize: Format | None = None) -> Loaded:
         """The weights, cast to `dtype` if one is given; a run's are of its last good checkpoint.
+
+        In int8, which they may be on the disk or become by `quantize`, only the norms are cast.
 
         Raises:
             BadInput: there is no good checkpoint, or as `load_weights` does.
         """
         if self.run is None:
-            _, weights = load_weights(self.folder, dtype=dtype)
+            _, weights = load_weights(self.folder, dtype=dtype, quantize=quantize)
             return Loaded(weights, self.folder / MANIFEST)
+        check_format(quantize)
         restored = Checkpoints(self.run.checkpoints).restore({"model": weight_shapes(self.config)})
-        weights = restored.items["model"]
-        if dtype is not None:
-            for name in weights:  # one by one, so that there are not two models in memory
-                weights[name] = weights[name].astype(dtype)
         manifest = self.run.checkpoints / str(restored.step) / MANIFEST
+        weights = restored.items["model"]
+        if quantize is not None:
+            try:
+                weights = quantize_weights(weights)
+            except BadInput as error:
+                raise BadInput(f"{manifest.parent}: {error}") from None
+        for name in weights:  # one by one, so that there are not two models in memory
+            if dtype is not None and not (quantize and (is_kernel(name) or is_scale(name))):
+                weights[name] = weights[name].astype(dtype)
         return Loaded(weights, manifest, restored.refused)

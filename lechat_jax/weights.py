@@ -3,6 +3,8 @@
 <folder>/
   config.json         the model, in the words of `MistralConfig`
   model.safetensors   or shards and their index; names and shapes are those of `weights_of`
+                      or, if config.json has `"quantization": {"format": "int8"}` beside the
+                      model, those that `quantize` makes of them
   tokenizer.model.v1  the tokenizer; without it there are only ids
   SHA256SUMS          every other file, as `sha256sum -c SHA256SUMS` reads it
 """
@@ -28,7 +30,18 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.headers import parse_json
 from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault, sync, write_manifest
-from lechat_jax.model import Mistral, Weights, weights_of
+from lechat_jax.model import SCALE, Mistral, Weights, weights_of
+from lechat_jax.quantize import (
+    QUANTIZATION,
+    Format,
+    check_format,
+    is_kernel,
+    is_quantized,
+    is_scale,
+    pop_format,
+    quantized,
+    quantized_shapes,
+)
 from lechat_jax.run import CONFIG
 from lechat_jax.tensors import TensorFiles, write_tensors
 from lechat_jax.tokenizer import FILE_NAME
@@ -85,10 +98,22 @@ def read_config(folder: Path) -> MistralConfig:
     if kind_of(folder) == "run":
         raise BadInput(f"{folder} is a training run, whose weights are in its checkpoints")
     path = folder / CONFIG
+    fields = parse_json(path.read_bytes(), path)
+    pop_format(fields, path)
     try:
-        return MistralConfig.from_dict(parse_json(path.read_bytes(), path))
+        return MistralConfig.from_dict(fields)
     except BadInput as error:
         raise BadInput(f"{path} is not the config of a model: {error}") from error
+
+
+def stored_format(folder: Path) -> Format | None:
+    """How the weights of a folder in lechat's format are quantised, or `None` if they are not.
+
+    Raises:
+        BadInput: in a way that is not known.
+    """
+    path = folder / CONFIG
+    return pop_format(parse_json(path.read_bytes(), path), path)
 
 
 def load_weights(
@@ -97,6 +122,7 @@ def load_weights(
     dtype: DTypeLike | None = None,
     shardings: Placement | None = None,
     check: bool = True,
+    quantize: Format | None = None,
 ) -> tuple[MistralConfig, Weights]:
     """The model of a folder in lechat's format, and its weights on their devices.
 
@@ -112,33 +138,48 @@ def load_weights(
 
     Args:
         folder: as `save_weights` or `python -m parity.convert` wrote it.
-        dtype: to cast to; by default each tensor stays as it is stored.
+        dtype: to cast to; by default each tensor stays as it is stored. Of a quantised model
+            only the norms are cast.
         shardings: by default whole and uncommitted on the default device, as fresh arrays.
         check: first verify SHA256SUMS, at 0.7 s a GB and core, a file each. Otherwise no
             damage is noticed but that of a header.
+        quantize: turn the kernels into int8 on the way, each whole on the host, at 1e9 weights
+            a second. Those that are int8 on the disk stay so, whatever is said here.
 
     Raises:
         BadInput: a file is not what was saved, it is named; tensors are missing, left over
             or of another shape or type than the model's, all are named; or the dtype is
             too small for a number, or one that JAX was not told to have.
     """
-    config = read_config(folder)
+    check_format(quantize)
+    config, stored = read_config(folder), stored_format(folder)
     if check and (reason := fault(folder, folders=(), must_list=OF_A_MODEL)):
         raise BadInput(f"{folder} is not as it was saved: {reason}; copy or convert it again")
     files = TensorFiles.open(folder)
-    _check_fit(folder, config, files)
+    _check_fit(folder, weight_shapes(config, stored), files)
     weights: Weights = {}
-    for name in files:  # as they lie on the disk
-        target = np.dtype(files[name].dtype if dtype is None else dtype)
-        if jax.dtypes.canonicalize_dtype(target) != target:
-            raise BadInput(f"{name} in {folder} is {target}, which needs jax_enable_x64")
-        try:
-            placed = _place(files.read(name), target, _sharding(shardings, name))
-        except FloatingPointError:
-            raise BadInput(f"{name} in {folder} has numbers too large for {target}") from None
+
+    def place(name: str, view: Shaped[np.ndarray, "..."], dtype: np.dtype) -> None:
+        placed = _place(view, dtype, _sharding(shardings, name))
         weights[name] = jax.block_until_ready(placed)
+
+    for name in files:  # as they lie on the disk
+        view = files.read(name)
+        is_fixed = stored is not None and (is_kernel(name) or is_scale(name))
+        if quantize and not stored and is_kernel(name):
+            kernel, scale = quantized(name, view, f"{name} in {folder}")
+            place(name, kernel, kernel.dtype)
+            place(name + SCALE, scale, scale.dtype)
+        else:
+            target = np.dtype(view.dtype if dtype is None or is_fixed else dtype)
+            if jax.dtypes.canonicalize_dtype(target) != target:
+                raise BadInput(f"{name} in {folder} is {target}, which needs jax_enable_x64")
+            try:
+                place(name, view, target)
+            except FloatingPointError:
+                raise BadInput(f"{name} in {folder} has numbers too large for {target}") from None
         files.release()
-    return config, {name: weights[name] for name in weight_shapes(config)}
+    return config, {name: weights[name] for name in weight_shapes(config, stored or quantize)}
 
 
 def save_weights(
@@ -156,14 +197,16 @@ def save_weights(
     """
     if folder.exists():
         raise BadInput(f"{folder} exists already; choose another folder")
-    _check_fit(folder, config, weights)
+    how: Format | None = "int8" if is_quantized(weights) else None
+    _check_fit(folder, weight_shapes(config, how), weights)
     infos = [(name, np.dtype(leaf.dtype), leaf.shape) for name, leaf in weights.items()]
     partial = folder.with_name(f".{folder.name}.partial")
     digests: dict[str, str] = {}
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        text = json.dumps(config.to_dict(), indent=2) + "\n"
+        fields = config.to_dict() | ({QUANTIZATION: {"format": how}} if how else {})
+        text = json.dumps(fields, indent=2) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
         if tokenizer_file:
             shutil.copyfile(tokenizer_file, partial / FILE_NAME)
@@ -188,14 +231,35 @@ def save_weights(
 
 
 @functools.lru_cache(maxsize=8)
-def weight_shapes(config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape of each weight by name, and the dtype that it has when freshly made."""
-    return jax.eval_shape(lambda: weights_of(Mistral(config, rngs=nnx.Rngs(0))))
+def weight_shapes(
+    config: MistralConfig, quantize: Format | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape of each weight by name, and the dtype that it has when freshly made or quantised."""
+    shapes = jax.eval_shape(lambda: weights_of(Mistral(config, rngs=nnx.Rngs(0))))
+    return quantized_shapes(shapes) if quantize else shapes
 
 
-def _check_fit(folder: Path, config: MistralConfig, found: Mapping[str, Any]) -> None:
-    """Raises `BadInput` that lists all in which these tensors are not the model's."""
-    wanted = weight_shapes(config)
+def weights_bytes(config: MistralConfig, dtype: DTypeLike, quantize: Format | None = None) -> int:
+    """Memory that the weights take in a dtype, or in int8 with only their norms in that dtype.
+
+    >>> from lechat_jax.config import preset
+    >>> config = preset("mistral-7b-v0.1")
+    >>> [round(weights_bytes(config, dtype) / 1e9, 2) for dtype in ("float32", "bfloat16")]
+    [28.97, 14.48]
+    >>> round(weights_bytes(config, "bfloat16", "int8") / 1e9, 2)
+    7.25
+    """
+    total = 0
+    for name, leaf in weight_shapes(config, quantize).items():
+        is_fixed = quantize is not None and (is_kernel(name) or is_scale(name))
+        total += leaf.size * np.dtype(leaf.dtype if is_fixed else dtype).itemsize
+    return total
+
+
+def _check_fit(
+    folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], found: Mapping[str, Any]
+) -> None:
+    """Raises `BadInput` that lists all in which these tensors are not those wanted."""
     both = [name for name in wanted if name in found]
     faults = [f"{name} is missing" for name in wanted if name not in found]
     faults += [f"{name} is left over" for name in found if name not in wanted]
@@ -204,11 +268,20 @@ def _check_fit(folder: Path, config: MistralConfig, found: Mapping[str, Any]) ->
         for name in both
         if found[name].shape != wanted[name].shape
     ]
-    faults += [f"{n} is {found[n].dtype}" for n in both if np.dtype(found[n].dtype) not in FLOATS]
+    faults += [
+        f"{n} is {found[n].dtype}" for n in both if not _may_be(wanted[n].dtype, n, found[n])
+    ]
     if faults:
         raise BadInput(
             f"the weights of {folder} are not those of its {CONFIG}: {', '.join(faults)}"
         )
+
+
+def _may_be(dtype: np.dtype, name: str, found: Any) -> bool:
+    """Whether the type of what was found is that of int8 and its scales, or else any float."""
+    if dtype == np.int8 or is_scale(name):
+        return np.dtype(found.dtype) == dtype
+    return np.dtype(found.dtype) in FLOATS
 
 
 def _sharding(shardings: Placement | None, name: str) -> Sharding | None:
