@@ -5,24 +5,22 @@ scale = max |w| / 127 over the axes that it reads, under `<name>.scale`; w is ab
 All kernels and both tables are quantised, norms are not: they are a ten-thousandth of a model.
 
 Done by numpy, a few rows of a kernel at a time, since the source may be a map of a file that
-is larger than the memory.
+is larger than the memory. JAX, which takes a second to load, is not needed to convert a model.
 """
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Float32, Int8, Shaped
+from numpy.typing import DTypeLike
 
 from lechat_jax.errors import BadInput
-from lechat_jax.model import SCALE, Weights
 
+SCALE = ".scale"  # behind the name of a kernel, that of its scales
 Format = Literal["int8"]
 QUANTIZATION = "quantization"  # key of a config that names the format
 LARGEST = 127  # so that the range is symmetric; -128 is left out
@@ -79,20 +77,6 @@ def is_quantized(names: Iterable[str]) -> bool:
     return any(map(is_scale, names))
 
 
-def quantized_shapes(
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """What becomes of weights of these shapes: each kernel in int8 with its scale behind it."""
-    found: dict[str, jax.ShapeDtypeStruct] = {}
-    for name, leaf in shapes.items():
-        if is_kernel(name):
-            found[name] = jax.ShapeDtypeStruct(leaf.shape, jnp.int8)
-            found[name + SCALE] = jax.ShapeDtypeStruct(scale_shape(name, leaf.shape), jnp.float32)
-        else:
-            found[name] = leaf
-    return found
-
-
 def quantized(name: str, kernel: Shaped[np.ndarray, "..."], where: object = "") -> Quantized:
     """The kernel of that name in int8.
 
@@ -140,8 +124,8 @@ def dequantize(
     return out.reshape(kernel.shape)
 
 
-def quantize_weights(weights: Weights) -> Weights:
-    """The weights of a model in int8, on the default device; the dict given is emptied.
+def quantize_weights(weights: dict[str, Any]) -> dict[str, Any]:
+    """A model's `Weights` in int8, on the default device; the dict given is emptied.
 
     So that there are never two models in memory: each kernel is let go as soon as it has been
     quantised, unless somebody else holds it.
@@ -149,7 +133,9 @@ def quantize_weights(weights: Weights) -> Weights:
     Raises:
         BadInput: a weight is not finite; it is named.
     """
-    found: Weights = {}
+    import jax
+
+    found = {}
     for name in list(weights):
         leaf = weights.pop(name)
         if is_kernel(name):

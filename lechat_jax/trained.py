@@ -11,20 +11,14 @@ from jax.typing import DTypeLike
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.folder import kind_of, read_config, stored_format
 from lechat_jax.manifest import MANIFEST
 from lechat_jax.model import Weights
 from lechat_jax.quantize import Format, check_format, is_kernel, is_scale, quantize_weights
 from lechat_jax.run import Run
 from lechat_jax.tensors import TensorFiles
 from lechat_jax.tokenizer import Tokenizer, preferred
-from lechat_jax.weights import (
-    kind_of,
-    load_weights,
-    read_config,
-    stored_format,
-    weight_shapes,
-    weights_bytes,
-)
+from lechat_jax.weights import load_weights, weight_shapes, weights_bytes
 
 
 class Loaded(NamedTuple):

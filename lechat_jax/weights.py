@@ -12,11 +12,10 @@
 import functools
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +27,19 @@ from jaxtyping import Array, Shaped
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.headers import parse_json
+from lechat_jax.folder import read_config, stored_format
 from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault, sync, write_manifest
-from lechat_jax.model import SCALE, Mistral, Weights, weights_of
+from lechat_jax.model import Mistral, Weights, weights_of
 from lechat_jax.quantize import (
     QUANTIZATION,
+    SCALE,
     Format,
     check_format,
     is_kernel,
     is_quantized,
     is_scale,
-    pop_format,
     quantized,
-    quantized_shapes,
+    scale_shape,
 )
 from lechat_jax.run import CONFIG
 from lechat_jax.tensors import TensorFiles, write_tensors
@@ -52,68 +51,6 @@ SHARD_BYTES = 5_000_000_000  # of a file, as in Hugging Face's repositories
 
 # Where each weight goes: all to one sharding, or each to its own, by name.
 Placement = Sharding | Mapping[str, Sharding] | Callable[[str], Sharding]
-
-
-def kind_of(folder: Path) -> Literal["run", "weights"]:
-    """Whether a model's folder is that of a training run or of lechat's weights.
-
-    Raises:
-        BadInput: it is neither; for Hugging Face's format and Mistral's the message is the
-            command that converts it.
-    """
-    if not folder.is_dir():
-        what = "is a file; name its folder" if folder.exists() else "is not there"
-        raise BadInput(f"{folder} {what}")
-    path = folder / CONFIG
-    config = parse_json(path.read_bytes(), path) if path.is_file() else {}
-    if "model" in config and "train" in config:
-        return "run"
-    if "dim" in config and "model_type" not in config:  # Hugging Face calls it hidden_size
-        return "weights"
-    if "model_type" in config or (folder / "params.json").is_file():
-        theirs = "Hugging Face's" if "model_type" in config else "Mistral's"
-        raise BadInput(
-            f"{folder} is in {theirs} format, which is not read here; convert it with: "
-            f"{_conversion(folder)}"
-        )
-    raise BadInput(
-        f"{folder} is not a training run and holds no weights of lechat's: its {CONFIG} "
-        f"{'describes no model' if path.is_file() else 'is missing'}"
-    )
-
-
-def _conversion(folder: Path) -> str:
-    """The command that makes lechat's weights of a folder in another format, for a shell."""
-    named = folder if folder.name.strip(".") else folder.resolve()  # `.` and `..` have no name
-    words = "python -m parity.convert".split()
-    return shlex.join([*words, str(named), f"{named}-lechat", "--to", "lechat"])
-
-
-def read_config(folder: Path) -> MistralConfig:
-    """The model whose weights lie in a folder in lechat's format.
-
-    Raises:
-        BadInput: they do not, or the config is none.
-    """
-    if kind_of(folder) == "run":
-        raise BadInput(f"{folder} is a training run, whose weights are in its checkpoints")
-    path = folder / CONFIG
-    fields = parse_json(path.read_bytes(), path)
-    pop_format(fields, path)
-    try:
-        return MistralConfig.from_dict(fields)
-    except BadInput as error:
-        raise BadInput(f"{path} is not the config of a model: {error}") from error
-
-
-def stored_format(folder: Path) -> Format | None:
-    """How the weights of a folder in lechat's format are quantised, or `None` if they are not.
-
-    Raises:
-        BadInput: in a way that is not known.
-    """
-    path = folder / CONFIG
-    return pop_format(parse_json(path.read_bytes(), path), path)
 
 
 def load_weights(
@@ -235,8 +172,14 @@ def weight_shapes(
     config: MistralConfig, quantize: Format | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape of each weight by name, and the dtype that it has when freshly made or quantised."""
-    shapes = jax.eval_shape(lambda: weights_of(Mistral(config, rngs=nnx.Rngs(0))))
-    return quantized_shapes(shapes) if quantize else shapes
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    for name, leaf in jax.eval_shape(lambda: weights_of(Mistral(config, rngs=nnx.Rngs(0)))).items():
+        if quantize and is_kernel(name):
+            shapes[name] = jax.ShapeDtypeStruct(leaf.shape, jnp.int8)
+            shapes[name + SCALE] = jax.ShapeDtypeStruct(scale_shape(name, leaf.shape), jnp.float32)
+        else:
+            shapes[name] = leaf
+    return shapes
 
 
 def weights_bytes(config: MistralConfig, dtype: DTypeLike, quantize: Format | None = None) -> int:

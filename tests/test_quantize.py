@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lechat_jax import model as model_module
 from lechat_jax import quantize as module
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
@@ -18,7 +19,7 @@ from lechat_jax.display import Display
 from lechat_jax.errors import BadInput
 from lechat_jax.model import bind, weights_of
 from lechat_jax.options import TrainConfig
-from lechat_jax.quantize import dequantize, quantize_weights, quantized, quantized_shapes
+from lechat_jax.quantize import dequantize, quantize_weights, quantized
 from lechat_jax.run import Run
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.train import set_up
@@ -122,8 +123,8 @@ def test_all_kernels_and_no_norm_become_int8(tiny: MistralConfig, tied: bool) ->
     } | (
         {} if tied else {"head.kernel": ((97, 40), "int8"), "head.kernel.scale": ((97,), "float32")}
     )
-    expected = quantized_shapes(weight_shapes(config))
-    assert list(expected) == list(found) == list(weight_shapes(config, "int8"))
+    expected = weight_shapes(config, "int8")
+    assert list(expected) == list(found)
     assert {name: (leaf.shape, str(leaf.dtype)) for name, leaf in expected.items()} == shapes
     assert found["norm.scale"] is weights["norm.scale"]
 
@@ -138,6 +139,10 @@ def test_the_dict_is_emptied_so_that_two_models_are_never_in_memory() -> None:
     assert len(alive) == 3
     quantize_weights(weights)
     assert weights == {}
+
+
+def test_the_model_knows_the_scales_by_the_same_name() -> None:
+    assert module.SCALE == model_module.SCALE
 
 
 def test_a_model_computes_with_int8_what_it_would_with_the_weights_int8_stands_for(

@@ -19,13 +19,14 @@ from safetensors.numpy import load_file, save_file
 from lechat_jax import weights as module
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.folder import kind_of
 from lechat_jax.manifest import write_manifest
 from lechat_jax.model import Weights, weights_of
 from lechat_jax.quantize import quantize_weights
 from lechat_jax.tensors import TensorFiles, write_tensors
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
-from lechat_jax.weights import kind_of, load_weights, save_weights
+from lechat_jax.weights import load_weights, save_weights
 from parity.lively import lively
 
 ROOT = Path(__file__).parent.parent
