@@ -8,7 +8,7 @@ size of the model, and DST appears when it is complete, or not at all.
 import dataclasses
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,8 @@ from rich.console import Console
 from lechat_jax import cli
 from lechat_jax.errors import BadInput
 from lechat_jax.manifest import sync, write_manifest
+from lechat_jax.quantize import SCALE, is_kernel, is_scale, quantized, scale_shape
+from lechat_jax.quantize import Format as Quantization
 from lechat_jax.tensors import Wanted, write_tensors
 from parity.finite import is_finite
 from parity.formats import to_format
@@ -52,7 +54,9 @@ class Convert:
             dict of lechat_torch (torch).
         rope_theta: Base of the rotary frequencies, for a params.json that does not say it.
         revision: Branch, tag or commit of the model on the Hub.
-        dtype: Type of the weights written.
+        dtype: Type of the weights written; with --quantize, of the norms.
+        quantize: Write the kernels as int8 with a scale for each output channel: a quarter of
+            float32, and no way back. In lechat's format only.
         shard_gb: Most GB of weights in a file; 0 is one file. Mistral's own and torch have one.
         allow_nonfinite: Write weights that are infinite or not a number too.
         overwrite: Replace a checkpoint at DST, once the new one is complete.
@@ -64,6 +68,7 @@ class Convert:
     rope_theta: float | None = None
     revision: str | None = None
     dtype: Dtype = "keep"
+    quantize: Quantization | None = None
     shard_gb: float = 5.0
     allow_nonfinite: bool = False
     overwrite: bool = False
@@ -71,6 +76,13 @@ class Convert:
     def __post_init__(self) -> None:
         if not self.shard_gb >= 0:
             raise BadInput(f"--shard-gb must be at least 0, not {self.shard_gb}")
+        if self.quantize and self.to != "lechat":
+            raise BadInput(
+                f"--quantize {self.quantize} is for lechat's own format, which no other program "
+                "reads; leave it out, or say --to lechat"
+            )
+        if self.quantize and self.allow_nonfinite:
+            raise BadInput("int8 has no infinite numbers; leave out --allow-nonfinite")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,19 +91,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     check_destination(options)
     source = open_source(
-        options.src, rope_theta=options.rope_theta, revision=options.revision, verify=False
+        options.src,
+        rope_theta=options.rope_theta,
+        revision=options.revision,
+        verify=False,
+        dequantize=True,
     )
     meter = convert(source, options, console)
     print(
         f"{options.dst}: {len(source.names)} tensors, {meter.done / 1e9:.2f} GB of "
-        f"{_dtype(source, options).name} in {meter.seconds:.1f} s "
+        f"{options.quantize or _dtype(source, options).name} in {meter.seconds:.1f} s "
         f"({meter.done / 1e9 / meter.seconds:.2f} GB/s), {source.format} to {options.to}"
     )
+    if source.quantization:
+        print(f"{options.src} is {source.quantization}: these are the numbers it stands for")
+    for line in _what_next(source, options):
+        print(line)
+    return 0
+
+
+def _what_next(source: Source, options: Convert) -> Iterator[str]:
+    """The commands to use what was written, and to see whether it is right."""
     src, dst = shlex.quote(options.src), shlex.quote(str(options.dst))
     if options.to == "lechat":
-        print(f"generate:  python -m lechat_jax.generate {dst} --prompt TEXT")
-    print(f"compare:   python -m parity.check --checkpoint {src} --against {dst}")
-    return 0
+        yield f"generate:  python -m lechat_jax.generate {dst} --prompt TEXT"
+    if not options.quantize and not source.quantization:
+        yield f"compare:   python -m parity.check --checkpoint {src} --against {dst}"
+    elif options.quantize and source.format in ("lechat", "run"):
+        yield f"measure:   python -m parity.quality {src} --against {dst}"
+    elif options.quantize:
+        yield (
+            f"measure:   python -m parity.quality FOLDER --against {dst}, where FOLDER is "
+            f"{src} converted to lechat without --quantize"
+        )
 
 
 def convert(source: Source, options: Convert, console: Console) -> Meter:
@@ -101,8 +133,10 @@ def convert(source: Source, options: Convert, console: Console) -> Meter:
         BadInput: the disk has too little room, the format has no words for the model, or a
             weight is not finite; then nothing is left behind.
     """
+    if options.quantize and source.quantization:
+        raise BadInput(f"{options.src} is {source.quantization} already; copy the folder")
     dtype = _dtype(source, options)
-    infos = _wanted(source, options.to, dtype)
+    infos = _wanted(source, options.to, dtype, options.quantize)
     total = sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in infos)
     dst = options.dst.absolute()
     partial = dst.with_name(f".{dst.name}.partial")
@@ -118,7 +152,7 @@ def convert(source: Source, options: Convert, console: Console) -> Meter:
         with Meter(total, console) as meter, ThreadPoolExecutor(1) as beside:
             # The source is verified while it is read, and nothing appears before that is done.
             whole = beside.submit(check_whole, source.path) if source.format == "lechat" else None
-            write_config(new, options.to, source, dtype)
+            write_config(new, options.to, source, dtype, options.quantize)
             write_tokenizer(new, options.to, source)
             _write_weights(new, infos, source, options, meter)
             if whole:
@@ -139,11 +173,20 @@ def _write_weights(
     table = rows(config)
     ours = {theirs: name for name, theirs in names(config, fmt).items()}
 
+    scales: dict[str, np.ndarray] = {}  # of the kernel read last
+
     def read(key: str) -> Shaped[np.ndarray, "..."]:
-        return to_format(source.read(ours[key]), config, fmt, table[ours[key]])
+        if key in scales:
+            return scales.pop(key)
+        array = to_format(source.read(ours[key]), config, fmt, table[ours[key]])
+        if options.quantize and is_kernel(key):
+            array, scales[key + SCALE] = quantized(key, array, source.where(key))
+            source.release()
+        return array
 
     def check(key: str, piece: Shaped[np.ndarray, "..."]) -> None:
-        if not options.allow_nonfinite and not is_finite(piece):
+        is_checked = piece.dtype == np.int8 or is_scale(key) or options.allow_nonfinite
+        if not is_checked and not is_finite(piece):
             raise BadInput(_complaint(source, ours[key], piece.dtype))
 
     def count(n: int) -> None:
@@ -177,10 +220,23 @@ def _write_weights(
         write_manifest(folder, digests)
 
 
-def _wanted(source: Source, fmt: Format, dtype: np.dtype) -> list[Wanted]:
-    """Name, dtype and shape of each tensor to write, in the order in which they are best read."""
+def _wanted(
+    source: Source, fmt: Format, dtype: np.dtype, quantize: Quantization | None
+) -> list[Wanted]:
+    """Name, dtype and shape of each tensor to write, in the order in which they are best read.
+
+    The scale of a kernel is known when that has been read, so it comes behind it.
+    """
     found, sizes = names(source.config, fmt), shapes(source.config, fmt)
-    return [(found[name], dtype, sizes[name]) for name in source.names]
+    wanted: list[Wanted] = []
+    for name in source.names:
+        if quantize and is_kernel(name):
+            wanted.append((name, np.dtype(np.int8), sizes[name]))
+            shape = scale_shape(name, sizes[name])
+            wanted.append((name + SCALE, np.dtype(np.float32), shape))
+        else:
+            wanted.append((found[name], dtype, sizes[name]))
+    return wanted
 
 
 def _dtype(source: Source, options: Convert) -> np.dtype:

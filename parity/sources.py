@@ -20,12 +20,14 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.headers import check_inside, parse_json
 from lechat_jax.manifest import OF_A_MODEL, fault
+from lechat_jax.quantize import Format as Quantization
+from lechat_jax.quantize import pop_format
 from lechat_jax.run import Run
 from parity import configs, hub
 from parity.formats import from_format
 from parity.names import Format, match, names, rows, shape, tied_head
 from parity.pickles import pickle_store
-from parity.stores import Store, Stored, array_store, safetensors_store
+from parity.stores import Store, Stored, array_store, dequantized_store, safetensors_store
 
 SourceFormat = Literal["hf", "mistral", "lechat", "torch", "run"]
 
@@ -51,6 +53,7 @@ class Source:
         metadata: where it came from, as text that a copy may carry along.
         stored: the tensors by lechat's name, in the order in which they are best read.
         store: gives back memory.
+        quantization: how they are on the disk; they are read as the numbers that stands for.
     """
 
     format: SourceFormat
@@ -60,6 +63,7 @@ class Source:
     metadata: Mapping[str, str]
     stored: Mapping[str, Stored]
     store: Store
+    quantization: Quantization | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,6 +106,7 @@ def open_source(
     rope_theta: float | None = None,
     revision: str | None = None,
     verify: bool = True,
+    dequantize: bool = False,
 ) -> Source:
     """The checkpoint in a folder, or of a model of the Hugging Face Hub such as `org/name`.
 
@@ -111,6 +116,7 @@ def open_source(
         revision: of the model on the Hub: a branch, a tag or a commit.
         verify: compare what has checksums with them, at half a second a GB; without, the
             caller does it with `check_whole`.
+        dequantize: read int8 as the numbers it stands for, instead of refusing it.
 
     Raises:
         BadInput: there is nothing there that can be read, or it is damaged, or its config
@@ -128,6 +134,12 @@ def open_source(
         source = _open(folder, rope_theta, metadata, verify)
     except OSError as error:
         raise BadInput(f"{error.filename or path} cannot be read: {error.strerror}") from error
+    if source.quantization and not dequantize:
+        raise BadInput(
+            f"{path} is {source.quantization}, which differs from what it was made from on "
+            "purpose; check an unquantised conversion, and measure what int8 costs with: "
+            "python -m parity.quality"
+        )
     if rope_theta not in (None, source.config.rope_theta):
         raise BadInput(
             f"{path} says rope_theta {source.config.rope_theta:g}; leave out --rope-theta"
@@ -196,6 +208,7 @@ def check_whole(folder: Path) -> None:
 
 def _lechat(folder: Path, fields: dict[str, Any], verify: bool) -> Source:
     """Lechat's own folder, or that of a state dict of lechat_torch with the same config."""
+    quantization = pop_format(fields, folder / "config.json")
     try:
         config = MistralConfig.from_dict(fields)
     except BadInput as error:
@@ -206,7 +219,11 @@ def _lechat(folder: Path, fields: dict[str, Any], verify: bool) -> Source:
         return _source("torch", folder, config, pickle_store(pickled), {})
     if verify:
         check_whole(folder)
-    return _source("lechat", folder, config, safetensors_store(folder, "model"), {})
+    store = safetensors_store(folder, "model")
+    if quantization:
+        store = dequantized_store(store)
+    source = _source("lechat", folder, config, store, {})
+    return dataclasses.replace(source, quantization=quantization)
 
 
 def _run(folder: Path, fields: dict[str, Any]) -> Source:

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
+from lechat_jax.errors import BadInput
+from lechat_jax.quantize import SCALE, dequantize, is_kernel, is_scale, scale_shape
 from lechat_jax.tensors import TensorFiles
 
 
@@ -70,3 +72,34 @@ def array_store(where: object, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) 
             for key, array in arrays.items()
         }
     )
+
+
+def dequantized_store(store: Store) -> Store:
+    """The weights that int8 kernels and their scales stand for, in the type of the norms.
+
+    Each is made when it is read, and is the only one in memory.
+
+    Raises:
+        BadInput: a kernel is not int8, or has no scale that fits.
+    """
+    norms = (x.dtype for key, x in store.tensors.items() if not (is_kernel(key) or is_scale(key)))
+    dtype = next(norms, np.dtype(np.float32))
+
+    def whole(key: str, kernel: Stored) -> Stored:
+        scale = store.tensors.get(key + SCALE)
+        if kernel.dtype != np.int8 or scale is None or scale.dtype != np.float32:
+            raise BadInput(f"{kernel.where} is not int8 with float32 scales beside it")
+        if scale.shape != scale_shape(key, kernel.shape):
+            raise BadInput(
+                f"{scale.where} has the shape {list(scale.shape)} beside {list(kernel.shape)}"
+            )
+        return dataclasses.replace(
+            kernel, dtype=dtype, read=lambda: dequantize(kernel.read(), scale.read(), dtype)
+        )
+
+    tensors = {
+        key: whole(key, one) if is_kernel(key) else one
+        for key, one in store.tensors.items()
+        if not is_scale(key)
+    }
+    return dataclasses.replace(store, tensors=tensors)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from lechat_jax.quantize import QUANTIZATION
+from lechat_jax.quantize import Format as Quantization
 from lechat_jax.tokenizer import Tokenizer, preferred
 from parity import configs
 from parity.names import Format
@@ -30,8 +32,16 @@ TOKENIZER_CONFIG = {
 }
 
 
-def write_config(folder: Path, fmt: Format, source: Source, dtype: np.dtype) -> None:
+def write_config(
+    folder: Path,
+    fmt: Format,
+    source: Source,
+    dtype: np.dtype,
+    quantize: Quantization | None = None,
+) -> None:
     """Puts the config of the model into the folder, in the words of the format.
+
+    Only lechat's has words for weights that are quantised.
 
     Raises:
         BadInput: the format has no words for such a model.
@@ -46,7 +56,8 @@ def write_config(folder: Path, fmt: Format, source: Source, dtype: np.dtype) -> 
         ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
         _write(folder / "generation_config.json", {"_from_model_config": True, **ids})
     else:
-        _write(folder / "config.json", source.config.to_dict())
+        said = {QUANTIZATION: {"format": quantize}} if quantize else {}
+        _write(folder / "config.json", source.config.to_dict() | said)
 
 
 def write_tokenizer(folder: Path, fmt: Format, source: Source) -> None:
