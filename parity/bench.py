@@ -16,6 +16,7 @@ from lechat_jax import cli
 from lechat_jax.errors import BadInput
 from parity.bench_attention import Attention
 from parity.bench_convert import Convert
+from parity.bench_decode import Decode
 from parity.bench_train import Train
 from parity.report import Report
 
@@ -37,6 +38,7 @@ WORKS: dict[str, Callable[..., Work]] = {
     "train": Train,
     "attention": Attention,
     "convert": Convert,
+    "decode": Decode,
 }
 
 

@@ -1,0 +1,291 @@
+"""Decoding, lechat beside lechat_torch and transformers: how near to the speed of the memory?"""
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+
+from lechat_jax.config import preset
+from lechat_jax.errors import BadInput
+from lechat_jax.generator import MOST_DRAFT
+from parity.contestants import (
+    SEED,
+    Contestant,
+    Models,
+    check_numbers,
+    check_packages,
+    check_plot,
+    contestants,
+    tail,
+    torch_decoders,
+)
+from parity.decoders import IMPLS, Decoder, DtypeName, Impl, Lechat, random_prompts
+from parity.fresh import Folders, first_tokens, peak_bytes
+from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
+from parity.peer import cold_torch_compiler
+from parity.pictures import draw_bars
+from parity.report import Report, Row, TableText
+
+READ = "read"  # the task that reads memory, in turn with the others
+PHRASE = 32  # tokens that the prompt of --speculate repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """Tokens a second, one after the other, beside the speed at which memory is read.
+
+    lechat, its PyTorch reference and transformers' Mistral in the fastest of its ways continue
+    the same prompts with the same random weights, greedily, in turn: A B A B. Memory is read in
+    each turn as well, and a share of it is that of the same turn.
+    """
+
+    preset: str = "bench-284m"
+    """Model to run: a name such as bench-284m or lechat-15m."""
+    batch: tuple[int, ...] = (1,)
+    """Rows at once; several are measured one after the other."""
+    context: tuple[int, ...] = (100,)
+    """Tokens read before the first that is timed; several likewise."""
+    tokens: int = 64
+    """Tokens of each row in a repetition."""
+    dtype: tuple[DtypeName, ...] = ("float32",)
+    """Types of the weights. int8 is lechat's alone."""
+    impl: tuple[Impl, ...] = IMPLS
+    """Whom to measure."""
+    repetitions: int = 5
+    """Times that each is measured; the median counts."""
+    compile: bool = True
+    """Try transformers under torch.compile too, which may take minutes."""
+    speculate: int = 0
+    """Tokens for lechat to guess ahead, on a prompt that repeats itself; 0 leaves this out."""
+    first_token: bool = False
+    """Time the start of a process until its first token, with no compiled programs and with."""
+    memory: bool = False
+    """Measure the peak memory of fresh processes that load the weights and decode."""
+    plot: Path | None = None
+    """PNG file for the tokens a second as bars."""
+    json: Path | None = None
+    """JSON file for the report."""
+    read_gb: float = 1.0
+    """Size of the array whose reading measures the memory bandwidth, in GB."""
+
+    def __post_init__(self) -> None:
+        check_numbers({"batch": self.batch, "context": self.context, "tokens": [self.tokens]})
+        check_numbers({"repetitions": [self.repetitions]})
+        if not self.read_gb > 0:
+            raise BadInput(f"--read-gb must be more than 0, not {self.read_gb}")
+        if not 0 <= self.speculate <= MOST_DRAFT:
+            raise BadInput(f"--speculate must be from 0 (off) to {MOST_DRAFT}")
+        if self.speculate and "lechat_jax" not in self.impl:
+            raise BadInput("--speculate measures lechat_jax, so name it in --impl")
+        if not contestants(self.impl, self.dtype):
+            raise BadInput("int8 is lechat's alone: name lechat_jax in --impl or another --dtype")
+        check_plot(self.plot)
+
+    def run(self, console: Console) -> Report:
+        """Measures, telling what it is about, and prints a table.
+
+        Raises:
+            BadInput: the options do not fit, or a package is missing.
+        """
+        models = Models(preset(self.preset))
+        check_packages(self.impl)
+        read = read_speed(self.read_gb)
+        report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
+        with cold_torch_compiler():
+            for batch in self.batch:
+                for context in self.context:
+                    console.print(f"batch {batch}, context {context}", markup=False)
+                    report.rows += self.measure(models, batch, context, report)
+            if self.speculate:
+                console.print(f"guessing {self.speculate} tokens ahead", markup=False)
+                for dtype in self.dtype:
+                    report.rows += self.guess(models, dtype)
+        if self.memory or self.first_token:
+            self.start_fresh(models, report, console)
+        report.notes += NOTES
+        if self.plot:
+            draw_bars(report, self.plot)
+        report.show(console, figures(report.rows))
+        return report
+
+    def measure(self, models: Models, batch: int, context: int, report: Report) -> list[Row]:
+        """A row for each contestant, all in turn."""
+        names = contestants(self.impl, self.dtype)
+        room = self.tokens * (1 + self.repetitions)
+        skip = context - tail(models.config, context)
+        prompts = random_prompts(models.config, batch, context, SEED)
+        decoders = {who: models.decoder(who) for who in names}
+        for who, decoder in decoders.items():
+            if who.impl == "transformers":
+                wait_until_idle()
+                torch_decoders().settle(decoder, prompts, self.compile)
+            decoder.start(prompts, room, skip)
+            decoder.advance(self.tokens)  # compiles
+        tasks: dict[Contestant | str, Callable[[], float]] = {
+            who: self.repetition(decoder) for who, decoder in decoders.items()
+        }
+        tasks[READ] = lambda: read_speed(self.read_gb).gb_s
+        rates = in_turn(tasks, self.repetitions)
+        reads = rates.pop(READ)
+        report.read_gb_s = max(report.read_gb_s, *reads)
+        ours = decoders.get(Contestant("lechat_jax", "float32"))
+        rows = []
+        for who, decoder in decoders.items():
+            row = figures_of(models, who, batch, context, rates[who], reads)
+            row.details["same_ids"] = agreement(ours, decoder) if ours else None
+            rows.append(dataclasses.replace(row, note=decoder.note))
+        compare(rows)
+        return rows
+
+    def repetition(self, decoder: Decoder) -> Callable[[], float]:
+        """Measures tokens of a row a second."""
+
+        def rate() -> float:
+            wait_until_idle()
+            began = time.perf_counter()
+            n = decoder.advance(self.tokens)
+            return n / (time.perf_counter() - began)
+
+        return rate
+
+    def guess(self, models: Models, dtype: DtypeName) -> list[Row]:
+        """Rows for lechat without and with guesses, on one prompt that repeats itself."""
+        config, context = models.config, max(self.context[0], 2 * PHRASE)
+        phrase = random_prompts(config, 1, PHRASE, SEED)[0]
+        prompt = [phrase[i % PHRASE] for i in range(context)]
+        drafts = (0, self.speculate)
+        weights = models.weights(dtype)
+        decoders = {draft: Lechat(config, weights, draft) for draft in drafts}
+        for decoder in decoders.values():
+            decoder.start([prompt], self.tokens * (1 + self.repetitions))
+            decoder.advance(self.tokens)
+        tasks: dict[int | str, Callable[[], float]] = {
+            draft: self.repetition(decoder) for draft, decoder in decoders.items()
+        }
+        tasks[READ] = lambda: read_speed(self.read_gb).gb_s
+        rates = in_turn(tasks, self.repetitions)
+        reads = rates.pop(READ)
+        rows = []
+        for draft, decoder in decoders.items():
+            who = Contestant("lechat_jax", dtype)
+            row = figures_of(models, who, 1, context, rates[draft], reads)
+            ratios = [a / b for a, b in zip(rates[draft], rates[0], strict=True)]
+            same = agreement(decoders[0], decoder)
+            n = min(len(one.ids[0]) for one in decoders.values())
+            row.details.update(
+                draft=draft,
+                speedup=statistics.median(ratios),
+                same_ids=same,
+                identical=same == n,
+            )
+            note = f"{draft} guessed ahead: {row.details['speedup']:.2f} times as fast, " + (
+                f"the same {n} tokens" if same == n else f"but other tokens after {same}"
+            )
+            rows.append(dataclasses.replace(row, note=note if draft else "nothing guessed"))
+        return rows
+
+    def start_fresh(self, models: Models, report: Report, console: Console) -> None:
+        """Adds to the rows what only a process of its own can tell."""
+        with tempfile.TemporaryDirectory(prefix="parity-") as folder:
+            folders = Folders(Path(folder), models)
+            starts: dict[str, dict[str, Any]] = {}
+            for number, row in enumerate(report.rows):
+                who = Contestant(cast(Impl, row.impl), cast(DtypeName, row.dtype))
+                if "draft" in row.details:
+                    continue
+                if self.memory:
+                    console.print(f"memory of {who.impl} in {who.dtype}", markup=False)
+                    peak = peak_bytes(folders, who, row.batch, row.context, self.tokens)
+                    report.rows[number] = row = dataclasses.replace(row, peak_bytes=peak)
+                    row.details["weight_bytes"] = own = folders.weight_bytes(who.dtype)
+                    row.details["peak_over_weights"] = peak / own if peak else None
+                if self.first_token and who.impl == "lechat_jax":
+                    if who.dtype not in starts:
+                        console.print(f"first token in {who.dtype}", markup=False)
+                        starts[who.dtype] = first_tokens(folders, who.dtype, self.context[0])
+                    row.details.update(starts[who.dtype])
+
+
+NOTES = [
+    "share: of the speed at which memory is read, in the same turn, for the weights without the "
+    "embedding table and the keys and values of the window",
+    "ratio: to transformers in the same type, or to its fastest where it has none, in the same "
+    "turn",
+]
+
+
+def figures_of(
+    models: Models,
+    who: Contestant,
+    batch: int,
+    context: int,
+    rates: Sequence[float],
+    reads: Sequence[float],
+) -> Row:
+    """The row of one, from the tokens of a row a second in each turn, and the GB/s of memory."""
+    n_bytes = models.bytes_a_step(who.dtype, batch, context)
+    shares = [rate * n_bytes / 1e9 / read for rate, read in zip(rates, reads, strict=True)]
+    return Row(
+        work="decode",
+        impl=who.impl,
+        dtype=who.dtype,
+        batch=batch,
+        context=context,
+        tokens_per_s=batch * statistics.median(rates),
+        peak_bytes=None,
+        details={
+            "bytes_per_step": n_bytes,
+            "share_of_read": statistics.median(shares),
+            "limit_tokens_per_s": batch * statistics.median(reads) * 1e9 / n_bytes,
+            "rates": [batch * rate for rate in rates],
+        },
+    )
+
+
+def compare(rows: list[Row]) -> None:
+    """Adds to each row its ratio to transformers; to the fastest one where the type is not."""
+    theirs = {row.dtype: row for row in rows if row.impl == "transformers"}
+    fastest = max(theirs.values(), key=lambda row: row.tokens_per_s or 0, default=None)
+    for row in rows:
+        peer = theirs.get(row.dtype, fastest)
+        if peer:
+            pairs = zip(row.details["rates"], peer.details["rates"], strict=True)
+            row.details["ratio"] = statistics.median(a / b for a, b in pairs)
+
+
+def agreement(one: Decoder, other: Decoder) -> int:
+    """Tokens from the start on, in each row, that both chose."""
+    n = min(len(row) for row in (*one.ids, *other.ids))
+    pairs = list(zip(one.ids, other.ids, strict=True))
+    differ = (i for i in range(n) if any(a[i] != b[i] for a, b in pairs))
+    return next(differ, n)
+
+
+def figures(rows: list[Row]) -> TableText:
+    """The rows of the report in words."""
+    lines = []
+    for row in rows:
+        details = row.details
+        cold, warm = details.get("first_token_cold_s"), details.get("first_token_warm_s")
+        lines.append(
+            [
+                row.impl,
+                row.dtype,
+                str(row.batch),
+                str(row.context),
+                "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.1f}",
+                f"{details['bytes_per_step'] / 1e9:.3f}",
+                f"{details['share_of_read']:.0%}",
+                f"{details['ratio']:.2f}" if "ratio" in details else "",
+                "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f} GB",
+                "" if cold is None else f"{cold:.1f} / {warm:.1f}",
+                row.note,
+            ]
+        )
+    header = "decoding,type,batch,context,tokens/s,GB a step,share,ratio,peak memory".split(",")
+    return TableText([*header, "first token cold / warm (s)", "note"], lines)

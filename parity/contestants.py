@@ -1,0 +1,147 @@
+"""Who is measured, in which type of number: made once, of the same weights, as they are needed."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
+from lechat_jax.model import Weights
+from lechat_jax.quantize import quantize_weights
+from parity.decoders import Decoder, DtypeName, Impl, Lechat, bytes_a_step, random_weights
+from parity.peer import need
+
+SEED = 0  # of weights and prompts
+
+
+class Contestant(NamedTuple):
+    """An implementation and the type that its weights have; int8 is computed in float32."""
+
+    impl: Impl
+    dtype: DtypeName
+
+
+def contestants(impls: Sequence[Impl], dtypes: Sequence[DtypeName]) -> list[Contestant]:
+    """Everyone in every type, but int8 for lechat alone, since the others have none here."""
+    return [
+        Contestant(impl, dtype)
+        for dtype in dict.fromkeys(dtypes)
+        for impl in dict.fromkeys(impls)
+        if dtype != "int8" or impl == "lechat_jax"
+    ]
+
+
+def check_packages(impls: Sequence[Impl]) -> None:
+    """Nothing, if all that these need is installed.
+
+    Raises:
+        BadInput: something is missing; the message is how to get it or do without.
+    """
+    try:
+        if "lechat_torch" in impls:
+            need("torch")
+        if "transformers" in impls:
+            need("torch", "transformers")
+    except BadInput as error:
+        raise BadInput(f"{error}, or measure lechat alone with --impl lechat_jax") from None
+
+
+def torch_decoders() -> ModuleType:
+    """`parity.torch_decoders`, which imports PyTorch and transformers."""
+    return importlib.import_module("parity.torch_decoders")
+
+
+class Models:
+    """The models of a run, by who computes and in what; all share one copy of the weights.
+
+    Attributes:
+        config: of all of them.
+    """
+
+    def __init__(self, config: MistralConfig) -> None:
+        self.config = config
+        self._weights: dict[str, Weights] = {}
+        self._decoders: dict[Contestant, Decoder] = {}
+
+    def weights(self, dtype: DtypeName) -> Weights:
+        """The weights in that type, by lechat's names."""
+        if dtype not in self._weights:
+            if dtype == "int8":
+                self._weights[dtype] = quantize_weights(dict(self.weights(self.wide)))
+            else:
+                self._weights[dtype] = random_weights(self.config, jnp.dtype(dtype), SEED)
+        return self._weights[dtype]
+
+    @property
+    def wide(self) -> DtypeName:
+        """What int8 is made of and computed in: bfloat16 if that is all there is, or float32."""
+        return "bfloat16" if [*self._weights] == ["bfloat16"] else "float32"
+
+    def decoder(self, who: Contestant) -> Decoder:
+        """The model of that contestant.
+
+        Raises:
+            BadInput: it has no model of such a shape.
+        """
+        if who not in self._decoders:
+            self._decoders[who] = self._make(who)
+        return self._decoders[who]
+
+    def _make(self, who: Contestant) -> Decoder:
+        weights = self.weights(who.dtype)
+        if who.impl == "lechat_jax":
+            return Lechat(self.config, weights)
+        torch = torch_decoders()
+        kinds: dict[str, tuple[str, Callable[..., Decoder]]] = {
+            "lechat_torch": ("torch", torch.LechatTorch.around),
+            "transformers": ("hf", torch.Transformers.around),
+        }
+        layout, make = kinds[who.impl]
+        return make(self.config, torch.shared_state(self.config, weights, layout))
+
+    def bytes_a_step(self, dtype: DtypeName, batch: int, context: int) -> int:
+        """See `decoders.bytes_a_step`."""
+        return bytes_a_step(self.config, self.weights(dtype), batch, context)
+
+
+def tail(config: MistralConfig, context: int) -> int:
+    """Tokens of a context that are read before its end, for a model to be as if all had been.
+
+    With windows in all layers, a cache that has wrapped is full, whatever it wrapped over: the
+    last window and a chunk, at the positions where they belong, leave caches of the same size
+    and a next token of the same cost as the whole context. (The numbers in them differ, since
+    a layer hears of older tokens through the layers below it.) A layer without a window needs
+    all of the context.
+    """
+    windows = [window for window in config.windows if window is not None]
+    if len(windows) < config.n_layers:
+        return context
+    return min(context, max(windows) + CHUNK)
+
+
+CHUNK = 256  # the most that anybody here reads at once
+
+
+def check_numbers(flags: dict[str, Sequence[float]]) -> None:
+    """Nothing, if all numbers of all flags are at least 1.
+
+    Raises:
+        BadInput: one is not, or a flag has none.
+    """
+    for name, numbers in flags.items():
+        if not numbers or min(numbers) < 1:
+            raise BadInput(f"--{name} must be at least 1, not {', '.join(map(str, numbers))}")
+
+
+def check_plot(path: Path | None) -> None:
+    """Nothing, if the folder of the picture is there.
+
+    Raises:
+        BadInput: it is not.
+    """
+    if path and not path.absolute().parent.is_dir():
+        raise BadInput(f"there is no folder {path.absolute().parent} to write --plot to")

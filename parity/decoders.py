@@ -1,0 +1,152 @@
+"""Whoever continues prompts, behind the interface that a benchmark drives each by: lechat here.
+
+All are given the same weights, which are random: how fast they are streamed does not depend
+on what they say.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from lechat_jax.cache import Cache
+from lechat_jax.config import MistralConfig
+from lechat_jax.continuation import Sample
+from lechat_jax.decode import MOST
+from lechat_jax.generator import MOST_DRAFT, Generator
+from lechat_jax.model import SCALE, Weights, bind
+from lechat_jax.sampling import Sampling
+from lechat_jax.weights import weight_shapes
+
+Impl = Literal["lechat_jax", "lechat_torch", "transformers"]
+DtypeName = Literal["float32", "bfloat16", "int8"]
+IMPLS: tuple[Impl, ...] = ("lechat_jax", "lechat_torch", "transformers")
+
+GREEDY = Sampling(temperature=0.0)
+# A round is handed out whole, so what comes may be that much more than what is asked for.
+SPARE = MOST * (1 + MOST_DRAFT)
+Prompts = Sequence[Sequence[int]]
+
+
+class Decoder(Protocol):
+    """A model that continues prompts greedily and without end, whoever's code it is.
+
+    Attributes:
+        note: what a reader of its figures should know, or nothing.
+        ids: produced since the start, by row.
+    """
+
+    note: str
+    ids: list[list[int]]
+
+    def start(self, prompts: Prompts, room: int, skip: int = 0) -> None:
+        """Forgets all, reads these prompts and produces the first token of each; waits.
+
+        Args:
+            prompts: of one length.
+            room: most tokens of a row that are going to be asked for.
+            skip: tokens at the beginning of each prompt that are not read. The others are, at
+                the positions where they belong.
+        """
+        ...
+
+    def advance(self, n: int) -> int:
+        """Tokens that each row went forward, at least `n`; waits."""
+        ...
+
+    def device_bytes(self) -> int | None:
+        """Most memory of an accelerator that it took; `None` on a CPU."""
+        ...
+
+
+class _Skipping(Generator):
+    """A generator that leaves out the first `skip` tokens when it reads prompts."""
+
+    skip = 0
+
+    def read(self, prompts: Prompts, cache: Cache, start: int = 0) -> Cache:
+        """See `Generator.read`."""
+        return super().read([prompt[self.skip :] for prompt in prompts], cache, start + self.skip)
+
+
+class Lechat:
+    """lechat as everyone drives it, by `Generator.stream`.
+
+    With a `draft` it guesses so many tokens ahead from the text itself.
+    """
+
+    def __init__(self, config: MistralConfig, weights: Weights, draft: int = 0) -> None:
+        self.note = ""
+        self.ids: list[list[int]] = []
+        self._model, self._draft = bind(config, weights), draft
+        self._rounds: Iterator[list[Sample]] = iter(())
+
+    def start(self, prompts: Prompts, room: int, skip: int = 0) -> None:
+        """See `Decoder.start`."""
+        self.ids, self._rounds = [[] for _ in prompts], iter(())  # the last cache is given back
+        limit = room + SPARE
+        made = _Skipping(self._model, context=len(prompts[0]) + limit)
+        made.skip = skip
+        self._rounds = made.stream(prompts, limit, GREEDY, eos_ids=(), draft=self._draft)
+        self.advance(1)
+
+    def advance(self, n: int) -> int:
+        """See `Decoder.advance`; a round is handed out whole."""
+        before = len(self.ids[0])
+        while len(self.ids[0]) < before + n:
+            for ids, piece in zip(self.ids, next(self._rounds), strict=True):
+                ids += piece.ids
+        return len(self.ids[0]) - before
+
+    def device_bytes(self) -> int | None:
+        """See `Decoder.device_bytes`; JAX counts all that was in use since the start."""
+        device = jax.devices()[0]
+        return None if device.platform == "cpu" else device.memory_stats()["peak_bytes_in_use"]
+
+
+def random_weights(config: MistralConfig, dtype: DTypeLike, seed: int) -> Weights:
+    """Weights of a model by name, made where they are to be used, one tensor at a time.
+
+    Normal, with a deviation that keeps the size of what passes through; the norms' are one.
+    They are drawn in float32, so in another type they are the same numbers, rounded.
+    """
+    key = jax.random.key(seed)
+    weights: Weights = {}
+    for number, (name, leaf) in enumerate(weight_shapes(config).items()):
+        if name.endswith(SCALE):
+            weights[name] = jnp.ones(leaf.shape, dtype)
+            continue
+        reads = math.prod(leaf.shape[1:]) if name.endswith("o.kernel") else leaf.shape[-1]
+        weights[name] = _normal(
+            jax.random.fold_in(key, number), leaf.shape, jnp.dtype(dtype), reads**-0.5
+        )
+    return jax.block_until_ready(weights)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike, std: float) -> Array:
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def random_prompts(config: MistralConfig, batch: int, context: int, seed: int) -> list[list[int]]:
+    """Prompts of so many tokens, no two alike."""
+    ids = jax.random.randint(jax.random.key(seed + 1), (batch, context), 0, config.vocab_size)
+    return ids.tolist()
+
+
+def bytes_a_step(config: MistralConfig, weights: Weights, batch: int, context: int) -> int:
+    """What a step must read of the memory, however it is made: a token of each row.
+
+    All weights but the embedding table, of which a step reads a row each (unless it is the
+    head too), and the keys and values that the queries see.
+    """
+    tables = {} if config.tied_embeddings else {"embed.kernel", f"embed.kernel{SCALE}"}
+    read = sum(leaf.nbytes for name, leaf in weights.items() if name not in tables)
+    seen = sum(context if window is None else min(window, context) for window in config.windows)
+    each = 2 * config.n_kv_heads * config.head_dim * weights["norm.scale"].dtype.itemsize
+    return read + batch * seen * each

@@ -1,0 +1,136 @@
+"""What only a process of its own can tell: its memory, and how long it takes to begin.
+
+Each is given a folder of weights, as a user would have it.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lechat_jax.errors import BadInput
+from lechat_jax.weights import save_weights
+from parity import convert
+from parity.contestants import SEED, Contestant, Models, tail
+from parity.decoders import DtypeName, Impl, random_prompts
+from parity.names import Format
+
+FORMATS: dict[Impl, Format] = {
+    "lechat_jax": "lechat",
+    "lechat_torch": "torch",
+    "transformers": "hf",
+}
+WARM = 3  # starts with compiled programs; the median counts
+
+
+class Folders:
+    """The weights of a run as folders, in every format that is asked for, made when it is."""
+
+    def __init__(self, folder: Path, models: Models) -> None:
+        self.models = models
+        self._folder = folder
+
+    def of(self, who: Contestant) -> Path:
+        """The folder of weights in that type, in the format that this one reads."""
+        ours = self._folder / f"lechat-{who.dtype}"
+        if not ours.exists():
+            save_weights(ours, self.models.config, self.models.weights(who.dtype), None)
+        if who.impl == "lechat_jax":
+            return ours
+        theirs = self._folder / f"{FORMATS[who.impl]}-{who.dtype}"
+        if not theirs.exists():
+            with contextlib.redirect_stdout(io.StringIO()):
+                convert.main([str(ours), str(theirs), "--to", FORMATS[who.impl]])
+        return theirs
+
+    def weight_bytes(self, dtype: DtypeName) -> int:
+        """What all weights of that type take, the embedding table included."""
+        return sum(leaf.nbytes for leaf in self.models.weights(dtype).values())
+
+
+def peak_bytes(
+    folders: Folders, who: Contestant, batch: int, context: int, tokens: int, whole: bool = False
+) -> int | None:
+    """Most memory of a process that loads the weights, reads prompts and decodes.
+
+    Above what it takes once its framework is imported and has computed something; on a GPU
+    the device's. What of a file is mapped counts while it is. With `whole`, all of the context
+    is read, and else its tail.
+    """
+    config = folders.models.config
+    job = {
+        "impl": who.impl,
+        "folder": str(folders.of(who)),
+        "dtype": folders.models.wide if who.dtype == "int8" else who.dtype,
+        "prompts": random_prompts(config, batch, context, SEED),
+        "skip": 0 if whole else context - tail(config, context),
+        "tokens": tokens,
+    }
+    made = subprocess.run(
+        [sys.executable, "-m", "parity.child"],
+        input=json.dumps(job),
+        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        capture_output=True,
+        text=True,
+    )
+    if made.returncode:
+        raise BadInput(f"{who.impl} in {who.dtype} did not run: {_last(made.stderr)}")
+    return json.loads(made.stdout.splitlines()[-1])["peak_bytes"]
+
+
+def first_tokens(folders: Folders, dtype: DtypeName, context: int) -> dict[str, float | None]:
+    """Seconds until the first token of `python -m lechat_jax.generate`, by key.
+
+    `cold` is a start without any compiled program, `warm` one that finds those of the last.
+    All begins with the process; `after_load` begins when the weights are there.
+    """
+    folder = folders.of(Contestant("lechat_jax", dtype))
+    prompt = random_prompts(folders.models.config, 1, context, SEED)[0]
+    with tempfile.TemporaryDirectory(prefix="parity-", ignore_cleanup_errors=True) as cache:
+        wide = folders.models.wide if dtype == "int8" else dtype
+        cold, *warm = [_first_token(folder, wide, prompt, cache) for _ in range(1 + WARM)]
+    loads = [after for _, after in warm if after is not None]
+    return {
+        "first_token_cold_s": cold[0],
+        "first_token_warm_s": statistics.median(total for total, _ in warm),
+        "first_token_cold_after_load_s": cold[1],
+        "first_token_warm_after_load_s": statistics.median(loads) if loads else None,
+    }
+
+
+def _first_token(
+    folder: Path, dtype: DtypeName, prompt: list[int], cache: str
+) -> tuple[float, float | None]:
+    """Seconds from the start to the first token, and from when the weights were loaded."""
+    command = [sys.executable, "-m", "lechat_jax.generate", str(folder), "--max-tokens", "1"]
+    command += ["--temperature", "0", "--dtype", dtype]
+    command += ["--prompt-ids", ",".join(map(str, prompt))]
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    env |= {"LECHAT_CACHE": cache, "PYTHONUNBUFFERED": "1"}
+    began = time.perf_counter()
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        seen, total = "", 0.0
+        while piece := process.stdout.read(1):  # the ids of the prompt, then the first new one
+            seen += piece
+            if piece.isspace() and len(seen.split()) > len(prompt) and not total:
+                total = time.perf_counter() - began
+        told = process.stderr.read()
+    if process.returncode or not total:
+        raise BadInput(f"lechat_jax.generate gave no token: {_last(told)}")
+    after = re.search(r"the first after ([\d.]+) s", told)
+    return total, float(after[1]) if after else None
+
+
+def _last(told: str) -> str:
+    return (told.strip().splitlines() or ["it said nothing"])[-1]
