@@ -65,16 +65,29 @@ class Conversation:
     changes the beginning.
 
     Attributes:
-        system: the system prompt; empty for none.
         exchanges: the questions and answers.
+
+    Raises:
+        BadInput: the system prompt is not Unicode.
     """
 
     def __init__(self, tokenizer: Tokenizer, system: str = "") -> None:
-        self.system = system
         self.exchanges: list[Exchange] = []
         self._tokenizer = tokenizer
         self._version = TokenizerVersion(tokenizer.version)
         self._base = _base(tokenizer)
+        self.system = system
+
+    @property
+    def system(self) -> str:
+        """The system prompt; empty for none."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str) -> None:
+        """Set anew, it is as if it had been so from the beginning."""
+        self._tokenizer.encode(text)  # or refuses it
+        self._system = text
 
     def ask(self, question: str) -> list[int]:
         """All ids from BOS on, to which the model's answer to the question is the continuation.
@@ -82,10 +95,9 @@ class Conversation:
         The question is not part of the conversation until it is answered (`add`).
 
         Raises:
-            BadInput: the question or the system prompt is not Unicode.
+            BadInput: the question is not Unicode.
         """
-        for text in (self.system, question):
-            self._tokenizer.encode(text)
+        self._tokenizer.encode(question)
         messages = [
             *([SystemMessage(content=self.system)] if self.system else []),
             *self._earlier(),

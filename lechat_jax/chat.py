@@ -1,0 +1,204 @@
+"""Talks with a trained model, by Mistral's own chat template.
+
+A line is a question, and the answer comes as it is made; /help lists the commands. What was
+said stays in memory, so that a question costs its own tokens only, however long the talk.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from lechat_jax import cli
+from lechat_jax.commands import Commands
+from lechat_jax.compilation import enable_compilation_cache
+from lechat_jax.dialogue import Dialogue
+from lechat_jax.errors import BadInput
+from lechat_jax.generator import CONTEXT, Generator
+from lechat_jax.sampling import Sampling
+from lechat_jax.session import Session
+from lechat_jax.stop import Stop
+from lechat_jax.tokenizer import preferred
+from lechat_jax.trained import Trained
+
+SIGTERM = 143  # what a shell makes of it
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig:
+    """The flags of `python -m lechat_jax.chat`.
+
+    Attributes:
+        folder: Folder of weights in lechat's format, as python -m parity.convert writes it, or of
+            a training run, such as runs/NAME.
+        system: System prompt: what the model is told before all questions.
+        max_tokens: Most tokens in each answer.
+        temperature: What logits are divided by before a draw: 1 is the model's own distribution,
+            less is safer, 0 takes the likeliest token always.
+        top_k: Draw from the k likeliest tokens only; 0 is all.
+        top_p: Draw from the likeliest tokens only, as many as it takes to pass this probability; 1
+            is all.
+        min_p: Draw only from tokens at least this fraction as likely as the likeliest; 0 is all.
+        seed: Of the draws: the same seed and the same questions give the same answers.
+        context: Tokens that layers without a sliding window can hold, the whole talk included.
+            Memory for all is taken at once. Other models have no such limit.
+        dtype: Type to compute in. By default as stored, but float32 on a CPU, where bfloat16 takes
+            half the memory but ten times the time.
+        quantize: Keep the weights in int8: a quarter of the memory of float32.
+        speculate: Tokens to guess ahead from the talk itself: the same answers sooner, where they
+            repeat what was said. 0 is off.
+        verbose: Say after each answer how long it took.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    system: str = ""
+    max_tokens: int = 1024
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    seed: int = 0
+    context: int = CONTEXT
+    dtype: Literal["bfloat16", "float32"] | None = None
+    quantize: Literal["int8"] | None = None
+    speculate: int = 0
+    verbose: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Chats as the flags say; see `--help`."""
+    options = cli.parse(ChatConfig, "python -m lechat_jax.chat", __doc__ or "", argv)
+    sampling = Sampling(
+        options.temperature, options.top_k, options.top_p, options.min_p, options.seed
+    )
+    if options.max_tokens < 1:
+        raise BadInput(f"--max-tokens must be at least 1, not {options.max_tokens}")
+    trained = Trained.open(options.folder)
+    if preferred(options.folder.iterdir()) is None:
+        raise BadInput(
+            f"{options.folder} has no tokenizer, without which there is no chat; put the model's "
+            "own into it (tokenizer.model.v3, tekken.json or as it is called)"
+        )
+    if trained.run:
+        note(
+            f"warning: {options.folder} is a training run; unless it was trained on conversations, "
+            "it continues text rather than answers"
+        )
+    note(f"loading {options.folder}")
+    began = time.perf_counter()
+    enable_compilation_cache()
+    generator = Generator.from_checkpoint(
+        options.folder,
+        context=options.context,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        batch=1,
+        draft=options.speculate,
+    )
+    tokenizer = generator.tokenizer
+    assert tokenizer  # there is a file
+    dialogue = Dialogue(
+        Session(generator, options.speculate),
+        tokenizer,
+        system=options.system,
+        max_tokens=options.max_tokens,
+        sampling=sampling,
+    )
+    note(f"ready after {time.perf_counter() - began:.1f} s; /help lists the commands")
+    return talk(dialogue, options.verbose)
+
+
+def talk(dialogue: Dialogue, verbose: bool = False) -> int:
+    """Answers what comes in on stdin until it ends; the exit code.
+
+    At a terminal Ctrl-C stops an answer, and never the program.
+    """
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)  # undecodable bytes are refused, but not by a crash
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if at_terminal:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("readline")  # gives `input` a history and its keys
+    commands = Commands(dialogue.conversation, dialogue.reset)
+    while True:
+        try:
+            line = ask("> " if at_terminal else "")
+            if line is None or commands.is_exit(line):
+                return 0
+            said = commands.obey(line)
+            if said is not None:
+                note(said)
+            elif line.strip():
+                stopped = tell(dialogue, commands.unescaped(line), at_terminal, verbose)
+                if stopped == "SIGTERM":
+                    return SIGTERM
+        except BadInput as error:
+            note(f"error: {error}")
+        except KeyboardInterrupt:
+            if not at_terminal:
+                raise
+            note("\nCtrl-D or /exit leaves")
+
+
+def ask(prompt: str) -> str | None:
+    """The next line, with those that a single backslash joins to it; `None` when none is left."""
+    lines = []
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            if prompt:
+                print()
+            return "\n".join(lines) if lines else None
+        n_backslashes = len(line) - len(line.rstrip("\\"))
+        if n_backslashes != 1:  # two are a line break in LaTeX
+            return "\n".join([*lines, line])
+        lines.append(line[:-1])
+        prompt = prompt and ". "
+
+
+def tell(dialogue: Dialogue, question: str, at_terminal: bool, verbose: bool) -> str:
+    """Prints the answer to a question as it comes; the signal that stopped it, if one did."""
+    began = time.perf_counter()
+    first = began
+    with (
+        Stop() if at_terminal else contextlib.nullcontext() as stop,
+        contextlib.closing(dialogue.answer(question)) as pieces,
+    ):
+        for text in pieces:
+            if len(dialogue.last) == 1:
+                first = time.perf_counter()
+            print(text, end="", flush=True)
+            if stop and stop.asked:
+                break
+    print(flush=True)
+    seconds = time.perf_counter() - first
+    asked = stop.asked if stop else ""
+    if asked:
+        note("(stopped)")
+    elif (why := dialogue.last[-1].stopped) == "context":
+        note("the context is full: /reset begins a new conversation")
+    elif why == "length":
+        note("(the answer is as long as --max-tokens lets it be)")
+    if verbose:
+        sizes = [len(piece.ids) for piece in dialogue.last]
+        rate = f", then {sum(sizes[1:]) / seconds:,.1f} tokens/s" if len(sizes) > 1 else ""
+        note(f"{sum(sizes)} tokens: the first after {first - began:.2f} s{rate}")
+    return asked
+
+
+def note(text: str) -> None:
+    """Says what is no answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

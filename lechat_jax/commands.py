@@ -1,0 +1,83 @@
+"""What can be typed into a chat that is no question."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from lechat_jax.errors import BadInput
+from lechat_jax.template import Conversation
+
+HELP = """\
+/reset        begins a new conversation; the system prompt stays
+/system TEXT  sets the system prompt, as if it had been the first thing said; no TEXT: none
+/save FILE    writes the conversation as JSON messages
+/help         says this
+/exit         leaves, as Ctrl-D does
+Ctrl-C stops an answer. A line that ends in a backslash goes on in the next one. To send a
+line that begins with a slash, put a space before it."""
+
+
+class Commands:
+    """The commands for a conversation.
+
+    Args:
+        reset: what begins a new one.
+    """
+
+    def __init__(self, conversation: Conversation, reset: Callable[[], None]) -> None:
+        self._conversation = conversation
+        self._reset = reset
+        self._saved: set[Path] = set()
+
+    def is_exit(self, line: str) -> bool:
+        """Whether the line asks to leave."""
+        return line.strip() in ("/exit", "/quit") and line.startswith("/")
+
+    def unescaped(self, line: str) -> str:
+        """The question, without the space that keeps it from being a command."""
+        return line[1:] if line.startswith(" /") else line
+
+    def obey(self, line: str) -> str | None:
+        """What the command has done, in a sentence; `None` if the line is none.
+
+        Raises:
+            BadInput: there is no such command, or it cannot be done.
+        """
+        if not line.startswith("/"):
+            return None
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == "/help":
+            return HELP
+        if name == "/reset":
+            self._reset()
+            return "a new conversation begins"
+        if name == "/system":
+            self._conversation.system = rest
+            return f"the system prompt is {'set' if rest else 'none'}"
+        if name == "/save":
+            return self._save(rest)
+        raise BadInput(f"there is no command {name}; /help lists them")
+
+    def _save(self, name: str) -> str:
+        """Writes the messages beside the file and renames, so that there is all of it or none."""
+        if not name:
+            raise BadInput("/save needs the name of a file")
+        path = Path(os.path.expanduser(name)).absolute()
+        exists = path.exists()
+        if exists and path not in self._saved:
+            raise BadInput(f"{name} exists and was not saved by this chat; choose another name")
+        messages = self._conversation.messages
+        text = json.dumps(messages, indent=2, ensure_ascii=False) + "\n"
+        beside = path.with_name(f".{path.name}.partial")
+        try:
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise BadInput(f"cannot write {name}: {error.strerror}") from error
+        self._saved.add(path)
+        return f"{len(messages)} messages {'replace those' if exists else 'are'} in {name}"

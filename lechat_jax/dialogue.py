@@ -1,0 +1,97 @@
+"""A conversation, and the text in which a model reads and continues it."""
+
+from collections.abc import Generator, Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+from lechat_jax.continuation import Sample
+from lechat_jax.errors import BadInput
+from lechat_jax.sampling import Sampling
+from lechat_jax.template import Conversation
+from lechat_jax.tokenizer import StreamDecoder, Tokenizer
+
+
+@runtime_checkable
+class Text(Protocol):
+    """What a chat needs of a `Session`."""
+
+    ids: list[int]
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that still fit; `None` is without end."""
+
+    def reset(self) -> None:
+        """From here on the text is empty."""
+
+    def feed(self, ids: Sequence[int]) -> None:
+        """Appends tokens."""
+
+    def stream(self, max_tokens: int, sampling: Sampling) -> Iterator[Sample]:
+        """The next piece of the text, again and again until it stops."""
+        ...
+
+
+class Dialogue:
+    """Questions in, answers out, and the text between kept as short as the template lets it be.
+
+    Attributes:
+        conversation: what was said.
+        last: the samples that the last answer consists of.
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        tokenizer: Tokenizer,
+        *,
+        system: str = "",
+        max_tokens: int = 1024,
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.conversation = Conversation(tokenizer, system)
+        self.last: list[Sample] = []
+        self._text, self._tokenizer = text, tokenizer
+        self._max_tokens, self._sampling = max_tokens, sampling or Sampling(temperature=0.7)
+
+    def answer(self, question: str) -> Generator[str, None, None]:
+        """The answer, piece by piece; whoever stops asking has cut it short.
+
+        What was handed out stays part of the conversation; before that the question is
+        none either.
+
+        Raises:
+            BadInput: the question does not fit into the context, or is not Unicode.
+        """
+        self._read(self.conversation.ask(question))
+        self.last = []
+        decoder = StreamDecoder(self._tokenizer)  # without what came before, as Mistral does it
+        try:
+            for piece in self._text.stream(self._max_tokens, self._sampling):
+                self.last.append(piece)
+                yield decoder.push(piece.ids)
+            yield decoder.flush()
+        except KeyboardInterrupt:
+            self._text.reset()  # it may have come amid a change of the text's state
+            raise
+        finally:
+            if said := [id_ for piece in self.last for id_ in piece.ids]:
+                self.conversation.add(question, said)
+
+    def reset(self) -> None:
+        """From here on nothing was said; the system prompt stays."""
+        self.conversation.exchanges.clear()
+        self._text.reset()
+
+    def _read(self, ids: list[int]) -> None:
+        """The text is these ids, of which only the new ones need be read if it can be so."""
+        known = len(self._text.ids)
+        room = self._text.room
+        if room is not None and len(ids) >= room + known:
+            raise BadInput(
+                f"the conversation has {len(ids)} tokens and the context holds {room + known}: "
+                "/reset begins a new one, and a larger --context has room for more"
+            )
+        if ids[:known] != self._text.ids:
+            self._text.reset()
+            known = 0
+        self._text.feed(ids[known:])
