@@ -49,11 +49,13 @@ class ChatConfig:
         seed: Of the draws: the same seed and the same questions give the same answers.
         context: Tokens that layers without a sliding window can hold, the whole talk included.
             Memory for all is taken at once. Other models have no such limit.
-        dtype: Type to compute in. By default as stored, but float32 on a CPU, where bfloat16 takes
-            half the memory but ten times the time.
-        quantize: Keep the weights in int8: a quarter of the memory of float32.
-        speculate: Tokens to guess ahead from the talk itself: the same answers sooner, where they
-            repeat what was said. 0 is off.
+        dtype: Type to compute in. By default as stored, but float32 on a CPU if that fits into
+            memory. Weights of bfloat16 take half of it, and there questions are read more slowly.
+        quantize: Keep the weights in int8, a quarter of float32; python -m parity.quality tells
+            what that costs. A model stored like that stays so.
+        speculate: Guess ahead from the conversation itself: the same answers, sooner where they
+            repeat what was said.
+        draft: Tokens that --speculate guesses at a time.
         verbose: Say after each answer how long it took.
     """
 
@@ -68,7 +70,8 @@ class ChatConfig:
     context: int = CONTEXT
     dtype: Literal["bfloat16", "float32"] | None = None
     quantize: Literal["int8"] | None = None
-    speculate: int = 0
+    speculate: bool = False
+    draft: int = 7
     verbose: bool = False
 
 
@@ -78,8 +81,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampling = Sampling(
         options.temperature, options.top_k, options.top_p, options.min_p, options.seed
     )
+    _check(options)
+    draft = options.draft if options.speculate else 0
+    note(f"loading {options.folder}")
+    began = time.perf_counter()
+    enable_compilation_cache()
+    generator = Generator.from_checkpoint(
+        options.folder,
+        context=options.context,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        batch=1,
+        draft=draft,
+    )
+    tokenizer = generator.tokenizer
+    assert tokenizer  # there is a file
+    dialogue = Dialogue(
+        Session(generator, draft),
+        tokenizer,
+        system=options.system,
+        max_tokens=options.max_tokens,
+        sampling=sampling,
+    )
+    note(f"ready after {time.perf_counter() - began:.1f} s; /help lists the commands")
+    return talk(dialogue, options.verbose)
+
+
+def _check(options: ChatConfig) -> None:
+    """Raises `BadInput` for what can be known to be wrong before anything is loaded.
+
+    A training run is warned about, since only its owner knows what it was trained on.
+    """
     if options.max_tokens < 1:
         raise BadInput(f"--max-tokens must be at least 1, not {options.max_tokens}")
+    if options.speculate and options.draft < 1:
+        raise BadInput(f"--draft must be at least 1 token, not {options.draft}")
     trained = Trained.open(options.folder)
     if preferred(options.folder.iterdir()) is None:
         raise BadInput(
@@ -91,28 +127,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"warning: {options.folder} is a training run; unless it was trained on conversations, "
             "it continues text rather than answers"
         )
-    note(f"loading {options.folder}")
-    began = time.perf_counter()
-    enable_compilation_cache()
-    generator = Generator.from_checkpoint(
-        options.folder,
-        context=options.context,
-        dtype=options.dtype,
-        quantize=options.quantize,
-        batch=1,
-        draft=options.speculate,
-    )
-    tokenizer = generator.tokenizer
-    assert tokenizer  # there is a file
-    dialogue = Dialogue(
-        Session(generator, options.speculate),
-        tokenizer,
-        system=options.system,
-        max_tokens=options.max_tokens,
-        sampling=sampling,
-    )
-    note(f"ready after {time.perf_counter() - began:.1f} s; /help lists the commands")
-    return talk(dialogue, options.verbose)
 
 
 def talk(dialogue: Dialogue, verbose: bool = False) -> int:

@@ -101,7 +101,7 @@ def at_terminal(monkeypatch: pytest.MonkeyPatch, dialogue: Dialogue, *lines: str
 # --- what is read, and what is kept ---
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("v1", 9), ("v3", 4), ("v7", 4)])
+@pytest.mark.parametrize(("name", "tokens"), [("v1", 9), ("v3", 4), ("v7", 4), ("v3-tekken", 4)])
 def test_a_turn_reads_its_own_tokens_only(name: str, tokens: int) -> None:
     tokenizer = load(name)
     text = Script(tokenizer, "Hi", "Fine", "Good")
@@ -398,7 +398,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, config: MistralConfig) -> P
     return path
 
 
-@pytest.mark.parametrize("flags", [[], ["--quantize", "int8"], ["--speculate", "2"]])
+@pytest.mark.parametrize("flags", [[], ["--quantize", "int8"], ["--speculate"]])
 def test_the_program_chats(
     flags: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
@@ -436,7 +436,8 @@ def test_bad_flags_are_one_clear_line(
         ([str(tmp_path / "mute")], "has no tokenizer, without which there is no chat"),
         ([str(folder), "--max-tokens", "0"], "--max-tokens must be at least 1"),
         ([str(folder), "--temperature", "-1"], "temperature must be"),
-        ([str(folder), "--speculate", "99"], "draft must be from 0"),
+        ([str(folder), "--speculate", "--draft", "0"], "--draft must be at least 1 token"),
+        ([str(folder), "--speculate", "--draft", "99"], "draft must be from 0"),
     ):
         with pytest.raises(BadInput, match=message):
             main(argv)
