@@ -1,25 +1,34 @@
 """A model ready to continue prompts: what the command line, training and servers hold."""
 
-import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
 from jax.typing import DTypeLike
-from jaxtyping import Array
 
 from lechat_jax.cache import Cache, cache_bytes, empty_cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.continuation import Continuation, Sample, join
-from lechat_jax.decode import MOST, DecodeState, Request, decode, left_padded, prefill
+from lechat_jax.decode import (
+    MOST,
+    CacheSize,
+    DecodeState,
+    Request,
+    best_chunk,
+    cache_size,
+    compile_for,
+    decode,
+    left_padded,
+    prefill,
+)
 from lechat_jax.errors import BadInput
+from lechat_jax.loading import free_bytes, load_to_compute
 from lechat_jax.lookup import SEEN, newest
-from lechat_jax.model import Mistral, Weights, bind, weights_of
-from lechat_jax.projection import FEW
+from lechat_jax.model import Mistral, bind, weights_of
+from lechat_jax.quantize import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import FILE_NAME, Tokenizer
 from lechat_jax.trained import Trained
@@ -57,7 +66,7 @@ class Generator:
         self.config: MistralConfig = model.config
         self.weights = weights_of(model)
         self.tokenizer = tokenizer
-        self.chunk = _best_chunk(self.weights) if chunk is None else chunk
+        self.chunk = best_chunk(self.weights) if chunk is None else chunk
         self.context = context
         if self.chunk < 1 or context < 1:
             raise BadInput(f"chunk ({self.chunk}) and context ({context}) must be at least 1")
@@ -69,7 +78,14 @@ class Generator:
 
     @classmethod
     def from_checkpoint(
-        cls, folder: Path, *, context: int = CONTEXT, dtype: DTypeLike | None = None
+        cls,
+        folder: Path,
+        *,
+        context: int = CONTEXT,
+        dtype: DTypeLike | None = None,
+        quantize: Format | None = None,
+        batch: int | None = None,
+        draft: int = 0,
     ) -> "Generator":
         """The model of a training run's last good checkpoint, or of lechat's weight format.
 
@@ -78,8 +94,13 @@ class Generator:
         Args:
             folder: of either kind; another format is refused with the command to convert it.
             context: as for the class.
-            dtype: to compute in. By default as stored, but float32 on a CPU: two cores decode
-                11 tokens/s of bench-284m in it and 0.7 in bfloat16.
+            dtype: to compute in. By default as stored, but float32 on a CPU where that fits into
+                memory: several rows at once, and prompts, are faster in it.
+            quantize: "int8" to keep the kernels in int8, a quarter of float32, with a scale for
+                each output channel; what is stored like that stays so.
+            batch: prompts to compile for while the weights are read, so that the first token
+                comes sooner; by default nothing is compiled before it is needed.
+            draft: as for `stream`, for what is compiled.
 
         Raises:
             BadInput: the folder is neither, is damaged, or has no good checkpoint yet; the
@@ -87,21 +108,14 @@ class Generator:
                 was chosen.
         """
         trained = Trained.open(folder)
-        if dtype is None and jax.default_backend() == "cpu":
-            dtype = jnp.float32
-        if dtype is not None:
-            _check_weights_fit(trained, np.dtype(dtype))
-        loaded = trained.load(dtype)
-        for sentence in loaded.refused:
-            print(f"warning: {sentence}", file=sys.stderr)
-        stored = sorted({str(leaf.dtype) for leaf in loaded.weights.values()})
-        if len(stored) > 1:
-            raise BadInput(
-                f"the weights in {folder} are of several types, {' and '.join(stored)}; "
-                "choose the one to compute in (--dtype)"
-            )
-        model = bind(trained.config, loaded.weights)
-        return cls(model, trained.tokenizer, context=context)
+
+        def compile_ahead(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+            if batch is not None:
+                chunk = best_chunk(shapes)
+                compile_for(trained.config, shapes, batch, chunk, context, draft)
+
+        weights = load_to_compute(trained, dtype, quantize, compile_ahead)
+        return cls(bind(trained.config, weights), trained.tokenizer, context=context)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt: BOS, and those of the text.
@@ -120,9 +134,10 @@ class Generator:
         sampling: Sampling | None = None,
         eos_ids: Collection[int] | None = None,
         draft: int = 0,
+        first_row: int = 0,
     ) -> list[Sample]:
         """What follows each prompt, all made in one batch; the arguments are `stream`'s."""
-        rounds = self.stream(prompts, max_tokens, sampling, eos_ids, draft)
+        rounds = self.stream(prompts, max_tokens, sampling, eos_ids, draft, first_row)
         return [join(pieces) for pieces in zip(*rounds, strict=True)]
 
     def stream(
@@ -132,6 +147,7 @@ class Generator:
         sampling: Sampling | None = None,
         eos_ids: Collection[int] | None = None,
         draft: int = 0,
+        first_row: int = 0,
     ) -> Iterator[list[Sample]]:
         """The next piece for each prompt, again and again until all have stopped.
 
@@ -146,6 +162,7 @@ class Generator:
             eos_ids: tokens that end a text; by default the tokenizer's EOS. Empty: none.
             draft: tokens to guess ahead from the text itself, as `decode` does it: the same
                 text sooner, if it repeats itself.
+            first_row: number of the first prompt, for draws that differ from batch to batch.
 
         Raises:
             BadInput: a prompt is empty, longer than the context or not of this vocabulary,
@@ -158,7 +175,8 @@ class Generator:
             Continuation(prompt, max_tokens, self.room(len(prompt)), eos_ids, self.tokenizer)
             for prompt in prompts
         ]
-        return self._rounds(prompts, rows, sampling or Sampling(), eos_ids, draft)
+        request = self.request(sampling, eos_ids, len(rows), first_row)
+        return self._rounds(prompts, rows, request, draft)
 
     @property
     def eos_ids(self) -> set[int]:
@@ -180,21 +198,30 @@ class Generator:
             cache = prefill(self.config, self.weights, cache, tokens[:, part], positions[:, part])
         return cache
 
+    def request(
+        self,
+        sampling: Sampling | None,
+        eos_ids: Collection[int],
+        batch: int,
+        first_row: int = 0,
+    ) -> Request:
+        """What is asked of `decode` for so many rows."""
+        sampling = sampling or Sampling()
+        ends = np.isin(np.arange(self.config.vocab_size), list(eos_ids))
+        streams = sampling.streams(batch, first_row)
+        return Request(sampling.controls(batch), streams, jnp.asarray(ends))
+
     def rounds(
         self,
         state: DecodeState,
         rows: list[Continuation],
-        sampling: Sampling,
-        eos_ids: Collection[int],
+        request: Request,
         draft: int,
     ) -> Iterator[tuple[DecodeState, list[Sample]]]:
         """The state and the pieces after each call of `decode`, until all rows have stopped.
 
         A state is used up when the next one is asked for.
         """
-        ends = np.isin(np.arange(self.config.vocab_size), list(eos_ids))
-        controls, streams = sampling.controls(len(rows)), sampling.streams(len(rows))
-        request = Request(controls, streams, jnp.asarray(ends))
         n = 1
         while not all(row.stopped for row in rows):
             began = time.perf_counter()
@@ -218,15 +245,14 @@ class Generator:
         self,
         prompts: Sequence[Sequence[int]],
         rows: list[Continuation],
-        sampling: Sampling,
-        eos_ids: Collection[int],
+        request: Request,
         draft: int,
     ) -> Iterator[list[Sample]]:
         if all(row.stopped for row in rows):
             yield [row.take([], []) for row in rows]
             return
         state = self._read(prompts, [row.limit for row in rows], draft)
-        for _, pieces in self.rounds(state, rows, sampling, eos_ids, draft):
+        for _, pieces in self.rounds(state, rows, request, draft):
             yield pieces
 
     def _read(self, prompts: Sequence[Sequence[int]], limits: list[int], draft: int) -> DecodeState:
@@ -240,7 +266,7 @@ class Generator:
             seen=jnp.asarray(newest(prompts, SEEN if draft else 0)),
         )
 
-    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int, draft: int) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int = 0, draft: int = 0) -> None:
         """Raises `BadInput` for what this model cannot continue, or not so far."""
         if not 0 <= max_tokens < 2**31:
             raise BadInput(f"max_tokens must be at least 0 and below 2**31, not {max_tokens}")
@@ -266,48 +292,12 @@ class Generator:
     def check_memory(self, batch: int, draft: int) -> None:
         """Raises `BadInput` when the cache for so many rows would not fit."""
         needed = cache_bytes(*self._cache_size(batch, draft))
-        free = _free_bytes(self.weights["norm.scale"])
+        free = free_bytes(self.weights["norm.scale"])
         if free is not None and needed > free:
             raise BadInput(
                 f"the cache takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
                 "ask for a shorter context or fewer samples"
             )
 
-    def _cache_size(self, batch: int, draft: int) -> tuple[MistralConfig, int, int, int, DTypeLike]:
-        dtype = self.weights["norm.scale"].dtype
-        # A guess may reach beyond the context, though no text does.
-        return self.config, batch, max(self.chunk, 1 + draft), self.context + draft, dtype
-
-
-def _best_chunk(weights: Weights) -> int:
-    """Tokens of a prompt to read at once.
-
-    A CPU takes 0.1 ms for each token of a chunk (the default model, two cores), padding too,
-    so a short prompt wants a short chunk, and up to `FEW` it multiplies as fast as it ever
-    does; only bfloat16 kernels it converts once for each chunk. On an H200 fewer than 165
-    tokens take no less time than reading the weights for them (790 TFLOP/s over 4.8 TB/s).
-    """
-    on_cpu = jax.default_backend() == "cpu"
-    return FEW if on_cpu and weights["embed.kernel"].dtype != jnp.bfloat16 else 256
-
-
-def _check_weights_fit(trained: Trained, dtype: np.dtype) -> None:
-    """Raises `BadInput` when weights of this type would not fit: the system would just kill us."""
-    needed = trained.config.n_params * dtype.itemsize
-    free = _free_bytes(jnp.zeros(()))
-    if free is not None and needed > free:
-        raise BadInput(
-            f"the weights of {trained.folder} take {needed / 1e9:.2f} GB in {dtype} and "
-            f"{free / 1e9:.2f} GB are free; choose a smaller type (--dtype) or free some memory"
-        )
-
-
-def _free_bytes(beside: Array) -> int | None:
-    """Memory left where this array lies, in bytes; `None` if the device does not say."""
-    device = next(iter(beside.devices()))
-    if device.platform == "cpu":
-        return psutil.virtual_memory().available
-    stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:
-        return None
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    def _cache_size(self, batch: int, draft: int) -> CacheSize:
+        return cache_size(self.config, self.weights, batch, self.chunk, self.context, draft)

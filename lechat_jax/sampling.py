@@ -78,12 +78,12 @@ class Sampling:
             min_p=rows(self.min_p, np.float32, 1),
         )
 
-    def streams(self, batch: int) -> UInt[Array, "B 2"]:
+    def streams(self, batch: int, first_row: int = 0) -> UInt[Array, "B 2"]:
         """The random stream of each row, as `token_keys` wants it: the words (row, seed).
 
         Two words are a Threefry key, so the streams are distinct without any hashing.
         """
-        row = np.arange(batch, dtype=np.uint32)
+        row = np.arange(first_row, first_row + batch, dtype=np.uint32)
         return jnp.asarray(np.stack([row, np.full_like(row, self.seed)], axis=1))
 
 

@@ -22,7 +22,7 @@ class Session:
     """
 
     def __init__(self, generator: Generator, draft: int = 0) -> None:
-        generator.check([[0]], 0, draft)
+        generator.check([[0]], draft=draft)
         generator.check_memory(1, draft)
         self._generator = generator
         self._draft = draft
@@ -46,7 +46,7 @@ class Session:
             BadInput: they are not of this vocabulary, or do not fit into the context.
         """
         if ids:
-            self._generator.check([[*self.ids, *ids]], 0, self._draft)
+            self._generator.check([[*self.ids, *ids]])
         self.ids += ids
 
     def stream(
@@ -69,7 +69,7 @@ class Session:
             BadInput: nothing was fed yet, or `max_tokens` is negative.
         """
         made = self._generator
-        made.check([self.ids], max_tokens, self._draft)
+        made.check([self.ids], max_tokens)
         eos_ids = made.eos_ids if eos_ids is None else eos_ids
         row = Continuation(self.ids, max_tokens, self.room, eos_ids, made.tokenizer)
         if row.stopped:
@@ -84,10 +84,10 @@ class Session:
             left=jnp.asarray([row.limit], jnp.int32),
             seen=jnp.asarray(newest([self.ids], SEEN if self._draft else 0)),
         )
-        rounds = made.rounds(state, [row], sampling or Sampling(), eos_ids, self._draft)
-        for state, (piece,) in rounds:
+        request = made.request(sampling, eos_ids, batch=1)
+        for after, (piece,) in made.rounds(state, [row], request, self._draft):
             self.ids += piece.ids
-            self._keep(state.cache)
+            self._keep(after.cache)
             yield piece
 
     def _keep(self, cache: Cache) -> None:

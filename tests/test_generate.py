@@ -13,9 +13,11 @@ import pytest
 from lechat_jax import cli, generate
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
 from lechat_jax.generate import RULE, main
 from lechat_jax.generator import Generator
 from lechat_jax.model import weights_of
+from lechat_jax.prompts import read_prompts
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer
@@ -180,6 +182,10 @@ def test_eos_ends_a_text_unless_it_is_to_be_ignored(
         ("--prompt-ids 1,b", "must be numbers with commas between them, not '1,b'"),
         ("--prompt-ids 1,32000", "token 32000 is not an id"),
         ("--samples 0", "--samples must be at least 1"),
+        ("--batch 0", "--batch must be at least 1"),
+        ("--speculate --draft 0", "--draft must be at least 1"),
+        ("--speculate --draft 99", "draft must be from 0"),
+        ("--prompts-file a.txt --prompt b", "give --prompt or --prompts-file, not both"),
         ("--max-tokens -1", "max_tokens must be at least 0"),
         ("--temperature -1", "temperature must be"),
         ("--top-p 0", "top_p must be"),
@@ -243,3 +249,54 @@ def test_the_program_streams_until_nobody_reads_and_keeps_what_it_compiled(
         assert talking.wait(timeout=240) == 141
         assert talking.stderr.read() == b""
     assert any((tmp_path / "cache" / "jax").iterdir())
+
+
+def test_each_prompt_of_a_file_is_continued_as_if_alone(
+    run: str, capsys: Output, tmp_path: Path
+) -> None:
+    lines, objects = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_text("The cat\n\nOnce upon a time\n", encoding="utf-8")
+    ids = Tokenizer.mistral_v1().encode("Once upon a time")
+    objects.write_text(
+        json.dumps({"prompt": "The cat"}) + "\n" + json.dumps({"ids": [1, *ids]}), encoding="utf-8"
+    )
+    flags = (run, "--max-tokens", "8", "--temperature", "0")
+    alone = [said(capsys, *flags, "--prompt", text)[0] for text in ("The cat", "Once upon a time")]
+    for path in (lines, objects):
+        together = said(capsys, *flags, "--prompts-file", str(path))[0]
+        assert together == f"{RULE}\n".join(alone)
+
+
+def test_batches_do_not_change_what_is_drawn(run: str, capsys: Output, tmp_path: Path) -> None:
+    flags = (run, "--max-tokens", "8", "--samples", "5", "--prompt", "The", "--batch")
+    assert said(capsys, *flags, "5")[0] == said(capsys, *flags, "2")[0]
+
+
+def test_guessing_ahead_says_the_same(run: str, capsys: Output) -> None:
+    flags = (run, "--max-tokens", "40", "--prompt", "a b a b a b a b")
+    assert said(capsys, *flags, "--speculate")[0] == said(capsys, *flags)[0]
+
+
+def test_weights_can_be_kept_in_int8(run: str, capsys: Output) -> None:
+    out = said(capsys, run, "--max-tokens", "5", "--prompt", "The cat", "--quantize", "int8")[0]
+    assert out.startswith("The cat")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "\n \n", "there is no prompt in"),
+        ("p.jsonl", '{"prompt": 3}', 'line 1 of .* must be an object with "prompt"'),
+        ("p.jsonl", '{"ids": [1]}\n{"ids": [true]}', "line 2 of .* must be an object"),
+        ("p.jsonl", "{", "line 1 of .* is not JSON"),
+        ("p.txt", None, "cannot read the prompts"),
+    ],
+)
+def test_a_file_that_holds_no_prompts_is_refused(
+    tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(BadInput, match=message):
+        read_prompts(path)

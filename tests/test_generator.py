@@ -16,7 +16,7 @@ import psutil
 import pytest
 from jax import monitoring
 
-from lechat_jax import generator
+from lechat_jax import generator, loading
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.continuation import Sample
@@ -278,12 +278,23 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = psutil.virtual_memory()._replace(available=16 * 10**9)
-    monkeypatch.setattr(generator.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: memory)
     (folder / "config.json").write_text(json.dumps(preset("mistral-7b-v0.1").to_dict()))
     with pytest.raises(BadInput, match=r"take 28\.97 GB in float32 and 16\.00 GB are free; choose"):
-        Generator.from_checkpoint(folder)
+        Generator.from_checkpoint(folder, dtype="float32")
     with pytest.raises(BadInput, match=r"config\.json is not what was saved"):
         Generator.from_checkpoint(folder, dtype="bfloat16")  # goes on, since 14.48 GB would fit
+
+
+def test_weights_stay_as_they_are_stored_where_float32_would_not_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    memory = psutil.virtual_memory()._replace(available=int(1.5 * stored))
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: memory)
+    made = Generator.from_checkpoint(folder)
+    assert {str(leaf.dtype) for leaf in made.weights.values()} == {"bfloat16"}
+    assert "so they stay in the type that is stored" in capsys.readouterr().err
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path, tiny: MistralConfig) -> None:
@@ -339,3 +350,59 @@ def test_ten_thousand_tokens_take_the_memory_of_a_hundred() -> None:
     assert abs(many - few) < 0.05 * few
     (room,) = peak_memory("full", 2)
     assert room > few + 150_000  # room for all of them would be seen
+
+
+@pytest.mark.parametrize("window", [7, None, (7, None, 3)])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_guessing_ahead_changes_nothing_but_the_time(
+    tiny: MistralConfig, window: Any, temperature: float
+) -> None:
+    """Whatever is guessed, rows of their own pace, past every window and up to the context."""
+    config = dataclasses.replace(tiny, sliding_window=window)
+    made = Generator(lively(config), chunk=5, context=90)
+    sampling = Sampling(temperature=temperature, top_p=1.0, seed=5)
+    prompts = [[3, 4, 5] * 6, prompt_of(9), [8], [1, 2] * 20]
+    plain = made.generate(prompts, 80, sampling)
+    for draft in (1, 4, 9):
+        ahead = made.generate(prompts, 80, sampling, draft=draft)
+        assert [sample.ids for sample in ahead] == [sample.ids for sample in plain]
+        assert [sample.stopped for sample in ahead] == [sample.stopped for sample in plain]
+        for one, other in zip(ahead, plain, strict=True):
+            np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=1e-4)
+
+
+def test_a_guess_stops_where_the_text_does(made: Generator) -> None:
+    (whole,) = made.generate([prompt_of(6)], 30, GREEDY, ())
+    end = whole.ids[12]
+    (plain,) = made.generate([prompt_of(6)], 30, GREEDY, [end])
+    (ahead,) = made.generate([prompt_of(6)], 30, GREEDY, [end], draft=6)
+    assert ahead.ids == plain.ids == whole.ids[: whole.ids.index(end) + 1]
+    assert ahead.stopped == "eos"
+
+
+@pytest.mark.parametrize("draft", [-1, 33])
+def test_a_draft_out_of_range_is_refused(made: Generator, draft: int) -> None:
+    with pytest.raises(BadInput, match=f"draft must be from 0 .off. to 32 tokens, not {draft}"):
+        made.generate([[1]], 4, draft=draft)
+
+
+def test_rows_of_a_later_batch_are_drawn_as_if_all_had_been_one(made: Generator) -> None:
+    prompts = [prompt_of(5)] * 4
+    together = made.generate(prompts, 9, PLAIN)
+    later = made.generate(prompts[2:], 9, PLAIN, first_row=2)
+    assert [sample.ids for sample in later] == [sample.ids for sample in together[2:]]
+
+
+@pytest.mark.parametrize("asked", [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"draft": 3}])
+def test_what_was_compiled_while_the_weights_were_read_is_used(
+    folder: Path, asked: dict[str, Any]
+) -> None:
+    made, draft = Generator.from_checkpoint(folder, batch=2, **asked), asked.get("draft", 0)
+
+    def hot(batch: int) -> list[str]:
+        with compilations() as names:
+            made.generate([[1, 5, 6]] * batch, 4, GREEDY, draft=draft)
+        return [name for name in names if "prefill" in name or "decode" in name]
+
+    assert hot(batch=2) == []
+    assert "jit(decode)" in hot(batch=3)

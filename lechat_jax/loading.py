@@ -1,0 +1,119 @@
+"""A model's weights made ready to compute with: in which type, whether they fit, and meanwhile."""
+
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from lechat_jax.errors import BadInput
+from lechat_jax.model import Weights
+from lechat_jax.quantize import Format, is_kernel, is_scale
+from lechat_jax.tensors import TensorFiles
+from lechat_jax.trained import Trained
+from lechat_jax.weights import weight_shapes
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+
+def load_to_compute(
+    trained: Trained,
+    dtype: DTypeLike | None,
+    quantize: Format | None,
+    meanwhile: Callable[[Shapes], None],
+) -> Weights:
+    """The weights on the default device, in one type to compute in.
+
+    Damaged checkpoints that had to be passed over are named on stderr.
+
+    Args:
+        trained: where they are.
+        dtype: by default as stored, but float32 on a CPU where that fits.
+        quantize: as for `Trained.load`.
+        meanwhile: is told what the weights will look like and runs while they are read, which
+            leaves a core idle.
+
+    Raises:
+        BadInput: they do not fit into memory, are stored in several types of which none was
+            chosen, or as `Trained.load` does.
+    """
+    dtype = _to_compute_in(trained, dtype, quantize)
+    shapes = _shapes(trained, dtype, quantize)
+    types = sorted({str(leaf.dtype) for name, leaf in shapes.items() if not _is_int8(name, shapes)})
+    if len(types) > 1:
+        raise BadInput(
+            f"the weights in {trained.folder} are of several types, {' and '.join(types)}; "
+            "choose the one to compute in (--dtype)"
+        )
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(meanwhile, shapes)
+        loaded = trained.load(dtype, quantize)
+        done.result()
+    for sentence in loaded.refused:
+        print(f"warning: {sentence}", file=sys.stderr)
+    return loaded.weights
+
+
+def free_bytes(beside: Array) -> int | None:
+    """Memory left where this array lies, in bytes; `None` if the device does not say."""
+    device = next(iter(beside.devices()))
+    if device.platform == "cpu":
+        return psutil.virtual_memory().available
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+
+
+def _to_compute_in(
+    trained: Trained, dtype: DTypeLike | None, quantize: Format | None
+) -> DTypeLike | None:
+    """The type to load in, in which the weights fit; `None` is as they are stored.
+
+    Raises:
+        BadInput: they do not, and the system would just kill us.
+    """
+    free = free_bytes(jnp.zeros(()))
+    prefers_float32 = dtype is None and jax.default_backend() == "cpu"
+    choice = jnp.float32 if prefers_float32 else dtype
+    needed = trained.weights_bytes(choice, quantize)
+    if free is None or needed <= free:
+        return choice
+    if prefers_float32 and trained.weights_bytes(None, quantize) <= free:
+        print(
+            f"the weights would take {needed / 1e9:.2f} GB in float32 and {free / 1e9:.2f} GB are "
+            "free, so they stay in the type that is stored",
+            file=sys.stderr,
+        )
+        return None
+    in_type = f" in {np.dtype(choice)}" if choice and not quantize else ""
+    remedy = "free some memory" if quantize else "choose --quantize int8 or free some memory"
+    raise BadInput(
+        f"the weights of {trained.folder} take {needed / 1e9:.2f} GB{in_type} and "
+        f"{free / 1e9:.2f} GB are free; {remedy}"
+    )
+
+
+def _shapes(trained: Trained, dtype: DTypeLike | None, quantize: Format | None) -> Shapes:
+    """What the weights will look like when they are loaded."""
+    how = trained.quantization or quantize
+    shapes = weight_shapes(trained.config, how)
+    stored = TensorFiles.open(trained.folder) if trained.run is None and dtype is None else {}
+
+    def described(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if how and _is_int8(name, shapes):
+            return leaf
+        kept = stored[name].dtype if name in stored else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, kept if dtype is None else dtype)
+
+    return {name: described(name, leaf) for name, leaf in shapes.items()}
+
+
+def _is_int8(name: str, shapes: Shapes) -> bool:
+    """Whether this is an int8 kernel, or the scale of one."""
+    return is_scale(name) or (is_kernel(name) and shapes[name].dtype == jnp.int8)

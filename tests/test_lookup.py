@@ -1,0 +1,60 @@
+"""What a guess is taken from."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lechat_jax.cache import EMPTY
+from lechat_jax.lookup import NGRAM, look_up, newest, record
+
+
+def guess(text: list[int], n: int, S: int = 32) -> list[int]:
+    return look_up(jnp.asarray(newest([text], S)), jnp.array([len(text) - 1]), n)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ([1, 2, 3, 4, 9, 1, 2, 3], [4, 9, 1]),  # three tokens
+        ([1, 2, 3, 4, 5, 2, 3, 6, 1, 2, 3], [4, 5, 2]),  # three that are older, before two
+        ([2, 3, 4, 5, 2, 3, 6, 1, 2, 3], [6, 1, 2]),  # of two the later
+        ([7, 8, 9, 7], [8, 9, 7]),  # one
+        ([1, 2, 1, 2], [1, 2, 1]),  # round and round
+        ([5, 5], [5, 5, 5]),
+    ],
+)
+def test_a_guess_follows_the_latest_of_the_longest_matches(
+    text: list[int], expected: list[int]
+) -> None:
+    assert guess(text, 3) == expected
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=40), st.integers(4, 12))
+def test_only_what_is_kept_is_searched(text: list[int], S: int) -> None:
+    """The same as a search by hand through the last S tokens."""
+    kept = text[-S:]
+    end = len(kept) - 1
+
+    def matched(at: int) -> int:
+        back = 0
+        while back < NGRAM and at - back >= 0 and kept[at - back] == kept[end - back]:
+            back += 1
+        return back
+
+    best = max(range(end), key=lambda at: (matched(at), at), default=0)
+    if matched(best):
+        assert guess(text, 1, S) == [kept[best + 1]]
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 8), st.integers(0, 8))
+def test_tokens_that_are_recorded_one_by_one_are_as_if_kept_from_the_start(
+    text: list[int], S: int, first: int
+) -> None:
+    first = min(first, len(text))
+    seen = jnp.asarray(newest([text[:first]], S))
+    for position in range(first, len(text)):
+        at = jnp.array([[position, EMPTY]])
+        seen = record(seen, at, jnp.array([[text[position], 77]]))
+    np.testing.assert_array_equal(seen, newest([text], S))
