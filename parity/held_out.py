@@ -1,0 +1,72 @@
+"""Text that no model of lechat's was trained on, in the rows that measuring reads."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Integer
+
+from lechat_jax.corpus import load_corpus
+from lechat_jax.data import interim_rows, load_tokens, score_blocks
+from lechat_jax.display import Display
+from lechat_jax.errors import BadInput
+from lechat_jax.trained import Trained
+from lechat_jax.validation import BLOCK
+
+
+class Text(NamedTuple):
+    """What both models read, in rows of equal length.
+
+    Attributes:
+        inputs: the ids.
+        targets: at each place the next id.
+        counted: whether that is scored; BOS is given and not scored.
+        n_bytes: of UTF-8 that the targets stand for; `None` for random ids.
+        name: of the text.
+        note: what a reader of the figures should know, or nothing.
+    """
+
+    inputs: Integer[np.ndarray, "B T"]
+    targets: Integer[np.ndarray, "B T"]
+    counted: Bool[np.ndarray, "B T"]
+    n_bytes: int | None
+    name: str
+    note: str = ""
+
+
+def held_out(trained: Trained, data: str | None, n_tokens: int, display: Display) -> Text:
+    """Rows of the text held out from training, evenly spread over it, or else of random ids.
+
+    Args:
+        trained: whose tokenizer reads it.
+        data: as for training; by default what a run was trained on, or training's default.
+        n_tokens: to be read, or a few more to fill the rows; all of a shorter text.
+        display: of the progress.
+
+    Raises:
+        BadInput: there is no such text, or the tokenizer is another model's.
+    """
+    block, vocab = min(BLOCK, n_tokens), trained.config.vocab_size
+    n_rows = math.ceil(n_tokens / block)
+    if (tokenizer := trained.tokenizer) is None:
+        if data is not None:
+            raise BadInput(f"there is no tokenizer in {trained.folder} to read --data with")
+        ids = np.random.default_rng(0).integers(vocab, size=(n_rows, block + 1))
+        counted = np.ones((n_rows, block), bool)
+        note = f"{trained.folder} has no tokenizer: the ids are random, no text that anyone wrote"
+        return Text(ids[:, :-1], ids[:, 1:], counted, None, "random ids", note)
+    if tokenizer.vocab_size != vocab:
+        raise BadInput(f"{tokenizer.path} has {tokenizer.vocab_size} tokens and the model {vocab}")
+    asked = trained.run.config["train"] if trained.run else {}
+    corpus = load_corpus(data if data is not None else asked.get("data"))
+    tokens = load_tokens(
+        corpus, tokenizer, on_progress=lambda done, of: display.work("tokenising, byte", done, of)
+    )
+    inputs, targets, counted = score_blocks(tokens.val, block, tokenizer.bos_id)
+    chosen = interim_rows(len(inputs), n_rows)
+    # What a row lacks of its text, cut anywhere, is 0.02 % of its bytes in English.
+    n_bytes = sum(len(tokenizer.decode(row).encode()) for row in targets[chosen].tolist())
+    note = ""
+    if trained.run and asked.get("corpus_sha256", corpus.sha256) != corpus.sha256:
+        note = f"{corpus.name} is not the text that {trained.folder} was trained on"
+    return Text(inputs[chosen], targets[chosen], counted[chosen], n_bytes, corpus.name, note)
