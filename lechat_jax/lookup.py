@@ -40,7 +40,7 @@ def record(
     return seen.at[rows, slots].set(tokens, mode="drop")
 
 
-def look_up(seen: Int[Array, "B S"], position: Int[Array, "B"], n: int) -> Int[Array, "B n"]:
+def look_up(seen: Int[Array, "B S"], position: Int[Array, "B"], n: int) -> Int[Array, "B draft"]:
     """The n tokens that followed the latest of the longest matches with the end of each row.
 
     A match is the last three tokens, or two, or one; without any, the guess is arbitrary. One
