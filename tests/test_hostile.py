@@ -310,7 +310,8 @@ def test_old_params_ask_for_the_base(pickled: Path, tiny: MistralConfig) -> None
         ),
         (lambda f: (f / "config.json").write_text("{}"), "holds no checkpoint"),
         (edit_config(norm_eps=1e-6), r"config\.json is not what was saved"),
-        (edit_config(quantization="int8"), r"config\.json: .*unknown fields: quantization"),
+        (edit_config(quantisation="int8"), r"config\.json: .*unknown fields: quantisation"),
+        (edit_config(quantization="int4"), r"config\.json says quantization .int4., and only"),
         (edit_config(dim=0), r"config\.json: dim must be positive"),
     ],
 )
