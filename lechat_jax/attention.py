@@ -69,17 +69,17 @@ def attend_cached(
     """The same as `attend`, for the few queries of a step and keys as a ring keeps them.
 
     All queries of a head, T times G, are the rows of one product, and nothing as large as
-    the keys is moved.
+    the keys is moved. The keys and values may be kept in a wider type than `q`.
     """
     B, T, N, H = q.shape
     K = k.shape[1]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     rows = jnp.swapaxes(q.reshape(B, T, K, N // K, H), 1, 2).reshape(B, K, -1, H)
-    scores = jnp.einsum("BKTH,BKSH->BKTS", rows, k, preferred_element_type=wide)
+    scores = jnp.einsum("BKTH,BKSH->BKTS", rows.astype(k.dtype), k, preferred_element_type=wide)
     unseen = jnp.where(mask, 0, jnp.finfo(wide).min / 2)[:, None, :, None]
     scores = scores.reshape(B, K, T, N // K, -1) * H**-0.5 + unseen
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, rows.shape[2], -1)
-    mixed = jnp.einsum("BKTS,BKSH->BKTH", weights, v)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(B, K, rows.shape[2], -1)
+    mixed = jnp.einsum("BKTS,BKSH->BKTH", weights.astype(v.dtype), v).astype(q.dtype)
     return jnp.swapaxes(mixed.reshape(B, K, T, N // K, H), 1, 2).reshape(B, T, N, H)
 
 

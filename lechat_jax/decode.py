@@ -97,10 +97,13 @@ def cache_size(
 ) -> CacheSize:
     """The cache for so many rows, which are read by the chunk and guessed `draft` tokens ahead.
 
-    Keys have the type that is computed in, that of the norms. A guess may reach beyond the
-    context, though no text does.
+    Keys have the type that is computed in, that of the norms, but at least float32 on a CPU,
+    which would convert the whole ring, and back, to write a token of bfloat16 into it. A guess
+    may reach beyond the context, though no text does.
     """
     dtype = weights["norm.scale"].dtype
+    if jax.default_backend() == "cpu":
+        dtype = jnp.promote_types(dtype, jnp.float32)
     return CacheSize(config, batch, max(chunk, 1 + draft), context + draft, dtype)
 
 

@@ -30,7 +30,7 @@ from lechat_jax.lookup import SEEN, newest
 from lechat_jax.model import Mistral, bind, weights_of
 from lechat_jax.quantize import Format
 from lechat_jax.sampling import Sampling
-from lechat_jax.tokenizer import FILE_NAME, Tokenizer
+from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
 
 MOST_DRAFT = 32  # tokens that may be guessed ahead
@@ -124,7 +124,7 @@ class Generator:
             BadInput: there is no tokenizer.
         """
         if self.tokenizer is None:
-            raise BadInput(f"there is no tokenizer ({FILE_NAME}); give the prompt as ids")
+            raise BadInput("there is no tokenizer beside the weights; give the prompt as ids")
         return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
     def generate(

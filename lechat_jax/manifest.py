@@ -10,7 +10,7 @@ from pathlib import Path
 MANIFEST = "SHA256SUMS"
 
 # What is read of a folder of weights; a user may put a note beside it.
-OF_A_MODEL = r"config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*"
+OF_A_MODEL = r"config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|tekken.*"
 
 
 def write_manifest(whole: Path, known: Mapping[str, str] | None = None) -> None:

@@ -152,10 +152,12 @@ class Table(nnx.Module):
 
     def rows(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
         """The vectors of these ids; those of an int8 table become `dtype`."""
-        rows = self.kernel[...][tokens]
-        if self.kernel_scale is None:
-            return rows
-        return (rows * self.kernel_scale[...][tokens][..., None]).astype(dtype)
+        if self.kernel_scale is not None:
+            scale = self.kernel_scale[...][tokens][..., None]
+            return (self.kernel[...][tokens] * scale).astype(dtype)
+        # A CPU would convert a table of bfloat16 to float32, all of it, for the sake of a row.
+        kernel, tokens = jax.lax.optimization_barrier((self.kernel[...], tokens))
+        return jax.lax.optimization_barrier(kernel[tokens])
 
     def scores(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The product with every vector, at least float32."""

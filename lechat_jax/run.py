@@ -6,7 +6,7 @@ runs/<name>/
   loss.png           the curve
   samples/           one text a file
   checkpoints/       training state, with checksums
-  tokenizer.model.v1 the tokenizer, so that the folder is enough to generate
+  tokenizer.model.v1 the tokenizer, whichever of Mistral's it is: the folder is enough to generate
 """
 
 import json

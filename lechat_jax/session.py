@@ -26,12 +26,14 @@ class Session:
         generator.check_memory(1, draft)
         self._generator = generator
         self._draft = draft
+        self._cache: Cache | None = None
         self.reset()
 
     def reset(self) -> None:
         """From here on the text is empty."""
         self.ids: list[int] = []
         self._read = 0  # tokens of `ids` that are in the cache
+        self._cache = None  # so that there are never two
         self._cache = self._generator.empty_cache(1, self._draft)
 
     @property
@@ -75,6 +77,7 @@ class Session:
         if row.stopped:
             yield row.take([], [])
             return
+        assert self._cache is not None
         cache = made.read([self.ids[self._read :]], self._cache, self._read)
         self._keep(cache)
         state = DecodeState(

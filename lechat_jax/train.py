@@ -19,7 +19,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.options import DEFAULT_PRESET, TrainConfig
 from lechat_jax.run import Run
 from lechat_jax.stop import Stop
-from lechat_jax.tokenizer import FILE_NAME, Tokenizer
+from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Loaded, Trained
 from lechat_jax.trainer import Diverged, Trainer, elapsed
 
@@ -102,7 +102,7 @@ def _started(asked: TrainConfig) -> Start:
                 "--quantize)"
             )
         model, tokenizer = source.config, source.tokenizer or Tokenizer.mistral_v1()
-        otherwise = f"put the model's own into {asked.init_from} as {FILE_NAME}"
+        otherwise = f"put the model's own into {asked.init_from}"
         if flags := asked.contradictions_to(model):
             raise BadInput(
                 f"--init-from takes the model from {asked.init_from}, which is another one; "
@@ -122,10 +122,13 @@ def _resumed(asked: TrainConfig) -> Start:
         raise BadInput(f"--resume goes on with the run's own options; leave out {', '.join(flags)}")
     run = Run.open(Path(asked.resume or ""))
     config = run.config
+    tokenizer = Trained.open(run.folder).tokenizer
+    if tokenizer is None:
+        raise BadInput(f"{run.folder} has no tokenizer any more; put the run's own back into it")
     return Start(
         options=TrainConfig.from_dict(config["train"]).with_samples_of(asked),
         model=MistralConfig.from_dict(config["model"]),
-        tokenizer=Tokenizer.from_file(run.folder / FILE_NAME),
+        tokenizer=tokenizer,
         run=run,
         corpus_sha256=config["train"].get("corpus_sha256", "unknown"),
     )
