@@ -15,8 +15,10 @@ from rich.console import Console
 from lechat_jax import cli
 from lechat_jax.errors import BadInput
 from parity.bench_attention import Attention
+from parity.bench_card import Card
 from parity.bench_convert import Convert
 from parity.bench_decode import Decode
+from parity.bench_prefill import Prefill
 from parity.bench_train import Train
 from parity.report import Report
 
@@ -39,6 +41,8 @@ WORKS: dict[str, Callable[..., Work]] = {
     "attention": Attention,
     "convert": Convert,
     "decode": Decode,
+    "prefill": Prefill,
+    "card": Card,
 }
 
 

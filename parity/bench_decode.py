@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 
@@ -20,6 +20,8 @@ from parity.contestants import (
     check_numbers,
     check_packages,
     check_plot,
+    compare,
+    contestant_of,
     contestants,
     tail,
     torch_decoders,
@@ -139,7 +141,7 @@ class Decode:
             row = figures_of(models, who, batch, context, rates[who], reads)
             row.details["same_ids"] = agreement(ours, decoder) if ours else None
             rows.append(dataclasses.replace(row, note=decoder.note))
-        compare(rows)
+        compare(rows, "rates")
         return rows
 
     def repetition(self, decoder: Decoder) -> Callable[[], float]:
@@ -195,7 +197,7 @@ class Decode:
             folders = Folders(Path(folder), models)
             starts: dict[str, dict[str, Any]] = {}
             for number, row in enumerate(report.rows):
-                who = Contestant(cast(Impl, row.impl), cast(DtypeName, row.dtype))
+                who = contestant_of(row)
                 if "draft" in row.details:
                     continue
                 if self.memory:
@@ -247,17 +249,6 @@ def figures_of(
     )
 
 
-def compare(rows: list[Row]) -> None:
-    """Adds to each row its ratio to transformers; to the fastest one where the type is not."""
-    theirs = {row.dtype: row for row in rows if row.impl == "transformers"}
-    fastest = max(theirs.values(), key=lambda row: row.tokens_per_s or 0, default=None)
-    for row in rows:
-        peer = theirs.get(row.dtype, fastest)
-        if peer:
-            pairs = zip(row.details["rates"], peer.details["rates"], strict=True)
-            row.details["ratio"] = statistics.median(a / b for a, b in pairs)
-
-
 def agreement(one: Decoder, other: Decoder) -> int:
     """Tokens from the start on, in each row, that both chose."""
     n = min(len(row) for row in (*one.ids, *other.ids))
@@ -279,7 +270,7 @@ def figures(rows: list[Row]) -> TableText:
                 str(row.batch),
                 str(row.context),
                 "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.1f}",
-                f"{details['bytes_per_step'] / 1e9:.3f}",
+                f"{details['bytes_per_step'] / 1e9:.3g}",
                 f"{details['share_of_read']:.0%}",
                 f"{details['ratio']:.2f}" if "ratio" in details else "",
                 "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f} GB",

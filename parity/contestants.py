@@ -1,10 +1,11 @@
 """Who is measured, in which type of number: made once, of the same weights, as they are needed."""
 
 import importlib
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 
@@ -14,6 +15,7 @@ from lechat_jax.model import Weights
 from lechat_jax.quantize import quantize_weights
 from parity.decoders import Decoder, DtypeName, Impl, Lechat, bytes_a_step, random_weights
 from parity.peer import need
+from parity.report import Row
 
 SEED = 0  # of weights and prompts
 
@@ -33,6 +35,26 @@ def contestants(impls: Sequence[Impl], dtypes: Sequence[DtypeName]) -> list[Cont
         for impl in dict.fromkeys(impls)
         if dtype != "int8" or impl == "lechat_jax"
     ]
+
+
+def contestant_of(row: Row) -> Contestant:
+    """Whose figures these are."""
+    return Contestant(cast(Impl, row.impl), cast(DtypeName, row.dtype))
+
+
+def compare(rows: Sequence[Row], key: str) -> None:
+    """Adds to the details of each row its ratio to transformers, the median over the turns.
+
+    To that of the same type, and to the fastest where transformers was not measured in it.
+    `key` names what was measured in each turn, and more of it is faster.
+    """
+    theirs = {row.dtype: row for row in rows if row.impl == "transformers"}
+    fastest = max(theirs.values(), key=lambda row: row.tokens_per_s or 0, default=None)
+    for row in rows:
+        peer = theirs.get(row.dtype, fastest)
+        if peer:
+            pairs = zip(row.details[key], peer.details[key], strict=True)
+            row.details["ratio"] = statistics.median(a / b for a, b in pairs)
 
 
 def check_packages(impls: Sequence[Impl]) -> None:

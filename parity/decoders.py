@@ -38,11 +38,14 @@ class Decoder(Protocol):
 
     Attributes:
         note: what a reader of its figures should know, or nothing.
-        ids: produced since the start, by row.
     """
 
     note: str
-    ids: list[list[int]]
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """The tokens produced since the start, by row."""
+        ...
 
     def start(self, prompts: Prompts, room: int, skip: int = 0) -> None:
         """Forgets all, reads these prompts and produces the first token of each; waits.

@@ -17,7 +17,7 @@ def draw_bars(report: Report, path: Path) -> None:
     """
     from matplotlib.figure import Figure  # half a second, and only needed here
 
-    rows = [row for row in report.rows if row.tokens_per_s is not None]
+    rows = [row for row in report.rows if row.tokens_per_s and "draft" not in row.details]
     height = 1.2 + 0.5 * len(rows)
     figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
     axes = figure.add_subplot(xlabel="tokens a second")
@@ -25,13 +25,13 @@ def draw_bars(report: Report, path: Path) -> None:
         speed, limit = row.tokens_per_s or 0.0, row.details["limit_tokens_per_s"]
         axes.barh(y, speed, height=0.7, color=COLOURS.get(row.impl, GREY))
         axes.plot([limit, limit], [y - 0.42, y + 0.42], color="#d62728", linewidth=2)
-        text = f" {speed:,.1f} ({row.details['share_of_read']:.0%})"
-        axes.text(speed, y, text, va="center", color=GREY, fontsize=9)
+        text = f"  {speed:,.1f} ({row.details['share_of_read']:.0%})"
+        beside = axes.get_yaxis_transform()  # in a column, where no line crosses it
+        axes.text(1.0, y, text, va="center", color=GREY, fontsize=9, transform=beside)
     names = [f"{row.impl} {row.dtype}\nbatch {row.batch}, context {row.context}" for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
     axes.plot([], [], color="#d62728", linewidth=2, label="limit: the speed of the memory")
-    axes.margins(x=0.15)
     axes.legend(
         fontsize=8, frameon=False, labelcolor=GREY, loc="lower right", bbox_to_anchor=(1, 1)
     )
@@ -40,6 +40,6 @@ def draw_bars(report: Report, path: Path) -> None:
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=GREY)
     axes.xaxis.label.set_color(GREY)
-    beside = path.with_name(f".{path.name}.partial")
-    figure.savefig(beside, format="png", transparent=True)
-    os.replace(beside, path)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", transparent=True)
+    os.replace(partial, path)
