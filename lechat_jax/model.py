@@ -142,7 +142,13 @@ class Block(nnx.Module):
 
 
 class Table(nnx.Module):
-    """One vector of width D for each token id: the embedding, and the head."""
+    """One vector of width D for each token id: the embedding, and the head.
+
+    Attributes:
+        dtype: of the rows of an int8 table, which have none of their own.
+    """
+
+    dtype: str = "float32"
 
     def __init__(self, config: MistralConfig, std: float, *, rngs: nnx.Rngs) -> None:
         self.writes = (config.vocab_size,)
@@ -150,11 +156,11 @@ class Table(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         self.kernel_scale: nnx.Param | None = None
 
-    def rows(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-        """The vectors of these ids; those of an int8 table become `dtype`."""
+    def rows(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The vectors of these ids."""
         if self.kernel_scale is not None:
             scale = self.kernel_scale[...][tokens][..., None]
-            return (self.kernel[...][tokens] * scale).astype(dtype)
+            return (self.kernel[...][tokens] * scale).astype(self.dtype)
         # A CPU would convert a table of bfloat16 to float32, all of it, for the sake of a row.
         kernel, tokens = jax.lax.optimization_barrier((self.kernel[...], tokens))
         return jax.lax.optimization_barrier(kernel[tokens])
@@ -208,7 +214,7 @@ class Mistral(nnx.Module):
         `backend` names the attention kernel; `None` takes the best for the platform. The
         sequences start at `first_position`, and nothing before it is seen.
         """
-        x = self.embed.rows(tokens, self.norm.scale[...].dtype)
+        x = self.embed.rows(tokens)
         turn = self._turn(first_position + jnp.arange(tokens.shape[1])[None], x.dtype)
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             mix = functools.partial(_mix_whole, window=window, backend=backend)
@@ -223,7 +229,7 @@ class Mistral(nnx.Module):
         A position of `EMPTY` is padding, which nothing will see. T must fit the chunk that
         the cache was made for, and a row's T positions must be one after the other.
         """
-        x = self.embed.rows(tokens, self.norm.scale[...].dtype)
+        x = self.embed.rows(tokens)
         turn = self._turn(positions, x.dtype)
         cache = cache.claim(self.config, positions)
         masks = [
@@ -278,17 +284,18 @@ def bind(config: MistralConfig, weights: Weights) -> Mistral:
     quantized = frozenset(
         name.removesuffix(SCALE) for name in weights if name.endswith(f"kernel{SCALE}")
     )
-    graph, names = _skeleton(config, quantized)
+    graph, names = _skeleton(config, quantized, str(weights["norm.scale"].dtype))
     flat = [(path, nnx.Param(weights[name])) for name, path in names.items()]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 @functools.lru_cache(maxsize=8)
 def _skeleton(
-    config: MistralConfig, quantized: frozenset[str]
+    config: MistralConfig, quantized: frozenset[str], dtype: str
 ) -> tuple[nnx.GraphDef, dict[str, tuple]]:
     def build() -> Mistral:
         model = Mistral(config, rngs=nnx.Rngs(0))
+        model.embed.dtype = dtype
         for path, module in nnx.iter_modules(model):
             if isinstance(module, Linear | Table) and _name((*path, "kernel")) in quantized:
                 module.kernel_scale = nnx.data(nnx.Param(jnp.ones(module.writes)))
