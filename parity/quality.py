@@ -220,11 +220,17 @@ def _shown(
         display.work(f"{kind}, row", done + 1, len(rows))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _hidden(
     config: MistralConfig, weights: Weights, ids: Int[Array, "1 T"]
 ) -> Float[Array, "1 T D"]:
-    """What the head reads."""
+    """What the head reads, once it is known: until then the weights would stay in memory."""
+    return jax.block_until_ready(_jitted_hidden(config, weights, ids))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _jitted_hidden(
+    config: MistralConfig, weights: Weights, ids: Int[Array, "1 T"]
+) -> Float[Array, "1 T D"]:
     return bind(config, weights).hidden(ids)
 
 
