@@ -35,6 +35,7 @@ from parity.report import Report, Row, TableText
 
 READ = "read"  # the task that reads memory, in turn with the others
 PHRASE = 32  # tokens that the prompt of --speculate repeats
+SHORT = 256  # most tokens of a prompt that is read in full: of --speculate and of --first-token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +123,11 @@ class Decode:
         skip = context - tail(models.config, context)
         prompts = random_prompts(models.config, batch, context, SEED)
         decoders = {who: models.decoder(who) for who in names}
+        tried: dict[Contestant, dict[str, float]] = {}
         for who, decoder in decoders.items():
             if who.impl == "transformers":
                 wait_until_idle()
-                torch_decoders().settle(decoder, prompts, self.compile)
+                tried[who] = torch_decoders().settle(decoder, prompts, self.compile)
             decoder.start(prompts, room, skip)
             decoder.advance(self.tokens)  # compiles
         tasks: dict[Contestant | str, Callable[[], float]] = {
@@ -140,6 +142,8 @@ class Decode:
         for who, decoder in decoders.items():
             row = figures_of(models, who, batch, context, rates[who], reads)
             row.details["same_ids"] = agreement(ours, decoder) if ours else None
+            if who in tried:
+                row.details["tried_s_per_token"] = tried[who]
             rows.append(dataclasses.replace(row, note=decoder.note))
         compare(rows, "rates")
         return rows
@@ -157,7 +161,7 @@ class Decode:
 
     def guess(self, models: Models, dtype: DtypeName) -> list[Row]:
         """Rows for lechat without and with guesses, on one prompt that repeats itself."""
-        config, context = models.config, max(self.context[0], 2 * PHRASE)
+        config, context = models.config, max(2 * PHRASE, min(self.context[0], SHORT))
         phrase = random_prompts(config, 1, PHRASE, SEED)[0]
         prompt = [phrase[i % PHRASE] for i in range(context)]
         drafts = (0, self.speculate)
@@ -209,7 +213,8 @@ class Decode:
                 if self.first_token and who.impl == "lechat_jax":
                     if who.dtype not in starts:
                         console.print(f"first token in {who.dtype}", markup=False)
-                        starts[who.dtype] = first_tokens(folders, who.dtype, self.context[0])
+                        prompt = min(self.context[0], SHORT)
+                        starts[who.dtype] = first_tokens(folders, who.dtype, prompt)
                     row.details.update(starts[who.dtype])
 
 

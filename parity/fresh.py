@@ -98,6 +98,7 @@ def first_tokens(folders: Folders, dtype: DtypeName, context: int) -> dict[str, 
         cold, *warm = [_first_token(folder, wide, prompt, cache) for _ in range(1 + WARM)]
     loads = [after for _, after in warm if after is not None]
     return {
+        "first_token_prompt": context,
         "first_token_cold_s": cold[0],
         "first_token_warm_s": statistics.median(total for total, _ in warm),
         "first_token_cold_after_load_s": cold[1],
