@@ -18,7 +18,7 @@ from lechat_jax.cache import EMPTY, Cache, empty_cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.lookup import SEEN, look_up, record
 from lechat_jax.model import Weights, bind
-from lechat_jax.projection import FEW
+from lechat_jax.projection import FEW, as_bits
 from lechat_jax.sampling import Controls, Sampling, sample, token_keys
 
 # Weights by name, or only their shapes and types.
@@ -107,16 +107,15 @@ def cache_size(
     return CacheSize(config, batch, max(chunk, 1 + draft), context + draft, dtype)
 
 
-def best_chunk(weights: Described) -> int:
+def best_chunk() -> int:
     """Tokens of a prompt to read at once.
 
     A CPU takes 0.1 ms for each token of a chunk (the default model, two cores), padding too,
     so a short prompt wants a short chunk, and up to `FEW` it multiplies as fast as it ever
-    does; only bfloat16 kernels it converts once for each chunk. On an H200 fewer than 165
-    tokens take no less time than reading the weights for them (790 TFLOP/s over 4.8 TB/s).
+    does. On an H200 fewer than 165 tokens take no less time than reading the weights for them
+    (790 TFLOP/s over 4.8 TB/s).
     """
-    on_cpu = jax.default_backend() == "cpu"
-    return FEW if on_cpu and weights["embed.kernel"].dtype != jnp.bfloat16 else 256
+    return FEW if jax.default_backend() == "cpu" else 256
 
 
 def left_padded(
@@ -287,5 +286,6 @@ def compile_for(
         return DecodeState(cache, rows, rows, rows, seen), request, tokens, jnp.int32(0)
 
     state, request, tokens, n = jax.eval_shape(arguments)
+    weights = as_bits(weights)
     prefill.lower(config, weights, state.cache, tokens, tokens).compile()
     decode.lower(config, weights, state, request, n, draft).compile()

@@ -28,6 +28,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.loading import free_bytes, load_to_compute
 from lechat_jax.lookup import SEEN, newest
 from lechat_jax.model import Mistral, bind, weights_of
+from lechat_jax.projection import as_bits
 from lechat_jax.quantize import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer
@@ -65,8 +66,9 @@ class Generator:
     ) -> None:
         self.config: MistralConfig = model.config
         self.weights = weights_of(model)
+        self._weights = as_bits(self.weights)
         self.tokenizer = tokenizer
-        self.chunk = best_chunk(self.weights) if chunk is None else chunk
+        self.chunk = best_chunk() if chunk is None else chunk
         self.context = context
         if self.chunk < 1 or context < 1:
             raise BadInput(f"chunk ({self.chunk}) and context ({context}) must be at least 1")
@@ -111,8 +113,7 @@ class Generator:
 
         def compile_ahead(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
             if batch is not None:
-                chunk = best_chunk(shapes)
-                compile_for(trained.config, shapes, batch, chunk, context, draft)
+                compile_for(trained.config, shapes, batch, best_chunk(), context, draft)
 
         weights = load_to_compute(trained, dtype, quantize, compile_ahead)
         return cls(bind(trained.config, weights), trained.tokenizer, context=context)
@@ -195,7 +196,7 @@ class Generator:
         tokens, positions = left_padded(prompts, self.chunk, start)
         for begin in range(0, tokens.shape[1], self.chunk):
             part = slice(begin, begin + self.chunk)
-            cache = prefill(self.config, self.weights, cache, tokens[:, part], positions[:, part])
+            cache = prefill(self.config, self._weights, cache, tokens[:, part], positions[:, part])
         return cache
 
     def request(
@@ -225,7 +226,7 @@ class Generator:
         n = 1
         while not all(row.stopped for row in rows):
             began = time.perf_counter()
-            state, out = decode(self.config, self.weights, state, request, np.int32(n), draft)
+            state, out = decode(self.config, self._weights, state, request, np.int32(n), draft)
             ids, logprobs, lengths = jax.device_get((out.ids, out.logprobs, out.length))
             quick = time.perf_counter() - began < PATIENCE
             n = min(MOST, 2 * n) if quick else max(1, n // 2)

@@ -21,12 +21,12 @@ from lechat_jax.attention import Backend, attend_cached, training_attention
 from lechat_jax.cache import Cache, Place, distinct_windows, places
 from lechat_jax.config import MistralConfig
 from lechat_jax.mask import window_mask
-from lechat_jax.projection import project
+from lechat_jax.projection import from_bits, project
+from lechat_jax.quantize import SCALE
 from lechat_jax.rope import Rotation, rotate, rotation
 
 # The weights of a model by the name under which every format of lechat stores them.
 Weights = dict[str, Array]
-SCALE = ".scale"  # behind the name of an int8 kernel, that of its scales
 
 # What a pass carries from layer to layer beside the residual stream: the cache, or nothing.
 Memory = TypeVar("Memory", Cache, None)
@@ -163,7 +163,7 @@ class Table(nnx.Module):
             return (self.kernel[...][tokens] * scale).astype(self.dtype)
         # A CPU would convert a table of bfloat16 to float32, all of it, for the sake of a row.
         kernel, tokens = jax.lax.optimization_barrier((self.kernel[...], tokens))
-        return jax.lax.optimization_barrier(kernel[tokens])
+        return from_bits(jax.lax.optimization_barrier(kernel[tokens]))
 
     def scores(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The product with every vector, at least float32."""

@@ -2,25 +2,39 @@
 
 A decoded token reads every weight once, so what counts is how close to the memory's speed
 that goes. On a CPU XLA's matrix product does not come near it: it repacks the kernel at each
-call, and what is not float32 it first writes out as float32, all of it. Multiplied and summed
-up instead, a kernel streams through as it is stored (two AVX-512 cores; times of a plain
-float32 matrix-vector product, kernels of 3,584 x 1,024 to 4,096 x 14,336):
+call, and what is not float32 it first writes out as float32, often all kernels at once. So
+few positions are multiplied and summed instead, which XLA fuses into one pass over a kernel
+as it is stored; and a kernel of two-byte or one-byte numbers is converted a block at a time,
+which stays in the cache. Two AVX-512 cores, times of a float32 matrix-vector product that
+reads at the memory's speed, for kernels of 3,584 x 1,024 to 4,096 x 14,336:
 
-    positions          1       2       8      16      64     256
-    product, float32   1.0-15  2.1-3.8 2.1-4.6 3.1-4.8 6.7-8.2 20-28
-    sum, float32       0.9-1.3 1.1-1.3 1.0-1.4 1.4-2.2 4.7-5.6
-    sum, int8          0.7-1.1 0.7-1.2 0.9-1.7 1.6-2.1 5.0-5.7
-    sum, bfloat16      0.7-1.5 2.3-2.7 4.2-9.3 8-18    28-69
-    product, bfloat16  1.2-11  12-13   10-15   11-16   16-19   27-40
+    positions                   1        8        64       256
+    product of float32          1.0-15   2.1-4.6  6.7-8.2  20-36
+    product of bfloat16         0.8-11   10-15    16-19    27-40
+    sum, float32                1.0      1.0-1.4  4-6      19-37
+    sum, int8                   0.8-1.3  0.9-1.4  5-6      20-50
+    blocks, int8                0.5-0.9  1.1-1.6  5-6      19-25
+    blocks, bits of bfloat16    0.6-0.9  1.4-2.4  5-6      19-25
+
+A bfloat16 kernel has to come as its bits, in uint16: of a conversion XLA knows that it may as
+well be done before the block is cut out, for all of the kernel.
 """
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 FEW = 64  # positions up to which a CPU multiplies and sums
-FEW_BFLOAT16 = 12  # it converts bfloat16 once for each position
+BLOCK = 2 << 20  # numbers of a kernel that are float32 at once, 8 MB
+
+# Of positions [T, D] and a kernel [F, D], in at least float32.
+Product = Callable[[Array, Array], Array]
 
 
 def project(
@@ -35,36 +49,101 @@ def project(
 
     Args:
         x: positions, in the type that is computed in.
-        kernel: of the same type, or int8.
+        kernel: of the same type, its bits, or int8.
         scale: of each output of an int8 kernel.
         dtype: of the result; by default that of `x`.
     """
-    dtype = x.dtype if dtype is None else dtype
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    on_cpu = jax.default_backend() == "cpu"
-    few = FEW_BFLOAT16 if kernel.dtype == jnp.bfloat16 else FEW
-    if on_cpu and x.shape[0] <= few and wide == jnp.float32:
-        y = _multiply_and_sum(x, kernel)
-    elif scale is None and jnp.dtype(dtype) == x.dtype:
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    if form := _cpu_form(x.shape[0], kernel) if _on_cpu() else None:
+        y = form(x, kernel)
+    elif scale is None and dtype == x.dtype:
         y = x @ kernel.T
-    else:
-        if scale is not None:  # every int8 is a bfloat16
-            kernel = _here(kernel, x)[0].astype(wide if on_cpu else x.dtype)
+    else:  # every int8 is a bfloat16
+        kernel = kernel if scale is None else _here(kernel, x)[0].astype(x.dtype)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
         y = jnp.einsum("TD,FD->TF", x, kernel, preferred_element_type=wide)
     return (y if scale is None else y * scale).astype(dtype)
 
 
-def _multiply_and_sum(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Float[Array, "T F"]:
-    """The product as a sum over D, which XLA fuses with the conversion of the kernel."""
-    is_float32 = kernel.dtype == jnp.float32
-    kernel, x = _here(kernel, x)
-    kernel, x = kernel.astype(jnp.float32), x.astype(jnp.float32)
-    if x.shape[0] > 1:
-        return jnp.sum(kernel[None] * x[:, None], axis=-1)
-    if is_float32:  # a product with a vector is not repacked, and a tenth faster
+def as_bits(weights: Mapping[str, Array] | Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """The weights as decoding wants them: on a CPU, bfloat16 kernels as the bits they are.
+
+    They share memory with those given.
+    """
+    if not _on_cpu():
+        return dict(weights)
+    return {name: _bits(name, leaf) for name, leaf in weights.items()}
+
+
+def from_bits(rows: Shaped[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """The numbers themselves, where these are the bits of bfloat16."""
+    return jax.lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _bits(name: str, leaf: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
+    if leaf.dtype != jnp.bfloat16 or not name.endswith("kernel"):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.uint16)
+    return jax.device_put(np.asarray(leaf).view(np.uint16))
+
+
+def _cpu_form(T: int, kernel: Shaped[Array, "F D"]) -> Product | None:
+    """The fastest form for T positions on a CPU; `None` is a plain matrix product."""
+    few, one = T <= FEW, T == 1
+    if kernel.dtype == jnp.uint16:
+        return _blocks_of_product if one or not few else _blocks_of_sum
+    if kernel.dtype == jnp.int8:
+        is_large = kernel.size > BLOCK  # enough to be worth a loop
+        return _blocks_of_product if not few or (one and is_large) else _sum
+    return _sum if few and kernel.dtype in (jnp.float32, jnp.bfloat16) else None
+
+
+def _in_blocks(
+    x: Float[Array, "T D"], kernel: Shaped[Array, "F D"], product: Product
+) -> Float[Array, "T F"]:
+    """The product a few rows of the kernel at a time; the last block may overlap another."""
+    F, D = kernel.shape
+    rows = max(1, min(BLOCK // D, F // 2))
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def with_block(i: Array, y: Float[Array, "F T"]) -> Float[Array, "F T"]:
+        start = jnp.minimum(i * rows, F - rows)
+        block = jax.lax.dynamic_slice_in_dim(kernel, start, rows)
+        if block.dtype == jnp.uint16:
+            bits = block.astype(jnp.uint32) << 16
+            block = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        made = product(x, block.astype(x.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(y, made.T, start, axis=0)
+
+    nothing = jnp.zeros((F, x.shape[0]), x.dtype)
+    return jax.lax.fori_loop(0, -(-F // rows), with_block, nothing).T
+
+
+def _product(x: Float[Array, "T D"], kernel: Float[Array, "F D"]) -> Float[Array, "T F"]:
+    if x.shape[0] == 1:  # of a matrix and a vector, for which nothing is repacked
         return (kernel @ x[0])[None]
+    return jnp.einsum("TD,FD->FT", x, kernel).T
+
+
+def _sum(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Float[Array, "T F"]:
+    """The product as a sum over D, which XLA fuses with the conversion of the kernel."""
+    kernel, x = _here(kernel, x)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    if x.shape[0] > 1:
+        return jnp.sum(kernel.astype(wide)[None] * x.astype(wide)[:, None], axis=-1)
+    if kernel.dtype == wide:  # a tenth faster
+        return _product(x, kernel)
     # With a leading axis of one, the sum would take eighty times as long.
-    return jnp.sum(kernel * x, axis=-1)[None]
+    return jnp.sum(kernel.astype(wide) * x.astype(wide), axis=-1)[None]
+
+
+_blocks_of_product = functools.partial(_in_blocks, product=_product)
+_blocks_of_sum = functools.partial(_in_blocks, product=_sum)
 
 
 def _here(kernel: Shaped[Array, "F D"], x: Float[Array, "T D"]) -> tuple[Array, Array]:

@@ -6,45 +6,70 @@ import numpy as np
 import pytest
 from jax.typing import DTypeLike
 
-from lechat_jax.projection import FEW, project
+from lechat_jax import projection
+from lechat_jax.projection import FEW, as_bits, from_bits, project
 
 F, D = 96, 56
 
 
 def kernel_of(dtype: DTypeLike) -> jax.Array:
     kernel = jax.random.normal(jax.random.key(1), (F, D))
-    return jnp.round(20 * kernel).astype(jnp.int8) if dtype == "int8" else kernel.astype(dtype)
+    if dtype == "int8":
+        return jnp.round(20 * kernel).astype(jnp.int8)
+    return kernel.astype("bfloat16" if dtype == "bits" else dtype)
 
 
+@pytest.mark.parametrize("block", [300, 1 << 20])  # of one kernel or a few rows
 @pytest.mark.parametrize("T", [1, 2, 8, FEW, FEW + 1, 200])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_every_form_is_the_product(T: int, dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bits", "int8"])
+def test_every_form_is_the_product(
+    monkeypatch: pytest.MonkeyPatch, T: int, dtype: str, block: int
+) -> None:
+    monkeypatch.setattr(projection, "BLOCK", block)
     kernel, scale = kernel_of(dtype), jnp.linspace(0.01, 0.02, F) if dtype == "int8" else None
-    x = jax.random.normal(jax.random.key(2), (T, D)).astype(kernel.dtype if scale is None else "f4")
+    x = jax.random.normal(jax.random.key(2), (T, D))
+    x = x.astype(jnp.bfloat16 if dtype in ("bfloat16", "bits") else jnp.float32)
     wide = [np.asarray(array, np.float64) for array in (x, kernel)]
     exact = wide[0] @ wide[1].T * (1 if scale is None else np.asarray(scale))
+    size = np.sqrt(np.mean(exact**2))
+    (asked,) = as_bits({"kernel": kernel}).values() if dtype == "bits" else (kernel,)
     for result in ("float32", x.dtype):
-        found = jax.jit(project, static_argnums=3)(x, kernel, scale, jnp.dtype(result))
+        found = project(x, asked, scale, jnp.dtype(result))
         assert found.dtype == result
-        size = np.sqrt(np.mean(exact**2))
         budget = 1e-2 if found.dtype == jnp.bfloat16 else 1e-6
-        assert np.max(np.abs(np.float64(found) - exact)) < budget * 4 * size
+        assert np.max(np.abs(np.asarray(found, np.float64) - exact)) < budget * 4 * size
 
 
-@pytest.mark.parametrize("T", [1, 8])
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_bits_are_those_of_the_kernels_and_share_their_memory() -> None:
+    kernel, scale = kernel_of("bfloat16"), jnp.ones(F, jnp.bfloat16)
+    bits = as_bits({"head.kernel": kernel, "norm.scale": scale, "q.kernel": kernel_of("int8")})
+    assert [leaf.dtype for leaf in bits.values()] == ["uint16", "bfloat16", "int8"]
+    assert bits["head.kernel"].unsafe_buffer_pointer() == kernel.unsafe_buffer_pointer()
+    np.testing.assert_array_equal(from_bits(bits["head.kernel"]), kernel)
+    described = as_bits({"head.kernel": jax.ShapeDtypeStruct((F, D), jnp.bfloat16)})
+    assert described == {"head.kernel": jax.ShapeDtypeStruct((F, D), jnp.uint16)}
+
+
+@pytest.mark.parametrize("T", [1, 8, FEW + 1])
+@pytest.mark.parametrize("dtype", ["bits", "int8"])
 def test_a_loop_does_not_convert_the_kernel_beforehand(T: int, dtype: str) -> None:
-    """The scratch of a loop is a few activations, far below the kernel in float32."""
-    kernel = jax.ShapeDtypeStruct((1024, 1024), dtype)
+    """Nor between all the layers of a prompt: the scratch is far below the kernels in float32."""
+    kernels = [jax.ShapeDtypeStruct((1024, 2048), "uint16" if dtype == "bits" else dtype)] * 8
     scale = jax.ShapeDtypeStruct((1024,), "float32") if dtype == "int8" else None
-    x = jax.ShapeDtypeStruct((T, 1024), "float32" if dtype == "int8" else dtype)
+    x = jax.ShapeDtypeStruct((T, 2048), "float32" if dtype == "int8" else "bfloat16")
 
-    def loop(x: jax.Array, kernel: jax.Array, scale: jax.Array | None, n: int) -> jax.Array:
-        return jax.lax.fori_loop(0, n, lambda _, x: jnp.sin(project(x, kernel, scale)), x)
+    def once(x: jax.Array, kernels: list[jax.Array], scale: jax.Array | None) -> jax.Array:
+        for kernel in kernels:
+            x = jnp.sin(jnp.tile(project(x, kernel, scale), 2))
+        return x
 
-    memory = jax.jit(loop).lower(x, kernel, scale, 9).compile().memory_analysis()
-    assert memory is not None
-    assert memory.temp_size_in_bytes < 4 * 1024 * 1024 / 4
+    def loop(x: jax.Array, kernels: list[jax.Array], scale: jax.Array | None, n: int) -> jax.Array:
+        return jax.lax.fori_loop(0, n, lambda _, x: once(x, kernels, scale), x)
+
+    for program, more in ((once, ()), (loop, (9,))):
+        memory = jax.jit(program).lower(x, kernels, scale, *more).compile().memory_analysis()
+        assert memory is not None
+        assert memory.temp_size_in_bytes < 2 * 4 * 1024 * 2048  # of 8 kernels
 
 
 def test_the_gradient_is_that_of_the_product() -> None:
