@@ -26,7 +26,15 @@ from parity.contestants import (
     tail,
     torch_decoders,
 )
-from parity.decoders import IMPLS, Decoder, DtypeName, Impl, Lechat, random_prompts
+from parity.decoders import (
+    IMPLS,
+    Decoder,
+    DtypeName,
+    Impl,
+    Lechat,
+    random_prompts,
+    repeating,
+)
 from parity.fresh import Folders, first_tokens, peak_bytes
 from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
 from parity.peer import cold_torch_compiler
@@ -160,12 +168,16 @@ class Decode:
         return rate
 
     def guess(self, models: Models, dtype: DtypeName) -> list[Row]:
-        """Rows for lechat without and with guesses, on one prompt that repeats itself."""
-        config, context = models.config, max(2 * PHRASE, min(self.context[0], SHORT))
-        phrase = random_prompts(config, 1, PHRASE, SEED)[0]
-        prompt = [phrase[i % PHRASE] for i in range(context)]
+        """Rows for lechat without and with guesses, on one prompt that repeats itself.
+
+        The model goes on with it, as a model does that has learnt to copy: its work is that of
+        any other, but its weights are made so that it does.
+        """
+        config, context = models.config, max(self.context[0], 2 * PHRASE)
+        phrase = sorted({*random_prompts(config, 1, PHRASE, SEED)[0]})
+        prompt = [phrase[i % len(phrase)] for i in range(context)]
         drafts = (0, self.speculate)
-        weights = models.weights(dtype)
+        weights = repeating(models.weights(dtype), phrase)
         decoders = {draft: Lechat(config, weights, draft) for draft in drafts}
         for decoder in decoders.values():
             decoder.start([prompt], self.tokens * (1 + self.repetitions))

@@ -131,6 +131,25 @@ def random_weights(config: MistralConfig, dtype: DTypeLike, seed: int) -> Weight
     return jax.block_until_ready(weights)
 
 
+def repeating(weights: Weights, phrase: Sequence[int]) -> Weights:
+    """Weights that cost the same and continue a phrase, of ids that differ, round and round.
+
+    The embedding of each id of the phrase points to the head's row of the next one, ten times as
+    long as usual, so what the layers add does not change the choice.
+    """
+    ids, following = jnp.asarray(phrase), jnp.asarray([*phrase[1:], phrase[0]])
+    scale = f"embed.kernel{SCALE}"
+    if scale in weights:  # int8: of each row the numbers, and ten times the size
+        rows = weights["head.kernel"][following]
+        sizes = 10 * weights[f"head.kernel{SCALE}"][following] * rows.shape[1] ** 0.5
+        changed = {scale: weights[scale].at[ids].set(sizes)}
+    else:
+        rows, changed = weights["head.kernel"][following], {}
+        rows = 10 * rows / jnp.sqrt(jnp.mean(jnp.square(rows), axis=1, keepdims=True))
+    table = weights["embed.kernel"]
+    return weights | changed | {"embed.kernel": table.at[ids].set(rows.astype(table.dtype))}
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike, std: float) -> Array:
     return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
