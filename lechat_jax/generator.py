@@ -12,24 +12,14 @@ from jax.typing import DTypeLike
 from lechat_jax.cache import Cache, cache_bytes, empty_cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.continuation import Continuation, Sample, join
-from lechat_jax.decode import (
-    MOST,
-    CacheSize,
-    DecodeState,
-    Request,
-    best_chunk,
-    cache_size,
-    compile_for,
-    decode,
-    left_padded,
-    prefill,
-)
+from lechat_jax.decode import MOST, DecodeState, Request, compile_for, decode, prefill
 from lechat_jax.errors import BadInput
 from lechat_jax.loading import free_bytes, load_to_compute
 from lechat_jax.lookup import SEEN, newest
 from lechat_jax.model import Mistral, bind, weights_of
 from lechat_jax.projection import as_bits
 from lechat_jax.quantize import Format
+from lechat_jax.reading import CacheSize, best_chunk, cache_size, left_padded
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained

@@ -5,7 +5,7 @@
   model.safetensors   or shards and their index; names and shapes are those of `weights_of`
                       or, if config.json has `"quantization": {"format": "int8"}` beside the
                       model, those that `quantize` makes of them
-  tokenizer.model.v1  the tokenizer; without it there are only ids
+  tokenizer.model.v1  the tokenizer, or another of Mistral's; without it there are only ids
   SHA256SUMS          every other file, as `sha256sum -c SHA256SUMS` reads it
 """
 
@@ -43,7 +43,7 @@ from lechat_jax.quantize import (
 )
 from lechat_jax.run import CONFIG
 from lechat_jax.tensors import TensorFiles, write_tensors
-from lechat_jax.tokenizer import FILE_NAME
+from lechat_jax.tokenizer import Tokenizer
 
 FLOATS = tuple(np.dtype(name) for name in (jnp.bfloat16, "float16", "float32", "float64"))
 ALIGNMENT = 64  # bytes; JAX on a CPU takes host memory that starts at a multiple as it is
@@ -146,7 +146,8 @@ def save_weights(
         text = json.dumps(fields, indent=2) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
         if tokenizer_file:
-            shutil.copyfile(tokenizer_file, partial / FILE_NAME)
+            name = Tokenizer.from_file(tokenizer_file).file_name
+            shutil.copyfile(tokenizer_file, partial / name)
         write_tensors(
             partial,
             "model",
