@@ -110,7 +110,7 @@ def test_a_token_that_ends_a_text_is_its_last(tiny: MistralConfig, weights: Weig
 def large(config: MistralConfig, n_layers: int, window: int) -> MistralConfig:
     """The tiny model with a cache that outweighs all else it needs."""
     return dataclasses.replace(
-        config, n_layers=n_layers, n_kv_heads=3, head_dim=32, sliding_window=window
+        config, n_layers=n_layers, n_kv_heads=3, head_dim=128, sliding_window=window
     )
 
 
@@ -130,13 +130,13 @@ def decode_memory(config: MistralConfig, B: int, draft: int) -> tuple[int, int, 
     return cache, memory.alias_size_in_bytes, memory.temp_size_in_bytes
 
 
-@pytest.mark.parametrize(("B", "draft"), [(1, 0), (8, 0), (1, 3), (3, 3)])
+@pytest.mark.parametrize(("B", "draft"), [(1, 0), (8, 0), (1, 3), (8, 7)])
 def test_a_token_does_not_copy_the_cache(tiny: MistralConfig, B: int, draft: int) -> None:
-    """Neither the keys nor the values of a layer, of which there are eight."""
+    """Neither the keys nor the values of a layer; what scratch there is are scores."""
     config = large(tiny, n_layers=4, window=4096)
     cache, in_place, scratch = decode_memory(config, B, draft)
     assert in_place >= cache
-    assert scratch < cache / (2 * 4)
+    assert scratch < cache / (2 * 4)  # measured: 0.06 to 0.5 of that
 
 
 def test_what_is_passed_in_is_given_up(tiny: MistralConfig, weights: Weights) -> None:
