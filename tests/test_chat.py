@@ -34,6 +34,14 @@ V1 = Tokenizer.mistral_v1()
 GREEDY = Sampling(temperature=0)
 
 
+@pytest.fixture(autouse=True)
+def hears_ctrl_c() -> Iterator[None]:
+    """A background job of a shell is born deaf to SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Script:
     """A text whose continuations are known, a token at a time; it counts what is read."""
 
