@@ -210,7 +210,9 @@ def _decode_one_late(right: Callable) -> Callable:
 def _padding_seen(right: Callable) -> Callable:
     def left_padded(prompts: Any, chunk: int, start: int) -> Any:
         tokens, positions = right(prompts, chunk, start)
-        return tokens, np.broadcast_to(np.arange(positions.shape[1]), positions.shape)
+        return tokens, np.broadcast_to(
+            np.arange(positions.shape[1], dtype=np.int32), positions.shape
+        )
 
     return left_padded
 
