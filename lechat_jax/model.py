@@ -161,9 +161,7 @@ class Table(nnx.Module):
         if self.kernel_scale is not None:
             scale = self.kernel_scale[...][tokens][..., None]
             return (self.kernel[...][tokens] * scale).astype(self.dtype)
-        # A CPU would convert a table of bfloat16 to float32, all of it, for the sake of a row.
-        kernel, tokens = jax.lax.optimization_barrier((self.kernel[...], tokens))
-        return from_bits(jax.lax.optimization_barrier(kernel[tokens]))
+        return from_bits(self.kernel[...][tokens])
 
     def scores(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The product with every vector, at least float32."""
