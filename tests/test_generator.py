@@ -405,4 +405,4 @@ def test_what_was_compiled_while_the_weights_were_read_is_used(
         return [name for name in names if "prefill" in name or "decode" in name]
 
     assert hot(batch=2) == []
-    assert "jit(decode)" in hot(batch=3)
+    assert "jit(decode)" in hot(batch=5)  # which no other test asks for
