@@ -1,6 +1,5 @@
 """What can be typed into a chat that is no question."""
 
-import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from lechat_jax.errors import BadInput
 from lechat_jax.template import Conversation
+from lechat_jax.whole import write_whole
 
 HELP = """\
 /reset        begins a new conversation; the system prompt stays
@@ -62,7 +62,7 @@ class Commands:
         raise BadInput(f"there is no command {name}; /help lists them")
 
     def _save(self, name: str) -> str:
-        """Writes the messages beside the file and renames, so that there is all of it or none."""
+        """Writes the messages, all of them or none."""
         if not name:
             raise BadInput("/save needs the name of a file")
         path = Path(os.path.expanduser(name)).absolute()
@@ -71,13 +71,6 @@ class Commands:
             raise BadInput(f"{name} exists and was not saved by this chat; choose another name")
         messages = self._conversation.messages
         text = json.dumps(messages, indent=2, ensure_ascii=False) + "\n"
-        beside = path.with_name(f".{path.name}.partial")
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-            raise BadInput(f"cannot write {name}: {error.strerror}") from error
+        write_whole(path, text)
         self._saved.add(path)
         return f"{len(messages)} messages {'replace those' if exists else 'are'} in {name}"

@@ -7,7 +7,6 @@ not grow with the text: each layer keeps its `sliding_window` tokens and no more
 import dataclasses
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generator import CONTEXT, Generator
 from lechat_jax.prompts import read_prompts
 from lechat_jax.sampling import Sampling
+from lechat_jax.whole import write_whole
 
 RULE = "-" * 72  # between two samples
 
@@ -257,12 +257,7 @@ def _write(path: Path, samples: list[Sample], tokens_per_s: float | None) -> Non
         ],
         "tokens_per_s": tokens_per_s,
     }
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        beside.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}") from error
+    write_whole(path, json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ from lechat_jax.model import Weights, bind
 from lechat_jax.projection import project
 from lechat_jax.quantize import Format, is_quantized, quantize_weights
 from lechat_jax.trained import Trained
+from lechat_jax.whole import write_whole
 from parity.held_out import Text, held_out
 from parity.measure import machine_line
-from parity.report import TableText, write_whole
+from parity.report import TableText
 
 CHUNK = 256  # tokens whose logits are in memory at a time, of both models
 

@@ -1,9 +1,7 @@
 """What a benchmark says: rows of figures, for a person as a table and for a script as JSON."""
 
-import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lechat_jax.errors import BadInput
+from lechat_jax.whole import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,22 +91,6 @@ class Report:
             BadInput: it cannot be written there.
         """
         write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file has all of the text, or is what it was.
-
-    Raises:
-        BadInput: it cannot be written there.
-    """
-    beside = path.parent / f".{path.name}.partial"
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise BadInput(f"cannot write {path} ({error.strerror}); name another file") from error
 
 
 class TableText(NamedTuple):

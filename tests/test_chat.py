@@ -387,7 +387,7 @@ def test_a_failed_save_is_one_sentence(
 ) -> None:
     (tmp_path / "file").write_text("")
     typed(monkeypatch, Dialogue(Script(V1), V1), f"/save {tmp_path / name}")
-    assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path / name}: No")
+    assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path / name} (No")
 
 
 # --- the program ---
