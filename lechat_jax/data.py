@@ -12,6 +12,7 @@ from jaxtyping import Bool, Integer
 from lechat_jax.corpus import Corpus, Document
 from lechat_jax.errors import BadInput
 from lechat_jax.paths import cache_home
+from lechat_jax.rows import Rows
 from lechat_jax.token_cache import DamagedCache, Streams, read_streams, write_streams
 from lechat_jax.tokenizer import Tokenizer
 
@@ -192,6 +193,11 @@ class Batches:
             starts[row - first : row - first + taken] = order[offset : offset + taken]
             row += taken
         return starts.reshape(n_steps, self.batch)
+
+    def rows(self, stream: Integer[np.ndarray, " stream"], first_step: int, n_steps: int) -> Rows:
+        """The batches of consecutive steps, [n_steps, B, block + 1]."""
+        starts = self.starts_range(first_step, n_steps)
+        return Rows(stream[starts[..., None] + np.arange(self.block + 1)].astype(np.int32))
 
 
 @functools.lru_cache(maxsize=2)  # a step needs one epoch, or the two at a border

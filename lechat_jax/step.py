@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.attention import Backend
 from lechat_jax.config import MistralConfig
 from lechat_jax.loss import cross_entropy
 from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.optimizer import Optimizer, warmup_then_cooldown
+from lechat_jax.rows import Rows
 
 
 class TrainState(NamedTuple):
@@ -78,34 +79,52 @@ def train_steps(
     config: MistralConfig,
     options: StepOptions,
     state: TrainState,
-    stream: UInt[Array, " train"],
-    starts: Int[Array, "calls B"],
+    frozen: Weights,
+    rows: Rows,
     n_steps: Int[Array, ""],
     total_steps: Int[Array, ""],
 ) -> tuple[TrainState, Float[Array, " calls"]]:
-    """The state after the first `n_steps` rows of `starts`, and the loss of each step.
+    """The state after the first `n_steps` batches of `rows`, and the loss of each step.
 
-    The token stream lies on the device, and each row of `starts` says where the rows of
-    one batch begin in it. Losses are means in nats a token; those of steps not taken are
-    zero. One executable serves any number of steps up to the rows of `starts`.
+    Losses are means over the counted targets of a batch, in nats a token; those of steps not
+    taken are zero. One executable serves any number of steps up to the batches of `rows`.
+
+    Args:
+        config: of the model.
+        options: of the step.
+        state: the weights that learn among it; it is used up.
+        frozen: the other weights of the model, if there are any.
+        rows: a batch for each step, [calls, B, T + 1].
+        n_steps: steps to take.
+        total_steps: length of the run, on which the learning rate depends.
     """
     optimizer = Optimizer(options.learning_rate)
 
+    def loss_of(weights: Weights, batch: Rows) -> Float[Array, ""]:
+        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+        return total_nats(config, options, frozen | weights, inputs, targets, shares(batch))
+
     def step(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
         state, losses = carry
-        rows = stream[starts[i][:, None] + jnp.arange(options.block + 1)].astype(jnp.int32)
-        share = jnp.full((rows.shape[0], options.block), 1 / (rows.shape[0] * options.block))
-        loss, grads = jax.value_and_grad(total_nats, argnums=2)(
-            config, options, state.weights, rows[:, :-1], rows[:, 1:], share
-        )
+        batch = jax.tree.map(lambda leaf: leaf[i], rows)
+        loss, grads = jax.value_and_grad(loss_of)(state.weights, batch)
         updates, inner = optimizer.update(grads, state.optimizer, state.weights)
         factor = warmup_then_cooldown(state.step, total_steps)
         weights = jax.tree.map(lambda leaf, update: leaf + factor * update, state.weights, updates)
         state = TrainState(weights, inner, state.step + 1)
         return state, losses.at[i].set(loss)
 
-    losses = jnp.zeros(starts.shape[0], jnp.promote_types(options.dtype, jnp.float32))
+    losses = jnp.zeros(rows.tokens.shape[0], jnp.promote_types(options.dtype, jnp.float32))
     return jax.lax.fori_loop(0, n_steps, step, (state, losses))
+
+
+def shares(batch: Rows) -> Float[Array, "B T"]:
+    """The part of each target in the loss: the same for all that count, and one in sum."""
+    B, T = batch.tokens.shape[0], batch.tokens.shape[1] - 1
+    if batch.counted is None:
+        return jnp.full((B, T), 1 / (B * T))
+    counted = batch.counted[:, 1:].astype(jnp.float32)
+    return counted / jnp.maximum(counted.sum(), 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

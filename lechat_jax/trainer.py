@@ -159,13 +159,12 @@ class Trainer:
             Diverged: the loss is NaN or infinite.
         """
         self.display.wait("compiling")
-        stream = jnp.asarray(self.tokens.train)
         timed: list[float] = []
         saved = time.monotonic()
         while not stop.asked and self.step != self.total:
             n = self.steps_to_event()
             began = time.perf_counter()
-            losses = self.advance(stream, n)
+            losses = self.advance(n)
             seconds = time.perf_counter() - began
             self.rate = n * self.batches.batch * self.batches.block / seconds
             self.record(losses)
@@ -181,15 +180,15 @@ class Trainer:
                 saved = time.monotonic()
         self.save()
 
-    def advance(self, stream: jax.Array, n: int) -> np.ndarray:
+    def advance(self, n: int) -> np.ndarray:
         """The losses of the next `n` steps, taken in one call."""
-        starts = self.batches.starts_range(self.step, self.calls)
+        rows = self.batches.rows(self.tokens.train, self.step, self.calls)
         self.state, losses = train_steps(
             self.config,
             self.step_options,
             self.state,
-            stream,
-            jnp.asarray(starts, jnp.int32),
+            {},
+            rows,
             jnp.int32(n),
             jnp.int32(self.total or self.most),
         )

@@ -48,9 +48,7 @@ class Lesson(NamedTuple):
 
     def rows(self, first_step: int, n: int) -> Integer[np.ndarray, "n B row"]:
         """The windows of `n` steps, T + 1 tokens each."""
-        starts = self.batches.starts_range(first_step, n)
-        windows = self.stream[starts[..., None] + np.arange(self.batches.block + 1)]
-        return windows.astype(np.int64)
+        return self.batches.rows(self.stream, first_step, n).tokens.astype(np.int64)
 
 
 def step_options(block: int) -> StepOptions:
@@ -99,19 +97,19 @@ class Lechat:
     def __init__(self, lesson: Lesson) -> None:
         self.lesson, self.options = lesson, step_options(lesson.batches.block)
         self.state = init_state(lesson.config, self.options, lesson.seed)
-        self.stream = jnp.asarray(lesson.stream)
         self.step = 0
         self.note = "its own optimiser, as in the main job"
 
     def advance(self, n: int, total: int) -> list[float]:
         """See `Learner.advance`."""
-        starts = self.lesson.batches.starts_range(self.step, self.lesson.steps_per_call)
+        lesson = self.lesson
+        rows = lesson.batches.rows(lesson.stream, self.step, lesson.steps_per_call)
         self.state, losses = train_steps(
-            self.lesson.config,
+            lesson.config,
             self.options,
             self.state,
-            self.stream,
-            jnp.asarray(starts, jnp.int32),
+            {},
+            rows,
             jnp.int32(n),
             jnp.int32(total),
         )

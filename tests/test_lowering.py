@@ -19,6 +19,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from lechat_jax.cache import empty_cache
 from lechat_jax.config import preset
 from lechat_jax.decode import DecodeState, Request, decode, prefill
+from lechat_jax.rows import Rows
 from lechat_jax.sampling import Sampling
 from lechat_jax.step import StepOptions, init_state, score, train_steps
 
@@ -41,10 +42,12 @@ def weights(dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: shape(*leaf.shape, dtype=dtype) for name, leaf in state.weights.items()}
 
 
+ROWS = Rows(shape(4, B, T + 1))
+
+
 def training(options: StepOptions) -> Call:
     state = jax.eval_shape(lambda: init_state(CONFIG, options, seed=0))
-    stream, starts = shape(10_000, dtype="uint16"), shape(4, B)
-    return partial(train_steps, CONFIG, options), (state, stream, starts, shape(), shape())
+    return partial(train_steps, CONFIG, options), (state, {}, ROWS, shape(), shape())
 
 
 def scoring(options: StepOptions) -> Call:

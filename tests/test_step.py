@@ -13,6 +13,7 @@ import pytest
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.model import Weights, bind
+from lechat_jax.rows import Rows
 from lechat_jax.step import (
     StepOptions,
     TrainState,
@@ -27,7 +28,14 @@ B, CALLS = 3, 4
 OPTIONS = StepOptions(block=16, chunk=20)  # 20 does not divide the 48 tokens of a batch
 STREAM = np.random.default_rng(0).integers(97, size=200, dtype=np.uint16)
 STARTS = np.random.default_rng(1).integers(200 - 17, size=(CALLS, B), dtype=np.int32)
-FIRST_BATCH = jnp.asarray(np.stack([STREAM[start : start + 17] for start in STARTS[0]]), jnp.int32)
+
+
+def rows_of(stream: np.ndarray = STREAM, starts: np.ndarray = STARTS) -> Rows:
+    """The 17 tokens from each start on."""
+    return Rows(stream[starts[..., None] + np.arange(17)].astype(np.int32))
+
+
+FIRST_BATCH = jnp.asarray(rows_of().tokens[0])
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +57,15 @@ def train(
     config: MistralConfig,
     state: TrainState,
     n: int,
-    starts: np.ndarray = STARTS,
+    rows: Rows | None = None,
     total: int = 100,
-    stream: np.ndarray = STREAM,
 ) -> tuple[TrainState, np.ndarray]:
     state, losses = train_steps(
         config,
         OPTIONS,
         state,
-        jnp.asarray(stream),
-        jnp.asarray(starts),
+        {},
+        rows or rows_of(),
         jnp.int32(n),
         jnp.int32(total),
     )
@@ -116,11 +123,40 @@ def test_the_gradient_is_the_slope_of_the_loss(small: MistralConfig) -> None:
         assert (up - down) / 2e-5 == pytest.approx(slope, rel=1e-6, abs=1e-9), name
 
 
+def test_only_the_counted_targets_are_learned(small: MistralConfig) -> None:
+    rows = rows_of()
+    counted = np.random.default_rng(2).random(rows.tokens.shape) < 0.5
+    counted[..., -1] = False
+    state, losses = train(small, fresh(small), 1, rows._replace(counted=counted))
+    nats = first_batch_nats(small)[counted[0, :, 1:]]
+    assert losses[0] == pytest.approx(nats.mean(), rel=1e-6)
+    counted[..., 0] ^= True  # the first token of a row is nobody's target
+    rows.tokens[..., -1] = 5  # and the last is nothing else
+    again, _ = train(small, fresh(small), 1, rows._replace(counted=counted))
+    assert same_bits(state, again)
+
+
+def test_frozen_weights_take_part_and_stay(small: MistralConfig) -> None:
+    """Those that learn get the gradient that they would get if all learned."""
+    weights = fresh(small).weights
+    learning = {name: leaf for name, leaf in weights.items() if "attn.q" in name or "norm" in name}
+    frozen = {name: leaf for name, leaf in weights.items() if name not in learning}
+    part, losses = train_steps(
+        small, OPTIONS, state_of(learning, OPTIONS), frozen, rows_of(), np.int32(1), np.int32(100)
+    )
+    whole, all_losses = train(small, fresh(small), 1)
+    assert losses[0] == all_losses[0]
+    assert part.weights.keys() == learning.keys()
+    for name, leaf in part.weights.items():
+        np.testing.assert_allclose(leaf, whole.weights[name], rtol=0, atol=1e-6)
+    assert same_bits(frozen, {name: first_state(small).weights[name] for name in frozen})
+
+
 def test_a_tiny_text_is_learned_by_heart(small: MistralConfig) -> None:
-    stream = np.tile(np.arange(25, dtype=np.uint16), 8)
+    rows = rows_of(np.tile(np.arange(25, dtype=np.uint16), 8))
     state, first, last = fresh(small), 0.0, 0.0
     for _ in range(10):
-        state, losses = train(small, state, CALLS, stream=stream, total=1000)
+        state, losses = train(small, state, CALLS, rows, total=1000)
         first, last = first or losses[0], losses[-1]
     assert int(state.step) == 40
     assert first > 4
@@ -149,7 +185,7 @@ def test_steps_in_one_call_are_the_steps_of_one_call_each_bit_for_bit(small: Mis
     for row in STARTS:
         starts = np.zeros_like(STARTS)
         starts[0] = row
-        state, loss = train(small, state, 1, starts)
+        state, loss = train(small, state, 1, rows_of(starts=starts))
         one_by_one.append(loss[0])
     assert same_bits(losses, np.array(one_by_one))
     assert same_bits(together, state)
@@ -246,8 +282,8 @@ def test_half_precision_multiplies_in_half_and_keeps_its_state_in_single(
     after, losses = jax.eval_shape(
         functools.partial(train_steps, small, half),
         state,
-        jnp.asarray(STREAM),
-        jnp.asarray(STARTS),
+        {},
+        rows_of(),
         jnp.int32(1),
         jnp.int32(100),
     )
