@@ -7,6 +7,9 @@ a query may see. They differ in what they skip and in which kernel does the work
     banded   XLA, T * 5/4 W scores        any device, any dtype
     cudnn    a kernel for NVIDIA GPUs     bfloat16 and float16
     splash   a kernel for TPUs            bfloat16 and float32
+
+Where a row holds several documents, `documents` numbers the document of each of its
+positions, and no query sees another's keys. cuDNN has no such mask that skips what it hides.
 """
 
 from typing import Literal, get_args
@@ -14,7 +17,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.errors import BadInput
 from lechat_jax.kernels import (
@@ -25,7 +28,7 @@ from lechat_jax.kernels import (
     fused_attention,
     splash_attention,
 )
-from lechat_jax.mask import window_mask
+from lechat_jax.mask import Documents, window_mask
 
 Backend = Literal["dense", "banded", "cudnn", "splash"]
 
@@ -83,13 +86,26 @@ def attend_cached(
     return jnp.swapaxes(mixed.reshape(B, K, T, N // K, H), 1, 2).reshape(B, T, N, H)
 
 
-def dense_attention(q: Queries, k: Keys, v: Keys, window: int | None) -> Queries:
+def dense_attention(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    window: int | None,
+    documents: Int[Array, "B T"] | None = None,
+) -> Queries:
     """Causal window attention over a whole sequence, with all T * T scores in memory."""
     positions = jnp.arange(q.shape[1])[None]
-    return attend(q, k, v, window_mask(positions, positions, window))
+    both = None if documents is None else Documents(documents, documents)
+    return attend(q, k, v, window_mask(positions, positions, window, both))
 
 
-def banded_attention(q: Queries, k: Keys, v: Keys, window: int) -> Queries:
+def banded_attention(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    window: int,
+    documents: Int[Array, "B T"] | None = None,
+) -> Queries:
     """The same as `dense_attention` in T * 5/4 W scores, of which a few are in memory.
 
     The sequence is cut into blocks of W/4, and each attends to its own keys and those of
@@ -107,8 +123,8 @@ def banded_attention(q: Queries, k: Keys, v: Keys, window: int) -> Queries:
     n_back = -(-(window - 1) // size)
 
     def blocks(x: Array, before: int) -> Array:
-        pad = ((0, 0), (before * size, n_blocks * size - T), (0, 0), (0, 0))
-        return jnp.pad(x, pad).reshape(B, before + n_blocks, size, x.shape[2], H)
+        pad = [(0, 0), (before * size, n_blocks * size - T)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, pad).reshape(B, before + n_blocks, size, *x.shape[2:])
 
     def with_previous(x: Array) -> Array:
         x = blocks(x, n_back)
@@ -117,14 +133,21 @@ def banded_attention(q: Queries, k: Keys, v: Keys, window: int) -> Queries:
     def as_batch(x: Array) -> Array:  # one more axis would be slower
         return x.reshape(B * n_blocks, *x.shape[2:])
 
+    def of_every_row(x: Array) -> Array:
+        return as_batch(jnp.broadcast_to(x, (B, *x.shape)))
+
     q_pos = jnp.arange(n_blocks * size).reshape(n_blocks, size)
     k_pos = q_pos[:, :1] + jnp.arange(-n_back * size, size)  # below 0: before the start
-    mask = window_mask(q_pos, k_pos, window)
+    both = None
+    if documents is not None:
+        q_pos, k_pos = of_every_row(q_pos), of_every_row(k_pos)
+        both = Documents(as_batch(blocks(documents, 0)), as_batch(with_previous(documents)))
+    mask = window_mask(q_pos, k_pos, window, both)
     mixed = _attend_in_groups(
         as_batch(blocks(q, 0)),
         as_batch(with_previous(k)),
         as_batch(with_previous(v)),
-        as_batch(jnp.broadcast_to(mask, (B, *mask.shape))),
+        of_every_row(mask) if both is None else mask,
     )
     return mixed.reshape(B, n_blocks * size, N, H)[:, :T]
 
@@ -156,11 +179,13 @@ def _attend_in_groups(
     return mixed.reshape(n_groups * rows, *q.shape[1:])[:B]
 
 
-def unsupported(backend: str, dtype: DTypeLike, window: int | None, head_dim: int) -> str | None:
+def unsupported(
+    backend: str, dtype: DTypeLike, window: int | None, head_dim: int, packed: bool = False
+) -> str | None:
     """Why the kernel cannot compute this, as a sentence, or `None` if it can.
 
     cuDNN's limit on head_dim is 128 before Hopper, and any T will do; splash takes any
-    head_dim and T.
+    head_dim and T. `packed` rows hold several documents.
 
     >>> unsupported("cudnn", "float32", window=64, head_dim=24)
     'cudnn attention computes in bfloat16 or float16, not float32; use dense or banded'
@@ -174,13 +199,20 @@ def unsupported(backend: str, dtype: DTypeLike, window: int | None, head_dim: in
         return f"cudnn attention computes in bfloat16 or float16, not {name}; use dense or banded"
     if backend == "cudnn" and (head_dim % 8 or head_dim > 256):
         return f"cudnn attention needs a head_dim of 8, 16, ... 256, not {head_dim}; use banded"
+    if backend == "cudnn" and packed:
+        return "cudnn attention cannot keep the documents of a row apart; use dense or banded"
     if backend == "splash" and name not in ("bfloat16", "float32"):
         return f"splash attention computes in bfloat16 or float32, not {name}; use dense or banded"
     return None
 
 
 def choose_backend(
-    platform: str, dtype: DTypeLike, T: int, window: int | None, head_dim: int
+    platform: str,
+    dtype: DTypeLike,
+    T: int,
+    window: int | None,
+    head_dim: int,
+    packed: bool = False,
 ) -> Backend:
     """The kernel that should be fastest for these shapes on `jax.default_backend()`.
 
@@ -189,7 +221,7 @@ def choose_backend(
     """
 
     def able(backend: Backend) -> bool:
-        return unsupported(backend, dtype, window, head_dim) is None
+        return unsupported(backend, dtype, window, head_dim, packed) is None
 
     if platform in ("gpu", "cuda") and able("cudnn"):
         return "cudnn"
@@ -201,30 +233,36 @@ def choose_backend(
 
 
 def training_attention(
-    q: Queries, k: Keys, v: Keys, window: int | None, backend: Backend | None = None
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    window: int | None,
+    backend: Backend | None = None,
+    documents: Int[Array, "B T"] | None = None,
 ) -> Queries:
     """Causal window attention over whole sequences, by the kernel that `backend` names.
 
     `None` takes the best for the platform and the shapes. Where cuDNN turns out not to
-    work, XLA does it, and a warning says why.
+    work, XLA does it, and a warning says why. Without `documents` a sequence is one.
 
     Raises:
         BadInput: the named kernel cannot compute these shapes.
     """
     T, H = q.shape[1], q.shape[3]
+    packed = documents is not None
     if backend is None:
-        backend = choose_backend(jax.default_backend(), q.dtype, T, window, H)
+        backend = choose_backend(jax.default_backend(), q.dtype, T, window, H, packed)
         if backend == "cudnn" and not cudnn_works(q.dtype.name, H):
-            backend = choose_backend("cpu", q.dtype, T, window, H)
-    if reason := unsupported(backend, q.dtype, window, H):
+            backend = choose_backend("cpu", q.dtype, T, window, H, packed)
+    if reason := unsupported(backend, q.dtype, window, H, packed):
         raise BadInput(reason)
     if backend == "cudnn":
         return fused_attention(q, k, v, window)
     if backend == "splash":
-        return splash_attention(q, k, v, window)
+        return splash_attention(q, k, v, window, documents)
     if backend == "banded" and window is not None:
-        return banded_attention(q, k, v, window)
-    return dense_attention(q, k, v, window)
+        return banded_attention(q, k, v, window, documents)
+    return dense_attention(q, k, v, window, documents)
 
 
 def _block_size(window: int) -> int:

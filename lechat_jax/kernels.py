@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Queries = Float[Array, "B T N H"]
 Keys = Float[Array, "B T K H"]  # and values
@@ -62,13 +62,22 @@ def cudnn_works(dtype: str, head_dim: int) -> bool:
 
 
 def splash_attention(
-    q: Queries, k: Keys, v: Keys, window: int | None, interpret: bool = False
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    window: int | None,
+    documents: Int[Array, "B T"] | None = None,
+    interpret: bool = False,
 ) -> Queries:
     """Causal window attention over a whole sequence by JAX's own TPU kernel.
 
     T is padded at the end to whole blocks; no query sees what comes after it, so the
-    padding is seen by itself alone. `interpret` runs it, slowly, on any device.
+    padding is seen by itself alone. Documents are told apart within the blocks; blocks
+    of which they hide everything are computed all the same. `interpret` runs it, slowly,
+    on any device.
     """
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
     T, N, H = q.shape[1:]
     length, block = splash_blocks(T, window)
     kernel = _splash_kernel(length, block, N, window, interpret)
@@ -76,7 +85,11 @@ def splash_attention(
     def head_major(x: Array) -> Array:
         return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0))), 1, 2)
 
-    mixed = jax.vmap(kernel)(head_major(q * H**-0.5), head_major(k), head_major(v))
+    ids = None
+    if documents is not None:
+        padded = jnp.pad(documents, ((0, 0), (0, length - T)), constant_values=-1)
+        ids = SegmentIds(padded, padded)
+    mixed = jax.vmap(kernel)(head_major(q * H**-0.5), head_major(k), head_major(v), ids)
     return jnp.swapaxes(mixed, 1, 2)[:, :T]
 
 

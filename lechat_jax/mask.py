@@ -1,23 +1,41 @@
-"""Who sees whom: the only definition of the sliding window."""
+"""Who sees whom: the only definition of the sliding window, and of documents side by side."""
+
+from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Int
 
 
+class Documents(NamedTuple):
+    """Which document each query and each key belongs to, as numbers that need no order."""
+
+    q: Int[Array, "B T"]
+    k: Int[Array, "B S"]
+
+
 def window_mask(
-    q_pos: Int[Array, "B T"], k_pos: Int[Array, "B S"], window: int | None
+    q_pos: Int[Array, "#B T"],
+    k_pos: Int[Array, "#B S"],
+    window: int | None,
+    documents: Documents | None = None,
 ) -> Bool[Array, "B T S"]:
     """True where a query may look: not ahead, not at an empty slot, not past the window.
 
     A function of absolute positions only, so the same lines serve training, chunked
     prefill and a ring whose slots are in no order at all. `window` counts the keys that
     a query sees, itself included; `None` is full causal attention. A negative key
-    position marks an empty slot.
+    position marks an empty slot. Where several documents share a row, no query sees
+    another one's keys.
 
     >>> import jax.numpy as jnp
     >>> row = jnp.arange(4)[None]
     >>> window_mask(row, row, window=2).astype(int)[0].tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    >>> two = jnp.asarray([[0, 0, 1, 1]])
+    >>> window_mask(row, row, window=2, documents=Documents(two, two)).astype(int)[0].tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     """
     distance = q_pos[:, :, None] - k_pos[:, None, :]
     seen = (distance >= 0) & (k_pos >= 0)[:, None, :]
+    if documents is not None:
+        seen &= documents.q[:, :, None] == documents.k[:, None, :]
     return seen if window is None else seen & (distance < window)

@@ -24,6 +24,7 @@ from lechat_jax.mask import window_mask
 from lechat_jax.projection import from_bits, project
 from lechat_jax.quantize import SCALE
 from lechat_jax.rope import Rotation, rotate, rotation
+from lechat_jax.rows import positions_in
 
 # The weights of a model by the name under which every format of lechat stores them.
 Weights = dict[str, Array]
@@ -206,16 +207,20 @@ class Mistral(nnx.Module):
         tokens: Int[Array, "B T"],
         backend: Backend | None = None,
         first_position: int = 0,
+        documents: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """What the head reads at each position of whole sequences.
 
         `backend` names the attention kernel; `None` takes the best for the platform. The
-        sequences start at `first_position`, and nothing before it is seen.
+        sequences start at `first_position`, and nothing before it is seen. With `documents`,
+        a number for each token, a sequence is several documents, none of which sees another:
+        what is read of each is what would be read of it alone.
         """
         x = self.embed.rows(tokens)
-        turn = self._turn(first_position + jnp.arange(tokens.shape[1])[None], x.dtype)
+        place = jnp.arange(tokens.shape[1])[None] if documents is None else positions_in(documents)
+        turn = self._turn(first_position + place, x.dtype)
         for block, window in zip(self.blocks, self.config.windows, strict=True):
-            mix = functools.partial(_mix_whole, window=window, backend=backend)
+            mix = functools.partial(_mix_whole, window=window, backend=backend, documents=documents)
             x, _ = block(x, turn, mix, None)
         return self.norm(x)
 
@@ -250,9 +255,16 @@ class Mistral(nnx.Module):
 
 
 def _mix_whole(
-    q: Array, k: Array, v: Array, memory: None, *, window: int | None, backend: Backend | None
+    q: Array,
+    k: Array,
+    v: Array,
+    memory: None,
+    *,
+    window: int | None,
+    backend: Backend | None,
+    documents: Array | None,
 ) -> tuple[Array, None]:
-    return training_attention(q, k, v, window, backend), memory
+    return training_attention(q, k, v, window, backend, documents), memory
 
 
 def _mix_cached(

@@ -2,7 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from jaxtyping import Bool, Integer
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Integer
 
 
 class Rows(NamedTuple):
@@ -14,8 +16,23 @@ class Rows(NamedTuple):
     Attributes:
         tokens: the ids.
         counted: which of them are learned as targets; by default all. The first of a row is
-            none, whatever is said here.
+            none, nor is the first of a document, whatever is said here.
+        documents: the number of the document that each token is part of; those of a document
+            stand side by side. By default a row is one document.
     """
 
     tokens: Integer[Any, "*calls B row"]
     counted: Bool[Any, "*calls B row"] | None = None
+    documents: Integer[Any, "*calls B row"] | None = None
+
+
+def positions_in(documents: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The position of each token in its own document, which begins at 0.
+
+    >>> positions_in(jnp.asarray([[7, 7, 7, 2, 2, 9]])).tolist()
+    [[0, 1, 2, 0, 1, 0]]
+    """
+    place = jnp.broadcast_to(jnp.arange(documents.shape[1]), documents.shape)
+    begins = documents[:, 1:] != documents[:, :-1]
+    first = jnp.pad(jnp.where(begins, place[:, 1:], 0), ((0, 0), (1, 0)))
+    return place - jax.lax.cummax(first, axis=1)

@@ -64,11 +64,15 @@ def total_nats(
     inputs: Int[Array, "B T"],
     targets: Int[Array, "B T"],
     share: Float[Array, "B T"],
+    documents: Int[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
-    """Sum over all positions of share * -log p(target), computed in `options.dtype`."""
+    """Sum over all positions of share * -log p(target), computed in `options.dtype`.
+
+    `documents` are those of the inputs, where a row holds several.
+    """
     cast = {name: leaf.astype(options.dtype) for name, leaf in weights.items()}
     model = bind(config, cast)
-    hidden = model.hidden(inputs, options.backend).reshape(-1, config.dim)
+    hidden = model.hidden(inputs, options.backend, documents=documents).reshape(-1, config.dim)
     head = model.head.kernel[...]
     chunk = options.chunk or (256 if jax.default_backend() == "cpu" else 8192)
     return cross_entropy(hidden, head, targets.reshape(-1), share.reshape(-1), chunk)
@@ -102,7 +106,10 @@ def train_steps(
 
     def loss_of(weights: Weights, batch: Rows) -> Float[Array, ""]:
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
-        return total_nats(config, options, frozen | weights, inputs, targets, shares(batch))
+        documents = None if batch.documents is None else batch.documents[:, :-1]
+        return total_nats(
+            config, options, frozen | weights, inputs, targets, shares(batch), documents
+        )
 
     def step(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
         state, losses = carry
@@ -121,10 +128,13 @@ def train_steps(
 def shares(batch: Rows) -> Float[Array, "B T"]:
     """The part of each target in the loss: the same for all that count, and one in sum."""
     B, T = batch.tokens.shape[0], batch.tokens.shape[1] - 1
-    if batch.counted is None:
+    if batch.counted is None and batch.documents is None:
         return jnp.full((B, T), 1 / (B * T))
-    counted = batch.counted[:, 1:].astype(jnp.float32)
-    return counted / jnp.maximum(counted.sum(), 1)
+    counted = jnp.ones((B, T), bool) if batch.counted is None else batch.counted[:, 1:]
+    if batch.documents is not None:
+        counted &= batch.documents[:, 1:] == batch.documents[:, :-1]
+    share = counted.astype(jnp.float32)
+    return share / jnp.maximum(share.sum(), 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -135,6 +145,8 @@ def score(
     inputs: Int[Array, "B T"],
     targets: Int[Array, "B T"],
     counted: Bool[Array, "B T"],
+    documents: Int[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
-    """Total nats of the counted targets, each given what precedes it in its row."""
-    return total_nats(config, options, weights, inputs, targets, counted.astype(jnp.float32))
+    """Total nats of the counted targets, each given what precedes it in its document."""
+    share = counted.astype(jnp.float32)
+    return total_nats(config, options, weights, inputs, targets, share, documents)

@@ -144,9 +144,9 @@ def _last_token_dropped(right: Callable) -> Callable:
 
 def _targets_not_shifted(right: Callable) -> Callable:
     def total_nats(
-        config: Any, options: Any, weights: Any, inputs: Any, _: Any, share: Any
+        config: Any, options: Any, weights: Any, inputs: Any, _: Any, *others: Any
     ) -> Array:
-        return right(config, options, weights, inputs, inputs, share)
+        return right(config, options, weights, inputs, inputs, *others)
 
     return total_nats
 

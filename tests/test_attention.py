@@ -140,6 +140,39 @@ def test_half_precision_rounds_but_does_not_lose_the_softmax(form: str) -> None:
     assert_equals_loop(FORMS[form], T=33, N=6, K=2, W=7, H=24, dtype="bfloat16")
 
 
+# Documents of one token, shorter and longer than a window, and a last one that is padding.
+LENGTHS = ((1, 9, 3, 20), (5, 16, 12))
+
+
+@pytest.mark.parametrize(
+    ("form", "W", "dtype"),
+    [
+        *(("dense", W, "float64") for W in (1, 7, None)),
+        *(("banded", W, "float64") for W in (1, 7, 40)),
+        *(("splash", W, "float32") for W in (7, None)),
+    ],
+)
+def test_documents_in_one_row_are_as_if_each_were_alone(form: str, W: Any, dtype: str) -> None:
+    numbers = np.stack([np.repeat(range(len(row)), row) for row in LENGTHS])
+
+    def packed(q: Any, k: Any, v: Any, window: Any) -> jax.Array:
+        return FORMS[form](q, k, v, window, jnp.asarray(numbers, jnp.int32))
+
+    with jax.enable_x64(dtype == "float64"):
+        arrays = draw(33, 6, 2, 8, dtype)
+        got = value_and_gradients(packed, W)(*arrays)
+    for b, lengths in enumerate(LENGTHS):
+        first = 0
+        for length in lengths:
+            alone = (slice(b, b + 1), slice(first, first + length))
+            q, k, v, up = (np.asarray(x)[alone] for x in arrays)
+            expected = loop(q, k, v, up, W)
+            for name, x, y in zip(("value", "dq", "dk", "dv"), got, expected, strict=True):
+                error = np.abs(np.asarray(x, np.float64)[alone] - y).max()
+                assert error <= BUDGET[dtype] * max(1.0, np.abs(y).max()), (name, b, first)
+            first += length
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("T", "W", "H"), [(33, 7, 24), (128, 64, 24), (64, None, 128), (5, 7, 8)])
 def test_cudnn_computes_the_same(T: int, W: int | None, H: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax.mask import window_mask
+from lechat_jax.mask import Documents, window_mask
 
 POSITIONS = st.lists(st.integers(-1, 12), min_size=6, max_size=6)
 
@@ -67,3 +67,16 @@ def test_the_mask_is_what_the_words_say(
             row.append(int(not (empty or ahead or too_old)))
         expected.append(row)
     assert sees(q_pos, k_pos, window) == expected
+
+
+def test_documents_of_a_row_do_not_see_each_other() -> None:
+    row = jnp.arange(5)[None]
+    numbers = jnp.array([[4, 4, 0, 0, 0]])
+    mask = window_mask(row, row, 2, Documents(numbers, numbers))
+    assert mask[0].astype(int).tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 1],
+    ]
