@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.attention import Backend
@@ -16,6 +17,7 @@ from lechat_jax.loss import cross_entropy
 from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.optimizer import Optimizer, warmup_then_cooldown
 from lechat_jax.rows import Rows
+from lechat_jax.sharding import made_sharded, pinned, sum_over_rows
 
 
 class TrainState(NamedTuple):
@@ -37,6 +39,7 @@ class StepOptions:
         chunk: tokens whose logits are in memory at a time; `None` takes 256 on a CPU, whose
             cache holds them, and 8192 elsewhere.
         backend: attention kernel; `None` takes the best for the platform.
+        mesh: of the devices that share the work, see `sharding`; `None` is one device.
     """
 
     block: int
@@ -44,17 +47,26 @@ class StepOptions:
     learning_rate: float = 1.0
     chunk: int | None = None
     backend: Backend | None = None
+    mesh: Mesh | None = None
 
 
 def init_state(config: MistralConfig, options: StepOptions, seed: int) -> TrainState:
     """Weights drawn from `seed`, and an optimiser that has seen nothing."""
-    return state_of(weights_of(Mistral(config, rngs=nnx.Rngs(seed))), options)
+
+    def draw() -> Weights:
+        return weights_of(Mistral(config, rngs=nnx.Rngs(seed)))
+
+    return state_of(made_sharded(options.mesh, draw), options)
 
 
 def state_of(weights: Weights, options: StepOptions) -> TrainState:
     """These weights, and an optimiser that has seen nothing."""
     optimizer = Optimizer(options.learning_rate)
-    return TrainState(weights, optimizer.init(weights), jnp.zeros((), jnp.int32))
+
+    def start(weights: Weights) -> tuple[optax.OptState, Array]:
+        return optimizer.init(weights), jnp.zeros((), jnp.int32)
+
+    return TrainState(weights, *made_sharded(options.mesh, start, weights))
 
 
 def total_nats(
@@ -70,6 +82,23 @@ def total_nats(
 
     `documents` are those of the inputs, where a row holds several.
     """
+    work = functools.partial(_nats, config, options)
+    rows = (inputs, targets, share, documents)
+    if options.mesh is None:
+        return work(weights, *rows)
+    return sum_over_rows(options.mesh, work, options.dtype, weights, *rows)
+
+
+def _nats(
+    config: MistralConfig,
+    options: StepOptions,
+    weights: Weights,
+    inputs: Array,
+    targets: Array,
+    share: Array,
+    documents: Array | None,
+) -> Array:
+    """`total_nats` of the rows that one device has."""
     cast = {name: leaf.astype(options.dtype) for name, leaf in weights.items()}
     model = bind(config, cast)
     hidden = model.hidden(inputs, options.backend, documents=documents).reshape(-1, config.dim)
@@ -118,7 +147,7 @@ def train_steps(
         updates, inner = optimizer.update(grads, state.optimizer, state.weights)
         factor = warmup_then_cooldown(state.step, total_steps)
         weights = jax.tree.map(lambda leaf, update: leaf + factor * update, state.weights, updates)
-        state = TrainState(weights, inner, state.step + 1)
+        state = TrainState(*pinned(options.mesh, (weights, inner)), state.step + 1)
         return state, losses.at[i].set(loss)
 
     losses = jnp.zeros(rows.tokens.shape[0], jnp.promote_types(options.dtype, jnp.float32))

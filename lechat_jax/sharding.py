@@ -1,0 +1,248 @@
+"""One model on many devices: a mesh of two axes, and a rule for each letter.
+
+    fsdp   each device has its own rows of the batch, and a slice of every weight, which is
+           gathered where it is used (ZeRO, arXiv:1910.02054)
+    tp     each device has its own heads, hidden units and words (Megatron, arXiv:1909.08053)
+
+Rows are independent but for the sum of their losses. So a device runs the program of a single
+one on its rows, and says itself what it gathers and adds up; what tp splits, XLA partitions.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
+
+ROWS, HEADS = "fsdp", "tp"
+RULES = {"B": ROWS, "L": ROWS, "D": ROWS, "N": HEADS, "K": HEADS, "F": HEADS, "V": HEADS}
+KERNELS = {"embed": "VD", "head": "VD", "q": "NHD", "k": "KHD", "v": "KHD", "o": "DNH"}
+KERNELS |= {"gate": "FD", "up": "FD", "down": "DF"}
+GATHERED = "gathered"  # the name of whole weights, which a backward pass gathers again
+
+Tree = TypeVar("Tree")
+
+
+def letters(name: str) -> str:
+    """What the axes of a weight are; of the same weight of all blocks in a stack, too.
+
+    What is none of the model's own has no letters, and every device has all of it.
+
+    >>> letters("blocks.0.attn.q.kernel"), letters("blocks.attn.q.kernel"), letters("norm.scale")
+    ('NHD', 'LNHD', 'D')
+    """
+    match = re.fullmatch(r"(blocks\.)?(\d+\.)?(?:attn\.|mlp\.)?(\w+)\.(kernel|scale)", name)
+    if match is None:
+        return ""
+    own = KERNELS.get(match[3], "") if match[4] == "kernel" else "D"
+    return "L" + own if own and match[1] and not match[2] else own
+
+
+def spec(axes: str, shape: tuple[int, ...] = (), mesh: Mesh | None = None) -> P:
+    """The mesh axis of each letter; the first letter that asks for one has it.
+
+    Of a shape on a mesh, an axis is for a letter whose size it divides: a stack of six blocks
+    on four devices is split as its kernels are, since L is not. Written as JAX writes the
+    places of what it returns, without what splits nothing: a function is compiled once for
+    what it is given at first and for what it returned.
+
+    >>> spec("NHD"), spec("BTD"), spec("LFD")
+    (P('tp', None, 'fsdp'), P('fsdp',), P('fsdp', 'tp'))
+    """
+    taken: list[str | None] = []
+    for i, letter in enumerate(axes):
+        axis = RULES.get(letter)
+        size = mesh.shape[axis] if mesh and axis else 0
+        fits = mesh is None or (size > 1 and shape[i] % size == 0)
+        taken.append(axis if fits and axis not in taken else None)
+    while taken and taken[-1] is None:
+        taken.pop()
+    return P(*taken)
+
+
+def make_mesh(asked: str) -> Mesh:
+    """The mesh that `fsdp=4,tp=2` describes; an axis that is left out has one device.
+
+    Raises:
+        BadInput: it describes none, or there are not as many devices.
+    """
+    sizes = {ROWS: 1, HEADS: 1}
+    for part in asked.split(","):
+        name, _, size = part.partition("=")
+        if name not in sizes or not re.fullmatch("[1-9][0-9]*", size):
+            raise BadInput(f"--mesh is, for example, fsdp=4,tp=2, and not {asked!r}")
+        sizes[name] = int(size)
+    n, devices = math.prod(sizes.values()), jax.devices()
+    if n > len(devices) or (n < len(devices) and jax.process_count() > 1):
+        raise BadInput(
+            f"--mesh {asked} has {n} devices and there are {len(devices)}; "
+            "choose sizes whose product is that number"
+        )
+    return mesh_of(sizes[ROWS], sizes[HEADS], devices[:n])
+
+
+def mesh_of(fsdp: int, tp: int, devices: list[Any]) -> Mesh:
+    """The mesh of these devices; those of a process are neighbours."""
+    auto = (AxisType.Auto, AxisType.Auto)
+    return Mesh(np.array(devices).reshape(fsdp, tp), (ROWS, HEADS), axis_types=auto)
+
+
+def usual_mesh() -> Mesh | None:
+    """All devices in `fsdp`, if there are several accelerators or several processes."""
+    devices = jax.devices()
+    if len(devices) == 1 or (jax.default_backend() == "cpu" and jax.process_count() == 1):
+        return None
+    return mesh_of(len(devices), 1, devices)
+
+
+def check_divides(mesh: Mesh, config: MistralConfig, batch: int) -> None:
+    """Nothing, if every device gets as much as any other.
+
+    Raises:
+        BadInput: the mesh does not divide the batch or a dimension of the model.
+    """
+    sizes = {
+        "rows of a batch (B, --batch)": (ROWS, batch),
+        "model width (D)": (ROWS, config.dim),
+        "query heads (N)": (HEADS, config.n_heads),
+        "key-value heads (K)": (HEADS, config.n_kv_heads),
+        "feed-forward width (F)": (HEADS, config.hidden_dim),
+        "token ids (V)": (HEADS, config.vocab_size),
+    }
+    for what, (axis, size) in sizes.items():
+        if size % mesh.shape[axis]:
+            raise BadInput(
+                f"{axis}={mesh.shape[axis]} of the mesh does not divide the {size} {what}; "
+                f"choose --mesh with a divisor of {size} for {axis}"
+            )
+
+
+def shardings(mesh: Mesh, tree: PyTree) -> Any:
+    """Where each leaf belongs: weights by name, and whatever an optimiser keeps of each."""
+
+    def of(path: tuple, leaf: Any) -> NamedSharding:
+        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        axes = letters(names[-1]) if names else ""
+        axes = axes if len(axes) == len(leaf.shape) else ""  # a count of Adam's has no axes
+        return NamedSharding(mesh, spec(axes, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def described(mesh: Mesh | None, tree: Tree) -> Tree:
+    """Descriptions of the leaves, with their place on the mesh if there is one."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        shardings(mesh, tree),
+    )
+
+
+def pinned(mesh: Mesh | None, tree: Tree) -> Tree:
+    """The same leaves in their places, whatever XLA would choose; in a traced function."""
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+
+
+def made_sharded(mesh: Mesh | None, make: Callable[..., Tree], *args: Any) -> Tree:
+    """What `make` returns, of which no device ever holds more than its part."""
+    if mesh is None:
+        return make(*args)
+    places = shardings(mesh, jax.eval_shape(make, *args))
+    return jax.jit(make, out_shardings=places)(*args)
+
+
+def placed(mesh: Mesh | None, axes: str, array: np.ndarray) -> Any:
+    """Rows on their devices; each process gives all rows, and its own are taken of them."""
+    if mesh is None:
+        return array
+    place = NamedSharding(mesh, spec(axes))
+    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+
+def sum_over_rows(
+    mesh: Mesh,
+    work: Callable[..., Array],
+    dtype: DTypeLike,
+    weights: Mapping[str, Array],
+    *rows: Array | None,
+) -> Array:
+    """The sum of `work(weights, *rows)` of all devices along `fsdp`, each with its own rows.
+
+    The weights come to `work` whole along that axis and in `dtype`, so half as much is sent
+    for bfloat16; their gradients are added up in the type of the weights. They are not kept
+    for the backward pass but gathered again.
+    """
+    parts = {name: _manual(spec(letters(name))) for name in weights}
+
+    def on_a_device(weights: Mapping[str, Array], *rows: Array | None) -> Array:
+        whole = {
+            name: _gathered(leaf, tuple(parts[name]).index(ROWS), dtype)
+            if ROWS in parts[name]
+            else leaf
+            for name, leaf in weights.items()
+        }
+        return jax.lax.psum(work(whole, *rows), ROWS)
+
+    again = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    return jax.shard_map(
+        jax.checkpoint(on_a_device, policy=again),
+        mesh=mesh,
+        in_specs=(parts, *(P(ROWS) for _ in rows)),
+        out_specs=P(),
+        axis_names={ROWS},
+        check_vma=False,
+    )(dict(weights), *rows)
+
+
+def _manual(whole: P) -> P:
+    """The part of a spec that says where rows are; what tp splits is XLA's affair."""
+    return P(*(axis if axis == ROWS else None for axis in whole))
+
+
+def _gathered(leaf: Array, axis: int, dtype: DTypeLike) -> Array:
+    """All slices of a weight along `axis`; of a gradient each device gets its slice of the sum."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):  # a frozen int8 kernel, of which there is none
+        return jax.lax.all_gather(leaf, ROWS, axis=axis, tiled=True)
+
+    @jax.custom_vjp
+    def gather(leaf: Array) -> Array:
+        return jax.lax.all_gather(leaf.astype(dtype), ROWS, axis=axis, tiled=True)
+
+    def backward(_: None, gradient: Array) -> tuple[Array]:
+        wide = gradient.astype(leaf.dtype)
+        return (jax.lax.psum_scatter(wide, ROWS, scatter_dimension=axis, tiled=True),)
+
+    gather.defvjp(lambda leaf: (gather(leaf), None), backward)
+    return checkpoint_name(gather(leaf), GATHERED)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _replicated(mesh: Mesh, dtype: DTypeLike, leaf: Array) -> Array:
+    return jax.lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(mesh, P()))
+
+
+def on_one_device(mesh: Mesh, weights: Mapping[str, Array], dtype: DTypeLike) -> dict[str, Array]:
+    """All of the weights on the first device of this process, in `dtype`.
+
+    One weight after the other is for a moment on all devices. Every process has to call it.
+    """
+    return {
+        name: jnp.asarray(_replicated(mesh, jnp.dtype(dtype), leaf).addressable_data(0))
+        for name, leaf in weights.items()
+    }

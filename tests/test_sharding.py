@@ -1,0 +1,144 @@
+"""Training on several devices is training on one: the same losses, from slices of everything."""
+
+import dataclasses
+import logging
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
+from lechat_jax.rows import Rows
+from lechat_jax.sharding import (
+    check_divides,
+    letters,
+    make_mesh,
+    on_one_device,
+    placed,
+    shardings,
+    usual_mesh,
+)
+from lechat_jax.step import StepOptions, TrainState, init_state, score, train_steps
+from lechat_jax.weights import weight_shapes
+
+B, T, CALLS = 8, 12, 4
+TOKENS = np.random.default_rng(0).integers(0, 98, (5, CALLS, B, T + 1)).astype(np.int32)
+DOCUMENTS = (np.arange(T + 1) >= np.arange(B)[:, None]).astype(np.int32) + np.zeros_like(TOKENS)
+COUNTED = np.random.default_rng(1).random(TOKENS.shape) < 0.7
+
+
+@pytest.fixture(scope="module")
+def small(tiny: MistralConfig) -> MistralConfig:
+    """No two dimensions agree; the heads and the words can be halved."""
+    return dataclasses.replace(tiny, n_layers=2, vocab_size=98, sliding_window=5)
+
+
+def curve(config: MistralConfig, options: StepOptions) -> tuple[np.ndarray, TrainState]:
+    """Losses of twenty steps, and the state after them."""
+    state, losses = init_state(config, options, seed=0), []
+    for leaves in zip(TOKENS, COUNTED, DOCUMENTS, strict=True):
+        rows = Rows(*(placed(options.mesh, "-BT", leaf) for leaf in leaves))
+        state, more = train_steps(
+            config, options, state, {}, rows, np.int32(CALLS), np.int32(len(TOKENS) * CALLS)
+        )
+        losses.append(np.asarray(more))
+    return np.concatenate(losses), state
+
+
+@pytest.fixture(scope="module")
+def alone(small: MistralConfig) -> tuple[np.ndarray, TrainState]:
+    return curve(small, StepOptions(block=T))
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "fsdp=4,tp=2",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("fsdp=8", "tp=2", "fsdp=2,tp=2")),
+    ],
+)
+def test_many_devices_take_the_steps_of_one(
+    mesh: str,
+    small: MistralConfig,
+    alone: tuple[np.ndarray, TrainState],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = StepOptions(block=T, mesh=make_mesh(mesh))
+    assert options.mesh
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        losses, state = curve(small, options)
+    compiled = [m for m in caplog.messages if m.startswith("Compiling jit(train_steps)")]
+    assert len(compiled) == 1  # since the state keeps its places from call to call
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+    for leaf, place in zip(
+        jax.tree.leaves(state), jax.tree.leaves(shardings(options.mesh, state)), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    # Every kernel, norm and moment is in as many parts as there are devices, or a part of them.
+    held = sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(state))
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(alone[1]))
+    assert held < 1.05 * whole / options.mesh.size
+    gathered = on_one_device(options.mesh, state.weights, np.float32)
+    for name, leaf in gathered.items():
+        np.testing.assert_allclose(leaf, alone[1].weights[name], rtol=0, atol=2e-5)
+        assert leaf.devices() == {options.mesh.devices.flat[0]}
+    rows = [TOKENS[0, 0, :, :-1], TOKENS[0, 0, :, 1:], COUNTED[0, 0, :, 1:]]
+    nats = score(
+        small, options, state.weights, *(placed(options.mesh, "BT", leaf) for leaf in rows)
+    )
+    expected = score(small, StepOptions(block=T), gathered, *rows)
+    assert float(nats) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_every_weight_has_its_letters(small: MistralConfig) -> None:
+    sizes = {"D": 40, "N": 6, "K": 2, "H": 8, "F": 56, "V": 98}
+    for name, leaf in weight_shapes(small).items():
+        assert tuple(sizes[letter] for letter in letters(name)) == leaf.shape
+    assert letters("blocks.0.attn.q.kernel.scale") == letters("blocks.0.attn.q.lora.a") == ""
+
+
+def test_an_axis_goes_to_who_can_be_divided() -> None:
+    mesh = make_mesh("fsdp=4,tp=2")
+    state = {"blocks.attn.q.kernel": np.zeros((4, 6, 8, 40)), "count": np.zeros(())}
+    assert {k: v.spec for k, v in shardings(mesh, state).items()} == {
+        "blocks.attn.q.kernel": P("fsdp", "tp"),
+        "count": P(),
+    }
+    six = {"blocks.attn.q.kernel": np.zeros((6, 6, 8, 40))}
+    assert shardings(mesh, six)["blocks.attn.q.kernel"].spec == P(None, "tp", None, "fsdp")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("fsdp=16", "has 16 devices and there are 8"),
+        ("dp=2", "fsdp=4,tp=2, and not 'dp=2'"),
+        ("fsdp=0", "not 'fsdp=0'"),
+        ("fsdp", "not 'fsdp'"),
+        ("", "not ''"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(asked: str, words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        make_mesh(asked)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch", "words"),
+    [
+        ("fsdp=4", 6, r"fsdp=4 of the mesh does not divide the 6 rows of a batch \(B, --batch\)"),
+        ("tp=4", 8, r"tp=4 of the mesh does not divide the 6 query heads \(N\); choose --mesh"),
+        ("tp=6", 8, r"tp=6 .* the 2 key-value heads \(K\); choose --mesh with a divisor of 2"),
+    ],
+)
+def test_what_is_not_divided_is_named(
+    mesh: str, batch: int, words: str, small: MistralConfig
+) -> None:
+    with pytest.raises(BadInput, match=words):
+        check_divides(make_mesh(mesh), small, batch)
+
+
+def test_simulated_devices_are_used_only_when_asked_for() -> None:
+    assert usual_mesh() is None
