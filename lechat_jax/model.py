@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from lechat_jax.attention import Backend, attend_cached, training_attention
 from lechat_jax.cache import Cache, Place, distinct_windows, places
 from lechat_jax.config import MistralConfig
+from lechat_jax.lora import Adapter, adapted
 from lechat_jax.mask import window_mask
 from lechat_jax.projection import from_bits, project
 from lechat_jax.quantize import SCALE
@@ -74,13 +75,17 @@ class Linear(nnx.Module):
         self.writes, self.reads = writes, reads
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*writes, *reads)))
         self.kernel_scale: nnx.Param | None = None
+        self.lora: Adapter | None = None
 
     def __call__(self, x: Array) -> Array:
         """`x` [..., *reads] mapped to [..., *writes]."""
         matrix = self.kernel[...].reshape(math.prod(self.writes), math.prod(self.reads))
         scale = None if self.kernel_scale is None else self.kernel_scale[...].reshape(-1)
         positions = x.shape[: x.ndim - len(self.reads)]
-        y = project(x.reshape(-1, matrix.shape[1]), matrix, scale)
+        flat = x.reshape(-1, matrix.shape[1])
+        y = project(flat, matrix, scale)
+        if self.lora is not None:
+            y = y + self.lora(flat)
         return y.reshape(*positions, *self.writes)
 
 
@@ -163,6 +168,12 @@ class Table(nnx.Module):
             scale = self.kernel_scale[...][tokens][..., None]
             return (self.kernel[...][tokens] * scale).astype(self.dtype)
         return from_bits(self.kernel[...][tokens])
+
+    def matrix(self) -> Float[Array, "V D"]:
+        """All vectors; those of an int8 table are made, and are whole in memory."""
+        if self.kernel_scale is None:
+            return self.kernel[...]
+        return (self.kernel[...] * self.kernel_scale[...][:, None]).astype(self.dtype)
 
     def scores(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The product with every vector, at least float32."""
@@ -289,19 +300,20 @@ def bind(config: MistralConfig, weights: Weights) -> Mistral:
 
     The hot functions take the plain dict, since passing a module to a jitted function
     costs milliseconds of Python a call, and bind it inside. A kernel is int8 if its scale
-    is there too, under its name and `SCALE`.
+    is there too, under its name and `SCALE`, and a map has an adapter if that is there.
     """
     quantized = frozenset(
         name.removesuffix(SCALE) for name in weights if name.endswith(f"kernel{SCALE}")
     )
-    graph, names = _skeleton(config, quantized, str(weights["norm.scale"].dtype))
+    dtype = str(weights["norm.scale"].dtype)
+    graph, names = _skeleton(config, quantized, adapted(weights), dtype)
     flat = [(path, nnx.Param(weights[name])) for name, path in names.items()]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 @functools.lru_cache(maxsize=8)
 def _skeleton(
-    config: MistralConfig, quantized: frozenset[str], dtype: str
+    config: MistralConfig, quantized: frozenset[str], with_adapter: frozenset[str], dtype: str
 ) -> tuple[nnx.GraphDef, dict[str, tuple]]:
     def build() -> Mistral:
         model = Mistral(config, rngs=nnx.Rngs(0))
@@ -309,6 +321,8 @@ def _skeleton(
         for path, module in nnx.iter_modules(model):
             if isinstance(module, Linear | Table) and _name((*path, "kernel")) in quantized:
                 module.kernel_scale = nnx.data(nnx.Param(jnp.ones(module.writes)))
+            if isinstance(module, Linear) and _name(path) in with_adapter:
+                module.lora = nnx.data(Adapter(module.writes, module.reads, rank=1))
         return model
 
     graph, state = nnx.split(nnx.eval_shape(build))

@@ -3,10 +3,13 @@
 Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one,
 which gets more out of each of the few hundred steps that five minutes on a small machine
 allow. Embedding, head and norm scales are lookups and gains, not maps, and take Adam.
+
+Muon turns a whole matrix at each step, as random weights need it. Trained ones are only to be
+nudged, and the two thin factors of an adapter are no map by themselves: these take AdamW.
 """
 
 import re
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax.numpy as jnp
 import optax
@@ -26,6 +29,40 @@ class Rates(NamedTuple):
     embed: float = 0.01
     head: float = 0.006
     norm: float = 0.01
+
+
+Kind = Literal["muon", "adamw"]
+Start = Literal["random", "trained", "adapters"]
+
+# AdamW's peak rate, the same for all weights, by what it starts from.
+ADAMW: dict[Start, float] = {"random": 3e-3, "trained": 2e-5, "adapters": 2e-4}
+
+
+class Recipe(NamedTuple):
+    """How matrices are moved, and the peak rates, which `learning_rate` scales.
+
+    Attributes:
+        matrices: Muon, or AdamW as all the rest.
+        rates: of each group of weights.
+        weight_decay: part of a matrix that is taken off in a step, as a multiple of the rate.
+    """
+
+    matrices: Kind = "muon"
+    rates: Rates = Rates()
+    weight_decay: float = 0.0
+
+
+MUON = Recipe()
+
+
+def recipe(kind: Kind, start: Start, weight_decay: float = 0.0) -> Recipe:
+    """The optimiser of that kind, with its usual rates for weights that are so far.
+
+    >>> recipe("adamw", "adapters").rates.matrix
+    0.0002
+    """
+    rates = Rates() if kind == "muon" else Rates(*[ADAMW[start]] * len(Rates()))
+    return Recipe(kind, rates, weight_decay)
 
 
 # Which axes of a stacked kernel [L, ...] a map reads, and which it writes.
@@ -63,14 +100,15 @@ def warmup_then_cooldown(step: Int[Array, ""], total: Int[Array, ""]) -> Float[A
 
 
 class Optimizer:
-    """Muon and Adam over the weights by name, at `learning_rate` times the peak `Rates`.
+    """Moves weights by name as a recipe says, at `learning_rate` times its peak rates.
 
-    The same kernel of all blocks is one stack [L, ...], so that a step orthogonalises 7
-    stacks and not 7 L little matrices.
+    For Muon the same kernel of all blocks is one stack [L, ...], so that a step orthogonalises
+    7 stacks and not 7 L little matrices.
     """
 
-    def __init__(self, learning_rate: float = 1.0) -> None:
-        rates = Rates(*(learning_rate * rate for rate in Rates()))
+    def __init__(self, learning_rate: float = 1.0, recipe: Recipe = MUON) -> None:
+        rates = Rates(*(learning_rate * rate for rate in recipe.rates))
+        decay = recipe.weight_decay
 
         def axes(params: Any) -> Any:
             return {
@@ -78,13 +116,22 @@ class Optimizer:
                 for name, leaf in params.items()
             }
 
-        def adam(rate: float) -> optax.GradientTransformation:
+        def adam(rate: float, decay: float = 0.0) -> optax.GradientTransformation:
             # The small epsilon matters: most rows of the tables have no gradient in most steps.
-            return optax.adam(rate, b1=0.9, b2=0.95, eps=1e-10)
+            if not decay:
+                return optax.adam(rate, b1=0.9, b2=0.95, eps=1e-10)
+            return optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=decay)
 
+        matrices = {
+            "muon": muon(rates.matrix, weight_decay=decay, muon_weight_dimension_numbers=axes),
+            "adamw": adam(rates.matrix, decay),
+        }
+        self._stack, self._unstack = (
+            (stack_blocks, unstack_blocks) if recipe.matrices == "muon" else (dict, dict)
+        )
         self._inner = optax.partition(
             {
-                "matrix": muon(rates.matrix, muon_weight_dimension_numbers=axes),
+                "matrix": matrices[recipe.matrices],
                 "embed": adam(rates.embed),
                 "head": adam(rates.head),
                 "norm": adam(rates.norm),
@@ -94,14 +141,14 @@ class Optimizer:
 
     def init(self, weights: Weights) -> optax.OptState:
         """The state before the first step."""
-        return self._inner.init(stack_blocks(weights))
+        return self._inner.init(self._stack(weights))
 
     def update(
         self, grads: Weights, state: optax.OptState, weights: Weights
     ) -> tuple[Weights, optax.OptState]:
         """What to add to each weight at the full rate, and the state after it."""
-        updates, state = self._inner.update(stack_blocks(grads), state, stack_blocks(weights))
-        return unstack_blocks(cast(Weights, updates)), state
+        updates, state = self._inner.update(self._stack(grads), state, self._stack(weights))
+        return self._unstack(cast(Weights, updates)), state
 
 
 def stack_blocks(weights: Weights) -> Weights:

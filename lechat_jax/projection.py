@@ -45,7 +45,8 @@ def project(
 ) -> Float[Array, "T F"]:
     """`x` times the transposed kernel; D and F stand for whatever it reads and writes.
 
-    Products are added up in at least float32 and rounded once.
+    Products are added up in at least float32 and rounded once. An int8 kernel and its scale
+    are constants to a gradient, which goes to `x` alone.
 
     Args:
         x: positions, in the type that is computed in.
@@ -54,6 +55,17 @@ def project(
         dtype: of the result; by default that of `x`.
     """
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    if scale is None:
+        return _project(x, kernel, None, dtype)
+    return _project_int8(x, kernel, scale, dtype, x.dtype)
+
+
+def _project(
+    x: Float[Array, "T D"],
+    kernel: Shaped[Array, "F D"],
+    scale: Float[Array, "F"] | None,
+    dtype: np.dtype,
+) -> Float[Array, "T F"]:
     if form := _cpu_form(x.shape[0], kernel) if _on_cpu() else None:
         y = form(x, kernel)
     elif scale is None and dtype == x.dtype:
@@ -63,6 +75,35 @@ def project(
         wide = jnp.promote_types(x.dtype, jnp.float32)
         y = jnp.einsum("TD,FD->TF", x, kernel, preferred_element_type=wide)
     return (y if scale is None else y * scale).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _project_int8(
+    x: Array, kernel: Array, scale: Array, dtype: np.dtype, x_dtype: np.dtype
+) -> Array:
+    """See `project`. Differentiated as it stands, a kernel would be kept as float32."""
+    return _project(x, kernel, scale, dtype)
+
+
+def _forward(
+    x: Array, kernel: Array, scale: Array, dtype: np.dtype, x_dtype: np.dtype
+) -> tuple[Array, tuple[Array, Array]]:
+    return _project(x, kernel, scale, dtype), (kernel, scale)
+
+
+def _backward(
+    dtype: np.dtype, x_dtype: np.dtype, kept: tuple[Array, Array], dy: Float[Array, "T F"]
+) -> tuple[Array, None, None]:
+    """One kernel at a time is converted, when its turn comes."""
+    kernel, scale = kept
+    dy = (dy * scale).astype(x_dtype)
+    kernel = _here(kernel, dy)[0].astype(x_dtype)
+    wide = jnp.promote_types(x_dtype, jnp.float32)
+    dx = jnp.einsum("TF,FD->TD", dy, kernel, preferred_element_type=wide)
+    return dx.astype(x_dtype), None, None
+
+
+_project_int8.defvjp(_forward, _backward)
 
 
 def as_bits(weights: Mapping[str, Array] | Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
@@ -146,7 +187,7 @@ _blocks_of_product = functools.partial(_in_blocks, product=_product)
 _blocks_of_sum = functools.partial(_in_blocks, product=_sum)
 
 
-def _here(kernel: Shaped[Array, "F D"], x: Float[Array, "T D"]) -> tuple[Array, Array]:
+def _here(kernel: Shaped[Array, "F D"], x: Array) -> tuple[Array, Array]:
     """The same arrays, and XLA does not move the conversion of the kernel from where it is.
 
     It would convert all kernels before a loop that only reads them: a float32 copy of the

@@ -15,7 +15,8 @@ from lechat_jax.attention import Backend
 from lechat_jax.config import MistralConfig
 from lechat_jax.loss import cross_entropy
 from lechat_jax.model import Mistral, Weights, bind, weights_of
-from lechat_jax.optimizer import Optimizer, warmup_then_cooldown
+from lechat_jax.optimizer import MUON, Optimizer, Recipe, warmup_then_cooldown
+from lechat_jax.quantize import is_scale
 from lechat_jax.rows import Rows
 from lechat_jax.sharding import made_sharded, pinned, sum_over_rows
 
@@ -35,7 +36,8 @@ class StepOptions:
     Attributes:
         block: tokens T in a training row.
         dtype: of activations and matrix products; weights and optimiser stay float32.
-        learning_rate: multiple of the measured peak rates.
+        learning_rate: multiple of the peak rates of the recipe.
+        recipe: the optimiser.
         chunk: tokens whose logits are in memory at a time; `None` takes 256 on a CPU, whose
             cache holds them, and 8192 elsewhere.
         backend: attention kernel; `None` takes the best for the platform.
@@ -45,6 +47,7 @@ class StepOptions:
     block: int
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     learning_rate: float = 1.0
+    recipe: Recipe = MUON
     chunk: int | None = None
     backend: Backend | None = None
     mesh: Mesh | None = None
@@ -61,7 +64,7 @@ def init_state(config: MistralConfig, options: StepOptions, seed: int) -> TrainS
 
 def state_of(weights: Weights, options: StepOptions) -> TrainState:
     """These weights, and an optimiser that has seen nothing."""
-    optimizer = Optimizer(options.learning_rate)
+    optimizer = Optimizer(options.learning_rate, options.recipe)
 
     def start(weights: Weights) -> tuple[optax.OptState, Array]:
         return optimizer.init(weights), jnp.zeros((), jnp.int32)
@@ -80,7 +83,8 @@ def total_nats(
 ) -> Float[Array, ""]:
     """Sum over all positions of share * -log p(target), computed in `options.dtype`.
 
-    `documents` are those of the inputs, where a row holds several.
+    `documents` are those of the inputs, where a row holds several. Kernels that are int8
+    stay so.
     """
     work = functools.partial(_nats, config, options)
     rows = (inputs, targets, share, documents)
@@ -99,12 +103,15 @@ def _nats(
     documents: Array | None,
 ) -> Array:
     """`total_nats` of the rows that one device has."""
-    cast = {name: leaf.astype(options.dtype) for name, leaf in weights.items()}
-    model = bind(config, cast)
+    model = bind(config, {name: _cast(name, leaf, options) for name, leaf in weights.items()})
     hidden = model.hidden(inputs, options.backend, documents=documents).reshape(-1, config.dim)
-    head = model.head.kernel[...]
+    head = model.head.matrix()
     chunk = options.chunk or (256 if jax.default_backend() == "cpu" else 8192)
     return cross_entropy(hidden, head, targets.reshape(-1), share.reshape(-1), chunk)
+
+
+def _cast(name: str, leaf: Array, options: StepOptions) -> Array:
+    return leaf if leaf.dtype == jnp.int8 or is_scale(name) else leaf.astype(options.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))
@@ -131,7 +138,7 @@ def train_steps(
         n_steps: steps to take.
         total_steps: length of the run, on which the learning rate depends.
     """
-    optimizer = Optimizer(options.learning_rate)
+    optimizer = Optimizer(options.learning_rate, options.recipe)
 
     def loss_of(weights: Weights, batch: Rows) -> Float[Array, ""]:
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]

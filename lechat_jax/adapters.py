@@ -1,0 +1,149 @@
+"""Which maps of a model have an adapter, of what rank and how strong."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
+from lechat_jax.lora import SCALE, A, B
+from lechat_jax.model import Weights
+from lechat_jax.quantize import scale_shape
+from lechat_jax.weights import weight_shapes
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class Part(NamedTuple):
+    """The adapter of one map.
+
+    Attributes:
+        rank: of its product.
+        scale: what the product is multiplied by.
+        writes: axes of the map's output.
+        reads: axes of its input.
+    """
+
+    rank: int
+    scale: float
+    writes: tuple[int, ...]
+    reads: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """The adapters of a model, in few words where they are all alike.
+
+    Attributes:
+        rank: of each, unless `ranks` says otherwise.
+        alpha: the product is multiplied by alpha / rank, unless `alphas` says otherwise.
+        targets: maps by their last word, such as "q", in every layer; or one by its name, such as
+            "blocks.0.attn.q".
+        ranks: by the map's name.
+        alphas: by the map's name.
+        rslora: whether it is alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = TARGETS
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *self.ranks.values()):
+            if rank < 1:
+                raise BadInput(f"the rank of an adapter must be at least 1, not {rank}")
+        for alpha in (self.alpha, *self.alphas.values()):
+            if not 0 < alpha < math.inf:
+                raise BadInput(f"the alpha of an adapter must be a number above 0, not {alpha}")
+
+    def parts(self, config: MistralConfig) -> dict[str, Part]:
+        """The adapter of each map that has one, by the map's name, in the order of the layers.
+
+        Raises:
+            BadInput: a target is no map of such a model.
+        """
+        shapes = {
+            name.removesuffix(".kernel"): leaf.shape
+            for name, leaf in weight_shapes(config).items()
+            if name.startswith("blocks.") and name.endswith(".kernel")
+        }
+        names = sorted(shapes, key=_layer_first)
+        if strangers := set(self.targets).difference(names, TARGETS):
+            raise BadInput(
+                f"{', '.join(sorted(strangers))} cannot have an adapter; the maps that can are "
+                f"{', '.join(TARGETS)}"
+            )
+        parts = {}
+        for name in names:
+            if name in self.targets or name.split(".")[-1] in self.targets:
+                shape, rank = shapes[name], self.ranks.get(name, self.rank)
+                alpha = self.alphas.get(name, self.alpha)
+                writes = scale_shape(f"{name}.kernel", shape)
+                scale = alpha / (math.sqrt(rank) if self.rslora else rank)
+                parts[name] = Part(rank, scale, writes, shape[len(writes) :])
+        return parts
+
+    def shapes(self, config: MistralConfig) -> dict[str, tuple[int, ...]]:
+        """The shape of each weight that learns, by name."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, part in self.parts(config).items():
+            shapes[name + A] = (part.rank, *part.reads)
+            shapes[name + B] = (*part.writes, part.rank)
+        return shapes
+
+    def draw(self, config: MistralConfig, seed: int) -> Weights:
+        """Adapters that do nothing yet: B zero, A uniform in 1 / sqrt(its inputs).
+
+        That is how PEFT begins.
+        """
+        weights: Weights = {}
+        key = jax.random.key(seed)
+        for i, (name, shape) in enumerate(self.shapes(config).items()):
+            if name.endswith(A):
+                bound = math.prod(shape[1:]) ** -0.5
+                drawn = jax.random.fold_in(key, i)
+                weights[name] = jax.random.uniform(drawn, shape, minval=-bound, maxval=bound)
+            else:
+                weights[name] = jnp.zeros(shape)
+        return weights
+
+    def scales(self, config: MistralConfig) -> Weights:
+        """The weights of the adapters that do not learn."""
+        parts = self.parts(config)
+        return {name + SCALE: jnp.float32(part.scale) for name, part in parts.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types; `from_dict` gives the same adapters back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Adapters":
+        """The adapters that `to_dict` described."""
+        return cls(**{**fields, "targets": tuple(fields["targets"])})
+
+
+def in_short(names: Iterable[str], config: MistralConfig) -> tuple[str, ...]:
+    """The maps as targets: by the last word those that are there in every layer.
+
+    >>> from lechat_jax.config import preset
+    >>> names = [f"blocks.{i}.attn.v" for i in range(6)]
+    >>> in_short([*names, "blocks.1.mlp.up"], preset("lechat-15m"))
+    ('v', 'blocks.1.mlp.up')
+    """
+    names = set(names)
+    by_word = {word: {n for n in names if n.split(".")[-1] == word} for word in TARGETS}
+    everywhere = [word for word in TARGETS if len(by_word[word]) == config.n_layers]
+    rest = names.difference(*(by_word[word] for word in everywhere))
+    return (*everywhere, *sorted(rest, key=_layer_first))
+
+
+def _layer_first(name: str) -> tuple[int, int]:
+    _, layer, _, word = name.split(".")
+    return int(layer), TARGETS.index(word)

@@ -1,0 +1,72 @@
+"""Low-rank adapters: what is learned beside a kernel that stays as it is.
+
+A map x -> W x becomes x -> W x + scale * B A x, with A [r, *reads], B [*writes, r] and a rank r
+far below both widths (Hu et al. 2021, arXiv:2106.09685). B begins at zero, and with it the
+adapter. The weights of a model with adapters have, for each map `<map>.kernel` that has one,
+`<map>.lora.a`, `<map>.lora.b` and the number `<map>.lora.scale`, which is alpha / r.
+"""
+
+import math
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Shaped
+
+from lechat_jax.projection import project
+
+A, B, SCALE = ".lora.a", ".lora.b", ".lora.scale"  # behind the name of a map
+
+
+class Adapter(nnx.Module):
+    """The product with a matrix of low rank, in two steps."""
+
+    def __init__(self, writes: tuple[int, ...], reads: tuple[int, ...], rank: int) -> None:
+        self.a = nnx.Param(jnp.zeros((rank, *reads)))
+        self.b = nnx.Param(jnp.zeros((*writes, rank)))
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
+        """What is to be added to the kernel's product with `x`, in the type of `x`."""
+        a, b = self.a[...], self.b[...]
+        low = project(x, a.reshape(a.shape[0], -1)) * self.scale[...]
+        return project(low.astype(x.dtype), b.reshape(-1, b.shape[-1]))
+
+
+def adapted(names: Iterable[str]) -> frozenset[str]:
+    """The maps that have an adapter among weights of these names.
+
+    >>> adapted(["norm.scale", "blocks.0.attn.q.kernel", "blocks.0.attn.q.lora.a"])
+    frozenset({'blocks.0.attn.q'})
+    """
+    return frozenset(name.removesuffix(A) for name in names if name.endswith(A))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether this is the name of a part of an adapter.
+
+    >>> is_adapter("blocks.0.attn.q.lora.scale"), is_adapter("norm.scale")
+    (True, False)
+    """
+    return name.endswith((A, B, SCALE))
+
+
+def merged(
+    kernel: Shaped[np.ndarray, "..."],
+    a: Float[np.ndarray, "..."],
+    b: Float[np.ndarray, "..."],
+    scale: float,
+) -> Float[np.ndarray, "..."]:
+    """The kernel that does alone what it did with its adapter, in at least float32.
+
+    >>> kernel, a, b = np.zeros((2, 2)), np.array([[1.0, 0.0]]), np.array([[1.0], [3.0]])
+    >>> merged(kernel, a, b, scale=2.0).tolist()
+    [[2.0, 0.0], [6.0, 0.0]]
+    """
+    wide = np.promote_types(np.float32, a.dtype)
+    rank = a.shape[0]
+    flat_a, flat_b = a.reshape(rank, -1).astype(wide), b.reshape(-1, rank).astype(wide)
+    whole = flat_b @ (np.asarray(scale, wide) * flat_a)
+    whole += kernel.reshape(math.prod(b.shape[:-1]), -1)
+    return whole.reshape(kernel.shape)
