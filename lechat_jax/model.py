@@ -24,6 +24,7 @@ from lechat_jax.lora import Adapter, adapted
 from lechat_jax.mask import window_mask
 from lechat_jax.projection import from_bits, project
 from lechat_jax.quantize import SCALE
+from lechat_jax.remat import Remat, recomputing
 from lechat_jax.rope import Rotation, rotate, rotation
 from lechat_jax.rows import positions_in
 
@@ -219,20 +220,23 @@ class Mistral(nnx.Module):
         backend: Backend | None = None,
         first_position: int = 0,
         documents: Int[Array, "B T"] | None = None,
+        remat: Remat = "none",
     ) -> Float[Array, "B T D"]:
         """What the head reads at each position of whole sequences.
 
         `backend` names the attention kernel; `None` takes the best for the platform. The
         sequences start at `first_position`, and nothing before it is seen. With `documents`,
         a number for each token, a sequence is several documents, none of which sees another:
-        what is read of each is what would be read of it alone.
+        what is read of each is what would be read of it alone. `remat` says what of a layer
+        a backward pass finds, and what it makes again.
         """
         x = self.embed.rows(tokens)
         place = jnp.arange(tokens.shape[1])[None] if documents is None else positions_in(documents)
         turn = self._turn(first_position + place, x.dtype)
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             mix = functools.partial(_mix_whole, window=window, backend=backend, documents=documents)
-            x, _ = block(x, turn, mix, None)
+            layer = functools.partial(block, turn=turn, mix=mix, memory=None)
+            x, _ = recomputing(layer, remat)(x)
         return self.norm(x)
 
     def extend(

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
+from lechat_jax.remat import Remat
 
 DEFAULT_PRESET = "lechat-15m"
 MODEL = "dim n_layers n_heads n_kv_heads head_dim hidden_dim sliding_window".split()
@@ -50,11 +51,15 @@ class TrainConfig:
         max_epochs: Most passes over the training text. More would learn it by heart, so a fast
             machine stops before its minutes are over.
         batch: Rows in a batch. By default 8 on a CPU and 256 on a GPU or TPU.
+        accumulate: Parts that a batch is worked through in, one after the other: the same step,
+            with the activations of one part in memory. Divides --batch.
         block: Tokens in a row. By default 128 on a CPU and 256 on a GPU or TPU.
         learning_rate: Learning rate, as a multiple of the peak rates that were measured for the
             default.
         dtype: Type of activations and matrix products; weights and optimiser stay float32. By
             default bfloat16 on a GPU or TPU and float32 on a CPU.
+        remat: What a layer keeps for its backward pass: all (none), the products with its weights
+            (dots), or nothing but its input (full). The less, the more is computed twice.
         seed: Seed of the initial weights and of the order of the text.
         name: Name of the run, whose folder is runs/NAME. By default the preset, date and time.
         out: Folder of the run, instead of runs/NAME.
@@ -85,9 +90,11 @@ class TrainConfig:
     steps: int | None = None
     max_epochs: float = 16.0
     batch: int | None = None
+    accumulate: int = 1
     block: int | None = None
     learning_rate: float = 1.0
     dtype: Dtype | None = None
+    remat: Remat = "none"
     seed: int = 0
     name: str | None = None
     out: Path | None = None
@@ -102,7 +109,7 @@ class TrainConfig:
     top_p: float = 0.95
 
     def __post_init__(self) -> None:
-        at_least = {"steps": 1, "batch": 1, "block": 2, "seed": 0, "max_tokens": 1}
+        at_least = {"steps": 1, "batch": 1, "accumulate": 1, "block": 2, "seed": 0, "max_tokens": 1}
         at_least |= {"eval_every": 1, "sample_every": 1, "checkpoint_every": 1}
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -137,11 +144,19 @@ class TrainConfig:
         return self.preset or DEFAULT_PRESET
 
     def shape(self, platform: str) -> "Shape":
-        """The batch, with what the flags leave open decided for `cpu`, `gpu` or `tpu`."""
+        """The batch, with what the flags leave open decided for `cpu`, `gpu` or `tpu`.
+
+        Raises:
+            BadInput: --accumulate does not divide the rows.
+        """
         usual = Shape(8, 128, "float32") if platform == "cpu" else Shape(256, 256, "bfloat16")
-        return Shape(
-            self.batch or usual.batch, self.block or usual.block, self.dtype or usual.dtype
-        )
+        batch = self.batch or usual.batch
+        if batch % self.accumulate:
+            raise BadInput(
+                f"--accumulate must divide the {batch} rows of a batch into equal parts, and "
+                f"{self.accumulate} does not; choose another one, or another --batch"
+            )
+        return Shape(batch, self.block or usual.block, self.dtype or usual.dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; `from_dict` gives the same options back."""

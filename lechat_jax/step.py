@@ -17,6 +17,7 @@ from lechat_jax.loss import cross_entropy
 from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.optimizer import MUON, Optimizer, Recipe, warmup_then_cooldown
 from lechat_jax.quantize import is_scale
+from lechat_jax.remat import Remat
 from lechat_jax.rows import Rows
 from lechat_jax.sharding import made_sharded, pinned, sum_over_rows
 
@@ -42,6 +43,8 @@ class StepOptions:
             cache holds them, and 8192 elsewhere.
         backend: attention kernel; `None` takes the best for the platform.
         mesh: of the devices that share the work, see `sharding`; `None` is one device.
+        remat: what a layer keeps for its backward pass.
+        accumulate: parts that a batch is worked through in, one after the other.
     """
 
     block: int
@@ -51,6 +54,8 @@ class StepOptions:
     chunk: int | None = None
     backend: Backend | None = None
     mesh: Mesh | None = None
+    remat: Remat = "none"
+    accumulate: int = 1
 
 
 def init_state(config: MistralConfig, options: StepOptions, seed: int) -> TrainState:
@@ -104,9 +109,10 @@ def _nats(
 ) -> Array:
     """`total_nats` of the rows that one device has."""
     model = bind(config, {name: _cast(name, leaf, options) for name, leaf in weights.items()})
-    hidden = model.hidden(inputs, options.backend, documents=documents).reshape(-1, config.dim)
+    hidden = model.hidden(inputs, options.backend, documents=documents, remat=options.remat)
     head = model.head.matrix()
     chunk = options.chunk or (256 if jax.default_backend() == "cpu" else 8192)
+    hidden = hidden.reshape(-1, config.dim)
     return cross_entropy(hidden, head, targets.reshape(-1), share.reshape(-1), chunk)
 
 
@@ -140,17 +146,10 @@ def train_steps(
     """
     optimizer = Optimizer(options.learning_rate, options.recipe)
 
-    def loss_of(weights: Weights, batch: Rows) -> Float[Array, ""]:
-        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
-        documents = None if batch.documents is None else batch.documents[:, :-1]
-        return total_nats(
-            config, options, frozen | weights, inputs, targets, shares(batch), documents
-        )
-
     def step(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
         state, losses = carry
         batch = jax.tree.map(lambda leaf: leaf[i], rows)
-        loss, grads = jax.value_and_grad(loss_of)(state.weights, batch)
+        loss, grads = gradient(config, options, state.weights, frozen, batch)
         updates, inner = optimizer.update(grads, state.optimizer, state.weights)
         factor = warmup_then_cooldown(state.step, total_steps)
         weights = jax.tree.map(lambda leaf, update: leaf + factor * update, state.weights, updates)
@@ -159,6 +158,37 @@ def train_steps(
 
     losses = jnp.zeros(rows.tokens.shape[0], jnp.promote_types(options.dtype, jnp.float32))
     return jax.lax.fori_loop(0, n_steps, step, (state, losses))
+
+
+def gradient(
+    config: MistralConfig, options: StepOptions, weights: Weights, frozen: Weights, batch: Rows
+) -> tuple[Float[Array, ""], Weights]:
+    """The loss of a batch, and its slope in the weights that learn.
+
+    In several parts if `options.accumulate` says so, of which only one has its activations in
+    memory. Each target has its share of the whole batch, so that the parts' losses and
+    gradients need only be added: a part in which less is counted weighs less.
+    """
+
+    def loss_of(weights: Weights, part: Rows, share: Array) -> Float[Array, ""]:
+        inputs, targets = part.tokens[:, :-1], part.tokens[:, 1:]
+        documents = None if part.documents is None else part.documents[:, :-1]
+        return total_nats(config, options, frozen | weights, inputs, targets, share, documents)
+
+    slope = jax.value_and_grad(loss_of)
+    n, share = options.accumulate, shares(batch)
+    if n == 1:
+        return slope(weights, batch, share)
+
+    def add(i: Array, total: tuple[Array, Weights]) -> tuple[Array, Weights]:
+        # Every n-th row, so that of rows that lie on several devices each has some.
+        part, part_share = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, n, *leaf.shape[1:])[:, i], (batch, share)
+        )
+        return jax.tree.map(jnp.add, total, slope(weights, part, part_share))
+
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(slope, weights, batch, share))
+    return jax.lax.fori_loop(0, n, add, pinned(options.mesh, nothing))
 
 
 def shares(batch: Rows) -> Float[Array, "B T"]:

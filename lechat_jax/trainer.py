@@ -75,6 +75,8 @@ class Trainer:
             block=batches.block,
             dtype=options.shape(jax.default_backend()).dtype,
             learning_rate=options.learning_rate,
+            remat=options.remat,
+            accumulate=options.accumulate,
         )
         self.calls = 4 if on_cpu else 32  # steps in one call of the device
         self.validator = Validator(config, self.step_options, tokens, tokenizer)

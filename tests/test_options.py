@@ -117,6 +117,7 @@ def test_flags_become_fields() -> None:
         ("batch", 0),
         ("batch", -8),
         ("block", 1),
+        ("accumulate", 0),
         ("seed", -1),
         ("seed", 2**32),
         ("max_tokens", 0),
@@ -203,8 +204,14 @@ def test_a_model_that_cannot_be_is_refused(asked: TrainConfig, sentence: str) ->
 def test_the_batch_suits_the_platform(platform: str, shape: tuple) -> None:
     assert TrainConfig().shape(platform) == shape
     assert TrainConfig(batch=2).shape(platform) == (2, *shape[1:])
+    assert TrainConfig(batch=6, accumulate=3).shape(platform) == (6, *shape[1:])
     assert TrainConfig(block=16).shape(platform) == (shape[0], 16, shape[2])
     assert TrainConfig(dtype="bfloat16").shape(platform) == (*shape[:2], "bfloat16")
+
+
+def test_a_batch_is_cut_into_equal_parts() -> None:
+    with pytest.raises(BadInput, match="--accumulate must divide the 8 rows of a batch"):
+        TrainConfig(accumulate=3).shape("cpu")
 
 
 # --- weights to start from ---

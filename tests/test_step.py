@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
 from lechat_jax.model import Weights, bind
+from lechat_jax.remat import Remat, recomputing
 from lechat_jax.rows import Rows
 from lechat_jax.step import (
     StepOptions,
     TrainState,
+    gradient,
     init_state,
     score,
     state_of,
@@ -303,3 +306,79 @@ def test_only_what_is_counted_is_scored(small: MistralConfig) -> None:
     got = score(small, OPTIONS, weights, inputs, targets, jnp.asarray(counted))
     assert float(got) == pytest.approx(first_batch_nats(small)[counted].sum(), rel=1e-6)
     assert float(score(small, OPTIONS, weights, inputs, targets, jnp.zeros((B, 16), bool))) == 0
+
+
+# --- less memory ---
+
+
+def slope(config: MistralConfig, options: StepOptions, batch: Rows) -> tuple[Any, int]:
+    """The loss and the gradient of a batch in float64, and the bytes they take beside."""
+    weights = {k: jnp.asarray(v, jnp.float64) for k, v in first_state(config).weights.items()}
+    options = dataclasses.replace(options, dtype="float64")
+    work = jax.jit(functools.partial(gradient, config, options)).lower(weights, {}, batch).compile()
+    memory = work.memory_analysis()
+    assert memory is not None
+    return work(weights, {}, batch), memory.temp_size_in_bytes
+
+
+def assert_same_slope(a: Any, b: Any) -> None:
+    (loss, grads), (other_loss, other_grads) = a, b
+    assert float(loss) == pytest.approx(float(other_loss), rel=1e-14)
+    for name, leaf in grads.items():
+        np.testing.assert_allclose(other_grads[name], leaf, rtol=1e-11, atol=1e-15)
+
+
+MANY = rows_of(starts=np.arange(60, dtype=np.int32).reshape(1, 60)).tokens[0]
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_batch_in_parts_gives_the_loss_and_the_gradient_of_the_whole(
+    small: MistralConfig,
+) -> None:
+    """Where the parts have not the same number of targets to learn, and with less memory."""
+    counted = np.random.default_rng(0).random(MANY.shape) < np.linspace(0, 1, 60)[:, None]
+    whole, most = slope(small, OPTIONS, Rows(MANY, counted))
+    parts, less = slope(small, dataclasses.replace(OPTIONS, accumulate=6), Rows(MANY, counted))
+    assert_same_slope(whole, parts)
+    assert less < most / 2
+
+
+def kept_bytes(config: MistralConfig, options: StepOptions, rows: np.ndarray) -> int:
+    """What stays from the forward pass for the backward pass, the weights included."""
+
+    def backward(weights: Weights) -> Any:
+        share = jnp.ones((len(rows), 16))
+        inputs, targets = jnp.asarray(rows[:, :-1]), jnp.asarray(rows[:, 1:])
+        return jax.vjp(
+            lambda weights: total_nats(config, options, weights, inputs, targets, share), weights
+        )[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(backward, first_state(config).weights))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+
+
+@pytest.mark.usefixtures("x64")
+def test_what_is_made_again_is_the_same(small: MistralConfig) -> None:
+    kinds = {kind: dataclasses.replace(OPTIONS, remat=kind) for kind in get_args(Remat)}
+    expected, _ = slope(small, kinds["none"], Rows(MANY[:8]))
+    for kind in ("dots", "full"):
+        assert_same_slope(expected, slope(small, kinds[kind], Rows(MANY[:8]))[0])
+
+
+def test_what_is_made_again_is_not_kept(small: MistralConfig) -> None:
+    more = dataclasses.replace(small, n_layers=3)
+    per_token = {}  # of one layer
+    for kind in get_args(Remat):
+        options = dataclasses.replace(OPTIONS, remat=kind)
+        one, two, deep_one, deep_two = (
+            kept_bytes(config, options, MANY[:rows]) for config in (small, more) for rows in (8, 16)
+        )
+        per_token[kind] = (deep_two - deep_one - (two - one)) / (8 * 16 * 4)
+    products = 48 + 16 + 16 + 40 + 56 + 56  # q k v o gate up
+    assert (per_token["full"], per_token["dots"]) == (40, 40 + products)
+    assert per_token["none"] > 3 * per_token["dots"]
+
+
+def test_an_unknown_remat_is_refused_with_those_there_are() -> None:
+    with pytest.raises(BadInput, match="unknown remat 'some'; choose one of none, dots, full"):
+        recomputing(lambda x: x, "some")
