@@ -10,7 +10,7 @@ is larger than the memory. JAX, which takes a second to load, is not needed to c
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -77,8 +77,13 @@ def is_quantized(names: Iterable[str]) -> bool:
     return any(map(is_scale, names))
 
 
-def quantized(name: str, kernel: Shaped[np.ndarray, "..."], where: object = "") -> Quantized:
-    """The kernel of that name in int8.
+def quantized(
+    name: str,
+    kernel: Shaped[np.ndarray, "..."],
+    where: object = "",
+    release: Callable[[], None] = lambda: None,
+) -> Quantized:
+    """The kernel of that name in int8; `release` is called after each piece of it was read.
 
     >>> quantized("head.kernel", np.array([[-254.0, 100.0], [0, 0]]))
     Quantized(kernel=array([[-127,   50], [   0,    0]], dtype=int8),
@@ -104,6 +109,7 @@ def quantized(name: str, kernel: Shaped[np.ndarray, "..."], where: object = "") 
         piece /= scale[rows, None]
         np.rint(piece, out=piece)
         np.copyto(q[rows], piece, casting="unsafe")
+        release()
     return Quantized(q.reshape(kernel.shape), scale.reshape(shape))
 
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from jax.typing import DTypeLike
 
-from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.folder import kind_of, read_config, stored_format
@@ -103,6 +102,8 @@ class Trained:
         if self.run is None:
             _, weights = load_weights(self.folder, dtype=dtype, quantize=quantize)
             return Loaded(weights, self.folder / MANIFEST)
+        from lechat_jax.checkpoint import Checkpoints  # Orbax takes 0.2 s, and only runs need it
+
         check_format(quantize)
         restored = Checkpoints(self.run.checkpoints).restore({"model": weight_shapes(self.config)})
         manifest = self.run.checkpoints / str(restored.step) / MANIFEST

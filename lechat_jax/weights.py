@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from lechat_jax.tokenizer import Tokenizer
 
 FLOATS = tuple(np.dtype(name) for name in (jnp.bfloat16, "float16", "float32", "float64"))
 ALIGNMENT = 64  # bytes; JAX on a CPU takes host memory that starts at a multiple as it is
+PIECE = 1 << 24  # bytes of a tensor that are copied at once
 SHARD_BYTES = 5_000_000_000  # of a file, as in Hugging Face's repositories
 
 # Where each weight goes: all to one sharding, or each to its own, by name.
@@ -90,21 +92,43 @@ def load_weights(
     """
     check_format(quantize)
     config, stored = read_config(folder), stored_format(folder)
-    if check and (reason := fault(folder, folders=(), must_list=OF_A_MODEL)):
-        raise BadInput(f"{folder} is not as it was saved: {reason}; copy or convert it again")
+    load = functools.partial(_load, folder, config, stored, dtype, shardings, quantize)
+    if not check:
+        return config, load()
+    with ThreadPoolExecutor(1) as thread:  # hashing keeps one core busy, and placing another
+        checked = thread.submit(fault, folder, folders=(), must_list=OF_A_MODEL)
+        try:
+            weights = load()
+        finally:  # what is damaged may also be why it could not be read
+            if reason := checked.result():
+                raise BadInput(
+                    f"{folder} is not as it was saved: {reason}; copy or convert it again"
+                )
+    return config, weights
+
+
+def _load(
+    folder: Path,
+    config: MistralConfig,
+    stored: Format | None,
+    dtype: DTypeLike | None,
+    shardings: Placement | None,
+    quantize: Format | None,
+) -> Weights:
+    """The weights that `load_weights` gives, unchecked."""
     files = TensorFiles.open(folder)
     _check_fit(folder, weight_shapes(config, stored), files)
     weights: Weights = {}
 
     def place(name: str, view: Shaped[np.ndarray, "..."], dtype: np.dtype) -> None:
-        placed = _place(view, dtype, _sharding(shardings, name))
+        placed = _place(view, dtype, _sharding(shardings, name), files.release)
         weights[name] = jax.block_until_ready(placed)
 
     for name in files:  # as they lie on the disk
         view = files.read(name)
         is_fixed = stored is not None and (is_kernel(name) or is_scale(name))
         if quantize and not stored and is_kernel(name):
-            kernel, scale = quantized(name, view, f"{name} in {folder}")
+            kernel, scale = quantized(name, view, f"{name} in {folder}", files.release)
             place(name, kernel, kernel.dtype)
             place(name + SCALE, scale, scale.dtype)
         else:
@@ -116,7 +140,7 @@ def load_weights(
             except FloatingPointError:
                 raise BadInput(f"{name} in {folder} has numbers too large for {target}") from None
         files.release()
-    return config, {name: weights[name] for name in weight_shapes(config, stored or quantize)}
+    return {name: weights[name] for name in weight_shapes(config, stored or quantize)}
 
 
 def save_weights(
@@ -234,25 +258,38 @@ def _sharding(shardings: Placement | None, name: str) -> Sharding | None:
     return shardings[name] if isinstance(shardings, Mapping) else shardings(name)
 
 
-def _place(view: Shaped[np.ndarray, "..."], dtype: np.dtype, sharding: Sharding | None) -> Array:
+def _place(
+    view: Shaped[np.ndarray, "..."],
+    dtype: np.dtype,
+    sharding: Sharding | None,
+    release: Callable[[], None],
+) -> Array:
     if sharding is None:
-        return jax.device_put(_copy(view, dtype))
+        return jax.device_put(_copy(view, dtype, release))
     return jax.make_array_from_callback(
-        view.shape, sharding, lambda index: _copy(view[index], dtype), dtype=dtype
+        view.shape, sharding, lambda index: _copy(view[index], dtype, release), dtype=dtype
     )
 
 
-def _copy(view: Shaped[np.ndarray, "..."], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+def _copy(
+    view: Shaped[np.ndarray, "..."], dtype: np.dtype, release: Callable[[], None]
+) -> Shaped[np.ndarray, "..."]:
     """The same numbers in memory of their own, so aligned that JAX need not copy them again.
 
-    Cast by numpy, at 7 GB/s; XLA on a CPU does 0.2 (two cores, bfloat16 to float32).
+    Cast by numpy, at 7 GB/s; XLA on a CPU does 0.2 (two cores, bfloat16 to float32). Of the
+    file only a piece is in memory at a time, since `release` gives back what was read.
     """
     n = view.size * dtype.itemsize
     room = np.empty(n + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
     copy = room[start : start + n].view(dtype).reshape(view.shape)
-    if (view.dtype, dtype) == (jnp.bfloat16, np.float16):
-        view = view.astype(np.float32)  # numpy notices when a number becomes infinite
-    with np.errstate(over="raise"):
-        np.copyto(copy, view, casting="unsafe")
+    rows = max(1, PIECE * len(view) // max(1, view.nbytes)) if view.ndim else 1
+    for first in range(0, len(view) if view.ndim else 1, rows):
+        part = slice(first, first + rows) if view.ndim else ()
+        piece = view[part]
+        if (view.dtype, dtype) == (jnp.bfloat16, np.float16):
+            piece = piece.astype(np.float32)  # numpy notices when a number becomes infinite
+        with np.errstate(over="raise"):
+            np.copyto(copy[part], piece, casting="unsafe")
+        release()
     return copy

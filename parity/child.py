@@ -20,7 +20,7 @@ Load = Callable[[], Decoder]
 def main() -> None:
     """Loads the weights and decodes as the job on stdin says."""
     job = json.load(sys.stdin)
-    load = ready(job["impl"], Path(job["folder"]), job["dtype"])
+    load = ready(job["impl"], Path(job["folder"]), job["dtype"], len(job["prompts"]))
     with PeakMemory() as memory:
         decoder = load()
         decoder.start(job["prompts"], job["tokens"], job["skip"])
@@ -28,13 +28,13 @@ def main() -> None:
     print(json.dumps({"peak_bytes": decoder.device_bytes() or memory.bytes}))
 
 
-def ready(impl: str, folder: Path, dtype: str) -> Load:
-    """What loads the weights, its framework having been imported and started."""
+def ready(impl: str, folder: Path, dtype: str, batch: int) -> Load:
+    """What loads the weights for so many rows, its framework having been imported and started."""
     if impl == "lechat_jax":
         jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))
 
         def load_lechat() -> Decoder:
-            made = Generator.from_checkpoint(folder, dtype=dtype)
+            made = Generator.from_checkpoint(folder, dtype=dtype, batch=batch)
             return Lechat(made.config, made.weights)
 
         return load_lechat

@@ -1,6 +1,5 @@
 """How every benchmark measures: in turn, at rest, with the memory and the machine it took."""
 
-import ctypes
 import gc
 import importlib.metadata
 import os
@@ -16,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
+
+from lechat_jax.loading import give_back_memory
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -66,8 +67,7 @@ class PeakMemory:
 
     def __enter__(self) -> "PeakMemory":
         gc.collect()
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only in glibc
-            trim(0)
+        give_back_memory()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
             self._before = _resident("VmRSS")

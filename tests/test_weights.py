@@ -266,9 +266,11 @@ def test_each_device_gets_its_slice_and_nothing_whole_is_made(
     copied: list[int] = []
     copy = module._copy
 
-    def spy(view: Shaped[np.ndarray, "..."], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+    def spy(
+        view: Shaped[np.ndarray, "..."], dtype: np.dtype, release: Callable[[], None]
+    ) -> Shaped[np.ndarray, "..."]:
         copied.append(view.size)
-        return copy(view, dtype)
+        return copy(view, dtype, release)
 
     monkeypatch.setattr(module, "_copy", spy)
     sharding = split_along_the_width(config)
