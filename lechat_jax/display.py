@@ -51,11 +51,17 @@ class Display:
         self.console.print(text.translate(CONTROLS), style=style, markup=False, emoji=False)
 
     def advance(
-        self, step: int, loss: float, tokens_per_s: float, seconds_left: float | None
+        self,
+        step: int,
+        loss: float,
+        tokens_per_s: float,
+        seconds_left: float | None,
+        mfu: float | None = None,
     ) -> None:
         """Shows where training is; without a terminal, a line every ten seconds or so."""
         left = "" if seconds_left is None else f" · {clock(seconds_left)} left"
-        status = f"loss {loss:.3f} · {tokens_per_s:,.0f} tokens/s{left}"
+        used = "" if mfu is None else f" · MFU {100 * mfu:.0f} %"
+        status = f"loss {loss:.3f} · {tokens_per_s:,.0f} tokens/s{used}{left}"
         of = "" if self.total is None else f"/{self.total}"
         if self.console.is_terminal:
             self._bar.update(

@@ -110,8 +110,9 @@ class Run:
         """More lines of metrics.
 
         `step`, `time_s` since the process started and `tokens` trained on always; of
-        `train/loss` and `val/loss` (nats a token), `train/tokens_per_sec`, `val/bpb`
-        (bits per UTF-8 byte), `val/tokens` and `val/bytes` whichever was measured.
+        `train/loss` and `val/loss` (nats a token), `train/tokens_per_sec`, `train/mfu` (see
+        `flops`), `val/bpb` (bits per UTF-8 byte), `val/tokens` and `val/bytes` whichever was
+        measured.
         Floats are written so that reading them gives the same bits.
         """
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:

@@ -7,21 +7,25 @@ text, at which rate) follows from the number of the step.
 
 import math
 import time
-from typing import Any
+from collections import deque
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
+from jaxtyping import Array, Float
 
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.data import Batches, Tokens
 from lechat_jax.display import Display, clock
 from lechat_jax.errors import BadInput
+from lechat_jax.flops import flops_per_token, peak_flops
 from lechat_jax.generator import Generator
 from lechat_jax.model import Weights, bind
 from lechat_jax.options import TrainConfig
+from lechat_jax.rows import Rows
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.step import StepOptions, TrainState, init_state, state_of, train_steps
@@ -32,10 +36,18 @@ from lechat_jax.validation import Validator
 TIMED_CALLS = 3  # measured before minutes become steps
 TRAINING_SHARE = 0.85  # of the minutes; the rest validates, saves, samples, and is slack
 CHECKPOINT_SECONDS = 60.0
+EVENTS = {"eval": 10, "sample": 4, "checkpoint": 0}  # how often in a run, unless asked otherwise
 
 
 class Diverged(Exception):
     """The loss is no number any more; the message says where and what to try."""
+
+
+class Call(NamedTuple):
+    """Steps that the device has been asked for: how many, and their losses once they are there."""
+
+    n: int
+    losses: Float[Array, " calls"]
 
 
 def elapsed() -> float:
@@ -79,12 +91,15 @@ class Trainer:
             accumulate=options.accumulate,
         )
         self.calls = 4 if on_cpu else 32  # steps in one call of the device
+        self.ahead = 0 if on_cpu else 1  # calls that are sent before the losses of one are read
         self.validator = Validator(config, self.step_options, tokens, tokenizer)
         self.step = 0
         self.total = options.steps
         epochs = options.max_epochs * self.batches.windows / self.batches.batch
         self.most = max(1, int(epochs))  # steps of a run whose length is still to be measured
-        self.rate = 0.0
+        self.sent = 0  # steps that the device has been asked for
+        self.saved = time.monotonic()
+        self.rate, self.peak = 0.0, 0.0  # tokens and FLOP a second
 
     @property
     def seen(self) -> int:
@@ -144,6 +159,7 @@ class Trainer:
         if not finite:
             raise Diverged(f"weights are not finite after step {self.step}; {self.advice()}")
         self.checkpoints.save(self.step, _items(self.state), {"tokens": self.seen})
+        self.saved = time.monotonic()
 
     def advice(self) -> str:
         """What is left after a divergence, and what to do."""
@@ -162,39 +178,62 @@ class Trainer:
         """
         self.display.wait("compiling")
         timed: list[float] = []
-        saved = time.monotonic()
-        while not stop.asked and self.step != self.total:
-            n = self.steps_to_event()
-            began = time.perf_counter()
-            losses = self.advance(n)
-            seconds = time.perf_counter() - began
-            self.rate = n * self.batches.batch * self.batches.block / seconds
+        calls: deque[Call] = deque()
+        began, self.sent, self.saved = time.perf_counter(), self.step, time.monotonic()
+        self.look_at_the_device()
+        self.upcoming = self.rows_to_send()
+        while True:
+            while not stop.asked and self.may_send(waiting=len(calls)):
+                began = began if calls else time.perf_counter()
+                calls.append(self.send())
+            if not calls:
+                break
+            call = calls.popleft()
+            losses = np.asarray(call.losses)[: call.n]
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            self.rate = call.n * self.batches.batch * self.batches.block / seconds
             self.record(losses)
-            timed.append(seconds / n)
+            timed.append(seconds / call.n)
             if self.total is None and (len(timed) > TIMED_CALLS or self.step >= self.most):
                 self.plan(float(np.median(timed[1:] or timed)))
             self.show(float(losses[-1]))
-            self.events()
-            every = self.options.checkpoint_every
-            due = self.step % every == 0 if every else time.monotonic() - saved > CHECKPOINT_SECONDS
-            if due and self.step != self.total:
-                self.save()
-                saved = time.monotonic()
+            if not calls and self.step != self.total:
+                self.events()
         self.save()
 
-    def advance(self, n: int) -> np.ndarray:
-        """The losses of the next `n` steps, taken in one call."""
-        rows = self.batches.rows(self.tokens.train, self.step, self.calls)
+    def may_send(self, waiting: int) -> bool:
+        """Whether more steps may begin before the losses of so many calls are read.
+
+        Not if something else is to be done first, with the weights as they then are.
+        """
+        if self.sent == self.total:
+            return False
+        alone = self.total is None or any(self.due(what) for what in EVENTS)
+        return waiting <= (0 if alone else self.ahead)
+
+    def send(self) -> Call:
+        """The next steps begin; while the device works, the rows after them are made."""
+        n = self.steps_to_event()
         self.state, losses = train_steps(
             self.config,
             self.step_options,
             self.state,
             {},
-            rows,
+            self.upcoming,
             jnp.int32(n),
             jnp.int32(self.total or self.most),
         )
-        return np.asarray(losses)[:n]
+        self.sent += n
+        self.upcoming = self.rows_to_send()
+        return Call(n, losses)
+
+    def rows_to_send(self) -> Rows:
+        """Those of the steps that the device has not been asked for yet."""
+        return self.batches.rows(self.tokens.train, self.sent, self.calls)
+
+    def look_at_the_device(self) -> None:
+        """How fast it could be; on a CPU the best seen so far counts."""
+        self.peak = max(self.peak, peak_flops(self.step_options.dtype) or 0.0)
 
     def record(self, losses: np.ndarray) -> None:
         """Counts these steps and logs them.
@@ -210,7 +249,15 @@ class Trainer:
             self.step += 1
             rows.append(self.row() | {"train/loss": float(loss)})
         rows[-1]["train/tokens_per_sec"] = self.rate
+        if self.mfu:
+            rows[-1]["train/mfu"] = self.mfu
         self.run.log(rows)
+
+    @property
+    def mfu(self) -> float | None:
+        """The part of the device's FLOP/s that the model needed at the last rate, if known."""
+        needed = self.rate * flops_per_token(self.config, self.batches.block)
+        return needed / self.peak if self.peak else None
 
     def row(self) -> dict[str, Any]:
         """The keys that every line of metrics has."""
@@ -219,16 +266,22 @@ class Trainer:
     def steps_to_event(self) -> int:
         """Steps of the next call: as many as fit before something else is to be done."""
         ends = [self.total or self.most]
-        for every in (self.every("eval"), self.every("sample"), self.options.checkpoint_every):
-            if every:
-                ends.append(self.step + every - self.step % every)
-        return min([self.calls, *(end - self.step for end in ends)])
+        ends += [self.sent + n - self.sent % n for n in map(self.every, EVENTS) if n]
+        return min([self.calls, *(end - self.sent for end in ends)])
+
+    def due(self, what: str) -> bool:
+        """Whether it is to be done after the steps that were sent."""
+        if every := self.every(what):
+            return self.sent % every == 0
+        return what == "checkpoint" and time.monotonic() - self.saved > CHECKPOINT_SECONDS
 
     def every(self, what: str) -> int | None:
-        """Steps between two validations or samples, once the length of the run is known."""
-        asked = getattr(self.options, f"{what}_every")
-        parts = {"eval": 10, "sample": 4}[what]
-        return asked or (max(1, -(-self.total // parts)) if self.total else None)
+        """Steps between two of the events, once the length of the run is known.
+
+        Checkpoints that nobody asked for go by the clock.
+        """
+        asked, parts = getattr(self.options, f"{what}_every"), EVENTS[what]
+        return asked or (max(1, -(-self.total // parts)) if self.total and parts else None)
 
     def plan(self, seconds_per_step: float) -> None:
         """Turns the minutes into a number of steps, once, and stores it with the run.
@@ -255,21 +308,22 @@ class Trainer:
         if self.total:
             per_step = self.batches.batch * self.batches.block / self.rate
             left = (self.total - self.step) * per_step
-        self.display.advance(self.step, loss, self.rate, left)
+        self.display.advance(self.step, loss, self.rate, left, self.mfu)
 
     def events(self) -> None:
-        """Validates and samples if this step is one to do so; the last step does it later."""
-        if self.step == self.total:
-            return
-        if (every := self.every("eval")) and self.step % every == 0:
+        """Validates, samples and saves if it is time; after the last step that comes later."""
+        if self.due("eval"):
+            self.look_at_the_device()
             score = self.validator.interim(self.state.weights)
             self.run.log([self.row() | score.metrics()])
             self.display.say(
                 f"step {self.step} · {clock(elapsed())} · validation loss {score.loss:.3f} · "
                 f"{score.bits_per_byte:.3f} bits per byte (on {score.tokens:,} tokens)"
             )
-        if (every := self.every("sample")) and self.step % every == 0:
+        if self.due("sample"):
             self.sample()
+        if self.due("checkpoint"):
+            self.save()
 
     def sample(self) -> None:
         """Continues every prompt, prints the texts and keeps them in the run's folder."""

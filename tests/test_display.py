@@ -52,6 +52,12 @@ def test_progress_is_a_plain_line(plain: Console, time: Clock) -> None:
     assert shown(plain) == "step 3/100 · loss 2.346 · 1,234 tokens/s · 1:15 left\n"
 
 
+def test_the_use_of_the_device_is_shown_if_it_is_known(plain: Console, time: Clock) -> None:
+    with Display(100, plain) as display:
+        display.advance(3, 2.0, 10.0, None, mfu=0.617)
+    assert shown(plain) == "step 3/100 · loss 2.000 · 10 tokens/s · MFU 62 %\n"
+
+
 def test_a_total_not_known_yet_is_left_out(plain: Console, time: Clock) -> None:
     with Display(None, plain) as display:
         display.advance(3, 2.0, 10.0, None)

@@ -25,6 +25,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.model import bind, weights_of
 from lechat_jax.options import TrainConfig
+from lechat_jax.stop import Stop
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.train import main, set_up
 from lechat_jax.weights import save_weights
@@ -113,6 +114,8 @@ def test_a_run_leaves_all_that_was_promised(whole: Path) -> None:
     assert config["train"]["corpus"].endswith("numbers.txt")
     assert sorted(metrics(whole, "train/loss")) == list(range(1, 13))
     assert sorted(metrics(whole, "val/bpb")) == [6, 12]
+    assert all(float.fromhex(share) > 0 for share in metrics(whole, "train/mfu").values())
+    assert metrics(whole, "train/mfu").keys() == metrics(whole, "train/tokens_per_sec").keys()
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (whole / "samples").iterdir()) == [
         "step-000006.txt",
@@ -167,6 +170,33 @@ def test_a_flipped_bit_is_refused_and_the_checkpoint_before_is_used_and_named(
     assert damaged.name in said
     assert "resuming at step 8 of 12" in said
     assert metrics(folder, "train/loss").keys() == metrics(whole, "train/loss").keys()
+
+
+def test_the_device_is_kept_busy_while_losses_are_read_and_nothing_else_changes(
+    whole: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator; before a validation or a checkpoint the weights come to rest."""
+    folder, ahead = tmp_path / "run", {}
+    flags = ["--out", str(folder), "--data", str(text), *SMALL, *STEPS]
+    asked = cli.parse(TrainConfig, "train", "Trains.", flags)
+    with Display(None) as display, Stop() as stop:
+        trainer = set_up(asked, display)
+        trainer.calls, trainer.ahead = 1, 1
+        record = trainer.record
+
+        def counted(losses: np.ndarray) -> None:
+            record(losses)
+            ahead[trainer.step] = trainer.sent - trainer.step
+
+        monkeypatch.setattr(trainer, "record", counted)
+        trainer.train(stop)
+    assert ahead == {step: int(step not in (4, 6, 8, 12)) for step in range(1, 13)}
+    assert list(metrics(folder, "val/loss")) == [6]
+    for key in ("train/loss", "val/loss"):
+        for step, loss in metrics(folder, key).items():  # a call of one step rounds otherwise
+            expected = float.fromhex(metrics(whole, key)[step])
+            assert float.fromhex(loss) == pytest.approx(expected, rel=1e-6)
+    assert {int(path.parent.name) for path in folder.glob("checkpoints/*/SHA256SUMS")} >= {8, 12}
 
 
 def test_minutes_become_steps_once_and_are_stored(text: Path, tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""What a training step has to compute, and what the device could: their ratio is the MFU.
+
+Model FLOPs utilisation (PaLM, arXiv:2204.02311, appendix B) counts what the model needs and
+not what was done, so that computing something twice does not look like work.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lechat_jax.config import MistralConfig
+
+SIZE, RUNS = 1024, 10  # of the product that a CPU is measured by
+
+
+class Peak(NamedTuple):
+    """FLOP/s of dense products, without the sparsity that vendors like to count.
+
+    Attributes:
+        bfloat16: with float32 sums.
+        float32: as XLA multiplies float32 by default, in TensorFloat-32 on a GPU and in
+            bfloat16 on a TPU.
+    """
+
+    bfloat16: float
+    float32: float
+
+
+# By `jax.Device.device_kind`.
+PEAKS = {
+    # https://www.nvidia.com/en-us/data-center/a100/
+    "NVIDIA A100-SXM4-40GB": Peak(312e12, 156e12),
+    "NVIDIA A100-SXM4-80GB": Peak(312e12, 156e12),
+    "NVIDIA A100-PCIE-40GB": Peak(312e12, 156e12),
+    "NVIDIA A100 80GB PCIe": Peak(312e12, 156e12),
+    # https://www.nvidia.com/en-us/data-center/h100/ (SXM), half of the figures with sparsity
+    "NVIDIA H100 80GB HBM3": Peak(989e12, 494e12),
+    # https://www.nvidia.com/en-us/data-center/h200/
+    "NVIDIA H200": Peak(989e12, 494e12),
+    # https://www.nvidia.com/en-us/data-center/l40s/
+    "NVIDIA L40S": Peak(362e12, 183e12),
+    # https://www.nvidia.com/en-us/data-center/l4/
+    "NVIDIA L4": Peak(121e12, 60e12),
+    # https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf
+    "NVIDIA GeForce RTX 4090": Peak(165e12, 82.6e12),
+    # https://cloud.google.com/tpu/docs/v4
+    "TPU v4": Peak(275e12, 275e12),
+    # https://cloud.google.com/tpu/docs/v5e
+    "TPU v5 lite": Peak(197e12, 197e12),
+    # https://cloud.google.com/tpu/docs/v5p
+    "TPU v5": Peak(459e12, 459e12),
+    # https://cloud.google.com/tpu/docs/v6e
+    "TPU v6 lite": Peak(918e12, 918e12),
+}
+
+
+def flops_per_token(config: MistralConfig, T: int, n_frozen: int = 0) -> float:
+    """Floating-point operations of learning from one token in a row of T.
+
+        6 * (parameters that are multiplied) + 12 * N * H * (keys that a query sees, summed
+        over the layers)
+
+    A multiplication and an addition are two, and backward is twice as much as forward: the
+    gradients of what came in and of the weights. The embedding is looked up and not
+    multiplied. A query at position i sees min(i + 1, W) keys, on average over the T of a row;
+    what lies outside the window is not counted, whoever computes it. Of frozen weights there
+    is no gradient: 4 instead of 6.
+
+    >>> from lechat_jax.config import preset
+    >>> f"{flops_per_token(preset('lechat-15m'), T=128):.3g}"
+    '5.48e+07'
+    """
+    lookup = 0 if config.tied_embeddings else config.vocab_size * config.dim
+    seen = sum(_mean_keys(T, window or T) for window in config.windows)
+    products = 6 * (config.n_params - lookup) - 2 * n_frozen
+    return products + 12 * config.n_heads * config.head_dim * seen
+
+
+def _mean_keys(T: int, window: int) -> float:
+    first = min(T, window)  # queries whose window is not full before they come
+    return (first * (first + 1) / 2 + (T - first) * window) / T
+
+
+def peak_flops(dtype: str) -> float | None:
+    """FLOP/s of one of these devices: what its vendor states, or on a CPU what was measured.
+
+    `None` for a device that nobody has looked up. A CPU's is measured anew each time, in a
+    tenth of a second, as the fastest of a few float32 products: clocks and vector units are
+    not what a table could tell, and XLA multiplies bfloat16 in float32 there. While other
+    programs run it may be too low, so of several the highest is meant.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return _best_product()
+    peak = PEAKS.get(device.device_kind)
+    return peak and (peak.bfloat16 if dtype == "bfloat16" else peak.float32)
+
+
+def _best_product() -> float:
+    """FLOP/s of the fastest of a few products of square float32 matrices."""
+    x = jnp.full((SIZE, SIZE), 0.5, jnp.float32)
+    product = _product()
+    times = []
+    for _ in range(RUNS + 1):  # the first compiles
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        times.append(time.perf_counter() - began)
+    return 2 * SIZE**3 / min(times)
+
+
+@functools.cache
+def _product() -> Callable[[Array, Array], Array]:
+    return jax.jit(jnp.matmul)
