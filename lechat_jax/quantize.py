@@ -19,6 +19,7 @@ from jaxtyping import Float32, Int8, Shaped
 from numpy.typing import DTypeLike
 
 from lechat_jax.errors import BadInput
+from lechat_jax.host import host_empty
 
 SCALE = ".scale"  # behind the name of a kernel, that of its scales
 Format = Literal["int8"]
@@ -94,7 +95,7 @@ def quantized(
     """
     shape = scale_shape(name, kernel.shape)
     matrix = kernel.reshape(math.prod(shape), -1)
-    q, scale = np.empty(matrix.shape, np.int8), np.empty(len(matrix), np.float32)
+    q, scale = host_empty(matrix.shape, np.int8), np.empty(len(matrix), np.float32)
     for rows in _pieces(matrix):
         with np.errstate(over="ignore"):  # of float64; it becomes infinite
             piece = matrix[rows].astype(np.float32)

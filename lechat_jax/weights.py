@@ -29,6 +29,7 @@ from jaxtyping import Array, Shaped
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.folder import read_config, stored_format
+from lechat_jax.host import host_empty
 from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault, sync, write_manifest
 from lechat_jax.model import Mistral, Weights, weights_of
 from lechat_jax.quantize import (
@@ -47,7 +48,6 @@ from lechat_jax.tensors import TensorFiles, write_tensors
 from lechat_jax.tokenizer import Tokenizer
 
 FLOATS = tuple(np.dtype(name) for name in (jnp.bfloat16, "float16", "float32", "float64"))
-ALIGNMENT = 64  # bytes; JAX on a CPU takes host memory that starts at a multiple as it is
 PIECE = 1 << 24  # bytes of a tensor that are copied at once
 SHARD_BYTES = 5_000_000_000  # of a file, as in Hugging Face's repositories
 
@@ -274,15 +274,12 @@ def _place(
 def _copy(
     view: Shaped[np.ndarray, "..."], dtype: np.dtype, release: Callable[[], None]
 ) -> Shaped[np.ndarray, "..."]:
-    """The same numbers in memory of their own, so aligned that JAX need not copy them again.
+    """The same numbers in memory of their own, which JAX on a CPU need not copy again.
 
     Cast by numpy, at 7 GB/s; XLA on a CPU does 0.2 (two cores, bfloat16 to float32). Of the
     file only a piece is in memory at a time, since `release` gives back what was read.
     """
-    n = view.size * dtype.itemsize
-    room = np.empty(n + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    copy = room[start : start + n].view(dtype).reshape(view.shape)
+    copy = host_empty(view.shape, dtype)
     rows = max(1, PIECE * len(view) // max(1, view.nbytes)) if view.ndim else 1
     for first in range(0, len(view) if view.ndim else 1, rows):
         part = slice(first, first + rows) if view.ndim else ()

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -19,6 +20,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.continuation import Sample
 from lechat_jax.decode import MOST
 from lechat_jax.generator import MOST_DRAFT, Generator
+from lechat_jax.host import host_empty
 from lechat_jax.model import SCALE, Weights, bind
 from lechat_jax.sampling import Sampling
 from lechat_jax.weights import weight_shapes
@@ -116,7 +118,8 @@ def random_weights(config: MistralConfig, dtype: DTypeLike, seed: int) -> Weight
     """Weights of a model by name, made where they are to be used, one tensor at a time.
 
     Normal, with a deviation that keeps the size of what passes through; the norms' are one.
-    They are drawn in float32, so in another type they are the same numbers, rounded.
+    They are drawn in float32, so in another type they are the same numbers, rounded. On a CPU
+    they lie where `load_weights` would put them.
     """
     key = jax.random.key(seed)
     weights: Weights = {}
@@ -125,9 +128,12 @@ def random_weights(config: MistralConfig, dtype: DTypeLike, seed: int) -> Weight
             weights[name] = jnp.ones(leaf.shape, dtype)
             continue
         reads = math.prod(leaf.shape[1:]) if name.endswith("o.kernel") else leaf.shape[-1]
-        weights[name] = _normal(
-            jax.random.fold_in(key, number), leaf.shape, jnp.dtype(dtype), reads**-0.5
-        )
+        drawn = _normal(jax.random.fold_in(key, number), leaf.shape, jnp.dtype(dtype), reads**-0.5)
+        if jax.default_backend() == "cpu":
+            place = host_empty(drawn.shape, drawn.dtype)
+            np.copyto(place, drawn)
+            drawn = jax.device_put(place)
+        weights[name] = drawn
     return jax.block_until_ready(weights)
 
 
