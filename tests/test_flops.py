@@ -43,7 +43,7 @@ def test_a_step_is_three_times_the_products_of_its_forward_pass(tiny: MistralCon
     """Dense attention makes T * T scores, of which only those within the window count."""
     T, heads = 80, tiny.n_layers * tiny.n_heads * tiny.head_dim  # so many that none is a sum
     places = jnp.arange(T)[None]
-    seen = int(window_mask(places, places, tiny.sliding_window).sum())
+    seen = int(window_mask(places, places, tiny.windows[0]).sum())
     made = products(tiny, T) - 4 * heads * (T * T - seen)
     norms = (2 * tiny.n_layers + 1) * tiny.dim  # which are not multiplied as matrices are
     assert T * flops_per_token(tiny, T) == pytest.approx(3 * made + 6 * T * norms, rel=1e-12)
