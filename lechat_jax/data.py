@@ -233,6 +233,17 @@ def score_blocks(
     return inputs, targets, targets != bos_id
 
 
+def score_rows(val: Integer[np.ndarray, " val"], block: int, bos_id: int) -> Rows:
+    """The same as `score_blocks`, as rows of `block + 1` tokens.
+
+    Raises:
+        BadInput: as there.
+    """
+    inputs, targets, counted = score_blocks(val, block, bos_id)
+    tokens = np.concatenate([inputs[:, :1], targets], axis=1)
+    return Rows(tokens.astype(np.int32), np.pad(counted, ((0, 0), (1, 0))))
+
+
 def interim_rows(n_rows: int, limit: int) -> Integer[np.ndarray, " rows"]:
     """At most `limit` of the rows of `score_blocks`, evenly spread and always the same ones.
 

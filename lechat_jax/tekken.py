@@ -40,6 +40,10 @@ class Tekken:
         """The ids of a text."""
         return self.model.encode(text, bos=False, eos=False)
 
+    def encode_after(self, text: str) -> list[int]:
+        """The ids of a text before which there is another."""
+        return self.encode(text)
+
     def encode_batch(
         self, texts: Sequence[str], num_threads: int
     ) -> list[Int32[np.ndarray, "..."]]:

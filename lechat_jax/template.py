@@ -75,7 +75,7 @@ class Conversation:
         self.exchanges: list[Exchange] = []
         self._tokenizer = tokenizer
         self._version = TokenizerVersion(tokenizer.version)
-        self._base = _base(tokenizer)
+        self._base = base_of(tokenizer)
         self.system = system
 
     @property
@@ -147,7 +147,7 @@ class Conversation:
         )
 
 
-def _base(tokenizer: Tokenizer) -> Base:
+def base_of(tokenizer: Tokenizer) -> Base:
     """The tokenizer as mistral-common has it, of the version that its content says."""
     if isinstance(tokenizer.codec, Tekken):
         return tokenizer.codec.model

@@ -8,7 +8,6 @@ import glob
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lechat_jax.errors import BadInput
+from lechat_jax.records import Complaints, Record, half_pair, json_lines, read_text
 
 _DATASET_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[A-Za-z0-9_-][\w.-]*", re.ASCII)
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*$", re.ASCII)  # .txt, but not the .1 of a version
@@ -47,6 +47,18 @@ def find_texts(data: str | None) -> tuple[str, list[str]]:
 
 def _texts_of(data: str) -> list[str]:
     """The documents below the path `data`, or of the dataset with that id."""
+    files = find_files(data)
+    if files is None:
+        return _dataset_texts(data)
+    return [text for file in files for text in _file_texts(file)]
+
+
+def find_files(data: str) -> list[Path] | None:
+    """The files that `data` names; `None` if it is the id of a dataset.
+
+    Raises:
+        BadInput: there are none.
+    """
     path = os.path.expanduser(data)
     if os.path.isdir(path):
         below = Path(path).rglob("*")
@@ -60,68 +72,64 @@ def _texts_of(data: str) -> list[str]:
         if not files:
             raise BadInput(f"no file matches {data}")
     elif _DATASET_ID.fullmatch(data) and not _FILE_SUFFIX.search(data):
-        return _dataset_texts(data)
+        return None
     else:
         raise BadInput(
             f"there is no file or folder {data!r}; --data takes a text file, a folder, a glob "
             "or a Hugging Face dataset id (owner/name)"
         )
-    return [text for file in files for text in _file_texts(file)]
+    return files
 
 
 def _file_texts(file: Path) -> list[str]:
     """The documents of one file: a line each in a `.jsonl`, one in any other."""
-    try:
-        text = file.read_bytes().decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            f"{file} is not UTF-8 text: byte {error.start} cannot be decoded; "
-            "save it as UTF-8, or name only text files"
-        ) from error
-    except OSError as error:
-        raise BadInput(f"cannot read {file}: {error.strerror or error}") from error
     if file.suffix != ".jsonl":
-        return [text]
-    # Only \n ends a line here: JSON strings may hold the others that splitlines knows.
-    lines = enumerate(text.split("\n"), start=1)
-    return [_json_text(line, f"{file}, line {n}") for n, line in lines if line.strip()]
+        return [read_text(file)]
+    complaints = Complaints(str(file))
+    texts = [_text(record, complaints) for record in json_lines(file, complaints)]
+    complaints.raise_any()
+    return [text for text in texts if text is not None]
 
 
-def _json_text(line: str, where: str) -> str:
-    """The `text` of one JSON object."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}, is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise BadInput(f"{where}, is not a JSON object with a `text` field")
-    text = _string(row.get("text"), where)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        bad = f"\\u{ord(text[error.start]):04x}"
-        raise BadInput(f"{where}, holds {bad}, half of a character pair") from error
+def _text(record: Record, complaints: Complaints) -> str | None:
+    """The `text` of one line or row."""
+    text = record.fields.get("text")
+    if not isinstance(text, str):
+        complaints.add(record.where, "has no text in its `text` field")
+        return None
+    if bad := half_pair(text):
+        complaints.add(record.where, bad)
     return text
-
-
-def _string(value: Any, where: str) -> str:
-    """The value, which must be a text."""
-    if not isinstance(value, str):
-        raise BadInput(f"{where}, has no text in its `text` field")
-    return value
 
 
 def _dataset_texts(name: str) -> list[str]:
     """The `text` column of the `train` split of a Hugging Face dataset."""
+    dataset = load_dataset(name)
+    if "text" not in dataset.column_names:
+        columns = ", ".join(dataset.column_names)
+        raise BadInput(f"dataset {name} has no `text` column; it has {columns}")
+    complaints = Complaints(f"dataset {name}")
+    rows = (Record(f"row {n}", {"text": text}) for n, text in enumerate(dataset["text"]))
+    texts = [_text(row, complaints) for row in rows]
+    complaints.raise_any()
+    return [text for text in texts if text is not None]
+
+
+def load_dataset(name: str) -> Any:
+    """The `train` split of a Hugging Face dataset.
+
+    Raises:
+        BadInput: the library is not installed, or it has no such dataset.
+    """
     try:
-        load_dataset = importlib.import_module("datasets").load_dataset
+        load = importlib.import_module("datasets").load_dataset
     except (ImportError, AttributeError) as error:  # a folder called datasets has no function
         raise BadInput(
             f"{name} is no file here, so it is taken as a Hugging Face dataset, which needs a "
             "library: pip install datasets"
         ) from error
     try:
-        dataset = load_dataset(name, split="train")
+        return load(name, split="train")
     except FileNotFoundError as error:
         raise BadInput(
             f"there is no file {name} here and no such dataset, open to all, on the Hugging "
@@ -135,10 +143,6 @@ def _dataset_texts(name: str) -> list[str]:
         ) from error
     except Exception as error:  # the library raises many kinds, its own among them
         raise BadInput(f"cannot load dataset {name}: {_first_line(error)}") from error
-    if "text" not in dataset.column_names:
-        columns = ", ".join(dataset.column_names)
-        raise BadInput(f"dataset {name} has no `text` column; it has {columns}")
-    return [_string(v, f"dataset {name}, row {n}") for n, v in enumerate(dataset["text"])]
 
 
 def _first_line(error: Exception) -> str:

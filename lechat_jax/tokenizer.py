@@ -112,6 +112,19 @@ class Tokenizer:
             raise BadInput(f"character {error.start} of the text is not Unicode") from error
         return self.codec.encode(text)
 
+    def encode_after(self, text: str) -> list[int]:
+        """The ids with which a model goes on to say this text after another one.
+
+        Behind those of the other text they decode to both, with nothing in between; where
+        the two meet, encoding both as one might merge what no model that was given the first
+        could merge.
+
+        >>> tokenizer = Tokenizer.mistral_v1()
+        >>> tokenizer.decode(tokenizer.encode("1 + 1 =") + tokenizer.encode_after(" 2"))
+        '1 + 1 = 2'
+        """
+        return self.codec.encode_after(text)
+
     def encode_batch(
         self, texts: Sequence[str], num_threads: int = 0
     ) -> list[Int32[np.ndarray, "..."]]:

@@ -1,6 +1,7 @@
 """Trains a Mistral on text and prints samples: `python -m lechat_jax.train`."""
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,9 @@ import jax.numpy as jnp
 from lechat_jax import cli
 from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.config import MistralConfig
-from lechat_jax.corpus import Corpus, load_corpus
-from lechat_jax.data import Batches, load_tokens
 from lechat_jax.display import Display, clock
 from lechat_jax.errors import BadInput
+from lechat_jax.lessons import Lessons, load_lessons
 from lechat_jax.options import DEFAULT_PRESET, TrainConfig
 from lechat_jax.run import Run
 from lechat_jax.stop import Stop
@@ -53,25 +53,29 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
     """
     start = _resumed(asked) if asked.resume else _started(asked)
     options, config, tokenizer = start.options, start.model, start.tokenizer
-    corpus = load_corpus(options.data)
-    display.say(f"text:  {corpus.name}, {corpus.n_bytes:,} bytes, SHA-256 {corpus.sha256}")
-    if start.run and start.corpus_sha256 != corpus.sha256:
+    shape = options.shape(jax.default_backend())
+    lessons = load_lessons(
+        options.data,
+        tokenizer,
+        shape.block,
+        shape.batch,
+        options.seed,
+        options.packing,
+        lambda done, of: display.work("tokenising", done, of),
+    )
+    display.say(f"text:  {lessons.name}, {lessons.n_bytes:,} bytes, SHA-256 {lessons.sha256}")
+    for note in lessons.notes:
+        display.say(f"note: {note}")
+    if start.run and start.corpus_sha256 != lessons.sha256:
         raise BadInput(
             f"the text is not the one that {asked.resume} was started on (SHA-256 "
             f"{start.corpus_sha256}); restore it, or start a new run"
         )
-    tokens = load_tokens(
-        corpus, tokenizer, on_progress=lambda done, of: display.work("tokenising, byte", done, of)
-    )
-    if tokens.note:
-        display.say(f"note: {tokens.note}")
-    shape = options.shape(jax.default_backend())
-    batches = Batches(len(tokens.train), shape.block, shape.batch, options.seed)
     loaded = _load(start.source, display) if start.source else None
-    run = start.run or _new_run(start, corpus, loaded)
+    run = start.run or _new_run(start, lessons, loaded)
     if options.tensorboard:
         run.mirror_to_tensorboard()
-    trainer = Trainer(run, config, options, tokens, tokenizer, batches, display)
+    trainer = Trainer(run, config, options, lessons, tokenizer, display)
     display.say(
         f"model: {options.model_name}, {config.n_params:,} parameters, "
         f"window {config.sliding_window or 'full'}\n"
@@ -148,14 +152,14 @@ def _load(source: Trained, display: Display) -> Loaded:
     return loaded
 
 
-def _new_run(start: Start, corpus: Corpus, loaded: Loaded | None) -> Run:
+def _new_run(start: Start, lessons: Lessons, loaded: Loaded | None) -> Run:
     options = start.options
     name = options.name or f"{options.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = Run.create(options.out or Path("runs") / name)
     start.tokenizer.save(run.folder)
     found: dict[str, Any] = options.shape(jax.default_backend())._asdict()
-    found |= {"corpus": corpus.name, "corpus_bytes": corpus.n_bytes}
-    found |= {"corpus_sha256": corpus.sha256}
+    found |= {"corpus": lessons.name, "corpus_bytes": lessons.n_bytes}
+    found |= {"corpus_sha256": lessons.sha256}
     if loaded:
         found |= {"init_from_sha256": loaded.sha256}
     run.config = {"model": start.model.to_dict(), "train": options.to_dict() | found}
@@ -183,9 +187,16 @@ def finish(trainer: Trainer, display: Display) -> None:
         f"metrics  {folder / 'metrics.jsonl'}\n"
         f"samples  {trainer.run.samples}\n"
         f"weights  {trainer.run.checkpoints / str(trainer.step)}\n"
-        "generate more:\n"
-        f'  python -m lechat_jax.generate {folder} --prompt "{trainer.default_prompt()}"',
+        f"generate more:\n{_next_command(trainer)}"
     )
+
+
+def _next_command(trainer: Trainer) -> str:
+    """How to talk to what was trained."""
+    if trainer.lessons.chat:
+        return f"  python -m lechat_jax.chat {trainer.run.folder}"
+    prompt = shlex.quote(trainer.lessons.opening)
+    return f"  python -m lechat_jax.generate {trainer.run.folder} --prompt {prompt}"
 
 
 def pause(trainer: Trainer, signal: str, display: Display) -> None:

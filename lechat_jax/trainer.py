@@ -18,11 +18,11 @@ from jaxtyping import Array, Float
 
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
-from lechat_jax.data import Batches, Tokens
 from lechat_jax.display import Display, clock
 from lechat_jax.errors import BadInput
 from lechat_jax.flops import flops_per_token, peak_flops
 from lechat_jax.generator import Generator
+from lechat_jax.lessons import Lessons
 from lechat_jax.model import Weights, bind
 from lechat_jax.options import TrainConfig
 from lechat_jax.rows import Rows
@@ -73,18 +73,17 @@ class Trainer:
         run: Run,
         config: MistralConfig,
         options: TrainConfig,
-        tokens: Tokens,
+        lessons: Lessons,
         tokenizer: Tokenizer,
-        batches: Batches,
         display: Display,
     ) -> None:
         self.run, self.config, self.options = run, config, options
-        self.tokens, self.tokenizer = tokens, tokenizer
-        self.batches, self.display = batches, display
+        self.lessons, self.tokenizer = lessons, tokenizer
+        self.reader, self.display = lessons.reader, display
         self.checkpoints = Checkpoints(run.checkpoints)
         on_cpu = jax.default_backend() == "cpu"
         self.step_options = StepOptions(
-            block=batches.block,
+            block=self.reader.block,
             dtype=options.shape(jax.default_backend()).dtype,
             learning_rate=options.learning_rate,
             remat=options.remat,
@@ -92,10 +91,10 @@ class Trainer:
         )
         self.calls = 4 if on_cpu else 32  # steps in one call of the device
         self.ahead = 0 if on_cpu else 1  # calls that are sent before the losses of one are read
-        self.validator = Validator(config, self.step_options, tokens, tokenizer)
+        self.validator = Validator(config, self.step_options, lessons.held_out())
         self.step = 0
         self.total = options.steps
-        epochs = options.max_epochs * self.batches.windows / self.batches.batch
+        epochs = options.max_epochs * self.reader.windows / self.reader.batch
         self.most = max(1, int(epochs))  # steps of a run whose length is still to be measured
         self.sent = 0  # steps that the device has been asked for
         self.saved = time.monotonic()
@@ -104,7 +103,7 @@ class Trainer:
     @property
     def seen(self) -> int:
         """Tokens trained on."""
-        return self.step * self.batches.batch * self.batches.block
+        return self.step * self.reader.batch * self.reader.block
 
     def begin(self, weights: Weights | None = None) -> None:
         """At step 0, with weights drawn from the seed, or with those given, which it consumes.
@@ -191,7 +190,7 @@ class Trainer:
             call = calls.popleft()
             losses = np.asarray(call.losses)[: call.n]
             seconds, began = time.perf_counter() - began, time.perf_counter()
-            self.rate = call.n * self.batches.batch * self.batches.block / seconds
+            self.rate = call.n * self.reader.batch * self.reader.block / seconds
             self.record(losses)
             timed.append(seconds / call.n)
             if self.total is None and (len(timed) > TIMED_CALLS or self.step >= self.most):
@@ -229,7 +228,7 @@ class Trainer:
 
     def rows_to_send(self) -> Rows:
         """Those of the steps that the device has not been asked for yet."""
-        return self.batches.rows(self.tokens.train, self.sent, self.calls)
+        return self.lessons.rows(self.sent, self.calls)
 
     def look_at_the_device(self) -> None:
         """How fast it could be; on a CPU the best seen so far counts."""
@@ -256,7 +255,7 @@ class Trainer:
     @property
     def mfu(self) -> float | None:
         """The part of the device's FLOP/s that the model needed at the last rate, if known."""
-        needed = self.rate * flops_per_token(self.config, self.batches.block)
+        needed = self.rate * flops_per_token(self.config, self.reader.block)
         return needed / self.peak if self.peak else None
 
     def row(self) -> dict[str, Any]:
@@ -306,7 +305,7 @@ class Trainer:
         """Moves the progress bar."""
         left = None
         if self.total:
-            per_step = self.batches.batch * self.batches.block / self.rate
+            per_step = self.reader.batch * self.reader.block / self.rate
             left = (self.total - self.step) * per_step
         self.display.advance(self.step, loss, self.rate, left, self.mfu)
 
@@ -327,10 +326,10 @@ class Trainer:
 
     def sample(self) -> None:
         """Continues every prompt, prints the texts and keeps them in the run's folder."""
-        prompts = [self.default_prompt(), *self.options.prompt]
+        prompts = [self.lessons.opening, *self.options.prompt]
         generator = Generator(bind(self.config, self.state.weights), self.tokenizer)
         samples = generator.generate(
-            [[self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] for prompt in prompts],
+            [self.lessons.asked(prompt) for prompt in prompts],
             max_tokens=self.options.max_tokens,
             sampling=Sampling(
                 temperature=self.options.temperature,
@@ -343,8 +342,3 @@ class Trainer:
         for prompt, whole in zip(prompts, texts, strict=True):
             self.display.say(f"--- sample at step {self.step} ---", style="dim")
             self.display.say(f"[{prompt}]{whole.removeprefix(prompt)}\n")
-
-    def default_prompt(self) -> str:
-        """The first words of the held-out text."""
-        words = self.tokenizer.decode(self.tokens.val[1:33]).split()
-        return " ".join(words[:6])

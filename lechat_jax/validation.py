@@ -3,15 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Integer
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.data import Tokens, interim_rows, score_blocks
+from lechat_jax.data import Tokens, interim_rows, score_rows
 from lechat_jax.model import Weights
+from lechat_jax.rows import Rows
 from lechat_jax.step import StepOptions, score
 from lechat_jax.tokenizer import Tokenizer
 
@@ -51,34 +53,53 @@ class Score:
         }
 
 
-class Validator:
-    """The held-out tokens in rows, and the score of a model on them.
+class HeldOut(NamedTuple):
+    """What is scored and never learned.
 
-    Every held-out token but BOS, which is given, is scored exactly once, by a softmax over
-    the whole vocabulary. The `interim` score takes every n-th row, always the same ones.
+    Attributes:
+        rows: of T + 1 tokens, with what counts of them.
+        n_bytes: UTF-8 bytes of the text that the counted tokens stand for.
+        subset: the rows that are scored on the way.
+        subset_bytes: those of them.
     """
 
-    def __init__(
-        self, config: MistralConfig, options: StepOptions, tokens: Tokens, tokenizer: Tokenizer
-    ) -> None:
-        self.config, self.options = config, options
-        self.rows = score_blocks(tokens.val, BLOCK, tokenizer.bos_id)
-        self.n_bytes = tokens.val_bytes
-        self.subset = interim_rows(len(self.rows[0]), INTERIM_ROWS)
+    rows: Rows
+    n_bytes: int
+    subset: Integer[np.ndarray, " rows"]
+    subset_bytes: int
+
+    @classmethod
+    def of_text(cls, tokens: Tokens, tokenizer: Tokenizer) -> "HeldOut":
+        """Every held-out token but BOS, which is given, scored exactly once."""
+        rows = score_rows(tokens.val, BLOCK, tokenizer.bos_id)
+        subset = interim_rows(len(rows.tokens), INTERIM_ROWS)
         # Rows of the subset are cut anywhere, and decoding drops the space that a row begins
         # with: 0.02 % of the bytes in English. The full score counts the text itself.
-        self.subset_bytes = sum(
-            len(tokenizer.decode(row).encode()) for row in self.rows[1][self.subset].tolist()
-        )
+        targets = rows.tokens[subset, 1:].tolist()
+        n_bytes = sum(len(tokenizer.decode(row).encode()) for row in targets)
+        return cls(rows, tokens.val_bytes, subset, n_bytes)
+
+
+class Validator:
+    """The score of a model on what was held out, by a softmax over the whole vocabulary.
+
+    The `interim` score takes every n-th row, always the same ones.
+    """
+
+    def __init__(self, config: MistralConfig, options: StepOptions, held_out: HeldOut) -> None:
+        self.config, self.options, self.held_out = config, options, held_out
         self.batch = 4 if jax.default_backend() == "cpu" else 64
 
     def full(self, weights: Weights, on_rows: Callable[[int, int], None]) -> Score:
         """The score on all rows; `on_rows` hears how many are done and how many there are."""
-        return self._score(weights, np.arange(len(self.rows[0])), self.n_bytes, on_rows)
+        return self._score(
+            weights, np.arange(len(self.held_out.rows.tokens)), self.held_out.n_bytes, on_rows
+        )
 
     def interim(self, weights: Weights) -> Score:
         """The score on the fixed subset."""
-        return self._score(weights, self.subset, self.subset_bytes, lambda done, of: None)
+        chosen, n_bytes = self.held_out.subset, self.held_out.subset_bytes
+        return self._score(weights, chosen, n_bytes, lambda done, of: None)
 
     def _score(
         self,
@@ -87,20 +108,23 @@ class Validator:
         n_bytes: int,
         on_rows: Callable[[int, int], None],
     ) -> Score:
-        nats = 0.0
+        nats, tokens = 0.0, 0
         for first in range(0, len(chosen), self.batch):
             part = chosen[first : first + self.batch]
             fill = ((0, self.batch - len(part)), (0, 0))  # with rows that do not count
-            inputs, targets, counted = (np.pad(rows[part], fill) for rows in self.rows)
+            rows = Rows(*(None if x is None else np.pad(x[part], fill) for x in self.held_out.rows))
+            counted = np.asarray(rows.counted)[:, 1:]
             nats += float(
                 score(
                     self.config,
                     self.options,
                     weights,
-                    jnp.asarray(inputs, jnp.int32),
-                    jnp.asarray(targets, jnp.int32),
+                    jnp.asarray(rows.tokens[:, :-1], jnp.int32),
+                    jnp.asarray(rows.tokens[:, 1:], jnp.int32),
                     jnp.asarray(counted),
+                    None if rows.documents is None else jnp.asarray(rows.documents[:, :-1]),
                 )
             )
+            tokens += int(counted.sum())
             on_rows(first + len(part), len(chosen))
-        return Score(nats, int(self.rows[2][chosen].sum()), n_bytes)
+        return Score(nats, tokens, n_bytes)

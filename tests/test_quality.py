@@ -22,7 +22,7 @@ from lechat_jax.run import Run
 from lechat_jax.step import StepOptions
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
-from lechat_jax.validation import Validator
+from lechat_jax.validation import HeldOut, Validator
 from lechat_jax.weights import save_weights
 from parity import quality as module
 from parity.held_out import held_out
@@ -143,7 +143,8 @@ def test_a_run_reads_what_was_held_out_when_it_was_trained(run: Path, tmp_path: 
     trained, tokenizer = Trained.open(run), Tokenizer.mistral_v1()
     assert trained.run
     tokens = load_tokens(load_corpus(trained.run.config["train"]["data"]), tokenizer)
-    validator = Validator(trained.config, StepOptions(block=128), tokens, tokenizer)
+    held = HeldOut.of_text(tokens, tokenizer)
+    validator = Validator(trained.config, StepOptions(block=128), held)
     score = validator.full(trained.load().weights, lambda done, of: None)
     reference = found["rows"][0]
     assert (found["text"], found["note"]) == (tokens.name, "")

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sentencepiece
 
 from lechat_jax import cli
 from lechat_jax.config import MistralConfig
@@ -30,6 +29,7 @@ from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.train import main, set_up
 from lechat_jax.weights import save_weights
 from parity.lively import lively
+from tests import tokenizers
 
 # A model so small that the 32,000 ids of the tokenizer are nearly all of it.
 SMALL = "--dim 16 --n-layers 2 --n-heads 2 --n-kv-heads 1 --head-dim 8 --hidden-dim 24".split()
@@ -234,17 +234,8 @@ SHORT = "--batch 2 --block 16 --max-tokens 8 --steps 3".split()
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of 500 ids, so that one sees whose is used."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(f"The square of {i} is {i * i}." for i in range(2000)),
-        model_prefix=str(folder / "taught"),
-        vocab_size=300,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return folder / "taught.model"
+    """A tokenizer of 300 ids, so that one sees whose is used."""
+    return tokenizers.taught(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

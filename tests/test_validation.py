@@ -20,7 +20,7 @@ from lechat_jax.data import Tokens
 from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.step import StepOptions
 from lechat_jax.tokenizer import Tokenizer
-from lechat_jax.validation import Score, Validator
+from lechat_jax.validation import HeldOut, Score, Validator
 
 TOKENIZER = Tokenizer.mistral_v1()
 BOS, EOS, FIRST_BYTE = 1, 2, 3
@@ -49,7 +49,7 @@ def held_out(n_tokens: int) -> Tokens:
 
 
 def validator(config: MistralConfig, n_tokens: int) -> Validator:
-    return Validator(config, OPTIONS, held_out(n_tokens), TOKENIZER)
+    return Validator(config, OPTIONS, HeldOut.of_text(held_out(n_tokens), TOKENIZER))
 
 
 @functools.cache

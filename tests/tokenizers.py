@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
+
 from lechat_jax.tokenizer import Tokenizer
 
 SHIPPED = {
@@ -55,3 +57,16 @@ def small_tekken(path: Path, version: str) -> Path:
         fields["model_settings_builder"] = {"reasoning_effort": effort}
     path.write_text(json.dumps(fields), encoding="utf-8")
     return path
+
+
+def taught(folder: Path) -> Path:
+    """A SentencePiece model of some 300 ids, learned from sentences with numbers."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(f"The square of {i} is {i * i}." for i in range(2000)),
+        model_prefix=str(folder / "taught"),
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return folder / "taught.model"

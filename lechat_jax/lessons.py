@@ -1,0 +1,155 @@
+"""What a run learns from and is scored on, whichever of text and examples it is."""
+
+from typing import Literal, Protocol, runtime_checkable
+
+from lechat_jax.corpus import load_corpus
+from lechat_jax.data import Batches, Progress, Tokens, interim_rows, load_tokens
+from lechat_jax.examples import Examples, form_of, load_examples
+from lechat_jax.packing import Documents, Packed
+from lechat_jax.rows import Rows
+from lechat_jax.template import Conversation
+from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.validation import INTERIM_ROWS, HeldOut
+
+Packing = Literal["auto", "on", "off"]
+
+
+# Rows as a pure function of the step.
+Reader = Batches | Packed
+
+
+@runtime_checkable
+class Lessons(Protocol):
+    """What `Trainer` needs of its data.
+
+    Attributes:
+        name: of the data, for people.
+        n_bytes: of the data.
+        sha256: of the data.
+        notes: what the user should know, a sentence each.
+        reader: how much of it a step reads, and how many rows are an epoch.
+        opening: what the samples begin with.
+        chat: whether what is learned is a conversation.
+    """
+
+    name: str
+    n_bytes: int
+    sha256: str
+    notes: list[str]
+    reader: Reader
+    opening: str
+    chat: bool
+
+    def rows(self, first_step: int, n_steps: int) -> Rows:
+        """The batches of consecutive steps, [n_steps, B, block + 1]."""
+        ...
+
+    def held_out(self) -> HeldOut:
+        """What is scored."""
+        ...
+
+    def asked(self, prompt: str) -> list[int]:
+        """The ids to which the answer is the continuation."""
+        ...
+
+
+class TextLessons:
+    """Text, in windows of one stream, or in packed documents; see `Lessons`."""
+
+    chat = False
+
+    def __init__(
+        self, tokens: Tokens, tokenizer: Tokenizer, block: int, batch: int, seed: int, packed: bool
+    ) -> None:
+        self.name, self.n_bytes, self.sha256 = tokens.name, tokens.n_bytes, tokens.sha256
+        self.notes = [tokens.note] if tokens.note else []
+        self._tokens, self._tokenizer = tokens, tokenizer
+        self._packed: Packed | None = None
+        if packed:
+            documents = Documents.of_stream(tokens.train, tokenizer.bos_id, block)
+            self._packed = Packed(documents, block, batch, seed)
+            self.notes.append(_packing_note(self._packed))
+        self._windows = Batches(len(tokens.train), block, batch, seed)
+        self.reader: Reader = self._packed or self._windows
+        self.opening = " ".join(tokenizer.decode(tokens.val[1:33]).split()[:6])
+
+    def rows(self, first_step: int, n_steps: int) -> Rows:
+        """The batches of consecutive steps, [n_steps, B, block + 1]."""
+        if self._packed:
+            return self._packed.rows(first_step, n_steps)
+        return self._windows.rows(self._tokens.train, first_step, n_steps)
+
+    def held_out(self) -> HeldOut:
+        """The stream that is held out."""
+        return HeldOut.of_text(self._tokens, self._tokenizer)
+
+    def asked(self, prompt: str) -> list[int]:
+        """The beginning of a document."""
+        return [self._tokenizer.bos_id, *self._tokenizer.encode(prompt)]
+
+
+class ExampleLessons:
+    """Conversations or completions, of which the answers are learned; see `Lessons`."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        tokenizer: Tokenizer,
+        block: int,
+        batch: int,
+        seed: int,
+        packed: bool,
+    ) -> None:
+        self.name, self.n_bytes, self.sha256 = examples.name, examples.n_bytes, examples.sha256
+        self.opening, self.chat = examples.opening, examples.form == "messages"
+        self._examples, self._tokenizer = examples, tokenizer
+        reader = Packed(examples.train, block, batch, seed, together=packed)
+        self.reader: Reader = reader
+        self.rows = reader.rows
+        self.notes = [_packing_note(reader), *([examples.note] if examples.note else [])]
+
+    def held_out(self) -> HeldOut:
+        """The held-out examples, packed as those that are learned are."""
+        val, sizes = self._examples.val, self._examples.val_bytes
+        packed = Packed(val, self.reader.block, batch=1, seed=0)
+        subset = interim_rows(packed.windows, INTERIM_ROWS)
+        n_bytes = sum(sizes[i] for row in subset.tolist() for i in packed.sharing(row))
+        return HeldOut(packed.one_epoch(), sum(sizes), subset, n_bytes)
+
+    def asked(self, prompt: str) -> list[int]:
+        """The prompt as the examples have it, and in a conversation as its first question."""
+        if self.chat:
+            return Conversation(self._tokenizer).ask(prompt)
+        ids = self._tokenizer.encode(prompt) if prompt else []
+        return [self._tokenizer.bos_id, *ids]
+
+
+def load_lessons(
+    data: str | None,
+    tokenizer: Tokenizer,
+    block: int,
+    batch: int,
+    seed: int,
+    packing: Packing,
+    on_progress: Progress,
+) -> Lessons:
+    """What `data` names, made ready.
+
+    Examples are packed unless that is `off`, and text only if it is `on`.
+
+    Raises:
+        BadInput: there is no such data, or it cannot be used.
+    """
+    if data is not None and (form := form_of(data)):
+        examples = load_examples(data, form, tokenizer, block, on_progress)
+        return ExampleLessons(examples, tokenizer, block, batch, seed, packing != "off")
+    tokens = load_tokens(load_corpus(data), tokenizer, on_progress=on_progress)
+    return TextLessons(tokens, tokenizer, block, batch, seed, packing == "on")
+
+
+def _packing_note(packed: Packed) -> str:
+    n = len(packed.documents.lengths)
+    return (
+        f"{n:,} documents are packed into {packed.windows:,} rows of {packed.block + 1} tokens, "
+        f"{packed.padding:.1%} of them padding"
+    )

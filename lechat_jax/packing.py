@@ -1,0 +1,174 @@
+"""Documents of many lengths in rows of one length: little padding, and a new mixture each epoch."""
+
+import bisect
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Integer
+
+from lechat_jax.errors import BadInput
+from lechat_jax.rows import Rows
+
+
+class Documents(NamedTuple):
+    """Documents end to end.
+
+    Attributes:
+        ids: of all of them.
+        counted: which of those are learned as targets.
+        begins: where each begins, and at last where all end.
+    """
+
+    ids: Integer[np.ndarray, " ids"]
+    counted: Bool[np.ndarray, " ids"]
+    begins: Integer[np.ndarray, " begins"]
+
+    @classmethod
+    def of(cls, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> "Documents":
+        """From the ids of each, and which of them are learned."""
+        lengths = [len(ids) for ids, _ in documents]
+        return cls(
+            np.array([id_ for ids, _ in documents for id_ in ids], np.int32),
+            np.array([one for _, counted in documents for one in counted], bool),
+            np.cumsum([0, *lengths]),
+        )
+
+    @classmethod
+    def of_stream(
+        cls, stream: Integer[np.ndarray, " stream"], bos_id: int, block: int
+    ) -> "Documents":
+        """What lies between two BOS; longer ones in pieces, each token a target in one of them.
+
+        >>> Documents.of_stream(np.array([1, 5, 6, 7, 1, 8]), 1, block=2).ids.tolist()
+        [1, 5, 6, 6, 7, 1, 8]
+        """
+        borders = [*np.flatnonzero(stream == bos_id).tolist(), len(stream)]
+        pieces = [
+            stream[start : min(start + block + 1, end)]
+            for begin, end in itertools.pairwise(borders)
+            for start in range(begin, end - 1, block)
+        ]
+        ids = np.concatenate([*pieces, stream[:0]])
+        return cls(ids, np.ones(len(ids), bool), np.cumsum([0, *map(len, pieces)]))
+
+    @property
+    def lengths(self) -> Integer[np.ndarray, " documents"]:
+        """Tokens of each."""
+        return np.diff(self.begins)
+
+
+def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """The documents of each row, by number: each is where it leaves the least room.
+
+    The longest are placed first (best-fit decreasing), so the short ones fill what is left.
+
+    >>> best_fit([5, 3, 7, 2], room=8)
+    [[2], [0, 1], [3]]
+    """
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(room + 1)]  # rows by the room left in them
+    left: list[int] = []  # how much room there is anywhere, sorted
+    for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[document]
+        place = bisect.bisect_left(left, length)
+        if place == len(left):
+            row, free = len(rows), room
+            rows.append([])
+        else:
+            free = left[place]
+            row = with_room[free].pop()
+            if not with_room[free]:
+                left.pop(place)
+        rows[row].append(document)
+        free -= length
+        if not with_room[free]:
+            bisect.insort(left, free)
+        with_room[free].append(row)
+    return rows
+
+
+class Packed:
+    """Which documents share each row of each step's batch: a pure function of (seed, step).
+
+    The lengths alone decide how many rows there are and what lengths share one, so every
+    epoch has the same number of rows. Each draws anew which document of a length is where,
+    and the order of the rows; each document is in it once. There is no state, so a resumed
+    run reads on where it stopped.
+
+    Attributes:
+        windows: rows of an epoch.
+
+    Raises:
+        BadInput: a document does not fit into a row, or an argument is out of range.
+    """
+
+    def __init__(
+        self, documents: Documents, block: int, batch: int, seed: int, together: bool = True
+    ) -> None:
+        lengths = documents.lengths
+        if block < 1 or batch < 1 or seed < 0 or not len(lengths):
+            raise BadInput(
+                f"block ({block}), batch ({batch}) and the number of documents ({len(lengths)}) "
+                f"must be at least 1, seed ({seed}) at least 0"
+            )
+        if lengths.max() > block + 1:
+            raise BadInput(
+                f"a document has {lengths.max()} tokens and a block of {block} holds {block + 1}"
+            )
+        self.documents = documents
+        self.block, self.batch, self.seed = block, batch, seed
+        sizes = np.sort(lengths)[::-1].tolist()
+        alone = [[place] for place in range(len(sizes))]
+        self._rows = best_fit(sizes, block + 1) if together else alone
+        self.windows = len(self._rows)
+        self._epoch = functools.lru_cache(maxsize=2)(self._drawn)  # two at a border
+
+    @property
+    def padding(self) -> float:
+        """The share of an epoch's tokens that belong to no document."""
+        return 1 - len(self.documents.ids) / (self.windows * (self.block + 1))
+
+    def rows(self, first_step: int, n_steps: int) -> Rows:
+        """The batches of consecutive steps, [n_steps, B, block + 1]."""
+        first = first_step * self.batch
+        return self._filled(range(first, first + n_steps * self.batch), (n_steps, self.batch))
+
+    def one_epoch(self) -> Rows:
+        """All rows once, [windows, block + 1]."""
+        return self._filled(range(self.windows), (self.windows,))
+
+    def sharing(self, number: int) -> list[int]:
+        """The documents of a row, by number; rows are counted through all epochs."""
+        epoch, offset = divmod(number, self.windows)
+        order, who = self._epoch(epoch)
+        return [int(who[place]) for place in self._rows[order[offset]]]
+
+    def _filled(self, numbers: range, shape: tuple[int, ...]) -> Rows:
+        tokens = np.zeros((len(numbers), self.block + 1), np.int32)
+        counted = np.zeros(tokens.shape, bool)
+        part = np.zeros(tokens.shape, np.int32)
+        ids, learned, begins = self.documents
+        for row, number in enumerate(numbers):
+            together = self.sharing(number)
+            end = 0
+            for i, document in enumerate(together):
+                source = slice(begins[document], begins[document + 1])
+                here = slice(end, end + source.stop - source.start)
+                tokens[row, here], counted[row, here] = ids[source], learned[source]
+                part[row, here] = i
+                end = here.stop
+            part[row, end:] = len(together)
+        whole = (*shape, self.block + 1)
+        return Rows(tokens.reshape(whole), counted.reshape(whole), part.reshape(whole))
+
+    def _drawn(
+        self, epoch: int
+    ) -> tuple[Integer[np.ndarray, " windows"], Integer[np.ndarray, " documents"]]:
+        """The order of an epoch's rows, and the document at each place, the longest first."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(self.windows)
+        mixed = rng.permutation(len(self.documents.lengths))
+        return order, mixed[np.argsort(-self.documents.lengths[mixed], kind="stable")]

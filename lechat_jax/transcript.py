@@ -1,0 +1,116 @@
+"""Conversations that were had, as the ids that a model is taught, the assistant's marked.
+
+Written down by mistral-common as for the chat command, see `template`; what stands between
+the messages and how is its affair, in each version of the tokenizer.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.normalize import get_normalizer
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+from lechat_jax.records import half_pair
+from lechat_jax.template import KINDS, base_of
+from lechat_jax.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Unusable(Exception):
+    """A conversation cannot be learned from; the message says why, to go on after "line 3"."""
+
+
+class Transcripts:
+    """Writes conversations down for one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        version, base = TokenizerVersion(tokenizer.version), base_of(tokenizer)
+        instruct = KINDS[version.value](base)
+        self._written: list[tuple[str, int]] = []  # whose message, and the number of its ids
+        for role in ROLES:
+            name = f"encode_{role}_message"
+            setattr(instruct, name, self._noted(role, getattr(instruct, name)))
+        self._template = MistralTokenizer(
+            instruct,
+            get_validator(version, ValidationMode.finetuning),
+            get_normalizer(version, base.model_settings_builder),
+        )
+
+    def write(
+        self, messages: Any, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """All ids from BOS on, and which of them are the assistant's, its EOS included.
+
+        A message of the assistant's with a `weight` of 0 is read and not learned.
+
+        Raises:
+            Unusable: the messages are no conversation that ends with an answer.
+        """
+        check(messages)
+        plain = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
+        weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
+        self._written.clear()
+        try:
+            fields = {"messages": plain, "tools": tools}
+            request = ChatCompletionRequest.model_validate(fields)
+            ids = self._template.encode_chat_completion(request).tokens
+        except (MistralCommonException, ValueError, AssertionError, NotImplementedError) as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise Unusable(f"is refused by Mistral's template: {why[:200]}") from error
+        left = iter(weights)
+        counted = [False] * (len(ids) - sum(n for _, n in self._written))
+        for role, n in self._written:
+            counted += [role == "assistant" and next(left) != 0] * n
+        if not any(counted):
+            raise Unusable("has no answer to learn: the weight of all is 0")
+        return ids, counted
+
+    def _noted(self, role: str, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """The same encoder, whose number of ids is noted."""
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            written = encode(*args, **kwargs)
+            ids = written[0] if isinstance(written, tuple) else written
+            self._written.append((role, len(ids or ())))
+            return written
+
+        return noting
+
+
+def check(messages: Any) -> None:
+    """Nothing, if this is a conversation: a question first, answers in turn, an answer last.
+
+    Raises:
+        Unusable: it is none.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise Unusable("has no list of messages in `messages`")
+    before = None
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise Unusable(f"has a message, number {number}, without a `role`")
+        role, content = message["role"], message.get("content")
+        if role not in ROLES:
+            raise Unusable(f"has a message of {role!r}, which is none of {', '.join(ROLES)}")
+        if role == before and role in ("user", "assistant"):
+            raise Unusable(f"has two messages of the {role} after each other, at number {number}")
+        if role == "assistant" and before in (None, "system"):
+            raise Unusable(f"has an answer, number {number}, before any question")
+        if role == "system" and before not in (None, "system"):
+            raise Unusable(f"has a system message, number {number}, amid the conversation")
+        said = content.strip() if isinstance(content, str) else content
+        if role == "assistant" and not said and not message.get("tool_calls"):
+            raise Unusable(f"has an empty answer, message number {number}")
+        if role != "assistant" and not isinstance(content, str | list):
+            raise Unusable(f"has a message, number {number}, without `content`")
+        before = role
+    if before != "assistant":
+        raise Unusable(f"ends with a message of the {before} instead of an answer")
+    if bad := half_pair(json.dumps(messages, ensure_ascii=False)):
+        raise Unusable(bad)

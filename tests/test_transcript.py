@@ -1,0 +1,88 @@
+"""Conversations are written as mistral-common writes them, and the assistant's ids are learned."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.transcript import Transcripts, Unusable
+from tests.test_template import NAMES, SYSTEM, TURNS, answered, loaded, path
+
+__all__ = ["path"]  # a fixture
+
+ASKED = TURNS[:-1]  # the last has no answer
+
+
+def conversation(system: str) -> list[dict[str, Any]]:
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, answer in ASKED:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+@pytest.mark.parametrize("path", NAMES, indirect=True)
+@pytest.mark.parametrize("system", ["", SYSTEM], ids=["plain", "system"])
+def test_the_answers_are_learned_and_nothing_else_is(path: Path, system: str) -> None:
+    tokenizer, template = loaded(path)
+    ids, counted = Transcripts(tokenizer).write(conversation(system))
+    answers = [answered(template, answer) for _, answer in ASKED]
+    assert all(answer[-1] == tokenizer.eos_id for answer in answers)
+    learned = [id_ for id_, one in zip(ids, counted, strict=True) if one]
+    assert learned == [id_ for answer in answers for id_ in answer]
+    # What comes before the last answer is what a model that is to give it would read.
+    said: list[Any] = [SystemMessage(content=system)] if system else []
+    for question, answer in ASKED[:-1]:
+        said += [UserMessage(content=question), AssistantMessage(content=answer)]
+    said += [UserMessage(content=ASKED[-1][0])]
+    read = template.encode_chat_completion(ChatCompletionRequest(messages=said)).tokens
+    assert ids == read + answers[-1]
+
+
+def test_an_answer_of_weight_zero_is_read_and_not_learned() -> None:
+    tokenizer = Tokenizer.mistral_v1()
+    messages = conversation("")
+    ids, whole = Transcripts(tokenizer).write(messages)
+    messages[1]["weight"] = 0
+    again, counted = Transcripts(tokenizer).write(messages)
+    first = len(tokenizer.encode(ASKED[0][1])) + 1
+    assert (again, sum(counted)) == (ids, sum(whole) - first)
+    assert counted[whole.index(True)] is False
+
+
+def says(role: str, content: Any = "x") -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+USER, ANSWER = says("user"), says("assistant")
+BAD: dict[str, tuple[Any, str]] = {
+    "no list": ("hello", "has no list of messages"),
+    "no message": ([], "has no list of messages"),
+    "no role": ([{"content": "x"}], "number 1, without a `role`"),
+    "an unknown role": ([USER, says("robot")], "'robot', which is none of system, user"),
+    "two questions": ([USER, USER, ANSWER], "two messages of the user after each other, at num"),
+    "two answers": ([USER, ANSWER, ANSWER], "two messages of the assistant after each other"),
+    "an answer first": ([ANSWER, USER, ANSWER], "an answer, number 1, before any question"),
+    "an answer to nothing": ([says("system"), ANSWER], "an answer, number 2, before any question"),
+    "a late system": ([USER, says("system"), ANSWER], "system message, number 2, amid"),
+    "an empty answer": ([USER, says("assistant", " ")], "has an empty answer, message number 2"),
+    "no content": ([says("user", None), ANSWER], "message, number 1, without `content`"),
+    "a question last": ([USER, ANSWER, USER], "ends with a message of the user"),
+    "half a pair": ([USER, says("assistant", "\ud83d")], r"holds \ud83d, half of a character pair"),
+    "weights of zero": ([USER, ANSWER | {"weight": 0}], "the weight of all is 0"),
+    "a picture": (
+        [says("user", [{"type": "image_url", "image_url": "x"}]), ANSWER],
+        "is refused by Mistral's template",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_conversation_is_refused_with_the_reason(name: str) -> None:
+    messages, complaint = BAD[name]
+    with pytest.raises(Unusable) as refused:
+        Transcripts(Tokenizer.mistral_v1()).write(messages)
+    assert complaint in str(refused.value)
