@@ -80,15 +80,16 @@ class Display:
         self._bar.remove_task(self._task)  # since no update makes a known total unknown again
         self._task = self._bar.add_task(what, total=None, status="")
 
-    def work(self, what: str, done: int, total: int) -> None:
+    def work(self, what: str, done: int, total: int, more: str = "") -> None:
         """Shows how far a part beside training is, such as the final evaluation."""
+        status = f"{done}/{total}{more}"
         if self.console.is_terminal:
             self._bar.update(
-                self._task, completed=done, total=total, description=what, status=f"{done}/{total}"
+                self._task, completed=done, total=total, description=what, status=status
             )
         elif done == total or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
-            self.say(f"{what} {done}/{total}")
+            self.say(f"{what} {status}")
 
 
 def clock(seconds: float) -> str:

@@ -46,7 +46,8 @@ class Examples:
         form: how they were written.
         train: those to learn from.
         val: those held out, every tenth.
-        val_bytes: of each of them, UTF-8 bytes of the text that is scored.
+        train_bytes: UTF-8 bytes of the answers of each.
+        val_bytes: likewise.
         n_bytes: of the files.
         sha256: of the files, in their order.
         opening: the first question or prompt held out.
@@ -57,6 +58,7 @@ class Examples:
     form: Form
     train: Documents
     val: Documents
+    train_bytes: tuple[int, ...]
     val_bytes: tuple[int, ...]
     n_bytes: int
     sha256: str
@@ -133,6 +135,7 @@ def load_examples(
         form=form,
         train=Documents.of(train),
         val=Documents.of(val),
+        train_bytes=tuple(_scored_bytes(tokenizer, example) for example in train),
         val_bytes=tuple(_scored_bytes(tokenizer, example) for example in val),
         n_bytes=source.n_bytes,
         sha256=source.sha256,

@@ -1,0 +1,260 @@
+"""Measures how well a model predicts a text: python -m lechat_jax.eval DIR --data FILE.
+
+Each document is read on its own, in windows that overlap: of a long one, every token is scored
+once, with at least `--block` minus `--stride` tokens before it. BOS is given, and what is only
+read in examples (questions, prompts) is not scored.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+
+from lechat_jax import cli
+from lechat_jax.compilation import enable_compilation_cache
+from lechat_jax.corpus import load_corpus
+from lechat_jax.data import load_tokens
+from lechat_jax.display import Display, clock
+from lechat_jax.errors import BadInput
+from lechat_jax.examples import form_of, load_examples
+from lechat_jax.loading import load_to_compute
+from lechat_jax.packing import Documents, Packed
+from lechat_jax.quantize import Format
+from lechat_jax.step import StepOptions
+from lechat_jax.texts import find_texts
+from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.trained import Trained
+from lechat_jax.validation import HeldOut, Score, Validator
+from lechat_jax.whole import write_whole
+
+ANY = 1 << 40  # tokens of a row that holds any example
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """The flags of `python -m lechat_jax.eval`.
+
+    Attributes:
+        dir: Folder of the model: a training run, or weights in lechat's format.
+        data: What is scored, as for training: text, or examples, of which the answers are. By
+            default what the run was trained on.
+        part: Whether all of it is scored, or the tenth that training holds out. By default all
+            of --data, and the part held out of what the run was trained on.
+        block: Tokens that are read at once at most.
+        stride: Tokens between two windows of a long document; fewer give each token more to go
+            by, and take longer. By default half of --block.
+        dtype: Type to compute in; by default as stored, but float32 on a CPU where that fits.
+        quantize: How the weights are quantised when they are loaded.
+        json: File for the figures, for scripts.
+    """
+
+    dir: tyro.conf.Positional[Path]
+    data: str | None = None
+    part: Literal["all", "held-out"] | None = None
+    block: int = 1024
+    stride: int | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    quantize: Format | None = None
+    json: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise BadInput(f"--block must be at least 1, not {self.block}")
+        if self.stride is not None and not 1 <= self.stride <= self.block:
+            raise BadInput(
+                f"--stride must be from 1 to the {self.block} of --block, not {self.stride}"
+            )
+        if self.json and not self.json.absolute().parent.is_dir():
+            raise BadInput(
+                f"there is no folder {self.json.absolute().parent} to write {self.json.name} to"
+            )
+
+
+class Text(NamedTuple):
+    """What is scored.
+
+    Attributes:
+        name: of it, for people.
+        documents: each on its own.
+        n_bytes: of UTF-8 that the counted tokens stand for.
+    """
+
+    name: str
+    documents: Documents
+    n_bytes: int
+
+
+def windows(documents: Documents, block: int, stride: int) -> Documents:
+    """The documents in pieces of up to `block + 1` tokens, one every `stride`.
+
+    What one piece has scored counts in no other. Pieces of which nothing counts are left out.
+
+    >>> whole = Documents.of([([1, 5, 6, 7, 8], [False, True, True, True, True])])
+    >>> parts = windows(whole, block=2, stride=1)
+    >>> parts.ids.tolist(), parts.counted.astype(int).tolist()
+    ([1, 5, 6, 5, 6, 7, 6, 7, 8], [0, 1, 1, 0, 0, 1, 0, 0, 1])
+    """
+    pieces = []
+    for begin, end in itertools.pairwise(documents.begins.tolist()):
+        scored = begin + 1
+        for start in range(begin, end, stride):
+            stop = min(start + block + 1, end)
+            counted = documents.counted[start:stop].copy()
+            counted[: scored - start] = False
+            if counted.any():
+                pieces.append((documents.ids[start:stop], counted))
+            scored = stop
+            if stop == end:
+                break
+    ids, counted = (np.concatenate(leaves) for leaves in zip(*pieces, strict=True))
+    return Documents(ids, counted, np.cumsum([0, *(len(own) for own, _ in pieces)]))
+
+
+def load_text(options: EvalConfig, trained: Trained, display: Display) -> Text:
+    """What the options name, read by the model's tokenizer.
+
+    Raises:
+        BadInput: there is no such text, or no tokenizer that fits the model.
+    """
+    tokenizer = trained.tokenizer
+    if tokenizer is None:
+        raise BadInput(f"there is no tokenizer in {options.dir} to read a text with")
+    if tokenizer.vocab_size != trained.config.vocab_size:
+        raise BadInput(
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens and the model "
+            f"{trained.config.vocab_size}"
+        )
+    asked = trained.run.config["train"].get("data") if trained.run else None
+    data = options.data if options.data is not None else asked
+    part = options.part or ("all" if options.data is not None else "held-out")
+
+    def progress(done: int, of: int) -> None:
+        display.work("tokenising", done, of)
+
+    if data is not None and (form := form_of(data)):
+        examples = load_examples(data, form, tokenizer, ANY, progress)
+        if part == "held-out":
+            return Text(data, examples.val, sum(examples.val_bytes))
+        both = _joined(examples.train, examples.val)
+        return Text(data, both, sum(examples.train_bytes) + sum(examples.val_bytes))
+    if part == "held-out":
+        tokens = load_tokens(load_corpus(data), tokenizer, on_progress=progress)
+        documents = Documents.of_stream(tokens.val, tokenizer.bos_id, ANY)
+        return Text(tokens.name, _but_bos(documents), tokens.val_bytes)
+    return _whole(data, tokenizer)
+
+
+def _whole(data: str | None, tokenizer: Tokenizer) -> Text:
+    """All of the text that `data` names."""
+    name, texts = find_texts(data)
+    texts = [text for text in texts if text]
+    if not texts:
+        raise BadInput(f"{name} is empty; give --data a text to score")
+    ends = [tokenizer.bos_id], [tokenizer.eos_id]
+    each = [np.concatenate([ends[0], ids, ends[1]]) for ids in tokenizer.encode_batch(texts)]
+    ids = np.concatenate(each).astype(np.int32)
+    documents = Documents(ids, np.ones(len(ids), bool), np.cumsum([0, *map(len, each)]))
+    return Text(name, _but_bos(documents), sum(len(text.encode()) for text in texts))
+
+
+def _but_bos(documents: Documents) -> Documents:
+    """The same documents, of which the first token does not count."""
+    counted = documents.counted.copy()
+    counted[documents.begins[:-1]] = False
+    return documents._replace(counted=counted)
+
+
+def _joined(a: Documents, b: Documents) -> Documents:
+    return Documents(
+        np.concatenate([a.ids, b.ids]),
+        np.concatenate([a.counted, b.counted]),
+        np.concatenate([a.begins, a.begins[-1] + b.begins[1:]]),
+    )
+
+
+def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
+    """The figures, as JSON types.
+
+    Raises:
+        BadInput: the model or the text cannot be used.
+    """
+    trained = Trained.open(options.dir)
+    text = load_text(options, trained, display)
+    stride = options.stride or -(-options.block // 2)
+    pieces = windows(text.documents, options.block, stride)
+    packed = Packed(pieces, min(options.block, int(pieces.lengths.max()) - 1), batch=1, seed=0)
+    display.wait("loading weights")
+    weights = load_to_compute(trained, options.dtype, options.quantize, lambda shapes: None)
+    dtype = str(weights["norm.scale"].dtype)
+    rows = np.arange(packed.windows)
+    held = HeldOut(packed.one_epoch(), text.n_bytes, rows, text.n_bytes)
+    step = StepOptions(block=packed.block, dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    validator = Validator(trained.config, step, held)
+    display.wait("compiling")
+    began = time.perf_counter()
+    score = validator.full(weights, _shown(display, packed.block, began))
+    return _figures(options, text, stride, dtype, score) | {
+        "tokens_per_s": score.tokens / (time.perf_counter() - began),
+        "quantization": trained.quantization or options.quantize,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _shown(display: Display, block: int, began: float) -> Any:
+    """Tells the display how far scoring is, how fast it goes and how long it will take."""
+
+    def show(done: int, of: int) -> None:
+        rate = done / (time.perf_counter() - began)
+        left = clock((of - done) / rate)
+        display.work("scoring, row", done, of, f" · {rate * block:,.0f} tokens/s · {left} left")
+
+    return show
+
+
+def _figures(
+    options: EvalConfig, text: Text, stride: int, dtype: str, score: Score
+) -> dict[str, Any]:
+    return {
+        "folder": str(options.dir),
+        "text": text.name,
+        "documents": len(text.documents.lengths),
+        "tokens": score.tokens,
+        "bytes": score.n_bytes,
+        "loss": score.loss,
+        "perplexity": math.exp(min(score.loss, 700)),
+        "bits_per_byte": score.bits_per_byte,
+        "block": options.block,
+        "stride": stride,
+        "dtype": dtype,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see `--help`."""
+    options = cli.parse(EvalConfig, "python -m lechat_jax.eval", __doc__ or "", argv)
+    enable_compilation_cache()
+    with Display(None) as display:
+        found = measure(options, display)
+    print(
+        f"{found['loss']:.5f} nats per token, perplexity {found['perplexity']:,.4f}, "
+        f"{found['bits_per_byte']:.5f} bits per byte\n"
+        f"on {found['tokens']:,} tokens ({found['bytes']:,} bytes) of {found['text']}, "
+        f"{found['documents']:,} documents, each on its own, in windows of {found['block']:,} "
+        f"tokens every {found['stride']:,}"
+    )
+    if options.json:
+        write_whole(options.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        print(f"report: {options.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

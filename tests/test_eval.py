@@ -1,0 +1,119 @@
+"""What the command measures is what transformers makes of the same text."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
+from lechat_jax.eval import EvalConfig, main, windows
+from lechat_jax.model import weights_of
+from lechat_jax.packing import Documents
+from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.weights import save_weights
+from parity import convert
+from parity.lively import lively
+from tests.tokenizers import taught
+
+BLOCK, STRIDE = 48, 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny: MistralConfig) -> Path:
+    """Random weights in lechat's format and, beside them, in that of transformers."""
+    home = tmp_path_factory.mktemp("model")
+    vocabulary = taught(home)
+    ids = Tokenizer.from_file(vocabulary).vocab_size
+    config = dataclasses.replace(tiny, n_layers=2, vocab_size=ids)
+    save_weights(home / "ours", config, weights_of(lively(config)), vocabulary)
+    assert convert.main([str(home / "ours"), str(home / "theirs"), "--to", "hf"]) == 0
+    return home
+
+
+def texts() -> list[str]:
+    """Documents of less than a window, of several, and of one token."""
+    long = " ".join(f"The square of {i} is {i * i}." for i in range(12))
+    return ["The square", long, "9", long[:90]]
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> Path:
+    file = folder / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
+    return file
+
+
+def figures(*argv: Any) -> dict[str, Any]:
+    json_file = Path(argv[0]).parent / "figures.json"
+    assert main([*map(str, argv), "--json", str(json_file)]) == 0
+    return json.loads(json_file.read_text())
+
+
+def theirs(folder: Path, block: int, stride: int) -> list[float]:
+    """Nats of every token but BOS: the first window that holds it as a target scores it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "theirs", attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    tokenizer = Tokenizer.from_file(folder / "taught.model")
+    nats = []
+    for text in texts():
+        ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        for place in range(1, len(ids)):
+            start = stride * max(0, math.ceil((place - block) / stride))
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[start:place]])).logits[0, -1]
+            nats.append(-torch.log_softmax(logits.double(), dim=-1)[ids[place]].item())
+    return nats
+
+
+def test_the_loss_is_that_of_transformers(folder: Path, data: Path) -> None:
+    found = figures(folder / "ours", "--data", data, "--block", BLOCK, "--stride", STRIDE)
+    expected = theirs(folder, BLOCK, STRIDE)
+    n_bytes = sum(len(text.encode()) for text in texts())
+    assert len(expected) > 3 * BLOCK
+    assert (found["tokens"], found["bytes"]) == (len(expected), n_bytes)
+    assert found["loss"] == pytest.approx(np.mean(expected), rel=2e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(np.mean(expected)), rel=1e-5)
+    bits = sum(expected) / math.log(2) / n_bytes
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=2e-6)
+    assert found["documents"] == 4
+
+
+def test_int8_is_scored_as_it_is_and_costs_a_little(folder: Path, data: Path) -> None:
+    whole = figures(folder / "ours", "--data", data, "--block", BLOCK)
+    int8 = figures(folder / "ours", "--data", data, "--block", BLOCK, "--quantize", "int8")
+    assert int8["quantization"] == "int8"
+    assert 0 < abs(int8["loss"] - whole["loss"]) < 0.05
+
+
+def test_every_token_is_scored_once_with_enough_before_it() -> None:
+    lengths = [1, 2, 9, 10, 31]
+    ids = [list(range(100 * i, 100 * i + n)) for i, n in enumerate(lengths)]
+    whole = Documents.of([(own, [t > 0 for t in range(len(own))]) for own in ids])
+    parts = windows(whole, block=8, stride=3)
+    assert parts.lengths.max() == 9
+    scored = parts.ids[parts.counted].tolist()
+    assert sorted(scored) == [id_ for own in ids for id_ in own[1:]]
+    for begin, end in zip(parts.begins, parts.begins[1:], strict=False):
+        places = np.flatnonzero(parts.counted[begin:end])
+        assert places[0] == 1 if parts.ids[begin] % 100 == 0 else places[0] > 8 - 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"block": 0}, "--block must be at least 1, not 0"),
+        ({"block": 8, "stride": 9}, "--stride must be from 1 to the 8 of --block, not 9"),
+        ({"json": Path("nowhere/f.json")}, "there is no folder .*nowhere to write f.json to"),
+    ],
+)
+def test_bad_flags_are_refused(flags: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        EvalConfig(Path("x"), **flags)
