@@ -1,5 +1,6 @@
 """How every command line of lechat reads its flags and reports what is wrong with them."""
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from typing import NoReturn, TypeVar
 import tyro
 
 from lechat_jax.errors import BadInput
+from lechat_jax.recipe import with_recipe
 
 Args = TypeVar("Args")
 
@@ -15,8 +17,17 @@ Args = TypeVar("Args")
 def parse(options: type[Args], prog: str, description: str, argv: Sequence[str] | None) -> Args:
     """The options of a dataclass read from `argv` (or `sys.argv`), in kebab-case.
 
-    The docstring below each field is its help; bad flags exit with code 2.
+    The docstring below each field is its help; bad flags exit with code 2. A field `config`
+    is a YAML file that stands for others.
+
+    Raises:
+        BadInput: that file cannot be used.
     """
+    argv = [*(sys.argv[1:] if argv is None else argv)]
+    fields = inspect.signature(options).parameters
+    if "config" in fields:
+        switches = {name for name, field in fields.items() if isinstance(field.default, bool)}
+        argv = with_recipe(argv, [*fields], switches)
     return tyro.cli(
         options,
         prog=prog,

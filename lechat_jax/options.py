@@ -28,6 +28,8 @@ class TrainConfig:
     """Flags of the main job. Whatever is `None` is decided when the run starts.
 
     Attributes:
+        config: YAML file whose keys stand for these flags; flags beside it win. Every run writes
+            one, config.yaml, which starts such a run again. By default none.
         data: Text to train on: a .txt file, a folder or a 'glob/*.txt', a .jsonl with a "text"
             field, or a Hugging Face dataset id. Or examples, of which the answers are learned: a
             .jsonl or a dataset with "messages" (a chat), or with "prompt" and "completion". By
@@ -75,12 +77,15 @@ class TrainConfig:
         sample_every: Steps between two samples. By default a quarter of the run.
         checkpoint_every: Steps between two checkpoints. By default about one a minute.
         tensorboard: Also write TensorBoard events to the run's folder (extra [tensorboard]).
+        wandb: Project on Weights & Biases to send the metrics to as well (extra [wandb]); with
+            WANDB_MODE=offline they stay in the run's folder. By default nothing is sent.
         prompt: Texts to continue in the samples, beside the default: the first words held out.
         max_tokens: Tokens in a sample.
         temperature: Temperature of the samples; 0 takes the likeliest token each time.
         top_p: Probability mass that the samples are drawn from, 0 to 1.
     """
 
+    config: Path | None = None
     data: str | None = None
     preset: str | None = None
     dim: int | None = None
@@ -109,6 +114,7 @@ class TrainConfig:
     sample_every: int | None = None
     checkpoint_every: int | None = None
     tensorboard: bool = False
+    wandb: str | None = None
     prompt: tuple[str, ...] = ()
     max_tokens: int = 120
     temperature: float = 0.8
@@ -169,13 +175,19 @@ class TrainConfig:
         fields = dataclasses.asdict(self)
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
+    def recipe(self, platform: str) -> dict[str, Any]:
+        """The options as resolved, without those that name this one run and its folder."""
+        fields = self.to_dict() | self.shape(platform)._asdict()
+        named = ("config", "name", "out", "resume")
+        return {name: value for name, value in fields.items() if name not in named}
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
         """The options that `to_dict` wrote; other keys are not looked at."""
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {k: v for k, v in fields.items() if k in known}
         kept["prompt"] = tuple(kept.get("prompt", ()))
-        for name in ("init_from", "out", "resume"):
+        for name in ("config", "init_from", "out", "resume"):
             kept[name] = Path(kept[name]) if kept.get(name) else None
         return cls(**kept)
 

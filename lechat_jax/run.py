@@ -2,6 +2,7 @@
 
 runs/<name>/
   config.json        the model, and every training option as resolved
+  config.yaml        the options, for `--config`
   metrics.jsonl      an object a line; see `Run.log`
   loss.png           the curve
   samples/           one text a file
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from lechat_jax.errors import BadInput
+from lechat_jax.mirrors import Mirror, TensorBoard, WeightsAndBiases
 
 CONFIG, METRICS, CURVE = "config.json", "metrics.jsonl", "loss.png"
+RECIPE = "config.yaml"
 
 
 class Run:
@@ -26,7 +29,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._tensorboard: Any = None
+        self._mirrors: list[Mirror] = []
         self.checkpoints = folder / "checkpoints"
         self.samples = folder / "samples"
 
@@ -98,13 +101,15 @@ class Run:
         Raises:
             BadInput: the extra is not installed.
         """
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise BadInput(
-                "--tensorboard needs tensorboardX: pip install 'lechat-jax[tensorboard]'"
-            ) from None
-        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+        self._mirrors.append(TensorBoard(self.folder / "tensorboard"))
+
+    def mirror_to_wandb(self, project: str) -> None:
+        """From now on `log` also tells Weights & Biases.
+
+        Raises:
+            BadInput: the extra is not installed.
+        """
+        self._mirrors.append(WeightsAndBiases(project, self.folder, self.config))
 
     def log(self, rows: list[dict[str, Any]]) -> None:
         """More lines of metrics.
@@ -117,11 +122,8 @@ class Run:
         """
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        if self._tensorboard:
-            for row in rows:
-                for key in row.keys() - {"step", "time_s", "tokens"}:
-                    self._tensorboard.add_scalar(key, row[key], row["step"])
-            self._tensorboard.flush()
+        for mirror in self._mirrors:
+            mirror.log(rows)
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines logged so far, up to one that a crash may have cut."""

@@ -17,7 +17,8 @@ from lechat_jax.display import Display, clock
 from lechat_jax.errors import BadInput
 from lechat_jax.lessons import Lessons, load_lessons
 from lechat_jax.options import DEFAULT_PRESET, TrainConfig
-from lechat_jax.run import Run
+from lechat_jax.recipe import to_yaml
+from lechat_jax.run import RECIPE, Run
 from lechat_jax.stop import Stop
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Loaded, Trained
@@ -75,6 +76,8 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
     run = start.run or _new_run(start, lessons, loaded)
     if options.tensorboard:
         run.mirror_to_tensorboard()
+    if options.wandb:
+        run.mirror_to_wandb(options.wandb)
     trainer = Trainer(run, config, options, lessons, tokenizer, display)
     display.say(
         f"model: {options.model_name}, {config.n_params:,} parameters, "
@@ -163,6 +166,7 @@ def _new_run(start: Start, lessons: Lessons, loaded: Loaded | None) -> Run:
     if loaded:
         found |= {"init_from_sha256": loaded.sha256}
     run.config = {"model": start.model.to_dict(), "train": options.to_dict() | found}
+    run.write(RECIPE, to_yaml(options.recipe(jax.default_backend())))
     return run
 
 

@@ -98,6 +98,8 @@ def test_a_fine_tune_counts_the_tokens_of_the_assistant_alone(
     assert f"18 documents are packed into {rows} rows of {BLOCK + 1} tokens" in said
     assert f"python -m lechat_jax.chat {tmp_path / 'run'}" in said
     assert "[Square of 9?]" in said, "a sample answers the first question held out"
+    kept = (tmp_path / "run" / "config.yaml").read_text().splitlines()
+    assert {f"data: {chats}", f"block: {BLOCK}", f"batch: {rows}", "steps: 1"} <= set(kept)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     metrics = {key: value for line in lines for key, value in json.loads(line).items()}
     assert metrics["train/loss"] == pytest.approx(first_loss(model, chats, vocabulary), rel=1e-5)

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,39 @@ def test_without_the_extra_tensorboard_is_refused(
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(BadInput, match="pip install 'lechat-jax\\[tensorboard\\]'"):
         run.mirror_to_tensorboard()
+
+
+def test_weights_and_biases_hear_the_same_under_one_id_for_good(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the library, which would ask for an account or for its offline mode."""
+    run.config = {"model": {"dim": 40}, "train": {"steps": 3}}
+    started: list[dict[str, Any]] = []
+    heard: list[tuple[int, dict[str, Any]]] = []
+
+    class Theirs:
+        def log(self, row: dict[str, Any], step: int) -> None:
+            heard.append((step, row))
+
+    library = types.ModuleType("wandb")
+    library.__dict__["init"] = lambda **asked: started.append(asked) or Theirs()
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    for again in (run, Run.open(run.folder)):
+        again.mirror_to_wandb("lechat")
+    first, second = started
+    assert first == second
+    assert first["project"] == "lechat"
+    assert (first["resume"], first["dir"]) == ("allow", str(run.folder.absolute()))
+    assert first["config"] == run.config
+    run.log(ROWS)
+    assert [step for step, _ in heard] == [row["step"] for row in ROWS]
+    assert [row | {"step": step} for step, row in heard] == ROWS
+
+
+def test_without_the_extra_weights_and_biases_is_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.config = {"model": {}, "train": {}}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(BadInput, match="pip install 'lechat-jax\\[wandb\\]'"):
+        run.mirror_to_wandb("lechat")
