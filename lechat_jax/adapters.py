@@ -98,6 +98,11 @@ class Adapters:
             shapes[name + B] = (*part.writes, part.rank)
         return shapes
 
+    def described(self, config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and type of each weight that learns, and of the scales, by name."""
+        parts = [*self.shapes(config).items(), *((name + SCALE, ()) for name in self.parts(config))]
+        return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in parts}
+
     def draw(self, config: MistralConfig, seed: int) -> Weights:
         """Adapters that do nothing yet: B zero, A uniform in 1 / sqrt(its inputs).
 

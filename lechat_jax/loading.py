@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from lechat_jax.errors import BadInput
+from lechat_jax.lora import is_adapter
 from lechat_jax.model import Weights
 from lechat_jax.quantize import Format, is_kernel, is_scale
 from lechat_jax.tensors import TensorFiles
@@ -45,7 +46,7 @@ def load_to_compute(
     """
     dtype = _to_compute_in(trained, dtype, quantize)
     shapes = _shapes(trained, dtype, quantize)
-    types = sorted({str(leaf.dtype) for name, leaf in shapes.items() if not _is_int8(name, shapes)})
+    types = sorted({str(leaf.dtype) for name, leaf in shapes.items() if _is_base(name, shapes)})
     if len(types) > 1:
         raise BadInput(
             f"the weights in {trained.folder} are of several types, {' and '.join(types)}; "
@@ -109,6 +110,12 @@ def _to_compute_in(
 
 def _shapes(trained: Trained, dtype: DTypeLike | None, quantize: Format | None) -> Shapes:
     """What the weights will look like when they are loaded."""
+    if trained.adapters is not None:
+        how = quantize or trained.quantization
+        return {
+            **_shapes(trained.base, dtype, how),
+            **trained.adapters.described(trained.config),
+        }
     how = trained.quantization or quantize
     shapes = weight_shapes(trained.config, how)
     stored = TensorFiles.open(trained.folder) if trained.run is None and dtype is None else {}
@@ -120,6 +127,11 @@ def _shapes(trained: Trained, dtype: DTypeLike | None, quantize: Format | None) 
         return jax.ShapeDtypeStruct(leaf.shape, kept if dtype is None else dtype)
 
     return {name: described(name, leaf) for name, leaf in shapes.items()}
+
+
+def _is_base(name: str, shapes: Shapes) -> bool:
+    """Whether this has the type that is computed in; adapters are float32 beside any."""
+    return not _is_int8(name, shapes) and not is_adapter(name)
 
 
 def _is_int8(name: str, shapes: Shapes) -> bool:

@@ -47,8 +47,14 @@ class TrainConfig:
             'full' for no window.
         init_from: Folder of weights to start from, instead of random ones: a run or lechat's format
             (which python -m parity.convert makes of others). The model and the tokenizer are
-            those of the folder. The default learning rate stays the one for random weights; a
-            lower one changes less of what was learned.
+            those of the folder.
+        lora_rank: Learn adapters of this rank beside the weights of --init-from, which stay as they
+            are: in the type that is computed in, or int8. A run then holds the adapters alone.
+        lora_alpha: What an adapter adds is multiplied by alpha / rank. By default twice the rank.
+        lora_targets: Maps of every layer that have an adapter. By default all: q k v o gate up down.
+        lora_from: Folder of adapters in PEFT's format to begin with, instead of fresh ones.
+        quantize: Keep the weights of --init-from in int8 while adapters are learned: half of
+            bfloat16.
         minutes: Time to train for, in minutes from the start of the process. Turned into a number
             of steps once, after a few timed ones; the final evaluation and the samples follow.
         steps: Number of training steps, instead of --minutes.
@@ -61,8 +67,12 @@ class TrainConfig:
             examples alone, on for text too, off for one example a row. Otherwise text is read
             as one stream.
         block: Tokens in a row. By default 128 on a CPU and 256 on a GPU or TPU.
-        learning_rate: Learning rate, as a multiple of the peak rates that were measured for the
-            default.
+        optimizer: What moves the matrices. By default muon for random weights, and adamw for those
+            of --init-from and for adapters.
+        learning_rate: Learning rate, as a multiple of the usual peak rates: muon's were measured for
+            the default; adamw's are 3e-3 for random weights, 2e-5 for those of --init-from and
+            2e-4 for adapters.
+        weight_decay: Part of a matrix that a step takes off, as a multiple of the rate.
         dtype: Type of activations and matrix products; weights and optimiser stay float32. By
             default bfloat16 on a GPU or TPU and float32 on a CPU.
         remat: What a layer keeps for its backward pass: all (none), the products with its weights
@@ -96,6 +106,11 @@ class TrainConfig:
     hidden_dim: int | None = None
     sliding_window: int | Literal["full"] | None = None
     init_from: Path | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] = ()
+    lora_from: Path | None = None
+    quantize: Literal["int8"] | None = None
     minutes: float = 5.0
     steps: int | None = None
     max_epochs: float = 16.0
@@ -103,7 +118,9 @@ class TrainConfig:
     accumulate: int = 1
     packing: Literal["auto", "on", "off"] = "auto"
     block: int | None = None
+    optimizer: Literal["muon", "adamw"] | None = None
     learning_rate: float = 1.0
+    weight_decay: float = 0.0
     dtype: Dtype | None = None
     remat: Remat = "none"
     seed: int = 0
@@ -132,6 +149,9 @@ class TrainConfig:
                 raise BadInput(
                     f"{_flag(name)} must be a finite number above 0, not {getattr(self, name)}"
                 )
+        if not 0 <= self.weight_decay < math.inf:
+            raise BadInput(f"--weight-decay must be 0 or more, not {self.weight_decay}")
+        self._check_adapters()
         # The samples come late in a run, and what they need must not fail only then.
         if not 0 <= self.temperature < math.inf:
             raise BadInput(f"--temperature must be 0 or more, not {self.temperature}")
@@ -147,6 +167,44 @@ class TrainConfig:
             BadInput: there is no such preset, or the changes contradict each other.
         """
         return dataclasses.replace(preset(self.preset or DEFAULT_PRESET), **self._changes())
+
+    def _check_adapters(self) -> None:
+        """Raises `BadInput` for flags about adapters that contradict each other."""
+        own = [n for n in ("lora_rank", "lora_alpha", "lora_targets") if getattr(self, n)]
+        if self.lora_from and own:
+            raise BadInput(
+                f"--lora-from says rank, alpha and targets; leave out {', '.join(map(_flag, own))}"
+            )
+        if own and self.lora_rank is None:
+            raise BadInput(f"{_flag(own[0])} is of adapters; say their --lora-rank too, such as 16")
+        if self.learns_adapters and self.init_from is None:
+            raise BadInput("adapters are learned beside trained weights; say --init-from FOLDER")
+        if self.learns_adapters and self.optimizer == "muon":
+            raise BadInput(
+                "muon turns whole matrices, and adapters are none; leave out --optimizer"
+            )
+        if self.quantize and not self.learns_adapters:
+            raise BadInput(
+                "int8 weights cannot learn, only adapters beside them; say --lora-rank too, or "
+                "leave out --quantize"
+            )
+
+    @property
+    def usual_optimizer(self) -> Literal["muon", "adamw"]:
+        """The one asked for, or the usual one."""
+        return self.optimizer or ("adamw" if self.init_from else "muon")
+
+    @property
+    def start(self) -> Literal["random", "trained", "adapters"]:
+        """What the weights that learn are at first."""
+        if self.learns_adapters:
+            return "adapters"
+        return "trained" if self.init_from else "random"
+
+    @property
+    def learns_adapters(self) -> bool:
+        """Whether adapters learn, and not the weights."""
+        return self.lora_rank is not None or self.lora_from is not None
 
     @property
     def model_name(self) -> str:
@@ -186,8 +244,9 @@ class TrainConfig:
         """The options that `to_dict` wrote; other keys are not looked at."""
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {k: v for k, v in fields.items() if k in known}
-        kept["prompt"] = tuple(kept.get("prompt", ()))
-        for name in ("config", "init_from", "out", "resume"):
+        for name in ("prompt", "lora_targets"):
+            kept[name] = tuple(kept.get(name, ()))
+        for name in ("config", "init_from", "lora_from", "out", "resume"):
             kept[name] = Path(kept[name]) if kept.get(name) else None
         return cls(**kept)
 

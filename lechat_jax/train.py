@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from lechat_jax import cli
+from lechat_jax.beginning import Asked, adapters_asked, check_source, load_base
 from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.display import Display, clock
@@ -32,7 +32,9 @@ class Start(NamedTuple):
         options: as asked, or those of the run that is resumed.
         model: its shape.
         tokenizer: of the folder that the weights come from, or Mistral's first.
-        source: the folder with the weights to begin with, instead of random ones.
+        source: the folder with the weights to begin with, instead of random ones; or the run that
+            is resumed, if it learns adapters beside weights that are elsewhere.
+        learning: the adapters that learn, if not all weights do.
         run: the run to resume.
         corpus_sha256: of the text that it was started on.
     """
@@ -41,6 +43,7 @@ class Start(NamedTuple):
     model: MistralConfig
     tokenizer: Tokenizer
     source: Trained | None = None
+    learning: Asked | None = None
     run: Run | None = None
     corpus_sha256: str = ""
 
@@ -72,13 +75,17 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
             f"the text is not the one that {asked.resume} was started on (SHA-256 "
             f"{start.corpus_sha256}); restore it, or start a new run"
         )
-    loaded = _load(start.source, display) if start.source else None
+    loaded = load_base(start.source, options, shape.dtype, display) if start.source else None
     run = start.run or _new_run(start, lessons, loaded)
     if options.tensorboard:
         run.mirror_to_tensorboard()
     if options.wandb:
         run.mirror_to_wandb(options.wandb)
     trainer = Trainer(run, config, options, lessons, tokenizer, display)
+    weights = loaded.weights if loaded else None
+    if start.learning and loaded:
+        trainer.stay(loaded.weights, start.learning.adapters)
+        weights = start.learning.first(config, options.seed)
     display.say(
         f"model: {options.model_name}, {config.n_params:,} parameters, "
         f"window {config.sliding_window or 'full'}\n"
@@ -88,7 +95,7 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
     if start.run:
         trainer.restore()
     else:
-        trainer.begin(loaded.weights if loaded else None)
+        trainer.begin(weights)
     return trainer
 
 
@@ -101,13 +108,7 @@ def _started(asked: TrainConfig) -> Start:
     else:
         options = dataclasses.replace(asked, init_from=asked.init_from.absolute())
         source = Trained.open(asked.init_from)
-        if source.quantization:
-            raise BadInput(
-                f"--init-from needs floating-point weights, since training changes them by less "
-                f"than int8 can tell, and those of {asked.init_from} are {source.quantization}; "
-                "start from what they were converted from (python -m parity.convert without "
-                "--quantize)"
-            )
+        check_source(source, options)
         model, tokenizer = source.config, source.tokenizer or Tokenizer.mistral_v1()
         otherwise = f"put the model's own into {asked.init_from}"
         if flags := asked.contradictions_to(model):
@@ -120,7 +121,9 @@ def _started(asked: TrainConfig) -> Start:
             f"the model has {model.vocab_size} token ids but the tokenizer {tokenizer.path} "
             f"{tokenizer.vocab_size}; {otherwise}"
         )
-    return Start(options, model, tokenizer, source)
+    learning = adapters_asked(options, model)
+    options = dataclasses.replace(options, optimizer=options.usual_optimizer)
+    return Start(options, model, tokenizer, source, learning)
 
 
 def _resumed(asked: TrainConfig) -> Start:
@@ -129,30 +132,19 @@ def _resumed(asked: TrainConfig) -> Start:
         raise BadInput(f"--resume goes on with the run's own options; leave out {', '.join(flags)}")
     run = Run.open(Path(asked.resume or ""))
     config = run.config
-    tokenizer = Trained.open(run.folder).tokenizer
+    trained = Trained.open(run.folder)
+    tokenizer = trained.tokenizer
     if tokenizer is None:
         raise BadInput(f"{run.folder} has no tokenizer any more; put the run's own back into it")
     return Start(
         options=TrainConfig.from_dict(config["train"]).with_samples_of(asked),
         model=MistralConfig.from_dict(config["model"]),
         tokenizer=tokenizer,
+        source=trained if trained.adapters else None,
+        learning=Asked(trained.adapters) if trained.adapters else None,
         run=run,
         corpus_sha256=config["train"].get("corpus_sha256", "unknown"),
     )
-
-
-def _load(source: Trained, display: Display) -> Loaded:
-    """The weights to begin with, in the float32 that training keeps them in."""
-    display.wait("loading weights")
-    loaded = source.load(jnp.float32)
-    for sentence in loaded.refused:
-        display.say(f"warning: {sentence}", style="yellow")
-    if bad := [name for name, leaf in loaded.weights.items() if not jnp.isfinite(leaf).all()]:
-        raise BadInput(
-            f"weights of {source.folder} are not finite, {', '.join(bad)}, and no training "
-            "would mend them; convert them again, or start from another folder"
-        )
-    return loaded
 
 
 def _new_run(start: Start, lessons: Lessons, loaded: Loaded | None) -> Run:
@@ -165,7 +157,10 @@ def _new_run(start: Start, lessons: Lessons, loaded: Loaded | None) -> Run:
     found |= {"corpus_sha256": lessons.sha256}
     if loaded:
         found |= {"init_from_sha256": loaded.sha256}
-    run.config = {"model": start.model.to_dict(), "train": options.to_dict() | found}
+    fields = {"model": start.model.to_dict(), "train": options.to_dict() | found}
+    if start.learning:
+        fields["adapters"] = start.learning.adapters.to_dict()
+    run.config = fields
     run.write(RECIPE, to_yaml(options.recipe(jax.default_backend())))
     return run
 
@@ -174,7 +169,7 @@ def finish(trainer: Trainer, display: Display) -> None:
     """The full validation, the samples, the curve and the summary."""
     began = time.perf_counter()
     final = trainer.validator.full(
-        trainer.state.weights, lambda done, of: display.work("validating, row", done, of)
+        trainer.weights, lambda done, of: display.work("validating, row", done, of)
     )
     if not any(row["step"] == trainer.step and "val/bpb" in row for row in trainer.run.metrics()):
         trainer.run.log([trainer.row() | final.metrics()])
@@ -190,7 +185,7 @@ def finish(trainer: Trainer, display: Display) -> None:
         f"curve    {curve}\n"
         f"metrics  {folder / 'metrics.jsonl'}\n"
         f"samples  {trainer.run.samples}\n"
-        f"weights  {trainer.run.checkpoints / str(trainer.step)}\n"
+        f"weights  {adapter or trainer.run.checkpoints / str(trainer.step)}\n"
         f"generate more:\n{_next_command(trainer)}"
     )
 
@@ -207,6 +202,7 @@ def pause(trainer: Trainer, signal: str, display: Display) -> None:
     """The samples, the curve and the way on of a run that was asked to stop."""
     trainer.sample()
     trainer.run.draw()
+    trainer.keep_adapter()
     display.say(
         f"stopped by {signal} after step {trainer.step}, saved; continue with\n"
         f"  python -m lechat_jax.train --resume {trainer.run.folder}"

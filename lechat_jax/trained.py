@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.typing import DTypeLike
 
+from lechat_jax.adapters import Adapters
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.folder import kind_of, read_config, stored_format
@@ -47,11 +48,13 @@ class Trained:
         folder: the folder.
         config: of the model in it.
         run: the training run that it is, unless it holds weights in lechat's format.
+        adapters: those that the run learned, if it did not learn whole weights.
     """
 
     folder: Path
     config: MistralConfig
     run: Run | None
+    adapters: Adapters | None = None
 
     @classmethod
     def open(cls, folder: Path) -> "Trained":
@@ -63,7 +66,9 @@ class Trained:
         if kind_of(folder) == "weights":
             return cls(folder, read_config(folder), None)
         run = Run.open(folder)
-        return cls(folder, MistralConfig.from_dict(run.config["model"]), run)
+        fields = run.config
+        adapters = Adapters.from_dict(fields["adapters"]) if fields.get("adapters") else None
+        return cls(folder, MistralConfig.from_dict(fields["model"]), run, adapters)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -76,15 +81,38 @@ class Trained:
         return Tokenizer.from_file(path) if path else None
 
     @property
+    def base(self) -> "Trained":
+        """The model beside which this one learned its adapters, or itself.
+
+        Raises:
+            BadInput: it is not where it was.
+        """
+        if self.run is None or self.adapters is None:
+            return self
+        folder = Path(self.run.config["train"]["init_from"])
+        try:
+            return Trained.open(folder)
+        except BadInput as error:
+            raise BadInput(
+                f"{self.folder} holds adapters, for the weights in {folder}: {error}"
+            ) from None
+
+    @property
     def quantization(self) -> Format | None:
-        """How the weights on the disk are quantised, if they are."""
-        return None if self.run else stored_format(self.folder)
+        """How the weights are quantised, if they are: on the disk, or where adapters learned."""
+        if self.run is None:
+            return stored_format(self.folder)
+        if self.adapters is None:
+            return None
+        return self.base.quantization or self.run.config["train"].get("quantize")
 
     def weights_bytes(self, dtype: DTypeLike | None = None, quantize: Format | None = None) -> int:
         """Memory that it takes to `load` the weights, but for one tensor more on its way.
 
         A run's float32 is read whole before it is cast or quantised.
         """
+        if self.adapters is not None:
+            return self.base.weights_bytes(dtype, quantize or self.quantization)
         how = self.quantization or quantize
         if self.run is None and how is None and dtype is None:
             return sum(info.nbytes for info in TensorFiles.open(self.folder).values())
@@ -102,6 +130,8 @@ class Trained:
         if self.run is None:
             _, weights = load_weights(self.folder, dtype=dtype, quantize=quantize)
             return Loaded(weights, self.folder / MANIFEST)
+        if self.adapters is not None:
+            return self._load_adapted(self.run, self.adapters, dtype, quantize)
         from lechat_jax.checkpoint import Checkpoints  # Orbax takes 0.2 s, and only runs need it
 
         check_format(quantize)
@@ -117,3 +147,35 @@ class Trained:
             if dtype is not None and not (quantize and (is_kernel(name) or is_scale(name))):
                 weights[name] = weights[name].astype(dtype)
         return Loaded(weights, manifest, restored.refused)
+
+    def load_base(self, dtype: DTypeLike | None = None, quantize: Format | None = None) -> Loaded:
+        """The weights beside which a run learned its adapters, quantised as they were then.
+
+        Raises:
+            BadInput: they are others than those, or as `load` does.
+        """
+        loaded = self.base.load(dtype, quantize or self.quantization)
+        wanted = self.run.config["train"]["init_from_sha256"] if self.run else loaded.sha256
+        if loaded.sha256 != wanted:
+            raise BadInput(
+                f"the adapters of {self.folder} were learned beside other weights than those that "
+                f"are in {self.base.folder} now (the SHA-256 of {loaded.manifest} was {wanted}); "
+                "restore them"
+            )
+        return loaded
+
+    def _load_adapted(
+        self,
+        run: Run,
+        adapters: Adapters,
+        dtype: DTypeLike | None,
+        quantize: Format | None,
+    ) -> Loaded:
+        """The base, and beside it the adapters of the last good checkpoint, in float32."""
+        base = self.load_base(dtype, quantize)
+        described = adapters.described(self.config)
+        learning = {name: described[name] for name in adapters.shapes(self.config)}
+        restored = Checkpoints(run.checkpoints).restore({"model": learning})
+        weights = base.weights | restored.items["model"] | adapters.scales(self.config)
+        manifest = run.checkpoints / str(restored.step) / MANIFEST
+        return Loaded(weights, manifest, base.refused + restored.refused)

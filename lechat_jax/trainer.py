@@ -8,6 +8,7 @@ text, at which rate) follows from the number of the step.
 import math
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 import psutil
 from jaxtyping import Array, Float
 
+from lechat_jax.adapters import Adapters
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.display import Display, clock
@@ -24,7 +26,9 @@ from lechat_jax.flops import flops_per_token, peak_flops
 from lechat_jax.generator import Generator
 from lechat_jax.lessons import Lessons
 from lechat_jax.model import Weights, bind
+from lechat_jax.optimizer import recipe
 from lechat_jax.options import TrainConfig
+from lechat_jax.peft import write_adapter
 from lechat_jax.rows import Rows
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
@@ -88,10 +92,13 @@ class Trainer:
             learning_rate=options.learning_rate,
             remat=options.remat,
             accumulate=options.accumulate,
+            recipe=recipe(options.usual_optimizer, options.start, options.weight_decay),
         )
         self.calls = 4 if on_cpu else 32  # steps in one call of the device
         self.ahead = 0 if on_cpu else 1  # calls that are sent before the losses of one are read
         self.validator = Validator(config, self.step_options, lessons.held_out())
+        self.frozen: Weights = {}
+        self.adapters: Adapters | None = None
         self.step = 0
         self.total = options.steps
         epochs = options.max_epochs * self.reader.windows / self.reader.batch
@@ -104,6 +111,16 @@ class Trainer:
     def seen(self) -> int:
         """Tokens trained on."""
         return self.step * self.reader.batch * self.reader.block
+
+    @property
+    def weights(self) -> Weights:
+        """Of the whole model: those that learn, and those beside which they do."""
+        return self.frozen | self.state.weights
+
+    def stay(self, weights: Weights, adapters: Adapters) -> None:
+        """These weights stay as they are, and the adapters beside them learn."""
+        self.frozen = weights | adapters.scales(self.config)
+        self.adapters = adapters
 
     def begin(self, weights: Weights | None = None) -> None:
         """At step 0, with weights drawn from the seed, or with those given, which it consumes.
@@ -146,6 +163,9 @@ class Trainer:
         self.run.rewind(self.step)
 
     def _drawn(self) -> TrainState:
+        if self.adapters:
+            drawn = self.adapters.draw(self.config, self.options.seed)
+            return state_of(drawn, self.step_options)
         return init_state(self.config, self.step_options, self.options.seed)
 
     def save(self) -> None:
@@ -159,6 +179,14 @@ class Trainer:
             raise Diverged(f"weights are not finite after step {self.step}; {self.advice()}")
         self.checkpoints.save(self.step, _items(self.state), {"tokens": self.seen})
         self.saved = time.monotonic()
+
+    def keep_adapter(self) -> Path | None:
+        """The folder of the adapters in PEFT's format, written anew; `None` without any."""
+        if self.adapters is None:
+            return None
+        folder = self.run.folder / "adapter"
+        write_adapter(folder, self.config, self.adapters, self.state.weights)
+        return folder
 
     def advice(self) -> str:
         """What is left after a divergence, and what to do."""
@@ -217,7 +245,7 @@ class Trainer:
             self.config,
             self.step_options,
             self.state,
-            {},
+            self.frozen,
             self.upcoming,
             jnp.int32(n),
             jnp.int32(self.total or self.most),
@@ -313,7 +341,7 @@ class Trainer:
         """Validates, samples and saves if it is time; after the last step that comes later."""
         if self.due("eval"):
             self.look_at_the_device()
-            score = self.validator.interim(self.state.weights)
+            score = self.validator.interim(self.weights)
             self.run.log([self.row() | score.metrics()])
             self.display.say(
                 f"step {self.step} · {clock(elapsed())} · validation loss {score.loss:.3f} · "
@@ -327,7 +355,7 @@ class Trainer:
     def sample(self) -> None:
         """Continues every prompt, prints the texts and keeps them in the run's folder."""
         prompts = [self.lessons.opening, *self.options.prompt]
-        generator = Generator(bind(self.config, self.state.weights), self.tokenizer)
+        generator = Generator(bind(self.config, self.weights), self.tokenizer)
         samples = generator.generate(
             [self.lessons.asked(prompt) for prompt in prompts],
             max_tokens=self.options.max_tokens,

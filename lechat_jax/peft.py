@@ -1,0 +1,239 @@
+"""Adapters in the format of Hugging Face's PEFT, which Python's `peft` and most servers read.
+
+<folder>/
+  adapter_config.json         which maps have one, rank and alpha
+  adapter_model.safetensors   A [r, in] and B [out, r] of each, heads joined to one axis
+
+The rows of queries and keys are in Hugging Face's order, which is lechat's own.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from lechat_jax.adapters import Adapters, in_short
+from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
+from lechat_jax.headers import parse_json
+from lechat_jax.lora import A, B
+from lechat_jax.tensors import TensorFiles, write_tensors
+from lechat_jax.weights import FLOATS
+
+CONFIG, STEM = "adapter_config.json", "adapter_model"
+MAPS = {
+    **{f"attn.{word}": f"self_attn.{word}_proj" for word in "qkvo"},
+    **{f"mlp.{word}": f"mlp.{word}_proj" for word in ("gate", "up", "down")},
+}
+OURS = {theirs: ours for ours, theirs in MAPS.items()}
+KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.([\w.]+)\.lora_([AB])\.weight")
+
+# What changes nothing in the function of an adapter, or is read below.
+UNDERSTOOD = set(
+    "peft_type auto_mapping base_model_name_or_path revision task_type inference_mode peft_version "
+    "r target_modules exclude_modules lora_alpha lora_dropout use_rslora rank_pattern "
+    "alpha_pattern layers_to_transform layers_pattern init_lora_weights loftq_config eva_config "
+    "corda_config lora_ga_config megatron_core qalora_group_size runtime_config "
+    "ensure_weight_tying".split()
+)
+# Ways to begin that leave the base as it was. After others an adapter belongs to a changed one.
+BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def write_adapter(
+    folder: Path,
+    config: MistralConfig,
+    adapters: Adapters,
+    weights: Mapping[str, Array],
+    base: str | None = None,
+) -> None:
+    """A folder that `peft` loads, new or in the place of an old one, whole or not at all.
+
+    Args:
+        folder: to make.
+        config: of the model.
+        adapters: which maps have one.
+        weights: A and B of each by lechat's name, float32.
+        base: name or folder of the model that they were learned on, for whoever wants to know.
+
+    Raises:
+        BadInput: it cannot be written.
+    """
+    arrays = {}
+    for name, shape in adapters.shapes(config).items():
+        letter = "A" if name.endswith(A) else "B"
+        key = f"base_model.model.{_theirs(name[: -len(A)])}.lora_{letter}.weight"
+        arrays[key] = np.asarray(weights[name]).reshape(_flat(name, shape))
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "new").mkdir(parents=True)
+        text = json.dumps(_fields(adapters, base), indent=2) + "\n"
+        (partial / "new" / CONFIG).write_text(text, encoding="utf-8")
+        write_tensors(
+            partial / "new",
+            STEM,
+            [(key, array.dtype, array.shape) for key, array in arrays.items()],
+            arrays.__getitem__,
+            shard_bytes=None,
+            metadata={"format": "pt"},
+        )
+        if folder.exists():
+            folder.rename(partial / "old")
+        os.rename(partial / "new", folder)
+    except OSError as error:
+        raise BadInput(f"cannot write {folder}: {error.filename}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_adapter(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[str, np.ndarray]]:
+    """The adapters of a folder, and A and B of each by lechat's name, float32.
+
+    Raises:
+        BadInput: they do more than add a product to maps of this model, as DoRA's do; or the
+            files contradict each other, are damaged or not there.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise BadInput(f"{folder} holds no adapter in PEFT's format: it has no {CONFIG}")
+    fields = parse_json(path.read_bytes(), path)
+    _check(fields, path)
+    if (folder / f"{STEM}.bin").is_file() and not (folder / f"{STEM}.safetensors").is_file():
+        raise BadInput(f"{folder} has its adapter in a pickle; save it as {STEM}.safetensors")
+    files = TensorFiles.open(folder, STEM)
+    found = {_ours(key, files[key].path): files[key] for key in files}
+    ranks = {
+        name.removesuffix(A): info.shape[0] for name, info in found.items() if name.endswith(A)
+    }
+    adapters = _adapters(fields, path, ranks, config)
+    shapes = adapters.shapes(config)
+    if found.keys() != shapes.keys():
+        raise BadInput(f"{folder} lacks the other half of {min(found.keys() ^ shapes.keys())}")
+    weights = {}
+    for name, shape in shapes.items():
+        info = found[name]
+        if info.shape != _flat(name, shape):
+            raise BadInput(
+                f"{info.name} in {info.path} has the shape {list(info.shape)}, which does not fit "
+                f"the model; an adapter is for the model that it was trained on"
+            )
+        array = files.read(info.name).astype(np.float32)
+        if info.dtype not in FLOATS or not np.isfinite(array).all():
+            raise BadInput(f"{info.name} in {info.path} is not finite; get the adapter again")
+        weights[name] = array.reshape(shape)
+    return adapters, weights
+
+
+def _flat(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape that A or B has in a file, where heads have no axis of their own."""
+    if name.endswith(A):
+        return shape[0], math.prod(shape[1:])
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def _theirs(name: str) -> str:
+    """A map's name in Hugging Face's model.
+
+    >>> _theirs("blocks.3.attn.q")
+    'model.layers.3.self_attn.q_proj'
+    """
+    _, layer, word = name.split(".", 2)
+    return f"model.layers.{layer}.{MAPS[word]}"
+
+
+def _ours(key: str, path: Path) -> str:
+    """Lechat's name of a tensor.
+
+    >>> _ours("base_model.model.model.layers.3.mlp.up_proj.lora_B.weight", Path("x"))
+    'blocks.3.mlp.up.lora.b'
+    """
+    match = KEY.fullmatch(key)
+    if match is None or match[2] not in OURS:
+        raise BadInput(
+            f"{path} has {key}, and only lora_A and lora_B of the maps {', '.join(OURS)} are read "
+            "here; train an adapter of these alone"
+        )
+    return f"blocks.{match[1]}.{OURS[match[2]]}{A if match[3] == 'A' else B}"
+
+
+def _fields(adapters: Adapters, base: str | None) -> dict[str, Any]:
+    """What `adapter_config.json` says."""
+
+    def number(alpha: float) -> int | float:  # PEFT's own are whole
+        return int(alpha) if alpha == int(alpha) else alpha
+
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": adapters.rank,
+        "lora_alpha": number(adapters.alpha),
+        "use_rslora": adapters.rslora,
+        "target_modules": [
+            _theirs(target) if "." in target else f"{target}_proj" for target in adapters.targets
+        ],
+        "rank_pattern": {_theirs(name): rank for name, rank in adapters.ranks.items()},
+        "alpha_pattern": {_theirs(name): number(a) for name, a in adapters.alphas.items()},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+    }
+
+
+def _check(fields: Mapping[str, Any], path: Path) -> None:
+    """Raises `BadInput` for what would make another function of the adapter."""
+    if fields.get("peft_type") != "LORA":
+        raise BadInput(f"{path} is for {fields.get('peft_type')} adapters; only LORA is read here")
+    empty = (None, False, "none", [], {})
+    strange = {key: x for key, x in fields.items() if key not in UNDERSTOOD and x not in empty}
+    if (beginning := fields.get("init_lora_weights")) not in BEGINNINGS:
+        strange["init_lora_weights"] = beginning
+    if strange:
+        said = ", ".join(f"{key} {json.dumps(value)}" for key, value in strange.items())
+        raise BadInput(
+            f"{path} asks for {said}, which is not done here; merge the adapter with peft "
+            "(merge_and_unload) and convert the result"
+        )
+
+
+def _adapters(
+    fields: Mapping[str, Any], path: Path, ranks: Mapping[str, int], config: MistralConfig
+) -> Adapters:
+    """What the fields say of the maps that the file has adapters for, of these ranks."""
+
+    def said(pattern: str, name: str, usual: Any) -> Any:
+        """As PEFT does it: by the first regular expression that matches the end of the name."""
+        for key, value in (fields.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", _theirs(name)):
+                return value
+        return usual
+
+    try:
+        rank, alpha = int(fields["r"]), float(fields["lora_alpha"])
+        alphas = {name: float(said("alpha_pattern", name, alpha)) for name in ranks}
+        expected = {name: int(said("rank_pattern", name, rank)) for name in ranks}
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise BadInput(f"{path} does not say r, lora_alpha and their patterns ({error})") from None
+    if wrong := [name for name in ranks if ranks[name] != expected[name]]:
+        raise BadInput(
+            f"{path} gives {_theirs(wrong[0])} the rank {expected[wrong[0]]}, and the tensors have "
+            f"{ranks[wrong[0]]}; get the adapter again"
+        )
+    return Adapters(
+        rank,
+        alpha,
+        in_short(ranks, config),
+        {name: r for name, r in ranks.items() if r != rank},
+        {name: a for name, a in alphas.items() if a != alpha},
+        bool(fields.get("use_rslora")),
+    )
