@@ -51,7 +51,7 @@ class TrainConfig:
         lora_rank: Learn adapters of this rank beside the weights of --init-from, which stay as they
             are: in the type that is computed in, or int8. A run then holds the adapters alone.
         lora_alpha: What an adapter adds is multiplied by alpha / rank. By default twice the rank.
-        lora_targets: Maps of every layer that have an adapter. By default all: q k v o gate up down.
+        lora_targets: Maps of a layer that have an adapter. By default all: q k v o gate up down.
         lora_from: Folder of adapters in PEFT's format to begin with, instead of fresh ones.
         quantize: Keep the weights of --init-from in int8 while adapters are learned: half of
             bfloat16.
@@ -69,9 +69,9 @@ class TrainConfig:
         block: Tokens in a row. By default 128 on a CPU and 256 on a GPU or TPU.
         optimizer: What moves the matrices. By default muon for random weights, and adamw for those
             of --init-from and for adapters.
-        learning_rate: Learning rate, as a multiple of the usual peak rates: muon's were measured for
-            the default; adamw's are 3e-3 for random weights, 2e-5 for those of --init-from and
-            2e-4 for adapters.
+        learning_rate: Learning rate, as a multiple of the usual peak rates: muon's were measured
+            for the default; adamw's are 3e-3 for random weights, 2e-5 for those of --init-from
+            and 2e-4 for adapters.
         weight_decay: Part of a matrix that a step takes off, as a multiple of the rate.
         dtype: Type of activations and matrix products; weights and optimiser stay float32. By
             default bfloat16 on a GPU or TPU and float32 on a CPU.

@@ -176,6 +176,7 @@ def finish(trainer: Trainer, display: Display) -> None:
     scored = final.tokens / (time.perf_counter() - began)
     trainer.sample()
     curve = trainer.run.draw()
+    adapter = trainer.keep_adapter()
     folder = trainer.run.folder
     display.say(
         f"{final.bits_per_byte:.4f} bits per byte on all {final.tokens:,} held-out tokens "

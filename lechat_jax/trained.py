@@ -155,7 +155,9 @@ class Trained:
             BadInput: they are others than those, or as `load` does.
         """
         loaded = self.base.load(dtype, quantize or self.quantization)
-        wanted = self.run.config["train"]["init_from_sha256"] if self.run else loaded.sha256
+        if self.run is None or self.adapters is None:
+            return loaded
+        wanted = self.run.config["train"]["init_from_sha256"]
         if loaded.sha256 != wanted:
             raise BadInput(
                 f"the adapters of {self.folder} were learned beside other weights than those that "

@@ -97,7 +97,12 @@ def test_names_are_those_of_the_weights(small: MistralConfig) -> None:
     "asked",
     [
         {"r": 4, "lora_alpha": 9, "target_modules": ["q_proj", "v_proj"]},
-        {"r": 4, "lora_alpha": 9, "target_modules": r"model.layers\.1\..*(o|up)_proj", "use_rslora": True},
+        {
+            "r": 4,
+            "lora_alpha": 9,
+            "target_modules": r"model.layers\.1\..*(o|up)_proj",
+            "use_rslora": True,
+        },
         {
             "r": 2,
             "target_modules": ["q_proj", "k_proj", "down_proj"],
@@ -114,7 +119,7 @@ def test_what_peft_writes_is_read(
     torch.manual_seed(0)
     settings = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **asked)
     model = get_peft_model(transformers_model(hf), settings)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     adapters, arrays = peft.read_adapter(tmp_path, small)
     weights = {name: jnp.asarray(array) for name, array in arrays.items()}
     found = bind(small, weights_of(lively(small)) | weights | adapters.scales(small))
