@@ -6,13 +6,11 @@ adapter. The weights of a model with adapters have, for each map `<map>.kernel` 
 `<map>.lora.a`, `<map>.lora.b` and the number `<map>.lora.scale`, which is alpha / r.
 """
 
-import math
 from collections.abc import Iterable
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from lechat_jax.projection import project
 
@@ -50,23 +48,3 @@ def is_adapter(name: str) -> bool:
     (True, False)
     """
     return name.endswith((A, B, SCALE))
-
-
-def merged(
-    kernel: Shaped[np.ndarray, "..."],
-    a: Float[np.ndarray, "..."],
-    b: Float[np.ndarray, "..."],
-    scale: float,
-) -> Float[np.ndarray, "..."]:
-    """The kernel that does alone what it did with its adapter, in at least float32.
-
-    >>> kernel, a, b = np.zeros((2, 2)), np.array([[1.0, 0.0]]), np.array([[1.0], [3.0]])
-    >>> merged(kernel, a, b, scale=2.0).tolist()
-    [[2.0, 0.0], [6.0, 0.0]]
-    """
-    wide = np.promote_types(np.float32, a.dtype)
-    rank = a.shape[0]
-    flat_a, flat_b = a.reshape(rank, -1).astype(wide), b.reshape(-1, rank).astype(wide)
-    whole = flat_b @ (np.asarray(scale, wide) * flat_a)
-    whole += kernel.reshape(math.prod(b.shape[:-1]), -1)
-    return whole.reshape(kernel.shape)

@@ -49,12 +49,12 @@ class TrainConfig:
             (which python -m parity.convert makes of others). The model and the tokenizer are
             those of the folder.
         lora_rank: Learn adapters of this rank beside the weights of --init-from, which stay as they
-            are: in the type that is computed in, or int8. A run then holds the adapters alone.
+            are and where they are: the run holds the adapters alone. By default all weights learn.
         lora_alpha: What an adapter adds is multiplied by alpha / rank. By default twice the rank.
         lora_targets: Maps of a layer that have an adapter. By default all: q k v o gate up down.
         lora_from: Folder of adapters in PEFT's format to begin with, instead of fresh ones.
-        quantize: Keep the weights of --init-from in int8 while adapters are learned: half of
-            bfloat16.
+        quantize: Keep the weights of --init-from in int8 while adapters are learned. By default they
+            are in the type that is computed in, twice as large or more.
         minutes: Time to train for, in minutes from the start of the process. Turned into a number
             of steps once, after a few timed ones; the final evaluation and the samples follow.
         steps: Number of training steps, instead of --minutes.

@@ -37,7 +37,7 @@ class Loaded(NamedTuple):
     @property
     def sha256(self) -> str:
         """Of the manifest, and so of every byte that was loaded."""
-        return hashlib.sha256(self.manifest.read_bytes()).hexdigest()
+        return _sha256(self.manifest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,9 @@ class Trained:
             _, weights = load_weights(self.folder, dtype=dtype, quantize=quantize)
             return Loaded(weights, self.folder / MANIFEST)
         if self.adapters is not None:
-            return self._load_adapted(self.run, self.adapters, dtype, quantize)
+            base, learned = self.load_base(dtype, quantize), self.load_adapters()
+            weights = base.weights | learned.weights | self.adapters.scales(self.config)
+            return Loaded(weights, learned.manifest, base.refused + learned.refused)
         from lechat_jax.checkpoint import Checkpoints  # Orbax takes 0.2 s, and only runs need it
 
         check_format(quantize)
@@ -155,29 +157,38 @@ class Trained:
             BadInput: they are others than those, or as `load` does.
         """
         loaded = self.base.load(dtype, quantize or self.quantization)
-        if self.run is None or self.adapters is None:
-            return loaded
-        wanted = self.run.config["train"]["init_from_sha256"]
-        if loaded.sha256 != wanted:
-            raise BadInput(
-                f"the adapters of {self.folder} were learned beside other weights than those that "
-                f"are in {self.base.folder} now (the SHA-256 of {loaded.manifest} was {wanted}); "
-                "restore them"
-            )
+        self.check_base(loaded.manifest)
         return loaded
 
-    def _load_adapted(
-        self,
-        run: Run,
-        adapters: Adapters,
-        dtype: DTypeLike | None,
-        quantize: Format | None,
-    ) -> Loaded:
-        """The base, and beside it the adapters of the last good checkpoint, in float32."""
-        base = self.load_base(dtype, quantize)
+    def check_base(self, manifest: Path) -> None:
+        """Raises `BadInput` if the adapters were learned beside weights with another manifest."""
+        if self.run is None or self.adapters is None:
+            return
+        wanted = self.run.config["train"]["init_from_sha256"]
+        if _sha256(manifest) != wanted:
+            raise BadInput(
+                f"the adapters of {self.folder} were learned beside other weights than those that "
+                f"are in {self.base.folder} now (the SHA-256 of {manifest} was {wanted}); "
+                "restore them"
+            )
+
+    def load_adapters(self) -> Loaded:
+        """The adapters alone of the last good checkpoint, in float32.
+
+        Raises:
+            BadInput: there is none.
+        """
+        adapters, run = self.adapters, self.run
+        if adapters is None or run is None:
+            raise BadInput(f"{self.folder} has no adapters; name a run that learned some")
+        from lechat_jax.checkpoint import Checkpoints
+
         described = adapters.described(self.config)
         learning = {name: described[name] for name in adapters.shapes(self.config)}
         restored = Checkpoints(run.checkpoints).restore({"model": learning})
-        weights = base.weights | restored.items["model"] | adapters.scales(self.config)
         manifest = run.checkpoints / str(restored.step) / MANIFEST
-        return Loaded(weights, manifest, base.refused + restored.refused)
+        return Loaded(restored.items["model"], manifest, restored.refused)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

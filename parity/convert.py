@@ -55,6 +55,8 @@ class Convert:
         rope_theta: Base of the rotary frequencies, for a params.json that does not say it.
         revision: Branch, tag or commit of the model on the Hub.
         dtype: Type of the weights written; with --quantize, of the norms.
+        adapter: Folder of adapters in PEFT's format, which are merged into SRC. Those of a training
+            run are merged without it.
         quantize: Write the kernels as int8 with a scale for each output channel: a quarter of
             float32, and no way back. In lechat's format only.
         shard_gb: Most GB of weights in a file; 0 is one file. Mistral's own and torch have one.
@@ -68,6 +70,7 @@ class Convert:
     rope_theta: float | None = None
     revision: str | None = None
     dtype: Dtype = "keep"
+    adapter: Path | None = None
     quantize: Quantization | None = None
     shard_gb: float = 5.0
     allow_nonfinite: bool = False
@@ -96,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         revision=options.revision,
         verify=False,
         dequantize=True,
+        adapter=options.adapter,
+        dtype=None if options.dtype == "keep" else DTYPES[options.dtype],
     )
     meter = convert(source, options, console)
     print(
@@ -115,6 +120,8 @@ def _what_next(source: Source, options: Convert) -> Iterator[str]:
     src, dst = shlex.quote(options.src), shlex.quote(str(options.dst))
     if options.to == "lechat":
         yield f"generate:  python -m lechat_jax.generate {dst} --prompt TEXT"
+    if options.adapter:
+        return
     if not options.quantize and not source.quantization:
         yield f"compare:   python -m parity.check --checkpoint {src} --against {dst}"
     elif options.quantize and source.format in ("lechat", "run"):

@@ -19,12 +19,13 @@ from jaxtyping import Shaped
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.headers import check_inside, parse_json
-from lechat_jax.manifest import OF_A_MODEL, fault
+from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault
 from lechat_jax.quantize import Format as Quantization
 from lechat_jax.quantize import pop_format
 from lechat_jax.run import Run
 from parity import configs, hub
 from parity.formats import from_format
+from parity.merging import Product, through_int8, with_products
 from parity.names import Format, match, names, rows, shape, tied_head
 from parity.pickles import pickle_store
 from parity.stores import Store, Stored, array_store, dequantized_store, safetensors_store
@@ -91,6 +92,12 @@ class Source:
         fmt = _format(self.format)
         return from_format(self.stored[name].read(), self.config, fmt, rows(self.config)[name])
 
+    def merged(self, products: Mapping[str, Product], dtype: np.dtype | None = None) -> "Source":
+        """The model with adapters in its kernels, which are in `dtype` then, or as before."""
+        fmt = _format(self.format)
+        stored = with_products(self.config, fmt, self.stored, products, dtype)
+        return dataclasses.replace(self, stored=stored)
+
     def where(self, name: str) -> str:
         """The key and the file of a weight, for messages."""
         return self.stored[name].where
@@ -107,6 +114,8 @@ def open_source(
     revision: str | None = None,
     verify: bool = True,
     dequantize: bool = False,
+    adapter: Path | None = None,
+    dtype: np.dtype | None = None,
 ) -> Source:
     """The checkpoint in a folder, or of a model of the Hugging Face Hub such as `org/name`.
 
@@ -117,6 +126,8 @@ def open_source(
         verify: compare what has checksums with them, at half a second a GB; without, the
             caller does it with `check_whole`.
         dequantize: read int8 as the numbers it stands for, instead of refusing it.
+        adapter: a folder of adapters in PEFT's format, which are merged into the model.
+        dtype: of kernels that adapters are merged into; by default what they had.
 
     Raises:
         BadInput: there is nothing there that can be read, or it is damaged, or its config
@@ -131,7 +142,9 @@ def open_source(
         if not folder.is_dir():
             kind = "a file; name the folder it is in" if folder.exists() else "not there"
             raise BadInput(f"{path} is {kind}")
-        source = _open(folder, rope_theta, metadata, verify)
+        source = _open(folder, rope_theta, metadata, verify, dtype)
+        if adapter is not None:
+            source = source.merged(_read_products(adapter, source.config), dtype)
     except OSError as error:
         raise BadInput(f"{error.filename or path} cannot be read: {error.strerror}") from error
     if source.quantization and not dequantize:
@@ -147,12 +160,18 @@ def open_source(
     return source
 
 
-def _open(folder: Path, rope_theta: float | None, metadata: dict[str, str], verify: bool) -> Source:
+def _open(
+    folder: Path,
+    rope_theta: float | None,
+    metadata: dict[str, str],
+    verify: bool,
+    dtype: np.dtype | None,
+) -> Source:
     """The checkpoint in a folder, by what its config looks like."""
     config, params = folder / "config.json", folder / "params.json"
     fields = parse_json(config.read_bytes(), config) if config.is_file() else {}
     if "model" in fields and "train" in fields:
-        return _run(folder, fields)
+        return _adapted(folder, dtype) if fields.get("adapters") else _run(folder, fields)
     if "dim" in fields:
         return _lechat(folder, fields, verify)
     if "model_type" in fields and (_has(folder, "model") or not params.is_file()):
@@ -246,6 +265,53 @@ def _run(folder: Path, fields: dict[str, Any]) -> Source:
     return _source("run", folder, config, store, {"step": str(restored.step)})
 
 
+def _adapted(folder: Path, dtype: np.dtype | None) -> Source:
+    """The adapters of a run's last good checkpoint, merged into the weights they are for."""
+    from lechat_jax.trained import Trained
+
+    trained = Trained.open(folder)
+    learned = trained.load_adapters()
+    base = open_source(trained.base.folder, dequantize=True)
+    trained.check_base(_manifest(base))
+    for sentence in learned.refused:
+        print(f"warning: {sentence}", file=sys.stderr)
+    if trained.quantization and not base.quantization:  # they learned beside what int8 makes of it
+        base = dataclasses.replace(base, stored=through_int8(base.stored))
+    arrays = {name: np.asarray(leaf) for name, leaf in learned.weights.items()}
+    merged = base.merged(_products(trained.adapters, arrays, base.config), dtype)
+    return dataclasses.replace(
+        merged,
+        format="run",
+        path=folder,
+        tokenizer_files=_tokenizer(folder),
+        metadata={**merged.metadata, "step": learned.manifest.parent.name},
+        quantization=None,
+    )
+
+
+def _read_products(folder: Path, config: MistralConfig) -> dict[str, Product]:
+    """What the adapters of a folder add, by the kernel's name."""
+    from lechat_jax.peft import read_adapter
+
+    return _products(*read_adapter(folder, config), config)
+
+
+def _products(
+    adapters: Any, arrays: Mapping[str, np.ndarray], config: MistralConfig
+) -> dict[str, Product]:
+    return {
+        f"{name}.kernel": Product(arrays[f"{name}.lora.a"], arrays[f"{name}.lora.b"], part.scale)
+        for name, part in adapters.parts(config).items()
+    }
+
+
+def _manifest(source: Source) -> Path:
+    """What proves which weights a folder of lechat's or a run's checkpoint holds."""
+    if source.format == "run":
+        return Run(source.path).checkpoints / source.metadata["step"] / MANIFEST
+    return source.path / MANIFEST
+
+
 def _source(
     kind: SourceFormat, folder: Path, config: MistralConfig, store: Store, metadata: dict[str, str]
 ) -> Source:
@@ -264,11 +330,17 @@ def _source(
             )
     if (head := store.tensors.get(tied_head(config, fmt) or "")) is not None:
         _check_equal(head, store.tensors[names(config, fmt)["embed.kernel"]])
-    tokenizer = tuple(sorted(path for path in folder.iterdir() if TOKENIZER.fullmatch(path.name)))
-    for path in tokenizer:
-        check_inside(folder, path)
+    tokenizer = _tokenizer(folder)
     metadata = {key: store.metadata[key] for key in KEPT if key in store.metadata} | metadata
     return Source(kind, folder, config, tokenizer, metadata, stored, store)
+
+
+def _tokenizer(folder: Path) -> tuple[Path, ...]:
+    """The tokenizer's files beside the weights."""
+    found = tuple(sorted(path for path in folder.iterdir() if TOKENIZER.fullmatch(path.name)))
+    for path in found:
+        check_inside(folder, path)
+    return found
 
 
 def _check_equal(head: Stored, embedding: Stored) -> None:

@@ -13,7 +13,6 @@ from lechat_jax.adapters import Adapters
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
-from lechat_jax.lora import merged
 from lechat_jax.model import Weights, bind, weights_of
 from lechat_jax.optimizer import recipe
 from lechat_jax.quantize import dequantize, is_kernel, quantize_weights
@@ -21,6 +20,7 @@ from lechat_jax.rows import Rows
 from lechat_jax.sampling import Sampling
 from lechat_jax.step import StepOptions, state_of, total_nats, train_steps
 from parity.lively import lively
+from parity.merging import Product, merged
 
 ADAPTERS = Adapters(
     rank=3, alpha=5.0, ranks={"blocks.1.attn.q": 2}, alphas={"blocks.0.mlp.down": 7.0}
@@ -114,7 +114,7 @@ def test_merging_gives_the_same_kernels(small: MistralConfig) -> None:
     for name, part in ADAPTERS.parts(small).items():
         a, b = (np.asarray(trained(small)[f"{name}.lora.{x}"]) for x in "ab")
         kernel = np.asarray(base(small)[f"{name}.kernel"])
-        close(merged(kernel, a, b, part.scale), expected[f"{name}.kernel"], 1e-6)
+        close(merged(kernel, Product(a, b, part.scale)), expected[f"{name}.kernel"], 1e-6)
 
 
 def test_a_fresh_adapter_changes_no_bit(small: MistralConfig) -> None:

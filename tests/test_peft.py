@@ -1,8 +1,6 @@
 """Adapters in PEFT's format: what Python's peft loads, and what it writes, is the same function."""
 
 import dataclasses
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lechat_jax import peft
 from lechat_jax.config import MistralConfig
-from lechat_jax.errors import BadInput
-from lechat_jax.lora import A
 from lechat_jax.model import bind, weights_of
 from lechat_jax.weights import save_weights
 from parity import convert, names

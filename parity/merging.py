@@ -1,0 +1,95 @@
+"""Kernels and the adapters learned beside them, read as the one model that they make.
+
+Without JAX, which takes a second to load.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.quantize import dequantize, is_kernel, quantized
+from parity.formats import from_format, to_format
+from parity.names import Format, rows
+from parity.stores import Stored
+
+
+class Product(NamedTuple):
+    """What an adapter adds to a kernel: scale * b a.
+
+    Attributes:
+        a: [r, *reads], in lechat's shapes.
+        b: [*writes, r].
+        scale: alpha / r.
+    """
+
+    a: Float[np.ndarray, "..."]
+    b: Float[np.ndarray, "..."]
+    scale: float
+
+
+def merged(kernel: Shaped[np.ndarray, "..."], added: Product) -> Float[np.ndarray, "..."]:
+    """The kernel that does alone what it did with its adapter, in at least float32.
+
+    >>> a, b = np.array([[1.0, 0.0]]), np.array([[1.0], [3.0]])
+    >>> merged(np.ones((2, 2)), Product(a, b, scale=2.0)).tolist()
+    [[3.0, 1.0], [7.0, 1.0]]
+    """
+    rank = len(added.a)
+    wide = np.promote_types(np.float32, added.a.dtype)
+    a, b = added.a.reshape(rank, -1).astype(wide), added.b.reshape(-1, rank).astype(wide)
+    whole = b @ (wide.type(added.scale) * a)
+    whole += kernel.reshape(math.prod(added.b.shape[:-1]), -1)
+    return whole.reshape(kernel.shape)
+
+
+def with_products(
+    config: MistralConfig,
+    fmt: Format,
+    stored: Mapping[str, Stored],
+    products: Mapping[str, Product],
+    dtype: np.dtype | None = None,
+) -> dict[str, Stored]:
+    """The tensors with what the adapters add to them.
+
+    A kernel is merged when it is read, in float32, rounded once, and is the only one in memory.
+
+    Args:
+        config: of the model.
+        fmt: of the tensors, which they keep.
+        stored: by lechat's names.
+        products: by the kernel's name.
+        dtype: of the merged kernels; by default what they had.
+    """
+    table = rows(config)
+
+    def whole(name: str, one: Stored) -> Stored:
+        if name not in products:
+            return one
+        target, row = one.dtype if dtype is None else dtype, table[name]
+
+        def read() -> Shaped[np.ndarray, "..."]:
+            kernel = merged(from_format(one.read(), config, fmt, row), products[name])
+            with np.errstate(over="ignore"):  # it becomes infinite, which the caller may refuse
+                return to_format(kernel.astype(target), config, fmt, row)
+
+        where = f"{one.where}, merged with its adapter,"
+        return dataclasses.replace(one, dtype=target, where=where, read=read)
+
+    return {name: whole(name, one) for name, one in stored.items()}
+
+
+def through_int8(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The numbers that the kernels stand for once they are int8; by lechat's names and shapes."""
+
+    def rounded(name: str, one: Stored) -> Stored:
+        def read() -> Shaped[np.ndarray, "..."]:
+            return dequantize(*quantized(name, one.read(), one.where), one.dtype)
+
+        return dataclasses.replace(one, read=read) if is_kernel(name) else one
+
+    return {name: rounded(name, one) for name, one in stored.items()}
