@@ -102,6 +102,15 @@ class MistralConfig:
         tables = self.vocab_size * self.dim * (1 if self.tied_embeddings else 2)
         return tables + self.n_layers * block + self.dim
 
+    @property
+    def n_products(self) -> int:
+        """Number of weights that a token is multiplied by, or scaled; not those looked up.
+
+        >>> PRESETS["lechat-15m"].n_params - PRESETS["lechat-15m"].n_products
+        6144000
+        """
+        return self.n_params - (0 if self.tied_embeddings else self.vocab_size * self.dim)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; `from_dict` gives the same config back."""
         return dataclasses.asdict(self)

@@ -75,9 +75,8 @@ def flops_per_token(config: MistralConfig, T: int, n_frozen: int = 0) -> float:
     >>> f"{flops_per_token(preset('lechat-15m'), T=128):.3g}"
     '5.48e+07'
     """
-    lookup = 0 if config.tied_embeddings else config.vocab_size * config.dim
     seen = sum(_mean_keys(T, window or T) for window in config.windows)
-    products = 6 * (config.n_params - lookup) - 2 * n_frozen
+    products = 6 * config.n_products - 2 * n_frozen
     return products + 12 * config.n_heads * config.head_dim * seen
 
 

@@ -53,8 +53,8 @@ class TrainConfig:
         lora_alpha: What an adapter adds is multiplied by alpha / rank. By default twice the rank.
         lora_targets: Maps of a layer that have an adapter. By default all: q k v o gate up down.
         lora_from: Folder of adapters in PEFT's format to begin with, instead of fresh ones.
-        quantize: Keep the weights of --init-from in int8 while adapters are learned. By default they
-            are in the type that is computed in, twice as large or more.
+        quantize: Keep the weights of --init-from in int8 while adapters are learned. By default
+            they are in the type that is computed in, twice as large or more.
         minutes: Time to train for, in minutes from the start of the process. Turned into a number
             of steps once, after a few timed ones; the final evaluation and the samples follow.
         steps: Number of training steps, instead of --minutes.

@@ -283,7 +283,8 @@ class Trainer:
     @property
     def mfu(self) -> float | None:
         """The part of the device's FLOP/s that the model needed at the last rate, if known."""
-        needed = self.rate * flops_per_token(self.config, self.reader.block)
+        frozen = self.config.n_products if self.frozen else 0
+        needed = self.rate * flops_per_token(self.config, self.reader.block, frozen)
         return needed / self.peak if self.peak else None
 
     def row(self) -> dict[str, Any]:
