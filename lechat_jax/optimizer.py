@@ -38,7 +38,7 @@ Start = Literal["random", "trained", "adapters"]
 ADAMW: dict[Start, float] = {"random": 3e-3, "trained": 2e-5, "adapters": 2e-4}
 
 
-class Recipe(NamedTuple):
+class Rule(NamedTuple):
     """How matrices are moved, and the peak rates, which `learning_rate` scales.
 
     Attributes:
@@ -52,17 +52,17 @@ class Recipe(NamedTuple):
     weight_decay: float = 0.0
 
 
-MUON = Recipe()
+MUON = Rule()
 
 
-def recipe(kind: Kind, start: Start, weight_decay: float = 0.0) -> Recipe:
+def usual_rule(kind: Kind, start: Start, weight_decay: float = 0.0) -> Rule:
     """The optimiser of that kind, with its usual rates for weights that are so far.
 
-    >>> recipe("adamw", "adapters").rates.matrix
+    >>> usual_rule("adamw", "adapters").rates.matrix
     0.0002
     """
     rates = Rates() if kind == "muon" else Rates(*[ADAMW[start]] * len(Rates()))
-    return Recipe(kind, rates, weight_decay)
+    return Rule(kind, rates, weight_decay)
 
 
 # Which axes of a stacked kernel [L, ...] a map reads, and which it writes.
@@ -100,15 +100,15 @@ def warmup_then_cooldown(step: Int[Array, ""], total: Int[Array, ""]) -> Float[A
 
 
 class Optimizer:
-    """Moves weights by name as a recipe says, at `learning_rate` times its peak rates.
+    """Moves weights by name as a rule says, at `learning_rate` times its peak rates.
 
     For Muon the same kernel of all blocks is one stack [L, ...], so that a step orthogonalises
     7 stacks and not 7 L little matrices.
     """
 
-    def __init__(self, learning_rate: float = 1.0, recipe: Recipe = MUON) -> None:
-        rates = Rates(*(learning_rate * rate for rate in recipe.rates))
-        decay = recipe.weight_decay
+    def __init__(self, learning_rate: float = 1.0, rule: Rule = MUON) -> None:
+        rates = Rates(*(learning_rate * rate for rate in rule.rates))
+        decay = rule.weight_decay
 
         def axes(params: Any) -> Any:
             return {
@@ -127,11 +127,11 @@ class Optimizer:
             "adamw": adam(rates.matrix, decay),
         }
         self._stack, self._unstack = (
-            (stack_blocks, unstack_blocks) if recipe.matrices == "muon" else (dict, dict)
+            (stack_blocks, unstack_blocks) if rule.matrices == "muon" else (dict, dict)
         )
         self._inner = optax.partition(
             {
-                "matrix": matrices[recipe.matrices],
+                "matrix": matrices[rule.matrices],
                 "embed": adam(rates.embed),
                 "head": adam(rates.head),
                 "norm": adam(rates.norm),

@@ -15,7 +15,7 @@ from lechat_jax.attention import Backend
 from lechat_jax.config import MistralConfig
 from lechat_jax.loss import cross_entropy
 from lechat_jax.model import Mistral, Weights, bind, weights_of
-from lechat_jax.optimizer import MUON, Optimizer, Recipe, warmup_then_cooldown
+from lechat_jax.optimizer import MUON, Optimizer, Rule, warmup_then_cooldown
 from lechat_jax.quantize import is_scale
 from lechat_jax.remat import Remat
 from lechat_jax.rows import Rows
@@ -37,8 +37,8 @@ class StepOptions:
     Attributes:
         block: tokens T in a training row.
         dtype: of activations and matrix products; weights and optimiser stay float32.
-        learning_rate: multiple of the peak rates of the recipe.
-        recipe: the optimiser.
+        learning_rate: multiple of the peak rates of the rule.
+        rule: the optimiser.
         chunk: tokens whose logits are in memory at a time; `None` takes 256 on a CPU, whose
             cache holds them, and 8192 elsewhere.
         backend: attention kernel; `None` takes the best for the platform.
@@ -50,7 +50,7 @@ class StepOptions:
     block: int
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     learning_rate: float = 1.0
-    recipe: Recipe = MUON
+    rule: Rule = MUON
     chunk: int | None = None
     backend: Backend | None = None
     mesh: Mesh | None = None
@@ -69,7 +69,7 @@ def init_state(config: MistralConfig, options: StepOptions, seed: int) -> TrainS
 
 def state_of(weights: Weights, options: StepOptions) -> TrainState:
     """These weights, and an optimiser that has seen nothing."""
-    optimizer = Optimizer(options.learning_rate, options.recipe)
+    optimizer = Optimizer(options.learning_rate, options.rule)
 
     def start(weights: Weights) -> tuple[optax.OptState, Array]:
         return optimizer.init(weights), jnp.zeros((), jnp.int32)
@@ -144,7 +144,7 @@ def train_steps(
         n_steps: steps to take.
         total_steps: length of the run, on which the learning rate depends.
     """
-    optimizer = Optimizer(options.learning_rate, options.recipe)
+    optimizer = Optimizer(options.learning_rate, options.rule)
 
     def step(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
         state, losses = carry

@@ -26,7 +26,7 @@ from lechat_jax.flops import flops_per_token, peak_flops
 from lechat_jax.generator import Generator
 from lechat_jax.lessons import Lessons
 from lechat_jax.model import Weights, bind
-from lechat_jax.optimizer import recipe
+from lechat_jax.optimizer import usual_rule
 from lechat_jax.options import TrainConfig
 from lechat_jax.peft import write_adapter
 from lechat_jax.rows import Rows
@@ -92,7 +92,7 @@ class Trainer:
             learning_rate=options.learning_rate,
             remat=options.remat,
             accumulate=options.accumulate,
-            recipe=recipe(options.usual_optimizer, options.start, options.weight_decay),
+            rule=usual_rule(options.usual_optimizer, options.start, options.weight_decay),
         )
         self.calls = 4 if on_cpu else 32  # steps in one call of the device
         self.ahead = 0 if on_cpu else 1  # calls that are sent before the losses of one are read

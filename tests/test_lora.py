@@ -14,7 +14,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.model import Weights, bind, weights_of
-from lechat_jax.optimizer import recipe
+from lechat_jax.optimizer import usual_rule
 from lechat_jax.quantize import dequantize, is_kernel, quantize_weights
 from lechat_jax.rows import Rows
 from lechat_jax.sampling import Sampling
@@ -25,7 +25,7 @@ from parity.merging import Product, merged
 ADAPTERS = Adapters(
     rank=3, alpha=5.0, ranks={"blocks.1.attn.q": 2}, alphas={"blocks.0.mlp.down": 7.0}
 )
-OPTIONS = StepOptions(block=16, chunk=20, recipe=recipe("adamw", "adapters"), learning_rate=20.0)
+OPTIONS = StepOptions(block=16, chunk=20, rule=usual_rule("adamw", "adapters"), learning_rate=20.0)
 TOKENS = np.random.default_rng(0).integers(97, size=(4, 3, 17), dtype=np.int32)
 
 
