@@ -156,10 +156,10 @@ class _Tap(nnx.Module):
     def __init__(self, inner: nnx.Module, show: Callable[[Array, Array], None]) -> None:
         self.inner, self.show = inner, show
 
-    def __call__(self, x: Array, *rest: object) -> object:
+    def __call__(self, x: Array, *rest: object, **named: object) -> object:
         """What the module makes of it."""
         assert callable(self.inner)
-        made = self.inner(x, *rest)
+        made = self.inner(x, *rest, **named)
         self.show(x, made[0] if isinstance(made, tuple) else made)
         return made
 
