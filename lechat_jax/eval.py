@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{found['loss']:.5f} nats per token, perplexity {found['perplexity']:,.4f}, "
         f"{found['bits_per_byte']:.5f} bits per byte\n"
         f"on {found['tokens']:,} tokens ({found['bytes']:,} bytes) of {found['text']}, "
-        f"{found['documents']:,} documents, each on its own, in windows of {found['block']:,} "
+        f"documents: {found['documents']:,}, each on its own, in windows of {found['block']:,} "
         f"tokens every {found['stride']:,}"
     )
     if options.json:

@@ -10,6 +10,7 @@ from lechat_jax.corpus import load_corpus
 from lechat_jax.data import interim_rows, load_tokens, score_blocks
 from lechat_jax.display import Display
 from lechat_jax.errors import BadInput
+from lechat_jax.examples import form_of
 from lechat_jax.trained import Trained
 from lechat_jax.validation import BLOCK
 
@@ -58,7 +59,13 @@ def held_out(trained: Trained, data: str | None, n_tokens: int, display: Display
     if tokenizer.vocab_size != vocab:
         raise BadInput(f"{tokenizer.path} has {tokenizer.vocab_size} tokens and the model {vocab}")
     asked = trained.run.config["train"] if trained.run else {}
-    corpus = load_corpus(data if data is not None else asked.get("data"))
+    data = data if data is not None else asked.get("data")
+    if form_of(data):
+        raise BadInput(
+            f"{data} holds examples and no text; name a text with --data, or measure with "
+            "python -m lechat_jax.eval"
+        )
+    corpus = load_corpus(data)
     tokens = load_tokens(
         corpus, tokenizer, on_progress=lambda done, of: display.work("tokenising, byte", done, of)
     )

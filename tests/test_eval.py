@@ -56,26 +56,32 @@ def figures(*argv: Any) -> dict[str, Any]:
     return json.loads(json_file.read_text())
 
 
-def theirs(folder: Path, block: int, stride: int) -> list[float]:
-    """Nats of every token but BOS: the first window that holds it as a target scores it."""
+def theirs(
+    folder: Path, documents: list[tuple[list[int], list[bool]]], block: int, stride: int
+) -> list[float]:
+    """Nats of every token that counts: the first window that holds it as a target scores it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder / "theirs", attn_implementation="eager", dtype=torch.float32
     ).eval()
-    tokenizer = Tokenizer.from_file(folder / "taught.model")
     nats = []
-    for text in texts():
-        ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
-        for place in range(1, len(ids)):
-            start = stride * max(0, math.ceil((place - block) / stride))
+    for ids, counted in documents:
+        places = np.flatnonzero(counted).tolist()
+        first = {place: stride * max(0, math.ceil((place - block) / stride)) for place in places}
+        for start in sorted(set(first.values())):
             with torch.no_grad():
-                logits = model(torch.tensor([ids[start:place]])).logits[0, -1]
-            nats.append(-torch.log_softmax(logits.double(), dim=-1)[ids[place]].item())
+                logits = model(torch.tensor([ids[start : start + block]])).logits[0]
+            log_p = torch.log_softmax(logits.double(), dim=-1)
+            own = [place for place in places if first[place] == start]
+            nats += [-log_p[place - start - 1, ids[place]].item() for place in own]
     return nats
 
 
 def test_the_loss_is_that_of_transformers(folder: Path, data: Path) -> None:
     found = figures(folder / "ours", "--data", data, "--block", BLOCK, "--stride", STRIDE)
-    expected = theirs(folder, BLOCK, STRIDE)
+    tokenizer = Tokenizer.from_file(folder / "taught.model")
+    ids = [[tokenizer.bos_id, *tokenizer.encode(t), tokenizer.eos_id] for t in texts()]
+    documents = [(own, [place > 0 for place in range(len(own))]) for own in ids]
+    expected = theirs(folder, documents, BLOCK, STRIDE)
     n_bytes = sum(len(text.encode()) for text in texts())
     assert len(expected) > 3 * BLOCK
     assert (found["tokens"], found["bytes"]) == (len(expected), n_bytes)
@@ -84,6 +90,31 @@ def test_the_loss_is_that_of_transformers(folder: Path, data: Path) -> None:
     bits = sum(expected) / math.log(2) / n_bytes
     assert found["bits_per_byte"] == pytest.approx(bits, rel=2e-6)
     assert found["documents"] == 4
+
+
+def test_of_conversations_the_answers_are_scored(folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(folder / "taught.model")
+    chats = [[(f"Square of {i}?", f"The square is {i * i}."), ("Twice?", "9")] for i in range(3)]
+    file = folder / "chats.jsonl"
+    documents = []
+    with file.open("w") as out:
+        for turns in chats:
+            ids, counted, messages = [tokenizer.bos_id], [False], []
+            for asked, said in turns:
+                question = tokenizer.encode(f"[INST] {asked} [/INST]")  # version 1 of the template
+                answer = [*tokenizer.encode(said), tokenizer.eos_id]
+                ids += question + answer
+                counted += [False] * len(question) + [True] * len(answer)
+                messages.append({"role": "user", "content": asked})
+                messages.append({"role": "assistant", "content": said})
+            documents.append((ids, counted))
+            out.write(json.dumps({"messages": messages}) + "\n")
+    found = figures(folder / "ours", "--data", file, "--block", BLOCK, "--stride", STRIDE)
+    expected = theirs(folder, documents, BLOCK, STRIDE)
+    assert max(len(ids) for ids, _ in documents) > BLOCK
+    assert found["tokens"] == len(expected)
+    assert found["loss"] == pytest.approx(np.mean(expected), rel=2e-6)
+    assert found["bytes"] == sum(len(said) for turns in chats for _, said in turns)
 
 
 def test_int8_is_scored_as_it_is_and_costs_a_little(folder: Path, data: Path) -> None:

@@ -165,6 +165,13 @@ def test_another_text_is_read_when_asked_and_it_says_so(
     assert f"{other} is not the text that {run} was trained on" in capsys.readouterr().out
 
 
+def test_examples_are_no_text(run: Path, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(BadInput, match=r"holds examples and no text; name a text with --data"):
+        main([str(run), "--data", str(chats)])
+
+
 def test_without_a_tokenizer_it_says_that_the_ids_are_random(
     folder: Path, tmp_path: Path, capsys: Output
 ) -> None:
