@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from lechat_jax.errors import BadInput
 
 DTYPES: dict[str, np.dtype] = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),

@@ -164,7 +164,7 @@ def _config(found: dict[str, Any], where: object) -> MistralConfig:
 
 def _refuse_hugging_face(fields: Fields, where: object) -> None:
     """Raises `BadInput` for the first field that asks for what lechat does not have."""
-    for key in ("quantization_config", "attention_bias", "mlp_bias", "num_local_experts"):
+    for key in ("attention_bias", "mlp_bias", "num_local_experts"):
         if fields.get(key):
             raise BadInput(
                 f"{where} has {key} = {_short(fields[key])}, which lechat does not support"

@@ -110,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if source.quantization:
         print(f"{options.src} is {source.quantization}: these are the numbers it stands for")
+    for note in source.store.notes:
+        print(f"{options.src}: {note}")
     for line in _what_next(source, options):
         print(line)
     return 0
@@ -140,7 +142,7 @@ def convert(source: Source, options: Convert, console: Console) -> Meter:
         BadInput: the disk has too little room, the format has no words for the model, or a
             weight is not finite; then nothing is left behind.
     """
-    if options.quantize and source.quantization:
+    if options.quantize and source.quantization and source.format == "lechat":
         raise BadInput(f"{options.src} is {source.quantization} already; copy the folder")
     dtype = _dtype(source, options)
     infos = _wanted(source, options.to, dtype, options.quantize)

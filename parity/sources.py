@@ -20,7 +20,6 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.headers import check_inside, parse_json
 from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault
-from lechat_jax.quantize import Format as Quantization
 from lechat_jax.quantize import pop_format
 from lechat_jax.run import Run
 from parity import configs, hub
@@ -28,6 +27,7 @@ from parity.formats import from_format
 from parity.merging import Product, through_int8, with_products
 from parity.names import Format, match, names, rows, shape, tied_head
 from parity.pickles import pickle_store
+from parity.quantizations import Quantization, take_quantization
 from parity.stores import Store, Stored, array_store, dequantized_store, safetensors_store
 
 SourceFormat = Literal["hf", "mistral", "lechat", "torch", "run"]
@@ -54,7 +54,7 @@ class Source:
         metadata: where it came from, as text that a copy may carry along.
         stored: the tensors by lechat's name, in the order in which they are best read.
         store: gives back memory.
-        quantization: how they are on the disk; they are read as the numbers that stands for.
+        quantization: how they are on the disk, if not as the numbers that they are read as.
     """
 
     format: SourceFormat
@@ -64,7 +64,7 @@ class Source:
     metadata: Mapping[str, str]
     stored: Mapping[str, Stored]
     store: Store
-    quantization: Quantization | None = None
+    quantization: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,7 +125,8 @@ def open_source(
         revision: of the model on the Hub: a branch, a tag or a commit.
         verify: compare what has checksums with them, at half a second a GB; without, the
             caller does it with `check_whole`.
-        dequantize: read int8 as the numbers it stands for, instead of refusing it.
+        dequantize: read weights that are quantised as the numbers they stand for, instead of
+            refusing them.
         adapter: a folder of adapters in PEFT's format, which are merged into the model.
         dtype: of kernels that adapters are merged into; by default what they had.
 
@@ -150,7 +151,7 @@ def open_source(
     if source.quantization and not dequantize:
         raise BadInput(
             f"{path} is {source.quantization}, which differs from what it was made from on "
-            "purpose; check an unquantised conversion, and measure what int8 costs with: "
+            "purpose; check an unquantised conversion, and measure what quantising costs with: "
             "python -m parity.quality"
         )
     if rope_theta not in (None, source.config.rope_theta):
@@ -186,6 +187,7 @@ def _open(
 
 
 def _hugging_face(folder: Path, fields: dict[str, Any], metadata: dict[str, str]) -> Source:
+    quantization = take_quantization(fields, folder / "config.json")
     config = configs.from_hugging_face(fields, folder / "config.json")
     if not _has(folder, "model"):
         for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
@@ -195,12 +197,14 @@ def _hugging_face(folder: Path, fields: dict[str, Any], metadata: dict[str, str]
                 )
     if type(positions := fields.get(POSITIONS)) is int:
         metadata = {**metadata, POSITIONS: str(positions)}
-    return _source("hf", folder, config, safetensors_store(folder, "model"), metadata)
+    store = _as_weights(safetensors_store(folder, "model"), quantization)
+    return _source("hf", folder, config, store, metadata)
 
 
 def _mistral(
     folder: Path, fields: dict[str, Any], rope_theta: float | None, metadata: dict[str, str]
 ) -> Source:
+    quantization = take_quantization(fields, folder / "params.json")
     config = configs.from_params(fields, folder / "params.json", rope_theta)
     old = folder / "consolidated.00.pth"
     if _has(folder, "consolidated") or not old.is_file():
@@ -212,7 +216,14 @@ def _mistral(
     else:
         check_inside(folder, old)
         store = pickle_store(old)
-    return _source("mistral", folder, config, store, metadata)
+    return _source("mistral", folder, config, _as_weights(store, quantization), metadata)
+
+
+def _as_weights(store: Store, quantization: Quantization | None) -> Store:
+    """The numbers that quantised tensors stand for, each when it is read."""
+    if quantization is None:
+        return store
+    return dataclasses.replace(quantization.read(store), quantization=quantization.name)
 
 
 def check_whole(folder: Path) -> None:
@@ -241,8 +252,7 @@ def _lechat(folder: Path, fields: dict[str, Any], verify: bool) -> Source:
     store = safetensors_store(folder, "model")
     if quantization:
         store = dequantized_store(store)
-    source = _source("lechat", folder, config, store, {})
-    return dataclasses.replace(source, quantization=quantization)
+    return _source("lechat", folder, config, store, {})
 
 
 def _run(folder: Path, fields: dict[str, Any]) -> Source:
@@ -332,7 +342,7 @@ def _source(
         _check_equal(head, store.tensors[names(config, fmt)["embed.kernel"]])
     tokenizer = _tokenizer(folder)
     metadata = {key: store.metadata[key] for key in KEPT if key in store.metadata} | metadata
-    return Source(kind, folder, config, tokenizer, metadata, stored, store)
+    return Source(kind, folder, config, tokenizer, metadata, stored, store, store.quantization)
 
 
 def _tokenizer(folder: Path) -> tuple[Path, ...]:

@@ -41,11 +41,16 @@ class Store:
         tensors: in the order in which they are best read.
         release: gives back the memory of the files that were read so far.
         metadata: what the files say beside the tensors.
+        quantization: how the tensors are on the disk, which are read as the numbers that stands
+            for; in words, for messages.
+        notes: sentences for the user about what of the files is not in the tensors.
     """
 
     tensors: Mapping[str, Stored]
     release: Callable[[], None] = lambda: None
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    quantization: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def safetensors_store(folder: Path, stem: str) -> Store:
@@ -75,9 +80,10 @@ def array_store(where: object, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) 
 
 
 def dequantized_store(store: Store) -> Store:
-    """The weights that int8 kernels and their scales stand for, in the type of the norms.
+    """The weights that int8 kernels and their scales stand for, to be of the type of the norms.
 
-    Each is made when it is read, and is the only one in memory.
+    Each is made when it is read, in float32, so that whoever casts it rounds it once, and is the
+    only one in memory.
 
     Raises:
         BadInput: a kernel is not int8, or has no scale that fits.
@@ -94,7 +100,7 @@ def dequantized_store(store: Store) -> Store:
                 f"{scale.where} has the shape {list(scale.shape)} beside {list(kernel.shape)}"
             )
         return dataclasses.replace(
-            kernel, dtype=dtype, read=lambda: dequantize(kernel.read(), scale.read(), dtype)
+            kernel, dtype=dtype, read=lambda: dequantize(kernel.read(), scale.read())
         )
 
     tensors = {
@@ -102,4 +108,4 @@ def dequantized_store(store: Store) -> Store:
         for key, one in store.tensors.items()
         if not is_scale(key)
     }
-    return dataclasses.replace(store, tensors=tensors)
+    return dataclasses.replace(store, tensors=tensors, quantization="int8")

@@ -91,7 +91,7 @@ V5_ROPE: Fields = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5
         (V5_ROPE, {"rope_theta": 5e5}),
         ({"rope_scaling": None, "rope_theta": 1e6}, {"rope_theta": 1e6}),
         ({"rope_scaling": {"type": "default"}}, {"rope_theta": 1e4}),
-        ({"quantization_config": None, "attention_bias": False}, {}),
+        ({"attention_bias": False}, {}),
         (
             {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
             {"n_layers": 2, "sliding_window": (None, 4096)},
@@ -137,7 +137,6 @@ def test_what_is_absent_means_what_transformers_makes_of_it(change: Fields, tmp_
         ({"model_type": None}, "has the model_type None"),
         ({"architectures": ["MistralForSequenceClassification"]}, "ForSequenceClassification"),
         ({"architectures": "MistralForCausalLM"}, "is of"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "has quantization_config"),
         ({"attention_bias": True}, "has attention_bias = true"),
         ({"mlp_bias": True}, "has mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),

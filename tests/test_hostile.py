@@ -121,8 +121,8 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         ),
         (edit(lambda t: t.update({Q: t[Q].to(torch.int8)})), rf"{Q} in .* is int8; a weight must"),
         (
-            edit(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})),
-            rf"{Q} in .* is F8_E4M3, which is not read here",
+            edit(lambda t: t.update({Q: t[Q].to(torch.float8_e5m2)})),
+            rf"{Q} in .* is F8_E5M2, which is not read here",
         ),
         (
             edit_config(num_hidden_layers=4),
@@ -135,7 +135,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
             r"lm_head\.weight in .* differs from the embedding",
         ),
         (edit_config(model_type="mixtral"), "has the model_type 'mixtral'"),
-        (edit_config(quantization_config={"quant_method": "gptq"}), "has quantization_config"),
+        (edit_config(quantization_config={"quant_method": "quanto"}), "quantised by quanto"),
         (put("config.json", b"{"), "is not valid JSON"),
         (put("config.json", b"[" * 100_000), "is not valid JSON"),
         (put("config.json", b"[]"), "is not a JSON object"),

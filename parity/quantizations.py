@@ -1,0 +1,120 @@
+"""What a config says about weights that another program has quantised: understood, or refused.
+
+Hugging Face's `quantization_config` has a `quant_method` and then that method's own words;
+Mistral's `params.json` has `quantization`, or the same `quantization_config`.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from lechat_jax.errors import BadInput
+from parity.scaled import Block, scaled_store
+from parity.stores import Store
+
+Fields = Mapping[str, Any]
+INSTEAD = "convert the model that it was made from"
+KEYS = ("quantization_config", "quantization")  # of Hugging Face's config, and of params.json
+
+
+class Quantization(NamedTuple):
+    """How weights are stored, and how they are read.
+
+    Attributes:
+        name: for messages.
+        read: the same tensors as weights.
+    """
+
+    name: str
+    read: Callable[[Store], Store]
+
+
+def take_quantization(fields: dict[str, Any], where: object) -> Quantization | None:
+    """What a config says about it, which is taken out of `fields`; `None` if it says nothing.
+
+    >>> fields = {"dim": 40, "quantization": {"qformat_weight": "fp8_e4m3"}}
+    >>> take_quantization(fields, "params.json").name, fields
+    ('FP8', {'dim': 40})
+
+    Raises:
+        BadInput: it is in a way that is not read here; it is named.
+    """
+    found = {key: value for key in KEYS if (value := fields.pop(key, None))}
+    if not found:
+        return None
+    ((key, value),) = list(found.items())[:1]
+    if not isinstance(value, dict):
+        raise BadInput(f"{where} has {key} = {json.dumps(value)}, which is no JSON object")
+    if "qformat_weight" in value:
+        return _mistrals_own(value, where)
+    method = value.get("quant_method")
+    if method not in METHODS:
+        raise BadInput(
+            f"{where} says that its weights are quantised by {method}, which is not read here, "
+            f"only {', '.join(METHODS)}; {INSTEAD}"
+        )
+    return METHODS[method](value, where)
+
+
+def _mistrals_own(value: Fields, where: object) -> Quantization:
+    if (kind := value["qformat_weight"]) != "fp8_e4m3":
+        raise BadInput(
+            f"{where} has weights of the type {kind}, and only fp8_e4m3 is read here; {INSTEAD}"
+        )
+    return Quantization("FP8", functools.partial(scaled_store, block=None))
+
+
+def _fp8(value: Fields, where: object) -> Quantization:
+    if (kind := value.get("fmt", "e4m3")) != "e4m3":
+        raise BadInput(
+            f"{where} has weights of the type {kind}, and only e4m3 is read here; {INSTEAD}"
+        )
+    return Quantization("FP8", functools.partial(scaled_store, block=_block(value, where)))
+
+
+def _block(value: Fields, where: object, key: str = "weight_block_size") -> Block | None:
+    sizes = value.get(key)
+    if sizes is None:
+        return None
+    if not isinstance(sizes, list) or len(sizes) != 2 or not all(_is_size(n) for n in sizes):
+        raise BadInput(f"{where} has {key} = {json.dumps(sizes)}, which is no height and width")
+    return Block(*sizes)
+
+
+def _is_size(n: Any) -> bool:
+    return type(n) is int and n > 0
+
+
+def _compressed_tensors(value: Fields, where: object) -> Quantization:
+    """Several groups of layers may be stored alike; in different ways they are refused."""
+    for key in ("sparsity_config", "transform_config"):
+        if (there := value.get(key)) and there.get("format") != "dense":
+            raise BadInput(
+                f"{where} has a {key} of compressed-tensors, which is not read here; {INSTEAD}"
+            )
+    groups = value.get("config_groups") or {}
+    kinds = {json.dumps(group.get("weights"), sort_keys=True) for group in groups.values()}
+    weights = json.loads(kinds.pop()) if len(kinds) == 1 else None
+    if not weights:
+        raise BadInput(
+            f"{where} has layers quantised in {len(kinds) + bool(groups)} ways by "
+            f"compressed-tensors, and one is read here; {INSTEAD}"
+        )
+    kind = weights.get("type"), weights.get("num_bits")
+    if kind in (("float", 8), ("int", 8)) and weights.get("symmetric", True):
+        block = _block(weights, where, "block_structure")
+        if weights.get("strategy") == "group" and _is_size(size := weights.get("group_size")):
+            block = Block(1, size)
+        name = "FP8" if kind[0] == "float" else "int8 of compressed-tensors"
+        return Quantization(name, functools.partial(scaled_store, block=block))
+    raise BadInput(
+        f"{where} has {weights.get('num_bits')}-bit {weights.get('type')} weights of "
+        f"compressed-tensors, which are not read here; {INSTEAD}"
+    )
+
+
+METHODS: dict[str, Callable[[Fields, object], Quantization]] = {
+    "fp8": _fp8,
+    "compressed-tensors": _compressed_tensors,
+}
