@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lechat_jax.adapters import TARGETS, Adapters
 from lechat_jax.config import MistralConfig
@@ -67,13 +68,16 @@ def check_source(source: Trained, options: TrainConfig) -> None:
         )
 
 
-def load_base(source: Trained, options: TrainConfig, dtype: Dtype, display: Display) -> Loaded:
+def load_base(
+    source: Trained, options: TrainConfig, dtype: Dtype, mesh: Mesh | None, display: Display
+) -> Loaded:
     """The weights of --init-from: in the float32 that they learn in, or as adapters need them.
 
     Args:
         source: where they are; of a run that is resumed, the run itself.
         options: of the run.
         dtype: that is computed in.
+        mesh: of the devices that they go to.
         display: says what is damaged.
 
     Raises:
@@ -81,7 +85,7 @@ def load_base(source: Trained, options: TrainConfig, dtype: Dtype, display: Disp
     """
     display.wait("loading weights")
     kept = dtype if options.learns_adapters else "float32"
-    loaded = source.load_base(kept, options.quantize)
+    loaded = source.load_base(kept, options.quantize, mesh)
     for sentence in loaded.refused:
         display.say(f"warning: {sentence}", style="yellow")
     if bad := [name for name, leaf in loaded.weights.items() if not jnp.isfinite(leaf).all()]:

@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from lechat_jax.distributed import from_first, is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.manifest import MANIFEST, fault, sync, write_manifest
 
@@ -56,7 +57,9 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run, the newest `keep` good ones of them kept.
 
-    One process writes to a folder at a time; any number may read.
+    One run writes to a folder at a time; any number may read. Of a run with several
+    processes each has to call `save` and `restore`: all write and read their parts of the
+    arrays, in a folder that they share, and the first does the rest.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -85,22 +88,43 @@ class Checkpoints:
             BadInput: the disk is full, the folder cannot be written, or a leaf is nothing
                 that JAX could give back unchanged; older checkpoints are untouched.
         """
-        if jax.process_count() > 1:
-            raise BadInput("checkpoints are written by a single process; train with one")
         if step < 0:
             raise BadInput(f"the step of a checkpoint must be 0 or more, not {step}")
         arrays = {item: _arrays(item, tree) for item, tree in items.items()}
         partial = self.folder / f"{step}{PARTIAL}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(f"[0-9]*{PARTIAL}"):
-                shutil.rmtree(leftover)
-            _write(partial / "new", arrays, meta)
-            if self._at(step).exists():
-                self._at(step).rename(partial / "old")
-            (partial / "new").rename(self._at(step))
-            sync(self.folder)
-            self._prune(step)
+            from_first(lambda: self._told(step, self._make_room))
+            self._told(step, lambda: _write(partial / "new", arrays))
+            from_first(lambda: self._told(step, lambda: self._complete(step, meta)))
+        finally:
+            if is_first():
+                shutil.rmtree(partial, ignore_errors=True)
+        if not (self._at(step) / MANIFEST).is_file():
+            raise BadInput(
+                f"{self.folder} is not the same for all processes; choose an --out that they share"
+            )
+        return self._at(step)
+
+    def _make_room(self) -> None:
+        """The folder is there, without what a killed save left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"[0-9]*{PARTIAL}"):
+            shutil.rmtree(leftover)
+
+    def _complete(self, step: int, meta: dict[str, Any]) -> None:
+        """The arrays of a step become a checkpoint, which appears by one rename."""
+        partial = self.folder / f"{step}{PARTIAL}"
+        _seal(partial / "new", meta)
+        if self._at(step).exists():
+            self._at(step).rename(partial / "old")
+        (partial / "new").rename(self._at(step))
+        sync(self.folder)
+        self._prune(step)
+
+    def _told(self, step: int, work: Callable[[], None]) -> None:
+        """Does the work and says what the disk has against it."""
+        try:
+            work()
         except Exception as error:  # a full disk comes in many types; the rest is raised again
             if reason := _disk_error(error):
                 raise BadInput(
@@ -108,9 +132,6 @@ class Checkpoints:
                     "ones are untouched, so make room or choose another folder, and resume"
                 ) from error
             raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return self._at(step)
 
     def restore(self, templates: dict[str, PyTree], step: int | None = None) -> Restored:
         """The newest checkpoint whose files are, byte for byte, those that were saved.
@@ -128,18 +149,23 @@ class Checkpoints:
                 first fault), or its leaves, shapes or dtypes are not those of the template
                 (the first difference is named).
         """
+        good, refused = from_first(lambda: self._newest_good(templates, step))
+        whole = self._at(good)
+        meta = json.loads((whole / META).read_text(encoding="utf-8"))
+        return Restored(good, _read(whole, templates), meta, tuple(refused))
+
+    def _newest_good(self, items: Collection[str], step: int | None) -> tuple[int, list[str]]:
+        """The step to restore, and a sentence for each that was passed over."""
         found = self._folders()
         if step is not None and step not in found:
             have = ", ".join(map(str, found)) or "none at all"
             raise BadInput(f"there is no checkpoint {step} in {self.folder}; there is {have}")
         refused: list[str] = []
         for candidate in reversed(found) if step is None else (step,):
-            whole = self._at(candidate)
-            if reason := fault(whole, templates):
-                refused.append(f"checkpoint {candidate} in {self.folder} is damaged: {reason}")
-                continue
-            meta = json.loads((whole / META).read_text(encoding="utf-8"))
-            return Restored(candidate, _read(whole, templates), meta, tuple(refused))
+            reason = fault(self._at(candidate), items)
+            if reason is None:
+                return candidate, refused
+            refused.append(f"checkpoint {candidate} in {self.folder} is damaged: {reason}")
         if refused:
             raise BadInput("; ".join(refused) + "; no other is left to restore")
         raise BadInput(f"there is no checkpoint in {self.folder}; train first, or name another")
@@ -202,12 +228,16 @@ def _checkpointer(items: Collection[str]) -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
 
 
-def _write(whole: Path, items: dict[str, dict[str, jax.Array]], meta: dict[str, Any]) -> None:
-    """A finished checkpoint, synced to disk, at a path that nobody reads yet."""
+def _write(whole: Path, items: dict[str, dict[str, jax.Array]]) -> None:
+    """The arrays, at a path that nobody reads yet; each process writes its parts of them."""
     filled = {item: arrays for item, arrays in items.items() if arrays}  # Orbax wants a leaf
     args = {item: ocp.args.PyTreeSave(arrays) for item, arrays in filled.items()}
     with _silence(), _checkpointer(filled) as checkpointer:
         checkpointer.save(whole, args=ocp.args.Composite(**args))
+
+
+def _seal(whole: Path, meta: dict[str, Any]) -> None:
+    """What was written is a finished checkpoint, synced to disk."""
     (whole / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     write_manifest(whole)
     for folder, _, names in os.walk(whole):
@@ -235,7 +265,7 @@ def _read(whole: Path, templates: dict[str, PyTree]) -> dict[str, PyTree]:
     return {
         item: jax.tree.unflatten(
             jax.tree.structure(template),
-            [jax.device_put(arrays[item][name]) for name in wanted[item]],
+            [_on_device(arrays[item][name]) for name in wanted[item]],
         )
         for item, template in templates.items()
     }
@@ -247,6 +277,10 @@ def _place(leaf: Any) -> ocp.RestoreArgs:
     if sharding is None or not getattr(leaf, "committed", True):
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(sharding=sharding)
+
+
+def _on_device(array: Any) -> jax.Array:
+    return array if isinstance(array, jax.Array) else jax.device_put(array)
 
 
 def _check_fit(whole: Path, item: str, wanted: dict[str, Any], stored: dict[str, Any]) -> None:

@@ -194,9 +194,19 @@ class Batches:
             row += taken
         return starts.reshape(n_steps, self.batch)
 
-    def rows(self, stream: Integer[np.ndarray, " stream"], first_step: int, n_steps: int) -> Rows:
-        """The batches of consecutive steps, [n_steps, B, block + 1]."""
-        starts = self.starts_range(first_step, n_steps)
+    def rows(
+        self,
+        stream: Integer[np.ndarray, " stream"],
+        first_step: int,
+        n_steps: int,
+        part: slice = slice(None),
+    ) -> Rows:
+        """The batches of consecutive steps, [n_steps, B, block + 1], or a part of their rows.
+
+        Where each of several processes reads only its part, no iterator has to be told of the
+        others, and none has a position to be saved.
+        """
+        starts = self.starts_range(first_step, n_steps)[:, part]
         return Rows(stream[starts[..., None] + np.arange(self.block + 1)].astype(np.int32))
 
 

@@ -14,11 +14,13 @@ class Display:
     """Progress of one run, with its loss, its rate and the time left.
 
     Use it as a context. `total` steps may be unknown at first; `say` prints a line of
-    its own, above the bar where there is one.
+    its own, above the bar where there is one. What is not `audible` prints nothing.
     """
 
-    def __init__(self, total: int | None, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(
+        self, total: int | None, console: Console | None = None, audible: bool = True
+    ) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=not audible)
         self.total = total
         self._last = -PLAIN_SECONDS
         self._bar = Progress(

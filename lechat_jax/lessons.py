@@ -40,8 +40,8 @@ class Lessons(Protocol):
     opening: str
     chat: bool
 
-    def rows(self, first_step: int, n_steps: int) -> Rows:
-        """The batches of consecutive steps, [n_steps, B, block + 1]."""
+    def rows(self, first_step: int, n_steps: int, part: slice = slice(None)) -> Rows:
+        """The batches of consecutive steps, [n_steps, B, block + 1], or a part of their rows."""
         ...
 
     def held_out(self) -> HeldOut:
@@ -73,11 +73,11 @@ class TextLessons:
         self.reader: Reader = self._packed or self._windows
         self.opening = " ".join(tokenizer.decode(tokens.val[1:33]).split()[:6])
 
-    def rows(self, first_step: int, n_steps: int) -> Rows:
-        """The batches of consecutive steps, [n_steps, B, block + 1]."""
+    def rows(self, first_step: int, n_steps: int, part: slice = slice(None)) -> Rows:
+        """The batches of consecutive steps, [n_steps, B, block + 1], or a part of their rows."""
         if self._packed:
-            return self._packed.rows(first_step, n_steps)
-        return self._windows.rows(self._tokens.train, first_step, n_steps)
+            return self._packed.rows(first_step, n_steps, part)
+        return self._windows.rows(self._tokens.train, first_step, n_steps, part)
 
     def held_out(self) -> HeldOut:
         """The stream that is held out."""

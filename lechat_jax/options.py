@@ -12,6 +12,8 @@ from lechat_jax.remat import Remat
 DEFAULT_PRESET = "lechat-15m"
 MODEL = "dim n_layers n_heads n_kv_heads head_dim hidden_dim sliding_window".split()
 SAMPLING = {"prompt", "max_tokens", "temperature", "top_p"}  # may change when a run resumes
+HOSTS = {"coordinator", "num_processes", "process_id"}
+PLACE = {"mesh", "distributed", *HOSTS}  # where it runs is no part of a run
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -82,6 +84,16 @@ class TrainConfig:
         out: Folder of the run, instead of runs/NAME.
         resume: Folder of a run to continue, bit for bit, from its last good checkpoint. The run's
             own options apply.
+        mesh: Devices that share the work, for example fsdp=4,tp=2: 4 of them share the rows of a
+            batch and the weights, and 2 the heads and hidden units of each layer. By default
+            one device on a CPU and all others in fsdp. May change when a run resumes.
+        distributed: This is one of several processes, of which JAX knows the others by itself: on
+            a Cloud TPU, under Slurm or Open MPI, on Kubernetes. Start the same command on every
+            host, with an --out that all of them share.
+        coordinator: The first of several processes, HOST:PORT. By default there is one process,
+            unless --distributed finds others.
+        num_processes: Number of all processes, beside --coordinator. By default one.
+        process_id: Number of this process, from 0, beside --coordinator. By default the only one.
         eval_every: Steps between two validations, on a fixed part of the held-out text. By default
             a tenth of the run.
         sample_every: Steps between two samples. By default a quarter of the run.
@@ -127,6 +139,11 @@ class TrainConfig:
     name: str | None = None
     out: Path | None = None
     resume: Path | None = None
+    mesh: str | None = None
+    distributed: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
     eval_every: int | None = None
     sample_every: int | None = None
     checkpoint_every: int | None = None
@@ -157,6 +174,10 @@ class TrainConfig:
             raise BadInput(f"--temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise BadInput(f"--top-p must be above 0 and at most 1, not {self.top_p}")
+        given = {name for name in HOSTS if getattr(self, name) is not None}
+        if given and given != HOSTS:
+            missing = ", ".join(sorted(_flag(name) for name in HOSTS - given))
+            raise BadInput(f"--coordinator, --num-processes, --process-id: {missing} is missing")
         if self.seed >= 2**32:
             raise BadInput(f"--seed must be below 2**32, not {self.seed}")
 
@@ -252,7 +273,7 @@ class TrainConfig:
 
     def contradictions(self) -> list[str]:
         """Flags given beside --resume that a resumed run could not honour."""
-        return [_flag(name) for name in self._given() if name not in {"resume", *SAMPLING}]
+        return [_flag(name) for name in self._given() if name not in {"resume", *SAMPLING, *PLACE}]
 
     def contradictions_to(self, model: MistralConfig) -> list[str]:
         """Flags given beside --init-from that ask for another model than this one."""
@@ -264,10 +285,9 @@ class TrainConfig:
         return [_flag(name) for name in asked]
 
     def with_samples_of(self, asked: "TrainConfig") -> "TrainConfig":
-        """The same run, sampled as `asked` says where it says anything."""
-        return dataclasses.replace(
-            self, **{name: getattr(asked, name) for name in asked._given() if name in SAMPLING}
-        )
+        """The same run, where `asked` says, and sampled so where it says anything."""
+        names = {name for name in asked._given() if name in SAMPLING} | PLACE
+        return dataclasses.replace(self, **{name: getattr(asked, name) for name in names})
 
     def _changes(self) -> dict[str, Any]:
         """What the flags change in a preset, in the words of `MistralConfig`."""

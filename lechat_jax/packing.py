@@ -131,10 +131,12 @@ class Packed:
         """The share of an epoch's tokens that belong to no document."""
         return 1 - len(self.documents.ids) / (self.windows * (self.block + 1))
 
-    def rows(self, first_step: int, n_steps: int) -> Rows:
-        """The batches of consecutive steps, [n_steps, B, block + 1]."""
-        first = first_step * self.batch
-        return self._filled(range(first, first + n_steps * self.batch), (n_steps, self.batch))
+    def rows(self, first_step: int, n_steps: int, part: slice = slice(None)) -> Rows:
+        """The batches of consecutive steps, [n_steps, B, block + 1], or a part of their rows."""
+        within = range(self.batch)[part]
+        steps = range(first_step, first_step + n_steps)
+        numbers = [step * self.batch + row for step in steps for row in within]
+        return self._filled(numbers, (n_steps, len(within)))
 
     def one_epoch(self) -> Rows:
         """All rows once, [windows, block + 1]."""
@@ -146,7 +148,7 @@ class Packed:
         order, who = self._epoch(epoch)
         return [int(who[place]) for place in self._rows[order[offset]]]
 
-    def _filled(self, numbers: range, shape: tuple[int, ...]) -> Rows:
+    def _filled(self, numbers: Sequence[int], shape: tuple[int, ...]) -> Rows:
         tokens = np.zeros((len(numbers), self.block + 1), np.int32)
         counted = np.zeros(tokens.shape, bool)
         part = np.zeros(tokens.shape, np.int32)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lechat_jax.distributed import is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.mirrors import Mirror, TensorBoard, WeightsAndBiases
 
@@ -25,7 +26,10 @@ RECIPE = "config.yaml"
 
 
 class Run:
-    """One run's folder. Whole files are written beside and renamed; metrics are appended."""
+    """One run's folder. Whole files are written beside and renamed; metrics are appended.
+
+    Of several processes only the first writes; for the others nothing is done.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -89,6 +93,8 @@ class Run:
     def write(self, name: str, text: str) -> Path:
         """A whole text file below the folder: all of it or the old one, never half."""
         path = self.folder / name
+        if not is_first():
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.partial")
         beside.write_text(text, encoding="utf-8")
@@ -120,6 +126,8 @@ class Run:
         measured.
         Floats are written so that reading them gives the same bits.
         """
+        if not is_first():
+            return
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         for mirror in self._mirrors:
@@ -169,6 +177,8 @@ class Run:
         for side in (axes, bits):
             side.spines["top"].set_visible(False)
         path = self.folder / CURVE
+        if not is_first():
+            return path
         beside = path.with_name(f".{CURVE}.partial")
         figure.savefig(beside, format="png")
         os.replace(beside, path)

@@ -159,6 +159,11 @@ def pinned(mesh: Mesh | None, tree: Tree) -> Tree:
     return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
 
 
+def settled(mesh: Mesh | None, tree: Tree) -> Tree:
+    """The same leaves in their places, wherever they come from; all processes have the same."""
+    return tree if mesh is None else jax.device_put(tree, shardings(mesh, tree))
+
+
 def made_sharded(mesh: Mesh | None, make: Callable[..., Tree], *args: Any) -> Tree:
     """What `make` returns, of which no device ever holds more than its part."""
     if mesh is None:
@@ -167,12 +172,25 @@ def made_sharded(mesh: Mesh | None, make: Callable[..., Tree], *args: Any) -> Tr
     return jax.jit(make, out_shardings=places)(*args)
 
 
-def placed(mesh: Mesh | None, axes: str, array: np.ndarray) -> Any:
-    """Rows on their devices; each process gives all rows, and its own are taken of them."""
+def own_rows(mesh: Mesh | None, batch: int) -> slice:
+    """The rows of a batch that this process has devices for, one after the other."""
+    if mesh is None:
+        return slice(None)
+    place = NamedSharding(mesh, P(ROWS))
+    places = place.addressable_devices_indices_map((batch,)).values()
+    bounds = [index[0].indices(batch)[:2] for index in places if index]
+    return slice(min(first for first, _ in bounds), max(last for _, last in bounds))
+
+
+def placed(mesh: Mesh | None, axes: str, array: np.ndarray, batch: int | None = None) -> Any:
+    """Rows on their devices; each process gives all of them, or its own of a whole batch."""
     if mesh is None:
         return array
-    place = NamedSharding(mesh, spec(axes))
-    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+    shape = tuple(
+        batch if letter == "B" and batch else size
+        for letter, size in zip(axes, array.shape, strict=True)
+    )
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec(axes)), array, shape)
 
 
 def sum_over_rows(
@@ -234,7 +252,8 @@ def _gathered(leaf: Array, axis: int, dtype: DTypeLike) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _replicated(mesh: Mesh, dtype: DTypeLike, leaf: Array) -> Array:
-    return jax.lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(mesh, P()))
+    wanted = dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype  # int8 kernels
+    return jax.lax.with_sharding_constraint(leaf.astype(wanted), NamedSharding(mesh, P()))
 
 
 def on_one_device(mesh: Mesh, weights: Mapping[str, Array], dtype: DTypeLike) -> dict[str, Array]:

@@ -203,6 +203,12 @@ def shares(batch: Rows) -> Float[Array, "B T"]:
     return share / jnp.maximum(share.sum(), 1)
 
 
+@jax.jit
+def all_finite(weights: Weights) -> Bool[Array, ""]:
+    """Whether every weight is a number."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in weights.values()]))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def score(
     config: MistralConfig,

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
-from lechat_jax import cli
+from lechat_jax import cli, distributed
 from lechat_jax.beginning import Asked, adapters_asked, check_source, load_base
 from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.display import Display, clock
+from lechat_jax.distributed import from_first
 from lechat_jax.errors import BadInput
 from lechat_jax.lessons import Lessons, load_lessons
 from lechat_jax.options import DEFAULT_PRESET, TrainConfig
 from lechat_jax.recipe import to_yaml
 from lechat_jax.run import RECIPE, Run
+from lechat_jax.sharding import check_divides, make_mesh, usual_mesh
 from lechat_jax.stop import Stop
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Loaded, Trained
@@ -58,6 +61,9 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
     start = _resumed(asked) if asked.resume else _started(asked)
     options, config, tokenizer = start.options, start.model, start.tokenizer
     shape = options.shape(jax.default_backend())
+    mesh = make_mesh(options.mesh) if options.mesh else usual_mesh()
+    if mesh:
+        check_divides(mesh, config, shape.batch // options.accumulate)
     lessons = load_lessons(
         options.data,
         tokenizer,
@@ -75,13 +81,14 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
             f"the text is not the one that {asked.resume} was started on (SHA-256 "
             f"{start.corpus_sha256}); restore it, or start a new run"
         )
-    loaded = load_base(start.source, options, shape.dtype, display) if start.source else None
-    run = start.run or _new_run(start, lessons, loaded)
+    source = start.source
+    loaded = load_base(source, options, shape.dtype, mesh, display) if source else None
+    run = start.run or Run.open(Path(from_first(lambda: str(_new_run(start, lessons, loaded)))))
     if options.tensorboard:
         run.mirror_to_tensorboard()
     if options.wandb:
         run.mirror_to_wandb(options.wandb)
-    trainer = Trainer(run, config, options, lessons, tokenizer, display)
+    trainer = Trainer(run, config, options, lessons, tokenizer, display, mesh)
     weights = loaded.weights if loaded else None
     if start.learning and loaded:
         trainer.stay(loaded.weights, start.learning.adapters)
@@ -89,7 +96,7 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
     display.say(
         f"model: {options.model_name}, {config.n_params:,} parameters, "
         f"window {config.sliding_window or 'full'}\n"
-        f"step:  {shape.batch} x {shape.block} tokens, {shape.dtype} on {jax.default_backend()}\n"
+        f"step:  {shape.batch} x {shape.block} tokens, {shape.dtype} on {_devices(mesh)}\n"
         f"run:   {run.folder}"
     )
     if start.run:
@@ -147,7 +154,16 @@ def _resumed(asked: TrainConfig) -> Start:
     )
 
 
-def _new_run(start: Start, lessons: Lessons, loaded: Loaded | None) -> Run:
+def _devices(mesh: Mesh | None) -> str:
+    """What it runs on, in words."""
+    if mesh is None:
+        return jax.default_backend()
+    axes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return f"{mesh.size} x {jax.default_backend()}, {axes}, of {jax.process_count()} processes"
+
+
+def _new_run(start: Start, lessons: Lessons, loaded: Loaded | None) -> Path:
+    """The folder of a new run."""
     options = start.options
     name = options.name or f"{options.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = Run.create(options.out or Path("runs") / name)
@@ -162,7 +178,7 @@ def _new_run(start: Start, lessons: Lessons, loaded: Loaded | None) -> Run:
         fields["adapters"] = start.learning.adapters.to_dict()
     run.config = fields
     run.write(RECIPE, to_yaml(options.recipe(jax.default_backend())))
-    return run
+    return run.folder
 
 
 def finish(trainer: Trainer, display: Display) -> None:
@@ -205,7 +221,8 @@ def pause(trainer: Trainer, signal: str, display: Display) -> None:
     trainer.run.draw()
     trainer.keep_adapter()
     display.say(
-        f"stopped by {signal} after step {trainer.step}, saved; continue with\n"
+        f"stopped by {signal or 'a signal to another process'} after step {trainer.step}, saved; "
+        "continue with\n"
         f"  python -m lechat_jax.train --resume {trainer.run.folder}"
     )
 
@@ -213,8 +230,10 @@ def pause(trainer: Trainer, signal: str, display: Display) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The main job; see `--help`."""
     asked = cli.parse(TrainConfig, "python -m lechat_jax.train", __doc__ or "", argv)
+    if asked.distributed or asked.coordinator:
+        distributed.start(asked.coordinator, asked.num_processes, asked.process_id)
     enable_compilation_cache()
-    with Display(None) as display:
+    with distributed.ending_together(), Display(None, audible=distributed.is_first()) as display:
         trainer = set_up(asked, display)
         display.total = trainer.total
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from lechat_jax.adapters import Adapters
@@ -16,6 +17,7 @@ from lechat_jax.manifest import MANIFEST
 from lechat_jax.model import Weights
 from lechat_jax.quantize import Format, check_format, is_kernel, is_scale, quantize_weights
 from lechat_jax.run import Run
+from lechat_jax.sharding import described, shardings
 from lechat_jax.tensors import TensorFiles
 from lechat_jax.tokenizer import Tokenizer, preferred
 from lechat_jax.weights import load_weights, weight_shapes, weights_bytes
@@ -25,7 +27,7 @@ class Loaded(NamedTuple):
     """The weights of a model, and which ones they are.
 
     Attributes:
-        weights: on the default device.
+        weights: on the default device, or on those of a mesh.
         manifest: the SHA256SUMS that they were checked against.
         refused: a sentence for each newer checkpoint that is damaged.
     """
@@ -119,16 +121,25 @@ class Trained:
         wanted = weights_bytes(self.config, dtype or np.float32, how)
         return max(wanted, weights_bytes(self.config, np.float32)) if self.run else wanted
 
-    def load(self, dtype: DTypeLike | None = None, quantize: Format | None = None) -> Loaded:
+    def load(
+        self,
+        dtype: DTypeLike | None = None,
+        quantize: Format | None = None,
+        mesh: Mesh | None = None,
+    ) -> Loaded:
         """The weights, cast to `dtype` if one is given; a run's are of its last good checkpoint.
 
         In int8, which they may be on the disk or become by `quantize`, only the norms are cast.
+
+        With a mesh each device is given its part, as `sharding` says.
 
         Raises:
             BadInput: there is no good checkpoint, or as `load_weights` does.
         """
         if self.run is None:
-            _, weights = load_weights(self.folder, dtype=dtype, quantize=quantize)
+            shapes = weight_shapes(self.config, self.quantization or quantize)
+            places = shardings(mesh, shapes) if mesh else None
+            _, weights = load_weights(self.folder, dtype=dtype, quantize=quantize, shardings=places)
             return Loaded(weights, self.folder / MANIFEST)
         if self.adapters is not None:
             base, learned = self.load_base(dtype, quantize), self.load_adapters()
@@ -137,7 +148,8 @@ class Trained:
         from lechat_jax.checkpoint import Checkpoints  # Orbax takes 0.2 s, and only runs need it
 
         check_format(quantize)
-        restored = Checkpoints(self.run.checkpoints).restore({"model": weight_shapes(self.config)})
+        template = {"model": described(mesh, weight_shapes(self.config))}
+        restored = Checkpoints(self.run.checkpoints).restore(template)
         manifest = self.run.checkpoints / str(restored.step) / MANIFEST
         weights = restored.items["model"]
         if quantize is not None:
@@ -150,13 +162,18 @@ class Trained:
                 weights[name] = weights[name].astype(dtype)
         return Loaded(weights, manifest, restored.refused)
 
-    def load_base(self, dtype: DTypeLike | None = None, quantize: Format | None = None) -> Loaded:
+    def load_base(
+        self,
+        dtype: DTypeLike | None = None,
+        quantize: Format | None = None,
+        mesh: Mesh | None = None,
+    ) -> Loaded:
         """The weights beside which a run learned its adapters, quantised as they were then.
 
         Raises:
             BadInput: they are others than those, or as `load` does.
         """
-        loaded = self.base.load(dtype, quantize or self.quantization)
+        loaded = self.base.load(dtype, quantize or self.quantization, mesh)
         self.check_base(loaded.manifest)
         return loaded
 

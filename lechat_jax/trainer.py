@@ -12,27 +12,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import psutil
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from lechat_jax.adapters import Adapters
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.display import Display, clock
+from lechat_jax.distributed import anywhere, from_first, is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.flops import flops_per_token, peak_flops
-from lechat_jax.generator import Generator
 from lechat_jax.lessons import Lessons
-from lechat_jax.model import Weights, bind
+from lechat_jax.model import Weights
 from lechat_jax.optimizer import usual_rule
 from lechat_jax.options import TrainConfig
 from lechat_jax.peft import write_adapter
 from lechat_jax.rows import Rows
 from lechat_jax.run import Run
-from lechat_jax.sampling import Sampling
-from lechat_jax.step import StepOptions, TrainState, init_state, state_of, train_steps
+from lechat_jax.samples import Samples
+from lechat_jax.sharding import described, own_rows, placed, settled
+from lechat_jax.step import (
+    StepOptions,
+    TrainState,
+    all_finite,
+    init_state,
+    state_of,
+    train_steps,
+)
 from lechat_jax.stop import Stop
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.validation import Validator
@@ -80,6 +88,7 @@ class Trainer:
         lessons: Lessons,
         tokenizer: Tokenizer,
         display: Display,
+        mesh: Mesh | None = None,
     ) -> None:
         self.run, self.config, self.options = run, config, options
         self.lessons, self.tokenizer = lessons, tokenizer
@@ -93,12 +102,17 @@ class Trainer:
             remat=options.remat,
             accumulate=options.accumulate,
             rule=usual_rule(options.usual_optimizer, options.start, options.weight_decay),
+            mesh=mesh,
         )
+        self.own_rows = own_rows(mesh, self.reader.batch)
         self.calls = 4 if on_cpu else 32  # steps in one call of the device
-        self.ahead = 0 if on_cpu else 1  # calls that are sent before the losses of one are read
+        # Calls that are sent before the losses of one are read; processes agree between them.
+        self.ahead = 0 if on_cpu or jax.process_count() > 1 else 1
         self.validator = Validator(config, self.step_options, lessons.held_out())
         self.frozen: Weights = {}
         self.adapters: Adapters | None = None
+        dtype = self.step_options.dtype
+        self.samples = Samples(run, config, options, lessons, tokenizer, display, mesh, dtype)
         self.step = 0
         self.total = options.steps
         epochs = options.max_epochs * self.reader.windows / self.reader.batch
@@ -119,7 +133,7 @@ class Trainer:
 
     def stay(self, weights: Weights, adapters: Adapters) -> None:
         """These weights stay as they are, and the adapters beside them learn."""
-        self.frozen = weights | adapters.scales(self.config)
+        self.frozen = settled(self.step_options.mesh, weights | adapters.scales(self.config))
         self.adapters = adapters
 
     def begin(self, weights: Weights | None = None) -> None:
@@ -130,7 +144,7 @@ class Trainer:
         if weights is None:
             self.state = self._drawn()
         else:
-            self.state = state_of(weights, self.step_options)
+            self.state = state_of(settled(self.step_options.mesh, weights), self.step_options)
             self.save()
 
     def restore(self) -> None:
@@ -139,14 +153,17 @@ class Trainer:
         Raises:
             BadInput: none is good, or there is none and the run did not start at random.
         """
-        if self.checkpoints.steps():
+        mesh = self.step_options.mesh
+        if from_first(self.checkpoints.steps):
             # Shapes alone: drawing weights to throw them away takes seconds, and a second model.
-            shapes = jax.eval_shape(self._drawn)
-            restored = self.checkpoints.restore(_items(shapes))
+            shapes = described(mesh, _items(jax.eval_shape(self._drawn)))
+            restored = self.checkpoints.restore(shapes)
             for sentence in restored.refused:
                 self.display.say(f"warning: {sentence}", style="yellow")
             self.state = TrainState(
-                restored.items["model"], restored.items["optimizer"], jnp.int32(restored.step)
+                restored.items["model"],
+                restored.items["optimizer"],
+                placed(mesh, "", np.array(restored.step, np.int32)),
             )
             self.step = restored.step
             self.display.say(
@@ -174,15 +191,14 @@ class Trainer:
         Raises:
             Diverged: a weight is no finite number, so that the last checkpoint stays the last.
         """
-        finite = all(bool(jnp.isfinite(leaf).all()) for leaf in self.state.weights.values())
-        if not finite:
+        if not all_finite(self.state.weights):
             raise Diverged(f"weights are not finite after step {self.step}; {self.advice()}")
         self.checkpoints.save(self.step, _items(self.state), {"tokens": self.seen})
         self.saved = time.monotonic()
 
     def keep_adapter(self) -> Path | None:
         """The folder of the adapters in PEFT's format, written anew; `None` without any."""
-        if self.adapters is None:
+        if self.adapters is None or not is_first():
             return None
         folder = self.run.folder / "adapter"
         write_adapter(folder, self.config, self.adapters, self.state.weights)
@@ -210,7 +226,7 @@ class Trainer:
         self.look_at_the_device()
         self.upcoming = self.rows_to_send()
         while True:
-            while not stop.asked and self.may_send(waiting=len(calls)):
+            while not anywhere(bool(stop.asked)) and self.may_send(waiting=len(calls)):
                 began = began if calls else time.perf_counter()
                 calls.append(self.send())
             if not calls:
@@ -247,8 +263,8 @@ class Trainer:
             self.state,
             self.frozen,
             self.upcoming,
-            jnp.int32(n),
-            jnp.int32(self.total or self.most),
+            np.int32(n),
+            np.int32(self.total or self.most),
         )
         self.sent += n
         self.upcoming = self.rows_to_send()
@@ -256,11 +272,16 @@ class Trainer:
 
     def rows_to_send(self) -> Rows:
         """Those of the steps that the device has not been asked for yet."""
-        return self.lessons.rows(self.sent, self.calls)
+        rows = self.lessons.rows(self.sent, self.calls, self.own_rows)
+        mesh, batch = self.step_options.mesh, self.reader.batch
+        return jax.tree.map(lambda leaf: placed(mesh, "-BT", leaf, batch), rows)
 
     def look_at_the_device(self) -> None:
-        """How fast it could be; on a CPU the best seen so far counts."""
-        self.peak = max(self.peak, peak_flops(self.step_options.dtype) or 0.0)
+        """How fast it could be, with those beside it; on a CPU the best seen so far counts."""
+        mesh = self.step_options.mesh
+        devices = mesh.size if mesh else 1
+        n = jax.process_count() if jax.default_backend() == "cpu" else devices
+        self.peak = max(self.peak, n * (peak_flops(self.step_options.dtype) or 0.0))
 
     def record(self, losses: np.ndarray) -> None:
         """Counts these steps and logs them.
@@ -301,7 +322,8 @@ class Trainer:
         """Whether it is to be done after the steps that were sent."""
         if every := self.every(what):
             return self.sent % every == 0
-        return what == "checkpoint" and time.monotonic() - self.saved > CHECKPOINT_SECONDS
+        late = time.monotonic() - self.saved > CHECKPOINT_SECONDS
+        return what == "checkpoint" and anywhere(late)
 
     def every(self, what: str) -> int | None:
         """Steps between two of the events, once the length of the run is known.
@@ -318,7 +340,7 @@ class Trainer:
         know. They are saved first, so that no resumed run takes them again otherwise.
         """
         left = max(0.0, self.options.minutes * 60 - elapsed())
-        fits = self.step + int(TRAINING_SHARE * left / seconds_per_step)
+        fits = from_first(lambda: self.step + int(TRAINING_SHARE * left / seconds_per_step))
         self.save()
         self.total = max(self.step, min(fits, self.most))
         self.display.total = self.total
@@ -354,20 +376,5 @@ class Trainer:
             self.save()
 
     def sample(self) -> None:
-        """Continues every prompt, prints the texts and keeps them in the run's folder."""
-        prompts = [self.lessons.opening, *self.options.prompt]
-        generator = Generator(bind(self.config, self.weights), self.tokenizer)
-        samples = generator.generate(
-            [self.lessons.asked(prompt) for prompt in prompts],
-            max_tokens=self.options.max_tokens,
-            sampling=Sampling(
-                temperature=self.options.temperature,
-                top_p=self.options.top_p,
-                seed=self.options.seed,
-            ),
-        )
-        texts = [p + s.text for p, s in zip(prompts, samples, strict=True)]
-        self.run.write(f"samples/step-{self.step:06}.txt", "\n\n---\n\n".join(texts) + "\n")
-        for prompt, whole in zip(prompts, texts, strict=True):
-            self.display.say(f"--- sample at step {self.step} ---", style="dim")
-            self.display.say(f"[{prompt}]{whole.removeprefix(prompt)}\n")
+        """Samples the model as it is."""
+        self.samples.take(self.step, self.weights)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer
 
@@ -14,6 +13,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data import Tokens, interim_rows, score_rows
 from lechat_jax.model import Weights
 from lechat_jax.rows import Rows
+from lechat_jax.sharding import ROWS, placed
 from lechat_jax.step import StepOptions, score
 from lechat_jax.tokenizer import Tokenizer
 
@@ -88,7 +88,9 @@ class Validator:
 
     def __init__(self, config: MistralConfig, options: StepOptions, held_out: HeldOut) -> None:
         self.config, self.options, self.held_out = config, options, held_out
-        self.batch = 4 if jax.default_backend() == "cpu" else 64
+        batch = 4 if jax.default_backend() == "cpu" else 64
+        ways = options.mesh.shape[ROWS] if options.mesh else 1
+        self.batch = -(-batch // ways) * ways
 
     def full(self, weights: Weights, on_rows: Callable[[int, int], None]) -> Score:
         """The score on all rows; `on_rows` hears how many are done and how many there are."""
@@ -119,12 +121,15 @@ class Validator:
                     self.config,
                     self.options,
                     weights,
-                    jnp.asarray(rows.tokens[:, :-1], jnp.int32),
-                    jnp.asarray(rows.tokens[:, 1:], jnp.int32),
-                    jnp.asarray(counted),
-                    None if rows.documents is None else jnp.asarray(rows.documents[:, :-1]),
+                    self._placed(rows.tokens[:, :-1].astype(np.int32)),
+                    self._placed(rows.tokens[:, 1:].astype(np.int32)),
+                    self._placed(counted),
+                    None if rows.documents is None else self._placed(rows.documents[:, :-1]),
                 )
             )
             tokens += int(counted.sum())
             on_rows(first + len(part), len(chosen))
         return Score(nats, tokens, n_bytes)
+
+    def _placed(self, array: np.ndarray) -> Any:
+        return placed(self.options.mesh, "BT", array)

@@ -2,26 +2,34 @@
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
+from lechat_jax.data import Batches
 from lechat_jax.errors import BadInput
+from lechat_jax.model import weights_of
 from lechat_jax.rows import Rows
+from lechat_jax.run import Run
 from lechat_jax.sharding import (
     check_divides,
     letters,
     make_mesh,
     on_one_device,
+    own_rows,
     placed,
     shardings,
     usual_mesh,
 )
 from lechat_jax.step import StepOptions, TrainState, init_state, score, train_steps
-from lechat_jax.weights import weight_shapes
+from lechat_jax.trained import Trained
+from lechat_jax.weights import save_weights, weight_shapes
+from parity.lively import lively
 
 B, T, CALLS = 8, 12, 4
 TOKENS = np.random.default_rng(0).integers(0, 98, (5, CALLS, B, T + 1)).astype(np.int32)
@@ -142,3 +150,30 @@ def test_what_is_not_divided_is_named(
 
 def test_simulated_devices_are_used_only_when_asked_for() -> None:
     assert usual_mesh() is None
+
+
+def test_weights_and_checkpoints_are_read_into_their_places(
+    small: MistralConfig, tmp_path: Path
+) -> None:
+    mesh = make_mesh("fsdp=4,tp=2")
+    weights = weights_of(lively(small))
+    save_weights(tmp_path / "weights", small, weights, None)
+    run = Run.create(tmp_path / "run")
+    run.config = {"model": small.to_dict(), "train": {}}
+    Checkpoints(run.checkpoints).save(3, {"model": weights}, {})
+    places = shardings(mesh, weights)
+    for folder in ("weights", "run"):
+        loaded = Trained.open(tmp_path / folder).load(mesh=mesh).weights
+        for name, leaf in loaded.items():
+            assert leaf.sharding == places[name]
+            np.testing.assert_array_equal(leaf, weights[name])
+
+
+def test_a_process_reads_the_rows_of_its_devices() -> None:
+    assert own_rows(None, 8) == slice(None)
+    assert own_rows(make_mesh("fsdp=4,tp=2"), 8) == slice(0, 8)
+    batches = Batches(200, block=4, batch=8, seed=0)
+    stream = np.arange(200)
+    whole = batches.rows(stream, 3, 2).tokens
+    part = batches.rows(stream, 3, 2, slice(2, 6)).tokens
+    np.testing.assert_array_equal(part, whole[:, 2:6])
