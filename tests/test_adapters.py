@@ -29,8 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
 TOKENS = np.random.default_rng(3).integers(32000, size=(2, 11), dtype=np.int32)
 LONG = "--steps 8 --checkpoint-every 4 --eval-every 8 --sample-every 8 --batch 2 --block 16".split()
 LONG += "--max-tokens 4 --learning-rate 500".split()
-    "--steps 8 --checkpoint-every 4 --batch 2 --block 16 --max-tokens 4 --learning-rate 50".split()
-)
 
 
 @pytest.fixture(scope="module")
