@@ -94,6 +94,8 @@ class TrainConfig:
             unless --distributed finds others.
         num_processes: Number of all processes, beside --coordinator. By default one.
         process_id: Number of this process, from 0, beside --coordinator. By default the only one.
+        dry_run: Say what the training would take of the memory of each device, and end. The
+            devices of --mesh are simulated, by a CPU, and nothing is allocated.
         eval_every: Steps between two validations, on a fixed part of the held-out text. By default
             a tenth of the run.
         sample_every: Steps between two samples. By default a quarter of the run.
@@ -144,6 +146,7 @@ class TrainConfig:
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    dry_run: bool = False
     eval_every: int | None = None
     sample_every: int | None = None
     checkpoint_every: int | None = None
@@ -257,7 +260,7 @@ class TrainConfig:
     def recipe(self, platform: str) -> dict[str, Any]:
         """The options as resolved, without those that name this one run and its folder."""
         fields = self.to_dict() | self.shape(platform)._asdict()
-        named = ("config", "name", "out", "resume")
+        named = {"config", "name", "out", "resume", "dry_run", *PLACE}
         return {name: value for name, value in fields.items() if name not in named}
 
     @classmethod

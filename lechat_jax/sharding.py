@@ -78,19 +78,32 @@ def make_mesh(asked: str) -> Mesh:
     Raises:
         BadInput: it describes none, or there are not as many devices.
     """
-    sizes = {ROWS: 1, HEADS: 1}
-    for part in asked.split(","):
-        name, _, size = part.partition("=")
-        if name not in sizes or not re.fullmatch("[1-9][0-9]*", size):
-            raise BadInput(f"--mesh is, for example, fsdp=4,tp=2, and not {asked!r}")
-        sizes[name] = int(size)
-    n, devices = math.prod(sizes.values()), jax.devices()
+    sizes, devices = sizes_of(asked), jax.devices()
+    n = math.prod(sizes.values())
     if n > len(devices) or (n < len(devices) and jax.process_count() > 1):
         raise BadInput(
             f"--mesh {asked} has {n} devices and there are {len(devices)}; "
             "choose sizes whose product is that number"
         )
     return mesh_of(sizes[ROWS], sizes[HEADS], devices[:n])
+
+
+def sizes_of(asked: str) -> dict[str, int]:
+    """The devices along each axis of the mesh that is asked for.
+
+    >>> sizes_of("tp=2")
+    {'fsdp': 1, 'tp': 2}
+
+    Raises:
+        BadInput: it describes none.
+    """
+    sizes = {ROWS: 1, HEADS: 1}
+    for part in asked.split(","):
+        name, _, size = part.partition("=")
+        if name not in sizes or not re.fullmatch("[1-9][0-9]*", size):
+            raise BadInput(f"--mesh is, for example, fsdp=4,tp=2, and not {asked!r}")
+        sizes[name] = int(size)
+    return sizes
 
 
 def mesh_of(fsdp: int, tp: int, devices: list[Any]) -> Mesh:

@@ -18,6 +18,7 @@ from lechat_jax.display import Display, clock
 from lechat_jax.distributed import from_first
 from lechat_jax.errors import BadInput
 from lechat_jax.lessons import Lessons, load_lessons
+from lechat_jax.memory import needed, simulated_mesh, told
 from lechat_jax.options import DEFAULT_PRESET, TrainConfig
 from lechat_jax.recipe import to_yaml
 from lechat_jax.run import RECIPE, Run
@@ -25,7 +26,7 @@ from lechat_jax.sharding import check_divides, make_mesh, usual_mesh
 from lechat_jax.stop import Stop
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Loaded, Trained
-from lechat_jax.trainer import Diverged, Trainer, elapsed
+from lechat_jax.trainer import Diverged, Trainer, elapsed, step_options
 
 
 class Start(NamedTuple):
@@ -227,9 +228,35 @@ def pause(trainer: Trainer, signal: str, display: Display) -> None:
     )
 
 
+def foretell(asked: TrainConfig) -> str:
+    """What the training would take of the memory of each device, in words.
+
+    Raises:
+        BadInput: the options cannot be used, or ask for adapters, whose memory is not foretold.
+    """
+    if asked.resume or asked.learns_adapters:
+        raise BadInput("--dry-run is for the training of all weights from step 0; leave out others")
+    mesh = simulated_mesh(asked.mesh or "fsdp=1")
+    start = _started(asked)
+    shape = start.options.shape(jax.default_backend())
+    check_divides(mesh, start.model, shape.batch // start.options.accumulate)
+    options = step_options(start.options, mesh if mesh.size > 1 else None)
+    # The banded form, whose scores are never all in memory, stands for the kernels of others.
+    long = start.model.windows[0] is not None and shape.block > start.model.windows[0] // 4
+    backend = "banded" if long else None
+    memory = needed(start.model, dataclasses.replace(options, backend=backend), shape.batch)
+    return (
+        f"{start.options.model_name} on {mesh.size} devices, {shape.batch} x {shape.block} tokens "
+        f"in {shape.dtype}, memory of each as XLA plans it for a CPU:\n{told(memory)}"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The main job; see `--help`."""
     asked = cli.parse(TrainConfig, "python -m lechat_jax.train", __doc__ or "", argv)
+    if asked.dry_run:
+        print(foretell(asked))
+        return 0
     if asked.distributed or asked.coordinator:
         distributed.start(asked.coordinator, asked.num_processes, asked.process_id)
     enable_compilation_cache()

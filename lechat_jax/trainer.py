@@ -72,6 +72,20 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {"model": state.weights, "optimizer": state.optimizer}
 
 
+def step_options(options: TrainConfig, mesh: Mesh | None) -> StepOptions:
+    """What the steps of a run are specialised to."""
+    shape = options.shape(jax.default_backend())
+    return StepOptions(
+        block=shape.block,
+        dtype=shape.dtype,
+        learning_rate=options.learning_rate,
+        remat=options.remat,
+        accumulate=options.accumulate,
+        rule=usual_rule(options.usual_optimizer, options.start, options.weight_decay),
+        mesh=mesh,
+    )
+
+
 class Trainer:
     """One run in progress: its options, its text, its state, and the folder it fills.
 
@@ -95,15 +109,7 @@ class Trainer:
         self.reader, self.display = lessons.reader, display
         self.checkpoints = Checkpoints(run.checkpoints)
         on_cpu = jax.default_backend() == "cpu"
-        self.step_options = StepOptions(
-            block=self.reader.block,
-            dtype=options.shape(jax.default_backend()).dtype,
-            learning_rate=options.learning_rate,
-            remat=options.remat,
-            accumulate=options.accumulate,
-            rule=usual_rule(options.usual_optimizer, options.start, options.weight_decay),
-            mesh=mesh,
-        )
+        self.step_options = step_options(options, mesh)
         self.own_rows = own_rows(mesh, self.reader.batch)
         self.calls = 4 if on_cpu else 32  # steps in one call of the device
         # Calls that are sent before the losses of one are read; processes agree between them.

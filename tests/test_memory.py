@@ -1,0 +1,59 @@
+"""What is foretold of the memory is what XLA plans for the whole model."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pytest
+
+from lechat_jax.config import MistralConfig, preset
+from lechat_jax.errors import BadInput
+from lechat_jax.memory import Memory, compiled, needed, simulated_mesh, told
+from lechat_jax.sharding import make_mesh
+from lechat_jax.step import StepOptions
+from lechat_jax.train import main
+
+
+def test_the_default_job_is_foretold_from_shallow_models() -> None:
+    config, options = preset("lechat-15m"), StepOptions(block=128)
+    whole, foretold = compiled(config, options, 8), needed(config, options, 8)
+    assert foretold.parameters == whole.parameters == 4 * config.n_params
+    assert foretold.optimizer == whole.optimizer
+    assert foretold.total == pytest.approx(whole.total, rel=0.1)
+    assert foretold.activations == pytest.approx(whole.activations, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tp=2"])
+def test_so_is_a_mesh(mesh: str, tiny: MistralConfig) -> None:
+    config = dataclasses.replace(tiny, n_layers=8, vocab_size=98)
+    options = StepOptions(block=64, mesh=make_mesh(mesh))
+    whole, foretold = compiled(config, options, 32), needed(config, options, 32)
+    assert foretold.parameters == pytest.approx(whole.parameters, rel=1e-3)
+    assert foretold.total == pytest.approx(whole.total, rel=0.1)
+    assert whole.parameters < 1.1 * 4 * config.n_params / 8
+
+
+def test_a_dry_run_says_what_fits_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = "--dim 16 --n-layers 1 --n-heads 2 --n-kv-heads 2 --head-dim 8 --hidden-dim 24"
+    assert main([*flags.split(), "--sliding-window", "6", "--mesh", "fsdp=8", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "lechat-15m on 8 devices, 8 x 128 tokens in float32" in said
+    assert "a device of 8 GB has room for it" in said
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(BadInput, match="leave out others"):
+        main(["--resume", "there", "--dry-run"])
+
+
+def test_what_fits_nowhere_is_said() -> None:
+    assert "no device of 192 GB has" in told(Memory(10**12, 0, 0, 0))
+    assert "a device of 80 GB has room for it" in told(Memory(50 * 10**9, 0, 0, 0))
+
+
+def test_more_devices_than_can_be_simulated_are_refused() -> None:
+    jax.devices()  # their number is fixed from now on
+    with pytest.raises(BadInput, match="has 64 devices and only 8 can be simulated"):
+        simulated_mesh("fsdp=64")
