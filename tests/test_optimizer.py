@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from lechat_jax.optimizer import (
     group,
     stack_blocks,
     unstack_blocks,
+    usual_rule,
     warmup_then_cooldown,
 )
 
@@ -210,3 +212,33 @@ def test_the_learning_rate_scales_every_update(tiny: MistralConfig) -> None:
     for name in names:
         whole = first_update(tiny)[name]
         np.testing.assert_allclose(halved[name], whole / 2, atol=1e-6 * np.abs(whole).max())
+
+
+# --- trained weights ---
+
+
+def test_adamw_is_that_of_pytorch_and_only_matrices_decay() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {
+        "blocks.0.attn.q.lora.a": (3, 5),
+        "blocks.1.mlp.up.kernel": (4, 5),
+        "norm.scale": (5,),
+    }
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    theirs = {name: torch.nn.Parameter(torch.tensor(leaf)) for name, leaf in weights.items()}
+    decays = [theirs[name] for name in shapes if name != "norm.scale"]
+    groups = [{"params": decays}, {"params": [theirs["norm.scale"]], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=4e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.3)
+    optimizer = Optimizer(2.0, usual_rule("adamw", "adapters", weight_decay=0.3))
+    ours = {name: jnp.asarray(leaf) for name, leaf in weights.items()}
+    state = optimizer.init(ours)
+    for _ in range(4):
+        grads = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(grads[name])
+        adamw.step()
+        moved, state = optimizer.update(jax.tree.map(jnp.asarray, grads), state, ours)
+        ours = jax.tree.map(jnp.add, ours, moved)
+    for name, parameter in theirs.items():
+        np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=1e-6, atol=1e-7)
+        assert np.abs(ours[name] - weights[name]).max() > 5e-4

@@ -286,3 +286,34 @@ def test_a_resumed_run_can_only_be_asked_for_other_samples() -> None:
     assert asked.contradictions() == ["--n-layers", "--steps", "--learning-rate", "--out"]
     asked = dataclasses.replace(free, preset="lechat-15m", init_from=Path("x"))
     assert asked.contradictions() == ["--preset", "--init-from"]
+
+
+# --- adapters ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"lora_rank": 8}, "say --init-from FOLDER"),
+        ({"init_from": Path("x"), "lora_alpha": 8.0}, "--lora-alpha is of adapters"),
+        ({"init_from": Path("x"), "lora_targets": ("q",)}, "--lora-targets is of adapters"),
+        (
+            {"init_from": Path("x"), "lora_rank": 8, "lora_from": Path("y")},
+            "--lora-from says rank, alpha and targets; leave out --lora-rank",
+        ),
+        ({"init_from": Path("x"), "lora_rank": 8, "optimizer": "muon"}, "leave out --optimizer"),
+        ({"init_from": Path("x"), "quantize": "int8"}, "int8 weights cannot learn"),
+        ({"weight_decay": -1.0}, "--weight-decay must be 0 or more"),
+    ],
+)
+def test_flags_about_adapters_must_agree(flags: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        TrainConfig(**flags)
+
+
+def test_the_usual_optimizer_follows_from_what_learns() -> None:
+    asked = {"init_from": Path("x"), "lora_rank": 8}
+    found = [TrainConfig(), TrainConfig(init_from=Path("x")), TrainConfig(**asked)]
+    assert [options.usual_optimizer for options in found] == ["muon", "adamw", "adamw"]
+    assert [options.start for options in found] == ["random", "trained", "adapters"]
+    assert TrainConfig(init_from=Path("x"), optimizer="muon").usual_optimizer == "muon"

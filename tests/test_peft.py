@@ -1,6 +1,7 @@
 """Adapters in PEFT's format: what Python's peft loads, and what it writes, is the same function."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lechat_jax import peft
 from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
 from lechat_jax.model import bind, weights_of
 from lechat_jax.weights import save_weights
 from parity import convert, names
@@ -22,6 +25,7 @@ from tests.test_lora import ADAPTERS, logits, trained, with_adapters
 # peft asks transformers for what that calls by another name now.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
 TOKENS = np.random.default_rng(3).integers(97, size=(2, 19), dtype=np.int32)
 
 
@@ -119,3 +123,61 @@ def test_what_peft_writes_is_read(
     weights = {name: jnp.asarray(array) for name, array in arrays.items()}
     found = bind(small, weights_of(lively(small)) | weights | adapters.scales(small))
     close(found(jnp.asarray(TOKENS)), theirs(model.eval()))
+
+
+# --- refused ---
+
+
+def written(small: MistralConfig, folder: Path, **fields: Any) -> Path:
+    """An adapter whose config says more than lechat's does."""
+    peft.write_adapter(folder, small, ADAPTERS, trained(small))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"use_dora": True}, "use_dora true, which is not done here; merge the adapter with peft"),
+        ({"bias": "lora_only"}, 'bias "lora_only"'),
+        ({"modules_to_save": ["lm_head"]}, r'modules_to_save \["lm_head"\]'),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out true"),
+        ({"init_lora_weights": "pissa"}, 'init_lora_weights "pissa"'),
+        ({"something_new": 3}, "something_new 3"),
+        ({"peft_type": "LOHA"}, "is for LOHA adapters; only LORA"),
+        ({"rank_pattern": {"q_proj": 9}}, r"gives model.layers.0.self_attn.q_proj the rank 9"),
+        ({"alpha_pattern": {"(": 9}}, "does not say r, lora_alpha and their patterns"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_kind_of_adapter_is_refused(
+    small: MistralConfig, tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        peft.read_adapter(written(small, tmp_path / "adapter", **fields), small)
+
+
+def change(folder: Path, new: dict[str, np.ndarray | None]) -> None:
+    path = folder / "adapter_model.safetensors"
+    arrays = load_file(path) | new
+    save_file({key: array for key, array in arrays.items() if array is not None}, path)
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        ({f"{Q}.lora_B.weight": None}, r"lacks the other half of blocks.0.attn.q.lora.b"),
+        ({f"{Q}.lora_B.weight": np.zeros((7, 3))}, r"lora_B.weight in .* has the shape \[7, 3\]"),
+        ({f"{Q}.lora_A.weight": np.full((3, 40), np.nan)}, "is not finite"),
+        ({"base_model.model.lm_head.lora_A.weight": np.zeros((3, 40))}, "lm_head.lora_A.weight"),
+    ],
+    ids=["half", "shape", "nan", "head"],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    small: MistralConfig, tmp_path: Path, new: dict[str, np.ndarray | None], said: str
+) -> None:
+    folder = written(small, tmp_path / "adapter")
+    change(folder, new)
+    with pytest.raises(BadInput, match=said):
+        peft.read_adapter(folder, small)
