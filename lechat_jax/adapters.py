@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -72,13 +73,18 @@ class Adapters:
         shapes = {
             name.removesuffix(".kernel"): leaf.shape
             for name, leaf in weight_shapes(config).items()
-            if name.startswith("blocks.") and name.endswith(".kernel")
+            if re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.\w+\.kernel", name) and "router" not in name
         }
         names = sorted(shapes, key=_layer_first)
         if strangers := set(self.targets).difference(names, TARGETS):
             raise BadInput(
                 f"{', '.join(sorted(strangers))} cannot have an adapter; the maps that can are "
                 f"{', '.join(TARGETS)}"
+            )
+        words = {target.split(".")[-1] for target in self.targets}
+        if config.n_experts and not words <= {"q", "k", "v", "o"}:
+            raise BadInput(
+                "experts have no adapters here; name q, k, v and o, attention's maps, as targets"
             )
         parts = {}
         for name in names:

@@ -32,6 +32,9 @@ class MistralConfig:
         sliding_window: number of keys W that a query sees, itself included; `None` is
             full causal attention; a tuple gives each layer its own (Ministral-8B).
         tied_embeddings: the head is the embedding matrix.
+        n_experts: feed-forwards E in a layer, of which a router chooses for each token
+            (Mixtral); 0 is a single one, without a router.
+        n_experts_per_token: how many it chooses.
 
     Raises:
         BadInput: a field is out of range, or two fields contradict each other.
@@ -48,6 +51,8 @@ class MistralConfig:
     rope_theta: float
     sliding_window: int | None | tuple[Window, ...]
     tied_embeddings: bool = False
+    n_experts: int = 0
+    n_experts_per_token: int = 0
 
     def __post_init__(self) -> None:
         for name in (
@@ -62,6 +67,11 @@ class MistralConfig:
             )
         if self.head_dim % 2:
             raise BadInput(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+        if not min(1, self.n_experts) <= self.n_experts_per_token <= self.n_experts:
+            raise BadInput(
+                f"n_experts_per_token must be between 1 and n_experts ({self.n_experts}), or both "
+                f"0 for a model without experts, not {self.n_experts_per_token}"
+            )
         if isinstance(self.sliding_window, tuple) and len(self.sliding_window) != self.n_layers:
             raise BadInput(
                 f"sliding_window names {len(self.sliding_window)} layers, "
@@ -97,8 +107,21 @@ class MistralConfig:
         >>> PRESETS["lechat-15m"].n_params
         15165888
         """
+        return self._count(max(1, self.n_experts))
+
+    @property
+    def n_active_params(self) -> int:
+        """Number of weights that a token meets: of the experts only those chosen for it.
+
+        >>> PRESETS["mixtral-8x7b-v0.1"].n_active_params
+        12879925248
+        """
+        return self._count(max(1, self.n_experts_per_token))
+
+    def _count(self, n_feed_forwards: int) -> int:
         attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
-        block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        feed_forward = self.dim * (3 * self.hidden_dim * n_feed_forwards + self.n_experts)
+        block = attention + feed_forward + 2 * self.dim
         tables = self.vocab_size * self.dim * (1 if self.tied_embeddings else 2)
         return tables + self.n_layers * block + self.dim
 
@@ -106,10 +129,12 @@ class MistralConfig:
     def n_products(self) -> int:
         """Number of weights that a token is multiplied by, or scaled; not those looked up.
 
+        Nor those of experts that it is not for.
+
         >>> PRESETS["lechat-15m"].n_params - PRESETS["lechat-15m"].n_products
         6144000
         """
-        return self.n_params - (0 if self.tied_embeddings else self.vocab_size * self.dim)
+        return self.n_active_params - (0 if self.tied_embeddings else self.vocab_size * self.dim)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; `from_dict` gives the same config back."""
@@ -204,6 +229,52 @@ PRESETS: dict[str, MistralConfig] = {
         norm_eps=1e-5,
         rope_theta=1e4,
         sliding_window=4096,
+    ),
+    # https://huggingface.co/mistralai/Mixtral-8x7B-v0.1/blob/main/config.json
+    "mixtral-8x7b-v0.1": MistralConfig(
+        dim=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=128,
+        hidden_dim=14336,
+        vocab_size=32000,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        sliding_window=None,
+        n_experts=8,
+        n_experts_per_token=2,
+    ),
+    # https://huggingface.co/mistralai/Mixtral-8x22B-v0.1/blob/main/config.json
+    "mixtral-8x22b-v0.1": MistralConfig(
+        dim=6144,
+        n_layers=56,
+        n_heads=48,
+        n_kv_heads=8,
+        head_dim=128,
+        hidden_dim=16384,
+        vocab_size=32000,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        sliding_window=None,
+        n_experts=8,
+        n_experts_per_token=2,
+    ),
+    # https://huggingface.co/mistralai/Mixtral-8x22B-Instruct-v0.1/blob/main/config.json
+    # The same with 768 control tokens; so is mistral-inference's 8x22B v0.3.
+    "mixtral-8x22b-v0.3": MistralConfig(
+        dim=6144,
+        n_layers=56,
+        n_heads=48,
+        n_kv_heads=8,
+        head_dim=128,
+        hidden_dim=16384,
+        vocab_size=32768,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        sliding_window=None,
+        n_experts=8,
+        n_experts_per_token=2,
     ),
 }
 

@@ -66,10 +66,10 @@ def flops_per_token(config: MistralConfig, T: int, n_frozen: int = 0) -> float:
         over the layers)
 
     A multiplication and an addition are two, and backward is twice as much as forward: the
-    gradients of what came in and of the weights. The embedding is looked up and not
-    multiplied. A query at position i sees min(i + 1, W) keys, on average over the T of a row;
-    what lies outside the window is not counted, whoever computes it. Of frozen weights there
-    is no gradient: 4 instead of 6.
+    gradients of what came in and of the weights. The embedding is looked up and not multiplied,
+    and of experts only those are that were chosen. A query at position i sees min(i + 1, W)
+    keys, on average over the T of a row; what lies outside the window is not counted, whoever
+    computes it. Of frozen weights there is no gradient: 4 instead of 6.
 
     >>> from lechat_jax.config import preset
     >>> f"{flops_per_token(preset('lechat-15m'), T=128):.3g}"

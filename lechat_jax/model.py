@@ -22,6 +22,7 @@ from lechat_jax.cache import Cache, Place, distinct_windows, places
 from lechat_jax.config import MistralConfig
 from lechat_jax.lora import Adapter, adapted
 from lechat_jax.mask import window_mask
+from lechat_jax.moe import Load, Mixture, Stack
 from lechat_jax.projection import from_bits, project
 from lechat_jax.quantize import SCALE
 from lechat_jax.remat import Remat, recomputing
@@ -123,11 +124,11 @@ class MLP(nnx.Module):
         self.up = Linear((F,), (D,), D**-0.5, rngs=rngs)
         self.down = Linear((D,), (F,), (F * 2 * config.n_layers) ** -0.5, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Each position on its own."""
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
+        """Each position on its own; there are no experts to be chosen."""
         gate = self.gate(x)
         wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
-        return self.down(jax.nn.silu(wide).astype(gate.dtype) * self.up(x))
+        return self.down(jax.nn.silu(wide).astype(gate.dtype) * self.up(x)), None
 
 
 class Block(nnx.Module):
@@ -137,15 +138,19 @@ class Block(nnx.Module):
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(config, rngs=rngs)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = (Mixture if config.n_experts else MLP)(config, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], turn: Rotation, mix: Mixer[Memory], memory: Memory
-    ) -> tuple[Float[Array, "B T D"], Memory]:
-        """The residual stream after this layer, and the memory with its keys and values."""
+    ) -> tuple[Float[Array, "B T D"], Memory, Load | None]:
+        """The residual stream after this layer, the memory with its keys and values, and a load.
+
+        That is how its experts were chosen, if it has any.
+        """
         mixed, memory = self.attn(self.attn_norm(x), turn, mix, memory)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), memory
+        made, load = self.mlp(self.mlp_norm(x))
+        return x + made, memory, load
 
 
 class Table(nnx.Module):
@@ -230,14 +235,27 @@ class Mistral(nnx.Module):
         what is read of each is what would be read of it alone. `remat` says what of a layer
         a backward pass finds, and what it makes again.
         """
+        return self.routed(tokens, backend, first_position, documents, remat)[0]
+
+    def routed(
+        self,
+        tokens: Int[Array, "B T"],
+        backend: Backend | None = None,
+        first_position: int = 0,
+        documents: Int[Array, "B T"] | None = None,
+        remat: Remat = "none",
+    ) -> tuple[Float[Array, "B T D"], Load | None]:
+        """`hidden`, and how the experts of all layers were chosen, if there are any."""
         x = self.embed.rows(tokens)
         place = jnp.arange(tokens.shape[1])[None] if documents is None else positions_in(documents)
         turn = self._turn(first_position + place, x.dtype)
+        total = None
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             mix = functools.partial(_mix_whole, window=window, backend=backend, documents=documents)
             layer = functools.partial(block, turn=turn, mix=mix, memory=None)
-            x, _ = recomputing(layer, remat)(x)
-        return self.norm(x)
+            x, _, load = recomputing(layer, remat)(x)
+            total = load if total is None else jax.tree.map(jnp.add, total, load)
+        return self.norm(x), total
 
     def extend(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
@@ -258,7 +276,7 @@ class Mistral(nnx.Module):
             mix = functools.partial(
                 _mix_cached, positions=positions, place=place, mask=masks[place.ring]
             )
-            x, cache = block(x, turn, mix, cache)
+            x, cache, _ = block(x, turn, mix, cache)
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -323,7 +341,7 @@ def _skeleton(
         model = Mistral(config, rngs=nnx.Rngs(0))
         model.embed.dtype = dtype
         for path, module in nnx.iter_modules(model):
-            if isinstance(module, Linear | Table) and _name((*path, "kernel")) in quantized:
+            if isinstance(module, Linear | Table | Stack) and _name((*path, "kernel")) in quantized:
                 module.kernel_scale = nnx.data(nnx.Param(jnp.ones(module.writes)))
             if isinstance(module, Linear) and _name(path) in with_adapter:
                 module.lora = nnx.data(Adapter(module.writes, module.reads, rank=1))

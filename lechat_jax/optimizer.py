@@ -74,7 +74,16 @@ AXES = {
     "gate": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(1,)),
     "up": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(1,)),
     "down": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(1,)),
+    # Of experts [L, E, ...] each is a map of its own.
+    "experts": MuonDimensionNumbers(reduction_axis=(3,), output_axis=(2,)),
+    "router": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(1,)),
 }
+
+
+def axes_of(name: str) -> MuonDimensionNumbers:
+    """Those of a stacked kernel, by its name."""
+    word = "experts" if ".experts." in name else name.split(".")[-2]
+    return AXES[word]
 
 
 def group(name: str) -> str:
@@ -112,7 +121,7 @@ class Optimizer:
 
         def axes(params: Any) -> Any:
             return {
-                name: AXES[name.split(".")[-2]] if group(name) == "matrix" else leaf
+                name: axes_of(name) if group(name) == "matrix" else leaf
                 for name, leaf in params.items()
             }
 

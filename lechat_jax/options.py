@@ -79,6 +79,8 @@ class TrainConfig:
             default bfloat16 on a GPU or TPU and float32 on a CPU.
         remat: What a layer keeps for its backward pass: all (none), the products with its weights
             (dots), or nothing but its input (full). The less, the more is computed twice.
+        router_aux_loss: How much weighs, beside the loss, that the experts of a model that has any
+            are chosen alike: router_aux_loss_coef of a Mixtral's config. Losses are told without.
         seed: Seed of the initial weights and of the order of the text.
         name: Name of the run, whose folder is runs/NAME. By default the preset, date and time.
         out: Folder of the run, instead of runs/NAME.
@@ -137,6 +139,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     dtype: Dtype | None = None
     remat: Remat = "none"
+    router_aux_loss: float = 0.02
     seed: int = 0
     name: str | None = None
     out: Path | None = None
@@ -172,6 +175,8 @@ class TrainConfig:
         if not 0 <= self.weight_decay < math.inf:
             raise BadInput(f"--weight-decay must be 0 or more, not {self.weight_decay}")
         self._check_adapters()
+        if not 0 <= self.router_aux_loss < math.inf:
+            raise BadInput(f"--router-aux-loss must be 0 or more, not {self.router_aux_loss}")
         # The samples come late in a run, and what they need must not fail only then.
         if not 0 <= self.temperature < math.inf:
             raise BadInput(f"--temperature must be 0 or more, not {self.temperature}")

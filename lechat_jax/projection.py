@@ -155,14 +155,19 @@ def _in_blocks(
     def with_block(i: Array, y: Float[Array, "F T"]) -> Float[Array, "F T"]:
         start = jnp.minimum(i * rows, F - rows)
         block = jax.lax.dynamic_slice_in_dim(kernel, start, rows)
-        if block.dtype == jnp.uint16:
-            bits = block.astype(jnp.uint32) << 16
-            block = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        made = product(x, block.astype(x.dtype))
+        made = product(x, widened(block, x.dtype))
         return jax.lax.dynamic_update_slice_in_dim(y, made.T, start, axis=0)
 
     nothing = jnp.zeros((F, x.shape[0]), x.dtype)
     return jax.lax.fori_loop(0, -(-F // rows), with_block, nothing).T
+
+
+def widened(block: Shaped[Array, "F D"], dtype: DTypeLike) -> Float[Array, "F D"]:
+    """The numbers of a block in the type to multiply in, where they may be the bits of bfloat16."""
+    if block.dtype == jnp.uint16:
+        bits = block.astype(jnp.uint32) << 16
+        block = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return block.astype(dtype)
 
 
 def _product(x: Float[Array, "T D"], kernel: Float[Array, "F D"]) -> Float[Array, "T F"]:

@@ -3,6 +3,7 @@
 A kernel [*writes, *reads] becomes q = round(w / scale) in -127 .. 127, under its own name, and
 scale = max |w| / 127 over the axes that it reads, under `<name>.scale`; w is about q * scale.
 All kernels and both tables are quantised, norms are not: they are a ten-thousandth of a model.
+Nor is the router of a mixture of experts, as small, in which rounding would send tokens astray.
 
 Done by numpy, a few rows of a kernel at a time, since the source may be a map of a file that
 is larger than the memory. JAX, which takes a second to load, is not needed to convert a model.
@@ -43,10 +44,10 @@ def is_kernel(name: str) -> bool:
 
     >>> is_kernel("blocks.0.attn.q.kernel"), is_kernel("embed.kernel")
     (True, True)
-    >>> is_kernel("norm.scale"), is_kernel("embed.kernel.scale")
+    >>> is_kernel("norm.scale"), is_kernel("blocks.0.mlp.router.kernel")
     (False, False)
     """
-    return name.endswith(".kernel")
+    return name.endswith(".kernel") and not name.endswith("router.kernel")
 
 
 def is_scale(name: str) -> bool:

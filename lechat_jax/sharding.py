@@ -2,7 +2,8 @@
 
     fsdp   each device has its own rows of the batch, and a slice of every weight, which is
            gathered where it is used (ZeRO, arXiv:1910.02054)
-    tp     each device has its own heads, hidden units and words (Megatron, arXiv:1909.08053)
+    tp     each device has its own heads, hidden units and words (Megatron, arXiv:1909.08053),
+           or its own experts, whole, where there are any (GShard, arXiv:2006.16668)
 
 Rows are independent but for the sum of their losses. So a device runs the program of a single
 one on its rows, and says itself what it gathers and adds up; what tp splits, XLA partitions.
@@ -27,8 +28,10 @@ from lechat_jax.errors import BadInput
 
 ROWS, HEADS = "fsdp", "tp"
 RULES = {"B": ROWS, "L": ROWS, "D": ROWS, "N": HEADS, "K": HEADS, "F": HEADS, "V": HEADS}
+RULES |= {"E": HEADS}
 KERNELS = {"embed": "VD", "head": "VD", "q": "NHD", "k": "KHD", "v": "KHD", "o": "DNH"}
-KERNELS |= {"gate": "FD", "up": "FD", "down": "DF"}
+KERNELS |= {"gate": "FD", "up": "FD", "down": "DF", "router": "ED"}
+KERNELS |= {f"experts.{name}": f"E{KERNELS[name]}" for name in ("gate", "up", "down")}
 
 Tree = TypeVar("Tree")
 
@@ -41,7 +44,8 @@ def letters(name: str) -> str:
     >>> letters("blocks.0.attn.q.kernel"), letters("blocks.attn.q.kernel"), letters("norm.scale")
     ('NHD', 'LNHD', 'D')
     """
-    match = re.fullmatch(r"(blocks\.)?(\d+\.)?(?:attn\.|mlp\.)?(\w+)\.(kernel|scale)", name)
+    path = r"(blocks\.)?(\d+\.)?(?:attn\.|mlp\.)?((?:experts\.)?\w+)\.(kernel|scale)"
+    match = re.fullmatch(path, name)
     if match is None:
         return ""
     own = KERNELS.get(match[3], "") if match[4] == "kernel" else "D"
@@ -132,6 +136,9 @@ def check_divides(mesh: Mesh, config: MistralConfig, batch: int) -> None:
         "feed-forward width (F)": (HEADS, config.hidden_dim),
         "token ids (V)": (HEADS, config.vocab_size),
     }
+    if config.n_experts:  # these are what is split then, and F is not
+        del sizes["feed-forward width (F)"]
+        sizes["experts (E)"] = (HEADS, config.n_experts)
     for what, (axis, size) in sizes.items():
         if size % mesh.shape[axis]:
             raise BadInput(
@@ -238,6 +245,39 @@ def sum_over_rows(
         axis_names={ROWS},
         check_vma=False,
     )(dict(weights), *rows)
+
+
+def over_experts(
+    work: Callable[..., Array],
+    kernels: PyTree,
+    x: Array,
+    experts: Array,
+    shares: Array,
+) -> Array:
+    """`work(kernels, x, experts, shares)`, of which each device along `tp` does its experts' part.
+
+    Kernels have E axes first, and `work` counts the experts from its first kernel: a number
+    outside of those it has is an expert of another device. Tokens are the same along `tp`, so
+    only the results have to be added up.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    n = dict(mesh.shape).get(HEADS, 1)
+    if n == 1:
+        return work(kernels, x, experts, shares)
+
+    def on_a_device(kernels: PyTree, x: Array, experts: Array, shares: Array) -> Array:
+        n_own = len(jax.tree.leaves(kernels)[0])
+        first = jax.lax.axis_index(HEADS) * n_own
+        own = jnp.where((experts >= first) & (experts < first + n_own), experts - first, n_own)
+        return jax.lax.psum(work(kernels, x, own, shares), HEADS)
+
+    return jax.shard_map(
+        on_a_device,
+        in_specs=(P(HEADS), P(), P(), P()),
+        out_specs=P(),
+        axis_names={HEADS},
+        check_vma=False,
+    )(kernels, x, experts, shares)
 
 
 def _manual(whole: P) -> P:

@@ -15,11 +15,12 @@ from lechat_jax.attention import Backend
 from lechat_jax.config import MistralConfig
 from lechat_jax.loss import cross_entropy
 from lechat_jax.model import Mistral, Weights, bind, weights_of
+from lechat_jax.moe import Load, imbalance
 from lechat_jax.optimizer import MUON, Optimizer, Rule, warmup_then_cooldown
 from lechat_jax.quantize import is_scale
 from lechat_jax.remat import Remat
 from lechat_jax.rows import Rows
-from lechat_jax.sharding import made_sharded, pinned, sum_over_rows
+from lechat_jax.sharding import ROWS, made_sharded, pinned, sum_over_rows
 
 
 class TrainState(NamedTuple):
@@ -45,6 +46,8 @@ class StepOptions:
         mesh: of the devices that share the work, see `sharding`; `None` is one device.
         remat: what a layer keeps for its backward pass.
         accumulate: parts that a batch is worked through in, one after the other.
+        router_aux_loss: multiple of the `imbalance` of the experts, of each part of a batch, that
+            is made smaller as well. It has a slope but no value: losses are of the text alone.
     """
 
     block: int
@@ -56,6 +59,7 @@ class StepOptions:
     mesh: Mesh | None = None
     remat: Remat = "none"
     accumulate: int = 1
+    router_aux_loss: float = 0.0
 
 
 def init_state(config: MistralConfig, options: StepOptions, seed: int) -> TrainState:
@@ -109,11 +113,24 @@ def _nats(
 ) -> Array:
     """`total_nats` of the rows that one device has."""
     model = bind(config, {name: _cast(name, leaf, options) for name, leaf in weights.items()})
-    hidden = model.hidden(inputs, options.backend, documents=documents, remat=options.remat)
+    hidden, load = model.routed(inputs, options.backend, documents=documents, remat=options.remat)
     head = model.head.matrix()
     chunk = options.chunk or (256 if jax.default_backend() == "cpu" else 8192)
     hidden = hidden.reshape(-1, config.dim)
-    return cross_entropy(hidden, head, targets.reshape(-1), share.reshape(-1), chunk)
+    nats: Array = cross_entropy(hidden, head, targets.reshape(-1), share.reshape(-1), chunk)
+    if load is None or not options.router_aux_loss:
+        return nats
+    penalty = options.router_aux_loss * _part_of_imbalance(options, load)
+    return nats + penalty - jax.lax.stop_gradient(penalty)
+
+
+def _part_of_imbalance(options: StepOptions, load: Load) -> Float[Array, ""]:
+    """What one device adds for one of the parts of a batch; all rows of the part count."""
+    n_devices = 1
+    if options.mesh is not None:
+        n_devices = options.mesh.shape[ROWS]
+        load = jax.tree.map(functools.partial(jax.lax.psum, axis_name=ROWS), load)
+    return imbalance(load) / (n_devices * options.accumulate)
 
 
 def _cast(name: str, leaf: Array, options: StepOptions) -> Array:

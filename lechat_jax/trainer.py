@@ -81,6 +81,7 @@ def step_options(options: TrainConfig, mesh: Mesh | None) -> StepOptions:
         learning_rate=options.learning_rate,
         remat=options.remat,
         accumulate=options.accumulate,
+        router_aux_loss=options.router_aux_loss,
         rule=usual_rule(options.usual_optimizer, options.start, options.weight_decay),
         mesh=mesh,
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lechat_jax.config import MistralConfig
 from lechat_torch.attention import attend
 from lechat_torch.cache import Cache, attend_cached
+from lechat_torch.moe import Mixture
 from lechat_torch.rotary import rotate, turns
 
 # From rotated queries, keys and values to what each query gathers.
@@ -74,6 +75,14 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+def feed_forward(config: MistralConfig) -> nn.Module:
+    """One for all tokens, or several to choose from."""
+    if not config.n_experts:
+        return MLP(config)
+    experts: list[nn.Module] = [MLP(config) for _ in range(config.n_experts)]
+    return Mixture(config.dim, config.n_experts_per_token, experts)
+
+
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each normalised before and added after."""
 
@@ -82,7 +91,7 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(config)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = feed_forward(config)
 
     def forward(
         self, x: Float[Tensor, "B T D"], turn: Complex[Tensor, "#B T 1 pairs"], mix: Mix

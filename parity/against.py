@@ -34,7 +34,7 @@ def rounded_as(theirs: Source, ours: Source) -> Source:
         )
 
     def rounded(name: str, tensor: Stored) -> Stored:
-        dtype = ours.stored[name].dtype
+        dtype = ours.stored_of(name).dtype
         if tensor.dtype == dtype:
             return tensor
         return dataclasses.replace(tensor, dtype=dtype, read=lambda: tensor.read().astype(dtype))

@@ -25,11 +25,27 @@ WORDS = {
     "vocab_size": "vocab_size",
     "norm_eps": "rms_norm_eps",
 }
-# What transformers' MistralConfig and MinistralConfig take for what a config leaves out.
+# Also of a model with experts, in which they are fields of `moe` in params.json.
+EXPERTS = {"n_experts": "num_local_experts", "n_experts_per_token": "num_experts_per_tok"}
+MOE = {"n_experts": "num_experts", "n_experts_per_token": "num_experts_per_tok"}
+# What transformers' MistralConfig and MinistralConfig take for what a config leaves out, and
+# what its MixtralConfig does.
 ABSENT = {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096}
-DEFAULT_THETA = 1e4  # transformers', when neither rope_theta nor rope_parameters has one
+ABSENT_IN_MIXTRAL = {
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+# transformers', when neither rope_theta nor rope_parameters has one.
+DEFAULT_THETA = {"mistral": 1e4, "ministral": 1e4, "mixtral": 1e6}
 SLIDING, FULL = "sliding_attention", "full_attention"
-CLASSES = {"mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
+CLASSES = {
+    "mistral": "MistralForCausalLM",
+    "ministral": "MinistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
 POSITIONS = "32768"  # max_position_embeddings of all 7B models, where the source had none
 
 # In params.json: what says nothing about the arithmetic, or only this.
@@ -56,11 +72,13 @@ def from_hugging_face(fields: Fields, where: object) -> MistralConfig:
             f"{where} has the model_type {kind!r}; only {' and '.join(CLASSES)} are read here"
         )
     _refuse_hugging_face(fields, where)
-    optional = {*ABSENT, "head_dim"}
+    absent = ABSENT_IN_MIXTRAL if kind == "mixtral" else ABSENT
+    optional = {*absent, "head_dim"}
     if lacking := [key for key in WORDS.values() if key not in fields and key not in optional]:
         raise BadInput(f"{where} lacks {', '.join(lacking)}")
-    fields = ABSENT | dict(fields)
-    found = {ours: fields.get(theirs) for ours, theirs in WORDS.items()}
+    fields = absent | dict(fields)
+    words = WORDS | EXPERTS if kind == "mixtral" else WORDS
+    found = {ours: fields.get(theirs) for ours, theirs in words.items()}
     if found["head_dim"] is None:
         found["head_dim"] = _quotient(fields["hidden_size"], fields["num_attention_heads"], where)
     if found["n_kv_heads"] is None:
@@ -86,13 +104,19 @@ def to_hugging_face(
             "Ministral has one; convert to --to mistral or --to lechat instead"
         )
     is_mixed = None in config.windows and bool(sizes)
-    kind = "ministral" if is_mixed else "mistral"
+    if is_mixed and config.n_experts:
+        raise BadInput(
+            "some layers have a window and others have none, and transformers' Mixtral has one "
+            "for all; convert to --to mistral or --to lechat instead"
+        )
+    kind = "ministral" if is_mixed else "mixtral" if config.n_experts else "mistral"
+    words = WORDS | EXPERTS if config.n_experts else WORDS
     layers = [FULL if window is None else SLIDING for window in config.windows]
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     return {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
-        **{theirs: getattr(config, ours) for ours, theirs in WORDS.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in words.items()},
         "sliding_window": sizes.pop() if sizes else None,
         **({"layer_types": layers} if is_mixed else {}),
         "tie_word_embeddings": config.tied_embeddings,
@@ -122,7 +146,8 @@ def from_params(fields: Fields, where: object, rope_theta: float | None) -> Mist
     Raises:
         BadInput: it has parts that lechat does not have, or no `rope_theta`.
     """
-    found = {name: fields[name] for name in WORDS if name in fields}
+    fields = _in_mistrals_words(fields, where)
+    found = {name: fields[name] for name in (*WORDS, *EXPERTS) if name in fields}
     known = {*found, "rope_theta", "sliding_window", "_sliding_window", "tied_embeddings"}
     for key in fields.keys() - known:
         value = fields[key]
@@ -151,7 +176,26 @@ def to_params(config: MistralConfig) -> dict[str, Any]:
         del fields["sliding_window"]
     if not fields["tied_embeddings"]:
         del fields["tied_embeddings"]
-    return fields
+    moe = {theirs: fields.pop(ours) for ours, theirs in MOE.items()}
+    return fields | ({"moe": moe} if config.n_experts else {})
+
+
+def _in_mistrals_words(fields: Fields, where: object) -> dict[str, Any]:
+    """The fields with those of `moe` among them, and in today's words.
+
+    The first release of Mixtral-8x7B, for Mistral's program of then, has those that Hugging Face
+    uses.
+    """
+    fields = dict(fields)
+    for ours, theirs in (WORDS | EXPERTS).items():
+        if theirs in fields and ours not in fields:
+            fields[ours] = fields.pop(theirs)
+    moe = fields.pop("moe", None) or {}
+    if not isinstance(moe, dict) or moe.keys() - MOE.values():
+        raise BadInput(
+            f"{where} has moe = {_short(moe)}; only {' and '.join(MOE.values())} are supported"
+        )
+    return fields | {ours: moe[theirs] for ours, theirs in MOE.items() if theirs in moe}
 
 
 def _config(found: dict[str, Any], where: object) -> MistralConfig:
@@ -164,7 +208,9 @@ def _config(found: dict[str, Any], where: object) -> MistralConfig:
 
 def _refuse_hugging_face(fields: Fields, where: object) -> None:
     """Raises `BadInput` for the first field that asks for what lechat does not have."""
-    for key in ("attention_bias", "mlp_bias", "num_local_experts"):
+    strange = ["attention_bias", "mlp_bias"]
+    strange += [] if fields.get("model_type") == "mixtral" else ["num_local_experts"]
+    for key in strange:
         if fields.get(key):
             raise BadInput(
                 f"{where} has {key} = {_short(fields[key])}, which lechat does not support"
@@ -192,7 +238,7 @@ def _theta(fields: Fields, where: object) -> Any:
                 "rope_type default, are supported"
             )
         theta = rope.get("rope_theta", theta)
-    return DEFAULT_THETA if theta is None else theta
+    return DEFAULT_THETA[fields["model_type"]] if theta is None else theta
 
 
 def _windows(fields: Fields, where: object) -> Any:

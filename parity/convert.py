@@ -6,6 +6,7 @@ size of the model, and DST appears when it is complete, or not at all.
 """
 
 import dataclasses
+import itertools
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from lechat_jax.quantize import Format as Quantization
 from lechat_jax.tensors import Wanted, write_tensors
 from parity.finite import is_finite
 from parity.formats import to_format
-from parity.names import Format, names, rows, shapes, tied_head
+from parity.names import Format, names, parts, rows, shapes, tied_head
 from parity.pickles import write_pickle
 from parity.progress import Meter
 from parity.sources import Source, check_whole, open_source
@@ -187,7 +188,8 @@ def _write_weights(
     def read(key: str) -> Shaped[np.ndarray, "..."]:
         if key in scales:
             return scales.pop(key)
-        array = to_format(source.read(ours[key]), config, fmt, table[ours[key]])
+        array, row = source.read(ours[key]), table.get(ours[key])
+        array = array if row is None else to_format(array, config, fmt, row)
         if options.quantize and is_kernel(key):
             array, scales[key + SCALE] = quantized(key, array, source.where(key))
             source.release()
@@ -238,7 +240,8 @@ def _wanted(
     """
     found, sizes = names(source.config, fmt), shapes(source.config, fmt)
     wanted: list[Wanted] = []
-    for name in source.names:
+    of = {name: [name] for name in source.names} if fmt == "lechat" else parts(source.config)
+    for name in itertools.chain.from_iterable(of[name] for name in source.names):
         if quantize and is_kernel(name):
             wanted.append((name, np.dtype(np.int8), sizes[name]))
             shape = scale_shape(name, sizes[name])
@@ -254,7 +257,7 @@ def _dtype(source: Source, options: Convert) -> np.dtype:
 
 def _complaint(source: Source, name: str, dtype: np.dtype) -> str:
     """What is wrong with a weight, which may have been finite before it was cast."""
-    original = source.stored[name].dtype
+    original = source.stored_of(name).dtype
     cast = "" if original == dtype else f" as {dtype.name} (it is {original.name})"
     return (
         f"{source.where(name)} is not finite{cast}; the file is damaged or the training "

@@ -114,23 +114,23 @@ def _centred(x: Array) -> Array:
 
 
 def _block(f: Callable[..., tuple[Array, Any]]) -> Callable[[Callable], Callable]:
-    return lambda _: lambda self, x, turn, mix, memory: f(self, x, turn, mix, memory)
+    return lambda _: lambda self, x, turn, mix, memory: (*f(self, x, turn, mix, memory), None)
 
 
 def _no_residual(block: Any, x: Array, turn: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
     x, memory = block.attn(block.attn_norm(x), turn, mix, memory)
-    return x + block.mlp(block.mlp_norm(x)), memory
+    return x + block.mlp(block.mlp_norm(x))[0], memory
 
 
 def _parallel(block: Any, x: Array, turn: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
     mixed, memory = block.attn(block.attn_norm(x), turn, mix, memory)
-    return x + mixed + block.mlp(block.mlp_norm(x)), memory
+    return x + mixed + block.mlp(block.mlp_norm(x))[0], memory
 
 
 def _norm_after(block: Any, x: Array, turn: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
     mixed, memory = block.attn(x, turn, mix, memory)
     x = x + block.attn_norm(mixed)
-    return x + block.mlp_norm(block.mlp(x)), memory
+    return x + block.mlp_norm(block.mlp(x)[0]), memory
 
 
 def _last_token_dropped(right: Callable) -> Callable:

@@ -1,10 +1,13 @@
 """The same weight in the shape and row order of each format; bytes move, none changes."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from jaxtyping import Shaped
 
 from lechat_jax.config import MistralConfig
-from parity.names import Format, Tensor, shape
+from parity.names import Format, Tensor, parts, rows, shape
 
 
 def to_format(
@@ -22,6 +25,24 @@ def from_format(
     """A weight of a format's as lechat has it: a view, but for rows that change their order."""
     array = array.reshape(shape(config, "lechat", row.axes))
     return _halves(array) if fmt == "mistral" and row.rotary else array
+
+
+def taken_apart(config: MistralConfig, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of lechat's weights: of those of experts, each expert's own, which is a view."""
+    return {
+        part: weights[row.lechat] if row.expert is None else weights[row.lechat][row.expert]
+        for part, row in rows(config).items()
+    }
+
+
+def put_together(
+    config: MistralConfig, found: Mapping[str, Shaped[np.ndarray, "..."]]
+) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Lechat's weights of parts in its shapes; those of experts are copied."""
+    return {
+        name: found[name] if of == [name] else np.stack([found[part] for part in of])
+        for name, of in parts(config).items()
+    }
 
 
 def _halves(array: Shaped[np.ndarray, "N H D"]) -> Shaped[np.ndarray, "N H D"]:

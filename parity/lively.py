@@ -1,5 +1,6 @@
 """Random models in which everything matters, for whoever compares two ways to run one."""
 
+import dataclasses
 import math
 
 import jax
@@ -24,6 +25,9 @@ SMALL = MistralConfig(
     rope_theta=1e4,
     sliding_window=7,
 )
+
+# The same with experts, each a little smaller.
+SMALL_MIXTURE = dataclasses.replace(SMALL, hidden_dim=28, n_experts=5, n_experts_per_token=2)
 
 
 def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Mistral:

@@ -13,9 +13,11 @@ from torch import nn
 
 from lechat_jax.config import MistralConfig
 from parity import names, transformers_peer
+from parity.formats import put_together, taken_apart
 from parity.oracles import AdamW, Arrays, Dtype, Gradients, Stages, Trajectory
 
 M = TypeVar("M", bound=nn.Module)
+Tensors = dict[str, torch.Tensor]
 Show = Callable[[torch.Tensor, torch.Tensor], None]
 
 
@@ -50,9 +52,18 @@ class Watched(abc.ABC, Generic[M]):
         And the block that reads `embed`.
         """
 
+    def to_model(self, state: Tensors) -> Tensors:
+        """A state dict as the model has it, of one with the names of files."""
+        return state
+
+    def from_model(self, state: Tensors) -> Tensors:
+        """The inverse."""
+        return state
+
     def load(self, weights: Arrays) -> None:
         """See `Oracle.load`."""
         shapes = names.shapes(self.config, self.layout)
+        weights = taken_apart(self.config, weights)
         state = {}
         for ours, name in names.names(self.config, self.layout).items():
             array = weights[ours] if self.share else np.array(weights[ours])
@@ -60,7 +71,7 @@ class Watched(abc.ABC, Generic[M]):
             state[name] = tensor.to(self.device, torch_dtype(self.dtype))
         if head := names.tied_head(self.config, self.layout):
             state[head] = state[names.names(self.config, self.layout)["embed.kernel"]]
-        self.model.load_state_dict(state, assign=True)
+        self.model.load_state_dict(self.to_model(state), assign=True)
         if self.config.tied_embeddings:
             embed, head_module = self.ends()
             head_module.weight = embed.weight
@@ -134,11 +145,15 @@ class Watched(abc.ABC, Generic[M]):
         return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self.device)
 
     def _by_lechat_name(self, tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        shapes = names.shapes(self.config, "lechat")
-        return {
-            ours: to_numpy(tensors[name]).reshape(shapes[ours])
-            for ours, name in names.names(self.config, self.layout).items()
+        tensors = self.from_model(tensors)
+        table = names.rows(self.config)
+        found = {
+            part: to_numpy(tensors[name]).reshape(
+                names.shape(self.config, "lechat", table[part].axes)
+            )
+            for part, name in names.names(self.config, self.layout).items()
         }
+        return put_together(self.config, found)
 
 
 @contextlib.contextmanager

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from lechat_jax.config import MistralConfig
-from parity import names, transformers_peer
-from parity.oracle_pytorch import Watched, to_numpy, torch_dtype
+from parity import fused, names, transformers_peer
+from parity.oracle_pytorch import Tensors, Watched, to_numpy, torch_dtype
 from parity.oracles import Arrays, Dtype, Implementation, Text, pieces
 
 
-class TransformersOracle(Watched[transformers.MistralForCausalLM]):
+class TransformersOracle(Watched[transformers_peer.Model]):
     """transformers' `MistralForCausalLM` with its eager attention; see `Oracle`.
 
     Raises:
@@ -32,6 +32,8 @@ class TransformersOracle(Watched[transformers.MistralForCausalLM]):
         super().__init__(config, dtype, share)
         self.model = transformers_peer.build(config, None)
         self.model.set_attn_implementation("eager")
+        if config.n_experts:
+            self.model.set_experts_implementation("eager")  # others have no float64
         self.model.generation_config.eos_token_id = None  # here no id ends a text
         cast(nn.Module, self.model).to(torch_dtype(dtype))
         self.load(weights)
@@ -41,6 +43,14 @@ class TransformersOracle(Watched[transformers.MistralForCausalLM]):
         positions = first_position + torch.arange(tokens.shape[1], device=self.device)[None]
         logits = self.model(input_ids=tokens, position_ids=positions).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def to_model(self, state: Tensors) -> Tensors:
+        """See `Watched.to_model`."""
+        return fused.fuse(self.config, state)
+
+    def from_model(self, state: Tensors) -> Tensors:
+        """See `Watched.from_model`."""
+        return fused.split(self.config, state)
 
     def ends(self) -> tuple[nn.Embedding, nn.Linear]:
         """See `Watched.ends`."""

@@ -22,10 +22,10 @@ from lechat_jax.headers import check_inside, parse_json
 from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault
 from lechat_jax.quantize import pop_format
 from lechat_jax.run import Run
-from parity import configs, hub
+from parity import configs, first_mixtral, hub
 from parity.formats import from_format
 from parity.merging import Product, through_int8, with_products
-from parity.names import Format, match, names, rows, shape, tied_head
+from parity.names import Format, match, names, parts, rows, shapes, tied_head
 from parity.pickles import pickle_store
 from parity.quantizations import Quantization, take_quantization
 from parity.stores import Store, Stored, array_store, dequantized_store, safetensors_store
@@ -52,7 +52,8 @@ class Source:
         config: the model.
         tokenizer_files: those beside the weights, all of them.
         metadata: where it came from, as text that a copy may carry along.
-        stored: the tensors by lechat's name, in the order in which they are best read.
+        stored: the tensors in the order in which they are best read, by lechat's name, or where
+            each expert has its own by that of the part; see `names`.
         store: gives back memory.
         quantization: how they are on the disk, if not as the numbers that they are read as.
     """
@@ -69,7 +70,9 @@ class Source:
     @property
     def names(self) -> tuple[str, ...]:
         """Lechat's name of each weight, in the order in which they are best read."""
-        return tuple(self.stored)
+        table = rows(self.config)
+        whole = (table[name].lechat if name in table else name for name in self.stored)
+        return tuple(dict.fromkeys(whole))
 
     @property
     def dtype(self) -> np.dtype:
@@ -88,9 +91,27 @@ class Source:
         return next(iter(dtypes))
 
     def read(self, name: str) -> Shaped[np.ndarray, "..."]:
-        """A weight in lechat's shape: a view of its file, unless its rows change their order."""
-        fmt = _format(self.format)
-        return from_format(self.stored[name].read(), self.config, fmt, rows(self.config)[name])
+        """A weight or a part of one in lechat's shape.
+
+        A view of its file, unless its rows change their order, or it has to be put together of
+        what each expert has.
+        """
+        row = rows(self.config).get(name)
+        if name not in self.stored and row is None:
+            return np.stack([self.read(part) for part in parts(self.config)[name]])
+        array = self.stored_of(name).read()
+        if row is None:  # of all experts, as lechat has it
+            return array
+        if name not in self.stored:
+            array = array[row.expert]
+        return from_format(array, self.config, _format(self.format), row)
+
+    def stored_of(self, name: str) -> Stored:
+        """The tensor that a weight or a part of one lies in, or the first of several."""
+        if name in self.stored:
+            return self.stored[name]
+        row = rows(self.config).get(name)
+        return self.stored[row.lechat if row else parts(self.config)[name][0]]
 
     def merged(self, products: Mapping[str, Product], dtype: np.dtype | None = None) -> "Source":
         """The model with adapters in its kernels, which are in `dtype` then, or as before."""
@@ -100,7 +121,7 @@ class Source:
 
     def where(self, name: str) -> str:
         """The key and the file of a weight, for messages."""
-        return self.stored[name].where
+        return self.stored_of(name).where
 
     def release(self) -> None:
         """Gives back the memory of the files that were read so far."""
@@ -207,7 +228,10 @@ def _mistral(
     quantization = take_quantization(fields, folder / "params.json")
     config = configs.from_params(fields, folder / "params.json", rope_theta)
     old = folder / "consolidated.00.pth"
-    if _has(folder, "consolidated") or not old.is_file():
+    first = first_mixtral.files_of(folder)
+    if first and not _has(folder, "consolidated") and not old.is_file():
+        store = first_mixtral.read(first, config)
+    elif _has(folder, "consolidated") or not old.is_file():
         if old.is_file():
             print(f"{folder} has {old.name} too; the safetensors are read", file=sys.stderr)
         store = safetensors_store(folder, "consolidated")
@@ -264,8 +288,8 @@ def _run(folder: Path, fields: dict[str, Any]) -> Source:
     config = MistralConfig.from_dict(fields["model"])
     run = Run.open(folder)
     template = {
-        name: jax.ShapeDtypeStruct(shape(config, "lechat", row.axes), np.float32)
-        for name, row in rows(config).items()
+        name: jax.ShapeDtypeStruct(shape, np.float32)
+        for name, shape in shapes(config, "lechat").items()
     }
     restored = Checkpoints(run.checkpoints).restore({"model": template})
     for sentence in restored.refused:
@@ -330,9 +354,9 @@ def _source(
     keys = match(config, fmt, store.tensors.keys(), folder)
     by_key = {key: name for name, key in keys.items()}
     stored = {by_key[key]: one for key, one in store.tensors.items() if key in by_key}
-    table = rows(config)
+    sizes = shapes(config, fmt)
     for name, one in stored.items():
-        if one.shape != (wanted := shape(config, fmt, table[name].axes)):
+        if one.shape != (wanted := sizes[name]):
             raise BadInput(f"{one.where} has the shape {list(one.shape)} instead of {list(wanted)}")
         if one.dtype not in DTYPES:
             raise BadInput(

@@ -148,6 +148,8 @@ class Streamed:
                 n_kv_heads=1,
                 head_dim=2,
                 hidden_dim=1,
+                n_experts=0,
+                n_experts_per_token=0,
                 vocab_size=V,
                 sliding_window=None,
                 tied_embeddings=False,

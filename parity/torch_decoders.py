@@ -27,7 +27,9 @@ from lechat_torch.generate import left_padded
 from lechat_torch.model import Mistral
 from parity import names
 from parity.decoders import Prompts
-from parity.transformers_peer import AttentionName, build, device
+from parity.formats import taken_apart
+from parity.fused import fuse
+from parity.transformers_peer import AttentionName, Model, build, device
 
 PIECE = 4096  # tokens of a prompt that transformers reads in one forward pass
 TRIAL = 8  # tokens by which the modes of transformers are compared, in each of its trials
@@ -40,8 +42,10 @@ def shared_state(
 ) -> dict[str, Tensor]:
     """A state dict of that layout around JAX's own memory: nothing is copied."""
     shapes = names.shapes(config, layout)
+    shared = {name: torch.from_dlpack(leaf) for name, leaf in weights.items()}
+    parts = taken_apart(config, shared)
     state = {
-        name: torch.from_dlpack(weights[ours]).reshape(shapes[ours])
+        name: parts[ours].reshape(shapes[ours])
         for ours, name in names.names(config, layout).items()
     }
     if head := names.tied_head(config, layout):
@@ -161,7 +165,7 @@ class Transformers(_Steps):
     cache made outside of what is compiled, the forward pass, the likeliest token.
     """
 
-    def __init__(self, model: transformers.MistralForCausalLM, mode: Mode = MODES[0]) -> None:
+    def __init__(self, model: Model, mode: Mode = MODES[0]) -> None:
         super().__init__()
         self.model, self.mode, self.device = model, mode, model.device
         # The argument was renamed in transformers 5.
@@ -180,7 +184,8 @@ class Transformers(_Steps):
         """
         with _default_dtype(state["model.norm.weight"].dtype):
             model = build(config, None)
-        model.load_state_dict(state, assign=True)  # those that it drew are dropped
+        # Those that it drew are dropped; of experts these are copies.
+        model.load_state_dict(fuse(config, dict(state)), assign=True)
         model.tie_weights()
         forget_peak()
         return cls(model)

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -14,13 +14,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from parity.formats import to_format
+from parity import fused
+from parity.formats import taken_apart, to_format
 from parity.learners import FOREVER, AdamW, Lesson
 from parity.measure import cores, in_turn
 from parity.names import rows
 from parity.torch_learner import TorchLearner
 
 AttentionName = Literal["eager", "sdpa"]
+Model = transformers.MistralForCausalLM | transformers.MixtralForCausalLM
 PROBES = 3  # timed steps of each attention before one is chosen
 
 
@@ -34,16 +36,16 @@ class Chosen(NamedTuple):
 def to_transformers(
     config: MistralConfig, weights: Mapping[str, Float[np.ndarray, "..."]]
 ) -> dict[str, Float[torch.Tensor, "..."]]:
-    """The weights under transformers' names and in its shapes; nothing is copied."""
-    return {
-        row.hf: torch.from_numpy(to_format(weights[name], config, "hf", row))
-        for name, row in rows(config).items()
+    """The weights under transformers' names and in its shapes; but experts nothing is copied."""
+    table, found = rows(config), taken_apart(config, weights)
+    state = {
+        row.hf: torch.from_numpy(to_format(found[part], config, "hf", row))
+        for part, row in table.items()
     }
+    return fused.fuse(config, state)
 
 
-def build(
-    config: MistralConfig, weights: Mapping[str, Float[np.ndarray, "..."]] | None
-) -> transformers.MistralForCausalLM:
+def build(config: MistralConfig, weights: Mapping[str, Float[np.ndarray, "..."]] | None) -> Model:
     """Transformers' model of that shape with these weights, in float32; `None` leaves its own.
 
     Raises:
@@ -51,22 +53,22 @@ def build(
     """
     if isinstance(config.sliding_window, tuple):
         raise BadInput("transformers' Mistral has one window for all layers; choose another preset")
-    words = transformers.MistralConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.dim,
-        intermediate_size=config.hidden_dim,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        sliding_window=config.sliding_window,
-        tie_word_embeddings=config.tied_embeddings,
-        use_cache=False,
-    )
+    words: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "sliding_window": config.sliding_window,
+        "tie_word_embeddings": config.tied_embeddings,
+        "use_cache": False,
+    }
     with device():
-        model = transformers.MistralForCausalLM(words)
+        model = _made(config, words)
     if weights is None:
         return model
     tensors = to_transformers(config, weights)
@@ -74,6 +76,16 @@ def build(
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors)
     return model
+
+
+def _made(config: MistralConfig, words: dict[str, Any]) -> Model:
+    if not config.n_experts:
+        return transformers.MistralForCausalLM(transformers.MistralConfig(**words))
+    experts: dict[str, Any] = {
+        "num_local_experts": config.n_experts,
+        "num_experts_per_tok": config.n_experts_per_token,
+    }
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**words, **experts))
 
 
 def device() -> torch.device:

@@ -121,6 +121,12 @@ def _whole(
     exam = Exam(ours, theirs, task)
     stages: list[Stage] = []
     dtypes: list[Dtype] = [dtype for dtype in options.dtypes if dtype != "float64"]
+    if theirs.config.n_experts and "bfloat16" in dtypes:
+        dtypes.remove("bfloat16")
+        notes.append(
+            "a model with experts is not judged in bfloat16: a token whose experts are nearly tied "
+            "goes to one or the other, in any program, by how its scores were rounded"
+        )
     asked = [exam.exact(), *map(exam.rounded, dtypes)]
     for done, questions in enumerate(asked):
         for stage in questions:

@@ -119,13 +119,13 @@ def test_a_group_of_query_heads_shares_a_key_value_head(tiny: MistralConfig) -> 
     assert tiny.group_size == 3
 
 
-def test_only_the_tying_of_the_head_has_a_default() -> None:
+def test_only_what_most_models_do_not_have_has_a_default() -> None:
     defaults = [
         field.name
         for field in dataclasses.fields(MistralConfig)
         if field.default is not dataclasses.MISSING
     ]
-    assert defaults == ["tied_embeddings"]
+    assert defaults == ["tied_embeddings", "n_experts", "n_experts_per_token"]
 
 
 @given(fields())
@@ -161,3 +161,11 @@ def test_the_number_of_weights_is_that_of_the_model(tiny: MistralConfig, tied: b
 
 def test_every_preset_is_named_like_its_release() -> None:
     assert all(name == name.lower() and " " not in name for name in PRESETS)
+
+
+@pytest.mark.parametrize(("n_experts", "chosen"), [(4, 0), (4, 5), (0, 2), (-1, 0)])
+def test_as_many_experts_are_chosen_as_there_can_be(
+    tiny: MistralConfig, n_experts: int, chosen: int
+) -> None:
+    with pytest.raises(BadInput, match="n_experts_per_token must be between 1 and n_experts"):
+        dataclasses.replace(tiny, n_experts=n_experts, n_experts_per_token=chosen)

@@ -215,7 +215,8 @@ def test_params_of_mistrals_mean(fields: Fields, expected: Fields) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"moe": {"num_experts": 8}}, "has moe = "),
+        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1}}, "has moe"),
+        ({"moe": {"num_experts": 8}}, "n_experts_per_token must be between 1 and n_experts"),
         ({"quantization": {"qformat_weight": "fp8_e4m3"}}, "has quantization = "),
         ({"yarn": {"factor": 16}}, "has yarn = "),
         ({"llama_4_scaling": {"beta": 0.1}}, "has llama_4_scaling"),
@@ -232,6 +233,39 @@ def test_params_of_what_lechat_does_not_have_are_refused(change: Fields, message
     with pytest.raises(BadInput, match=message) as error:
         from_params({**FOUR, **change}, "folder/params.json", None)
     assert str(error.value).startswith("folder/params.json")
+
+
+FIRST_RELEASE = {  # of Mixtral-8x7B, which has Hugging Face's words
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 32000,
+    "rope_theta": 1000000.0,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+}
+
+
+def test_configs_of_mixtral_are_read_and_written_both_ways() -> None:
+    config = PRESETS["mixtral-8x7b-v0.1"]
+    assert from_params(FIRST_RELEASE, "x", None) == config
+    params = to_params(config)
+    assert params["moe"] == {"num_experts": 8, "num_experts_per_tok": 2}
+    assert from_params(params, "x", None) == config
+    fields = to_hugging_face(config, "bfloat16", 32768, 1, 2)
+    assert (fields["model_type"], fields["num_local_experts"]) == ("mixtral", 8)
+    assert from_hugging_face(fields, "x") == config
+    transformers.MixtralConfig(**fields)
+    short = {"model_type": "mixtral", "head_dim": None}  # all else as transformers takes it
+    sizes = "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size".split()
+    assert from_hugging_face(short | {key: fields[key] for key in sizes}, "x") == config
+    mixed = dataclasses.replace(config, n_layers=2, sliding_window=(None, 8))
+    with pytest.raises(BadInput, match="transformers' Mixtral has one"):
+        to_hugging_face(mixed, "bfloat16", 32768, 1, 2)
 
 
 def test_params_without_sizes_are_refused() -> None:

@@ -37,6 +37,8 @@ from parity import convert as module
 from parity.check import main as check
 from parity.convert import main
 from parity.finite import is_finite
+from parity.formats import taken_apart
+from parity.lively import SMALL_MIXTURE
 from parity.make_checkpoint import main as make
 from parity.names import FORMATS, Format, names, shapes
 from parity.sources import open_source
@@ -66,8 +68,9 @@ def write_torch(folder: Path, config: MistralConfig, weights: Weights) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     state = {}
+    parts = taken_apart(config, weights)
     for ours, theirs in names(config, "torch").items():
-        flat = weights[ours].reshape(shapes(config, "torch")[ours])
+        flat = parts[ours].reshape(shapes(config, "torch")[ours])
         state[theirs] = (
             torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16)
             if flat.dtype == BF16
@@ -684,3 +687,54 @@ def test_the_check_refuses_int8_and_says_what_measures_it(start: Path, int8: Pat
     ):
         with pytest.raises(BadInput, match=r"int8 is int8, which differs .*parity\.quality$"):
             check([*flags])
+
+
+def test_a_mixture_goes_through_all_formats_and_transformers(tmp_path: Path) -> None:
+    config = SMALL_MIXTURE
+    start = write_torch(tmp_path / "start", config, random_weights(config))
+    hf = convert(start, tmp_path / "hf", "hf", "--shard-gb", "2e-5")
+    loaded, info = cast(
+        tuple[Any, dict[str, Any]],
+        transformers.AutoModelForCausalLM.from_pretrained(hf, output_loading_info=True),
+    )
+    assert not any(info.values()), info
+    assert type(loaded).__name__ == "MixtralForCausalLM"
+    loaded.save_pretrained(tmp_path / "saved")
+    mistral = convert(tmp_path / "saved", tmp_path / "mistral", "mistral")
+    lechat = convert(mistral, tmp_path / "lechat", "lechat")
+    assert_equal(lechat, random_weights(config))
+    kernel = TensorFiles.open(lechat).read("blocks.1.mlp.experts.up.kernel")
+    theirs = loaded.model.layers[1].mlp.experts.gate_up_proj[:, config.hidden_dim :]
+    np.testing.assert_array_equal(kernel.astype(np.float32), theirs.detach().float().numpy())
+    back = convert(lechat, tmp_path / "back", "hf", "--shard-gb", "2e-5")
+    a, b = (TensorFiles.open(folder) for folder in (tmp_path / "saved", back))
+    assert set(a) == set(b)
+    assert all(a.read(key).tobytes() == b.read(key).tobytes() for key in a)
+    again = convert(lechat, tmp_path / "again", "torch")
+    assert_equal(again, random_weights(config))
+    assert open_source(again).config == config
+
+
+def test_the_first_release_of_mixtral_is_read(tmp_path: Path) -> None:
+    config, weights = SMALL_MIXTURE, random_weights(SMALL_MIXTURE)
+    start = write_torch(tmp_path / "start", config, weights)
+    mistral = convert(start, tmp_path / "mistral", "mistral")
+    files = TensorFiles.open(mistral, "consolidated")
+    state = {
+        key: torch.from_numpy(files.read(key).view(np.int16).copy()).view(torch.bfloat16)
+        for key in files
+    }
+    for i in range(config.n_layers):  # all experts below each other, the second map transposed
+        new, old = f"layers.{i}.block_sparse_moe", f"layers.{i}.feed_forward"
+        state[f"{new}.gate.weight"] = state.pop(f"{old}.gate.weight")
+        for n in (1, 2, 3):
+            of = [state.pop(f"{old}.experts.{e}.w{n}.weight") for e in range(config.n_experts)]
+            state[f"{new}.w{n}"] = torch.cat([one.T if n == 2 else one for one in of]).contiguous()
+    (mistral / "consolidated.safetensors").unlink()
+    keys = sorted(state)
+    for part in range(3):
+        torch.save({k: state[k] for k in keys[part::3]}, mistral / f"consolidated.{part:02}.pt")
+    assert_equal(convert(mistral, tmp_path / "lechat", "lechat"), weights)
+    (mistral / "consolidated.01.pt").unlink()
+    with pytest.raises(BadInput, match=r"lacks .*config and weights are of different models"):
+        open_source(mistral)

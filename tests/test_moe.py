@@ -1,0 +1,167 @@
+"""A mixture of experts beside transformers' Mixtral, and beside itself on many devices."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.mixtral import modeling_mixtral as theirs
+
+from lechat_jax.adapters import Adapters
+from lechat_jax.config import MistralConfig, preset
+from lechat_jax.errors import BadInput
+from lechat_jax.generator import Generator
+from lechat_jax.model import bind
+from lechat_jax.moe import Load, imbalance
+from lechat_jax.quantize import quantize_weights
+from lechat_jax.rows import Rows
+from lechat_jax.sampling import Sampling
+from lechat_jax.sharding import check_divides, letters, make_mesh
+from lechat_jax.step import StepOptions, gradient
+from lechat_jax.weights import weight_shapes
+from parity.lively import SMALL_MIXTURE, lively_weights
+from parity.oracle_transformers import TransformersOracle
+
+COEFFICIENT = 0.3  # of the auxiliary loss, so large that it matters
+
+
+slope = jax.jit(gradient, static_argnums=(0, 1))
+
+
+@pytest.fixture(scope="module")
+def mixture() -> MistralConfig:
+    """Two layers whose heads, words and experts can be halved."""
+    return dataclasses.replace(SMALL_MIXTURE, n_layers=2, vocab_size=98, n_experts=4)
+
+
+@pytest.fixture(scope="module")
+def weights(mixture: MistralConfig) -> dict[str, np.ndarray]:
+    return lively_weights(mixture)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 98, (4, 13)).astype(np.int32)
+
+
+def test_imbalance_is_the_loss_of_transformers() -> None:
+    scores = [torch.randn(2 * 9, 5, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    of_layers: Any = tuple(scores)
+    expected = theirs.load_balancing_loss_func(of_layers, num_experts=5, top_k=2)
+    every = jnp.concatenate([jnp.asarray(one.numpy()) for one in scores])
+    chosen = jax.nn.one_hot(jax.lax.top_k(every, 2)[1], 5).sum((0, 1))
+    load = Load(chosen, jax.nn.softmax(every).sum(0), jnp.float32(len(every)))
+    assert float(imbalance(load)) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_gradients_are_those_of_transformers_with_its_auxiliary_loss(
+    mixture: MistralConfig, weights: dict[str, np.ndarray], tokens: np.ndarray, x64: None
+) -> None:
+    oracle = TransformersOracle(mixture, weights, "float64")
+    rows = torch.from_numpy(tokens.astype(np.int64))
+    model: Any = oracle.model
+    model.config.router_aux_loss_coef = model.router_aux_loss_coef = COEFFICIENT
+    out = model(rows[:, :-1], output_router_logits=True)
+    nats = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), rows[:, 1:].flatten())
+    (nats + COEFFICIENT * out.aux_loss).backward()
+    slopes = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    expected = oracle._by_lechat_name(slopes)
+    ours = {name: jnp.asarray(leaf, jnp.float64) for name, leaf in weights.items()}
+
+    def found(coefficient: float) -> tuple:
+        options = StepOptions(block=12, dtype="float64", router_aux_loss=coefficient)
+        return slope(mixture, options, ours, {}, Rows(tokens))
+
+    loss, grads = found(COEFFICIENT)
+    assert float(loss) == pytest.approx(nats.item(), rel=1e-7)  # their softmax is float32
+    for name, wanted in expected.items():
+        atol = 1e-6 * np.abs(wanted).max()
+        np.testing.assert_allclose(grads[name], wanted, rtol=0, atol=atol)
+    plain_loss, plain = found(0.0)
+    assert loss == plain_loss
+    name = "blocks.0.mlp.router.kernel"
+    assert np.abs(plain[name] - grads[name]).max() > 0.01 * np.abs(grads[name]).max()
+
+
+@pytest.mark.parametrize(
+    "mesh", ["fsdp=2,tp=2", pytest.param("fsdp=4,tp=2", marks=pytest.mark.slow)]
+)
+def test_experts_on_many_devices_learn_as_on_one(
+    mesh: str, mixture: MistralConfig, weights: dict[str, np.ndarray], tokens: np.ndarray
+) -> None:
+    found = []
+    for where in (None, make_mesh(mesh)):
+        remat = "dots" if where else "none"
+        options = StepOptions(block=12, mesh=where, router_aux_loss=COEFFICIENT, remat=remat)
+        found.append(slope(mixture, options, weights, {}, Rows(tokens)))
+    (loss, grads), (sharded_loss, sharded) = found
+    assert float(sharded_loss) == pytest.approx(float(loss), rel=1e-6)
+    for name, wanted in grads.items():
+        atol = 1e-5 * np.abs(wanted).max()
+        np.testing.assert_allclose(sharded[name], wanted, rtol=0, atol=atol)
+
+
+def test_no_device_has_the_experts_of_another(mixture: MistralConfig) -> None:
+    sizes = {"D": 40, "N": 6, "K": 2, "H": 8, "F": 28, "V": 98, "E": 4}
+    for name, leaf in weight_shapes(mixture).items():
+        assert tuple(sizes[letter] for letter in letters(name)) == leaf.shape
+    five = dataclasses.replace(mixture, n_experts=5)
+    with pytest.raises(BadInput, match=r"tp=2 of the mesh does not divide the 5 experts \(E\)"):
+        check_divides(make_mesh("tp=2"), five, batch=4)
+
+
+def test_parts_of_a_batch_add_up_but_for_their_own_balance(
+    mixture: MistralConfig, weights: dict[str, np.ndarray], tokens: np.ndarray
+) -> None:
+    twice = Rows(np.concatenate([tokens[:2], tokens[:2]])[[0, 2, 1, 3]])  # each part the same
+    found = []
+    for n in (1, 2):
+        options = StepOptions(block=12, accumulate=n, router_aux_loss=COEFFICIENT)
+        found.append(slope(mixture, options, weights, {}, twice))
+    for name, wanted in found[0][1].items():
+        atol = 1e-5 * np.abs(wanted).max()
+        np.testing.assert_allclose(found[1][1][name], wanted, rtol=0, atol=atol)
+
+
+def test_a_quantised_mixture_writes_on_and_its_router_is_whole(
+    mixture: MistralConfig, weights: dict[str, np.ndarray]
+) -> None:
+    arrays = {name: jnp.asarray(leaf) for name, leaf in weights.items()}
+    quantized = quantize_weights(dict(arrays))
+    assert quantized["blocks.0.mlp.router.kernel"].dtype == np.float32
+    kernel = quantized["blocks.0.mlp.experts.down.kernel"]
+    assert (kernel.dtype, kernel.shape) == (np.int8, (4, 40, 28))
+    assert quantized["blocks.0.mlp.experts.down.kernel.scale"].shape == (4, 40)
+    prompt = list(range(20))
+    texts = [
+        Generator(bind(mixture, of), chunk=16, context=64).generate(
+            [prompt], 8, Sampling(temperature=0), eos_ids=()
+        )[0]
+        for of in (arrays, quantized)
+    ]
+    np.testing.assert_allclose(texts[0].logprobs[:1], texts[1].logprobs[:1], atol=0.2)
+    assert len(texts[1].ids) == 8
+
+
+def test_adapters_of_experts_are_refused(mixture: MistralConfig) -> None:
+    with pytest.raises(BadInput, match="experts have no adapters here; name q, k, v and o"):
+        Adapters(rank=2, alpha=4.0).parts(mixture)
+    assert len(Adapters(rank=2, alpha=4.0, targets=("q", "o")).parts(mixture)) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [  # as published, and what Mistral rounds to 12.9 and 39 billion
+        ("mixtral-8x7b-v0.1", 46_702_792_704, 12_879_925_248),
+        ("mixtral-8x22b-v0.1", 140_620_634_112, 39_152_031_744),
+        ("mixtral-8x22b-v0.3", 140_630_071_296, 39_161_468_928),
+    ],
+)
+def test_presets_have_the_published_sizes(name: str, total: int, active: int) -> None:
+    config = preset(name)
+    if name != "mixtral-8x22b-v0.1":  # the same with fewer words
+        assert sum(leaf.size for leaf in weight_shapes(config).values()) == total
+    assert (config.n_params, config.n_active_params) == (total, active)
