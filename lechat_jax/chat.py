@@ -22,6 +22,7 @@ from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.dialogue import Dialogue
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import CONTEXT, Generator
+from lechat_jax.quantize import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.session import Session
 from lechat_jax.stop import Stop
@@ -51,8 +52,8 @@ class ChatConfig:
             Memory for all is taken at once. Other models have no such limit.
         dtype: Type to compute in. By default as stored, but float32 on a CPU if that fits into
             memory. Weights of bfloat16 take half of it, and there questions are read more slowly.
-        quantize: Keep the weights in int8, a quarter of float32; python -m parity.quality tells
-            what that costs. A model stored like that stays so.
+        quantize: Keep the weights in int8, a quarter of float32, or int4, an eighth; python -m
+            parity.quality tells what that costs. A model stored like that stays so.
         speculate: Guess ahead from the conversation itself: the same answers, sooner where they
             repeat what was said.
         draft: Tokens that --speculate guesses at a time.
@@ -69,7 +70,7 @@ class ChatConfig:
     seed: int = 0
     context: int = CONTEXT
     dtype: Literal["bfloat16", "float32"] | None = None
-    quantize: Literal["int8"] | None = None
+    quantize: Format | None = None
     speculate: bool = False
     draft: int = 7
     verbose: bool = False

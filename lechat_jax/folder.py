@@ -10,7 +10,7 @@ from typing import Literal
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.headers import parse_json
-from lechat_jax.quantize import Format, pop_format
+from lechat_jax.quantize import Form, pop_format
 from lechat_jax.run import CONFIG
 
 
@@ -66,7 +66,7 @@ def read_config(folder: Path) -> MistralConfig:
         raise BadInput(f"{path} is not the config of a model: {error}") from error
 
 
-def stored_format(folder: Path) -> Format | None:
+def stored_format(folder: Path) -> Form | None:
     """How the weights of a folder in lechat's format are quantised, or `None` if they are not.
 
     Raises:

@@ -21,6 +21,7 @@ from lechat_jax.continuation import Sample, join
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import CONTEXT, Generator
 from lechat_jax.prompts import read_prompts
+from lechat_jax.quantize import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.whole import write_whole
 
@@ -54,8 +55,8 @@ class GenerateConfig:
             all is taken at once, and generation stops there. Other models have no such limit.
         dtype: Type to compute in. By default as stored, but float32 on a CPU if that fits into
             memory. Weights of bfloat16 take half of it, and there prompts and batches are slower.
-        quantize: Keep the weights in int8, a quarter of float32; python -m parity.quality tells
-            what that costs. A model stored like that stays so.
+        quantize: Keep the weights in int8, a quarter of float32, or int4, an eighth; python -m
+            parity.quality tells what that costs. A model stored like that stays so.
         speculate: Guess ahead from the text itself: the same text, sooner where it repeats itself.
         draft: Tokens that --speculate guesses at a time.
         json: File for ids, log-probabilities in nats, texts and tokens per second.
@@ -76,7 +77,7 @@ class GenerateConfig:
     ignore_eos: bool = False
     context: int = CONTEXT
     dtype: Literal["bfloat16", "float32"] | None = None
-    quantize: Literal["int8"] | None = None
+    quantize: Format | None = None
     speculate: bool = False
     draft: int = 7
     json: Path | None = None

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from lechat_jax.errors import BadInput
 from lechat_jax.lora import is_adapter
 from lechat_jax.model import Weights
-from lechat_jax.quantize import Format, is_kernel, is_scale
+from lechat_jax.quantize import Format, is_part
 from lechat_jax.tensors import TensorFiles
 from lechat_jax.trained import Trained
 from lechat_jax.weights import weight_shapes
@@ -111,17 +111,17 @@ def _to_compute_in(
 def _shapes(trained: Trained, dtype: DTypeLike | None, quantize: Format | None) -> Shapes:
     """What the weights will look like when they are loaded."""
     if trained.adapters is not None:
-        how = quantize or trained.quantization
+        how = trained.form(quantize)
         return {
-            **_shapes(trained.base, dtype, how),
+            **_shapes(trained.base, dtype, how.format if how else None),
             **trained.adapters.described(trained.config),
         }
-    how = trained.quantization or quantize
+    how = trained.form(quantize)
     shapes = weight_shapes(trained.config, how)
     stored = TensorFiles.open(trained.folder) if trained.run is None and dtype is None else {}
 
     def described(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        if how and _is_int8(name, shapes):
+        if how and how.is_fixed(name):
             return leaf
         kept = stored[name].dtype if name in stored else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, kept if dtype is None else dtype)
@@ -131,9 +131,5 @@ def _shapes(trained: Trained, dtype: DTypeLike | None, quantize: Format | None) 
 
 def _is_base(name: str, shapes: Shapes) -> bool:
     """Whether this has the type that is computed in; adapters are float32 beside any."""
-    return not _is_int8(name, shapes) and not is_adapter(name)
-
-
-def _is_int8(name: str, shapes: Shapes) -> bool:
-    """Whether this is an int8 kernel, or the scale of one."""
-    return is_scale(name) or (is_kernel(name) and shapes[name].dtype == jnp.int8)
+    is_integer = jnp.issubdtype(shapes[name].dtype, jnp.integer)
+    return not (is_integer or is_part(name) or is_adapter(name))

@@ -23,14 +23,18 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.lora import Adapter, adapted
 from lechat_jax.mask import window_mask
 from lechat_jax.moe import Load, Mixture, Stack
+from lechat_jax.pairs import project_pairs
 from lechat_jax.projection import from_bits, project
-from lechat_jax.quantize import SCALE
+from lechat_jax.quantize import is_part
 from lechat_jax.remat import Remat, recomputing
 from lechat_jax.rope import Rotation, rotate, rotation
 from lechat_jax.rows import positions_in
 
 # The weights of a model by the name under which every format of lechat stores them.
 Weights = dict[str, Array]
+
+# Where a module has the parts of a quantised kernel: under the names of those, but for the dot.
+ATTRIBUTES = ("kernel_scale", "kernel_zero", "kernel_order")
 
 # What a pass carries from layer to layer beside the residual stream: the cache, or nothing.
 Memory = TypeVar("Memory", Cache, None)
@@ -77,18 +81,32 @@ class Linear(nnx.Module):
         self.writes, self.reads = writes, reads
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*writes, *reads)))
         self.kernel_scale: nnx.Param | None = None
+        self.kernel_zero: nnx.Param | None = None
+        self.kernel_order: nnx.Param | None = None
         self.lora: Adapter | None = None
 
     def __call__(self, x: Array) -> Array:
         """`x` [..., *reads] mapped to [..., *writes]."""
-        matrix = self.kernel[...].reshape(math.prod(self.writes), math.prod(self.reads))
-        scale = None if self.kernel_scale is None else self.kernel_scale[...].reshape(-1)
         positions = x.shape[: x.ndim - len(self.reads)]
-        flat = x.reshape(-1, matrix.shape[1])
-        y = project(flat, matrix, scale)
+        flat = x.reshape(-1, math.prod(self.reads))
+        y = self._product(flat)
         if self.lora is not None:
             y = y + self.lora(flat)
         return y.reshape(*positions, *self.writes)
+
+    def _product(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
+        """The kernel's own product, in whichever form it is: floats, int8 or int4."""
+        F = math.prod(self.writes)
+        matrix = self.kernel[...].reshape(F, -1)
+        if self.kernel_scale is None:
+            return project(x, matrix)
+        scale = self.kernel_scale[...]
+        if self.kernel_zero is None:
+            return project(x, matrix, scale.reshape(F))
+        zero = self.kernel_zero[...].reshape(F, -1)
+        if self.kernel_order is not None:
+            x = x[:, self.kernel_order[...]]
+        return project_pairs(x, matrix, scale.reshape(F, -1), zero)
 
 
 class Attention(nnx.Module):
@@ -321,28 +339,27 @@ def bind(config: MistralConfig, weights: Weights) -> Mistral:
     """A model of that shape around these weights, which may be traced: no copy is made.
 
     The hot functions take the plain dict, since passing a module to a jitted function
-    costs milliseconds of Python a call, and bind it inside. A kernel is int8 if its scale
-    is there too, under its name and `SCALE`, and a map has an adapter if that is there.
+    costs milliseconds of Python a call, and bind it inside. A kernel is quantised if its parts
+    are there too, under its name and behind it, and a map has an adapter if that is there.
     """
-    quantized = frozenset(
-        name.removesuffix(SCALE) for name in weights if name.endswith(f"kernel{SCALE}")
-    )
+    parts = frozenset(filter(is_part, weights))
     dtype = str(weights["norm.scale"].dtype)
-    graph, names = _skeleton(config, quantized, adapted(weights), dtype)
+    graph, names = _skeleton(config, parts, adapted(weights), dtype)
     flat = [(path, nnx.Param(weights[name])) for name, path in names.items()]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 @functools.lru_cache(maxsize=8)
 def _skeleton(
-    config: MistralConfig, quantized: frozenset[str], with_adapter: frozenset[str], dtype: str
+    config: MistralConfig, parts: frozenset[str], with_adapter: frozenset[str], dtype: str
 ) -> tuple[nnx.GraphDef, dict[str, tuple]]:
     def build() -> Mistral:
         model = Mistral(config, rngs=nnx.Rngs(0))
         model.embed.dtype = dtype
         for path, module in nnx.iter_modules(model):
-            if isinstance(module, Linear | Table | Stack) and _name((*path, "kernel")) in quantized:
-                module.kernel_scale = nnx.data(nnx.Param(jnp.ones(module.writes)))
+            for part in ATTRIBUTES if isinstance(module, Linear | Table | Stack) else ():
+                if _name((*path, part)) in parts:  # of whichever shape
+                    setattr(module, part, nnx.data(nnx.Param(jnp.ones(()))))
             if isinstance(module, Linear) and _name(path) in with_adapter:
                 module.lora = nnx.data(Adapter(module.writes, module.reads, rank=1))
         return model
@@ -352,4 +369,4 @@ def _skeleton(
 
 
 def _name(path: tuple) -> str:
-    return ".".join(map(str, path)).replace("kernel_scale", f"kernel{SCALE}")
+    return ".".join(map(str, path)).replace("kernel_", "kernel.")

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
+from lechat_jax.quantize import Format
 from lechat_jax.remat import Remat
 
 DEFAULT_PRESET = "lechat-15m"
@@ -55,8 +56,8 @@ class TrainConfig:
         lora_alpha: What an adapter adds is multiplied by alpha / rank. By default twice the rank.
         lora_targets: Maps of a layer that have an adapter. By default all: q k v o gate up down.
         lora_from: Folder of adapters in PEFT's format to begin with, instead of fresh ones.
-        quantize: Keep the weights of --init-from in int8 while adapters are learned. By default
-            they are in the type that is computed in, twice as large or more.
+        quantize: Keep the weights of --init-from in int8 or int4 while adapters are learned. By
+            default they are in the type that is computed in, twice as large or more.
         minutes: Time to train for, in minutes from the start of the process. Turned into a number
             of steps once, after a few timed ones; the final evaluation and the samples follow.
         steps: Number of training steps, instead of --minutes.
@@ -126,7 +127,7 @@ class TrainConfig:
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = ()
     lora_from: Path | None = None
-    quantize: Literal["int8"] | None = None
+    quantize: Format | None = None
     minutes: float = 5.0
     steps: int | None = None
     max_epochs: float = 16.0

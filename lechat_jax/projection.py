@@ -66,12 +66,12 @@ def _project(
     scale: Float[Array, "F"] | None,
     dtype: np.dtype,
 ) -> Float[Array, "T F"]:
-    if form := _cpu_form(x.shape[0], kernel) if _on_cpu() else None:
+    if form := _cpu_form(x.shape[0], kernel) if is_on_cpu() else None:
         y = form(x, kernel)
     elif scale is None and dtype == x.dtype:
         y = x @ kernel.T
     else:  # every int8 is a bfloat16
-        kernel = kernel if scale is None else _here(kernel, x)[0].astype(x.dtype)
+        kernel = kernel if scale is None else here(kernel, x)[0].astype(x.dtype)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         y = jnp.einsum("TD,FD->TF", x, kernel, preferred_element_type=wide)
     return (y if scale is None else y * scale).astype(dtype)
@@ -97,7 +97,7 @@ def _backward(
     """One kernel at a time is converted, when its turn comes."""
     kernel, scale = kept
     dy = (dy * scale).astype(x_dtype)
-    kernel = _here(kernel, dy)[0].astype(x_dtype)
+    kernel = here(kernel, dy)[0].astype(x_dtype)
     wide = jnp.promote_types(x_dtype, jnp.float32)
     dx = jnp.einsum("TF,FD->TD", dy, kernel, preferred_element_type=wide)
     return dx.astype(x_dtype), None, None
@@ -111,7 +111,7 @@ def as_bits(weights: Mapping[str, Array] | Mapping[str, jax.ShapeDtypeStruct]) -
 
     They share memory with those given.
     """
-    if not _on_cpu():
+    if not is_on_cpu():
         return dict(weights)
     return {name: _bits(name, leaf) for name, leaf in weights.items()}
 
@@ -121,7 +121,8 @@ def from_bits(rows: Shaped[Array, "*B D"]) -> Float[Array, "*B D"]:
     return jax.lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
 
 
-def _on_cpu() -> bool:
+def is_on_cpu() -> bool:
+    """Whether products are worked out on a CPU."""
     return jax.default_backend() == "cpu"
 
 
@@ -178,7 +179,7 @@ def _product(x: Float[Array, "T D"], kernel: Float[Array, "F D"]) -> Float[Array
 
 def _sum(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Float[Array, "T F"]:
     """The product as a sum over D, which XLA fuses with the conversion of the kernel."""
-    kernel, x = _here(kernel, x)
+    kernel, x = here(kernel, x)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     if x.shape[0] > 1:
         return jnp.sum(kernel.astype(wide)[None] * x.astype(wide)[:, None], axis=-1)
@@ -192,7 +193,7 @@ _blocks_of_product = functools.partial(_in_blocks, product=_product)
 _blocks_of_sum = functools.partial(_in_blocks, product=_sum)
 
 
-def _here(kernel: Shaped[Array, "F D"], x: Array) -> tuple[Array, Array]:
+def here(kernel: Shaped[Array, "F D"], x: Array) -> tuple[Array, Array]:
     """The same arrays, and XLA does not move the conversion of the kernel from where it is.
 
     It would convert all kernels before a loop that only reads them: a float32 copy of the

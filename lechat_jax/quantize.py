@@ -1,42 +1,138 @@
-"""Weights as int8 with a scale for each output channel: a quarter of float32, half of bfloat16.
+"""Kernels that are no floats: which they are, of which parts, and what config.json says of it.
 
-A kernel [*writes, *reads] becomes q = round(w / scale) in -127 .. 127, under its own name, and
-scale = max |w| / 127 over the axes that it reads, under `<name>.scale`; w is about q * scale.
-All kernels and both tables are quantised, norms are not: they are a ten-thousandth of a model.
-Nor is the router of a mixture of experts, as small, in which rounding would send tokens astray.
+A kernel is quantised into parts under its own name and behind it: int8 has its numbers and
+`<name>.scale` (see `int8`), int4 its numbers, `<name>.scale`, `<name>.zero` and, where the features
+have an order of their own, `<name>.order` (see `int4`). Norms are never quantised: they are a
+ten-thousandth of a model. Nor is the router of a mixture of experts, as small, in which rounding
+would send tokens astray. Tables, the embedding and the head, are int8 in either format, or floats.
 
-Done by numpy, a few rows of a kernel at a time, since the source may be a map of a file that
-is larger than the memory. JAX, which takes a second to load, is not needed to convert a model.
+JAX, which takes a second to load, is not needed to convert a model.
 """
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float32, Int8, Shaped
-from numpy.typing import DTypeLike
+from jaxtyping import Float32, Shaped
 
+from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.host import host_empty
+from lechat_jax.int4 import Packed, packed, unpacked
+from lechat_jax.int8 import dequantize, quantized, scale_shape
 
-SCALE = ".scale"  # behind the name of a kernel, that of its scales
-Format = Literal["int8"]
-QUANTIZATION = "quantization"  # key of a config that names the format
-LARGEST = 127  # so that the range is symmetric; -128 is left out
-# Of a channel below this largest weight, 1e-36, the scale would be no normal number; XLA takes
-# such for zero. The whole channel is zero then.
-LEAST = np.float32(LARGEST * np.finfo(np.float32).tiny)
-PIECE = 1 << 20  # weights in float32 at once; one core does 1e9 a second
+SCALE, ZERO, ORDER = ".scale", ".zero", ".order"  # behind the name of a kernel, that of its parts
+Format = Literal["int8", "int4"]
+QUANTIZATION = "quantization"  # key of a config that names the form
+TABLES = ("embed.kernel", "head.kernel")
+GROUP = 128  # features that share a scale in int4, if they can be had
+LEAST_GROUP = 8  # of 4 bits each; scale and zero are 5 bytes more
+
+Spec = tuple[np.dtype, tuple[int, ...]]
+Parts = Mapping[str, Shaped[np.ndarray, "..."]]
 
 
-class Quantized(NamedTuple):
-    """A kernel in int8, and the scale of each of its output channels."""
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How the kernels of a model are quantised.
 
-    kernel: Int8[np.ndarray, "..."]
-    scale: Float32[np.ndarray, "..."]
+    Attributes:
+        format: of the maps.
+        group: features that share a scale, of int4.
+        is_ordered: whether the features of each map have an order of their own.
+        has_int8_tables: whether embedding and head are int8, or else floats.
+    """
+
+    format: Format
+    group: int = 0
+    is_ordered: bool = False
+    has_int8_tables: bool = True
+
+    def __str__(self) -> str:
+        return self.format
+
+    def format_of(self, name: str) -> Format | None:
+        """In which format a weight is; `None` for what stays as it is.
+
+        >>> form = Form("int4", 128)
+        >>> [form.format_of(n) for n in ("blocks.0.mlp.up.kernel", "embed.kernel", "norm.scale")]
+        ['int4', 'int8', None]
+        """
+        if not is_kernel(name):
+            return None
+        if name in TABLES:
+            return "int8" if self.has_int8_tables else None
+        return self.format
+
+    def is_fixed(self, name: str) -> bool:
+        """Whether a part of that name has the type that it must have, and is never cast."""
+        return is_part(name) or self.format_of(name) is not None
+
+    def parts(self, name: str, shape: tuple[int, ...]) -> dict[str, Spec]:
+        """Type and shape of each part of a kernel, by name; of what stays as it is, nothing.
+
+        >>> parts = Form("int4", 8).parts("blocks.0.attn.o.kernel", (40, 6, 8))
+        >>> for name, (dtype, shape) in parts.items():
+        ...     print(name.removeprefix("blocks.0.attn.o"), dtype, shape)
+        .kernel uint8 (40, 6, 4)
+        .kernel.scale float32 (40, 6)
+        .kernel.zero uint8 (40, 6)
+        """
+        float32, uint8 = np.dtype(np.float32), np.dtype(np.uint8)
+        writes = scale_shape(name, shape)
+        match self.format_of(name):
+            case None:
+                return {}
+            case "int8":
+                return {name: (np.dtype(np.int8), shape), name + SCALE: (float32, writes)}
+            case "int4":
+                features = math.prod(shape[len(writes) :])
+                grid = (*writes, features // self.group)
+                found = {name: (uint8, (*shape[:-1], shape[-1] // 2))}
+                found |= {name + SCALE: (float32, grid), name + ZERO: (uint8, grid)}
+                order: Spec = (np.dtype(np.int32), (features,))
+                return found | ({name + ORDER: order} if self.is_ordered else {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The words of config.json, where the usual goes unsaid."""
+        found: dict[str, Any] = {"format": self.format}
+        found |= {"group": self.group} if self.format == "int4" else {}
+        found |= {"ordered": True} if self.is_ordered else {}
+        return found | ({} if self.has_int8_tables else {"tables": "float"})
+
+
+INT8 = Form("int8")
+
+
+def asked(quantize: Format | None, config: MistralConfig) -> Form | None:
+    """The form that a model is brought into when one says so.
+
+    The groups of int4 are of 128 features, or of as many as divide all that the maps read.
+
+    >>> from lechat_jax.config import preset
+    >>> [asked("int4", preset(name)).group for name in ("mistral-7b-v0.1", "lechat-15m")]
+    [128, 32]
+
+    Raises:
+        BadInput: it is none of the formats, the model's widths have too small a divisor for int4,
+            or it has experts.
+    """
+    check_format(quantize)
+    if quantize != "int4":
+        return INT8 if quantize else None
+    if config.n_experts:
+        raise BadInput("a mixture of experts has no int4 here; choose int8")
+    group = math.gcd(GROUP, config.dim, config.n_heads * config.head_dim, config.hidden_dim)
+    if group < LEAST_GROUP:
+        raise BadInput(
+            f"int4 has groups of {LEAST_GROUP} features or more, which do not divide the widths of "
+            f"this model, {config.dim}, {config.n_heads * config.head_dim} and "
+            f"{config.hidden_dim}; choose int8"
+        )
+    return Form("int4", group)
 
 
 def is_kernel(name: str) -> bool:
@@ -59,15 +155,13 @@ def is_scale(name: str) -> bool:
     return name.endswith(f".kernel{SCALE}")
 
 
-def scale_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The output axes of a kernel; of attention's output it reads the last two, N and H.
+def is_part(name: str) -> bool:
+    """Whether this is the name of what belongs to a quantised kernel, beside its numbers.
 
-    >>> scale_shape("blocks.0.attn.q.kernel", (6, 8, 40))
-    (6, 8)
-    >>> scale_shape("blocks.0.attn.o.kernel", (40, 6, 8))
-    (40,)
+    >>> is_part("embed.kernel.scale"), is_part("norm.scale"), is_part("head.kernel")
+    (True, False, False)
     """
-    return shape[: -2 if name.endswith("attn.o.kernel") else -1]
+    return name.endswith(tuple(f".kernel{part}" for part in (SCALE, ZERO, ORDER)))
 
 
 def is_quantized(names: Iterable[str]) -> bool:
@@ -79,61 +173,51 @@ def is_quantized(names: Iterable[str]) -> bool:
     return any(map(is_scale, names))
 
 
-def quantized(
+def form_of(weights: Mapping[str, Any]) -> Form | None:
+    """The form that weights have, told by their parts."""
+    if not is_quantized(weights):
+        return None
+    has_int8_tables = f"{TABLES[0]}{SCALE}" in weights
+    zeros = [name for name in weights if name.endswith(f".kernel{ZERO}")]
+    if not zeros:
+        return Form("int8", has_int8_tables=has_int8_tables)
+    name = zeros[0].removesuffix(ZERO)
+    kernel, scale = weights[name], weights[name + SCALE]
+    group = 2 * math.prod(kernel.shape) // math.prod(scale.shape)
+    return Form("int4", group, name + ORDER in weights, has_int8_tables)
+
+
+def in_parts(
+    form: Form,
     name: str,
     kernel: Shaped[np.ndarray, "..."],
     where: object = "",
     release: Callable[[], None] = lambda: None,
-) -> Quantized:
-    """The kernel of that name in int8; `release` is called after each piece of it was read.
-
-    >>> quantized("head.kernel", np.array([[-254.0, 100.0], [0, 0]]))
-    Quantized(kernel=array([[-127,   50], [   0,    0]], dtype=int8),
-        scale=array([2., 1.], dtype=float32))
+) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """The parts of a kernel of floats, by name, rounded to the nearest; see `int8` and `int4`.
 
     Raises:
         BadInput: a weight is not finite; `where`, the name by default, is named.
     """
-    shape = scale_shape(name, kernel.shape)
-    matrix = kernel.reshape(math.prod(shape), -1)
-    q, scale = host_empty(matrix.shape, np.int8), np.empty(len(matrix), np.float32)
-    for rows in _pieces(matrix):
-        with np.errstate(over="ignore"):  # of float64; it becomes infinite
-            piece = matrix[rows].astype(np.float32)
-        top = np.maximum(piece.max(axis=1), -piece.min(axis=1))
-        if not np.isfinite(top).all():
-            raise BadInput(
-                f"{where or name} is not finite, so it has no int8 form; its file is damaged or "
-                "the training diverged, start from another"
-            )
-        is_zero = top < LEAST
-        scale[rows] = np.where(is_zero, 1, top / LARGEST)
-        piece /= scale[rows, None]
-        np.rint(piece, out=piece)
-        np.copyto(q[rows], piece, casting="unsafe")
-        release()
-    return Quantized(q.reshape(kernel.shape), scale.reshape(shape))
+    if form.format_of(name) == "int8":
+        numbers, scale = quantized(name, kernel, where, release)
+        return {name: numbers, name + SCALE: scale}
+    made = packed(name, kernel, form.group, where, release)
+    order = {name + ORDER: np.arange(2 * made.kernel[0].size, dtype=np.int32)}
+    found = {name: made.kernel, name + SCALE: made.scale, name + ZERO: made.zero}
+    return found | (order if form.is_ordered else {})
 
 
-def dequantize(
-    kernel: Int8[np.ndarray, "..."],
-    scale: Float32[np.ndarray, "..."],
-    dtype: DTypeLike = np.float32,
-) -> Shaped[np.ndarray, "..."]:
-    """The kernel that the scales make of int8, rounded once to `dtype`.
-
-    >>> dequantize(np.array([[-127, 50]], np.int8), np.array([2], np.float32))
-    array([[-254.,  100.]], dtype=float32)
-    """
-    matrix, factors = kernel.reshape(scale.size, -1), scale.reshape(-1, 1)
-    out = np.empty(matrix.shape, np.dtype(dtype))
-    for rows in _pieces(matrix):
-        out[rows] = matrix[rows] * factors[rows]
-    return out.reshape(kernel.shape)
+def numbers_of(name: str, parts: Parts, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
+    """The kernel of that shape that its parts stand for, in float32."""
+    if name + ZERO not in parts:
+        return dequantize(parts[name], parts[name + SCALE])
+    made = Packed(parts[name], parts[name + SCALE], parts[name + ZERO], parts.get(name + ORDER))
+    return unpacked(made).reshape(shape)
 
 
-def quantize_weights(weights: dict[str, Any]) -> dict[str, Any]:
-    """A model's `Weights` in int8, on the default device; the dict given is emptied.
+def quantize_weights(weights: dict[str, Any], form: Form = INT8) -> dict[str, Any]:
+    """A model's `Weights` in that form, on the default device; the dict given is emptied.
 
     So that there are never two models in memory: each kernel is let go as soon as it has been
     quantised, unless somebody else holds it.
@@ -146,11 +230,9 @@ def quantize_weights(weights: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for name in list(weights):
         leaf = weights.pop(name)
-        if is_kernel(name):
-            kernel, scale = quantized(name, np.asarray(leaf))
-            found[name], found[name + SCALE] = jax.block_until_ready(
-                jax.device_put((kernel, scale))
-            )
+        if form.format_of(name):
+            parts = in_parts(form, name, np.asarray(leaf))
+            found |= jax.block_until_ready(jax.device_put(parts))
         else:
             found[name] = leaf
         del leaf
@@ -163,35 +245,35 @@ def check_format(quantize: str | None) -> None:
     Raises:
         BadInput: it is another.
     """
-    if quantize not in (None, "int8"):
+    if quantize not in (None, *get_args(Format)):
         raise BadInput(
-            f"weights are quantised to int8 here, not to {quantize}; leave it out or say int8"
+            f"weights are quantised to {' or '.join(get_args(Format))} here, not to {quantize}; "
+            "leave it out or say one of these"
         )
 
 
-def pop_format(fields: dict[str, Any], path: Path) -> Format | None:
+def pop_format(fields: dict[str, Any], path: Path) -> Form | None:
     """What `quantization` says in a config read from `path`, out of which it is taken.
 
     >>> fields = {"dim": 40, "quantization": {"format": "int8"}}
-    >>> pop_format(fields, Path("config.json")), fields
+    >>> str(pop_format(fields, Path("config.json"))), fields
     ('int8', {'dim': 40})
 
     Raises:
-        BadInput: a format that is not known.
+        BadInput: a form that is not known.
     """
-    quantization = fields.pop(QUANTIZATION, None)
-    if quantization is None:
+    said = fields.pop(QUANTIZATION, None)
+    if said is None:
         return None
-    if quantization != {"format": "int8"}:
-        raise BadInput(
-            f"{path} says {QUANTIZATION} {json.dumps(quantization)}, and only "
-            f'{{"format": "int8"}} is known here; convert the model from its original'
-        )
-    return "int8"
-
-
-def _pieces(matrix: Shaped[np.ndarray, "F D"]) -> Iterator[slice]:
-    """As many rows at a time as make a piece."""
-    n = max(1, PIECE // max(1, matrix.shape[1]))
-    for start in range(0, len(matrix), n):
-        yield slice(start, start + n)
+    if isinstance(said, dict) and said.get("format") in get_args(Format):
+        has_int8_tables = said.get("tables") != "float"
+        group = said.get("group", 0)
+        if type(group) is int:
+            form = Form(said["format"], group, said.get("ordered") is True, has_int8_tables)
+            is_int8 = form.format == "int8"
+            if form.to_dict() == said and (is_int8 or (group >= LEAST_GROUP and not group % 2)):
+                return form
+    raise BadInput(
+        f"{path} says {QUANTIZATION} {json.dumps(said)}, and only int8 and int4 as lechat writes "
+        "them are known here; convert the model from its original"
+    )

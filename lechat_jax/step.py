@@ -17,7 +17,7 @@ from lechat_jax.loss import cross_entropy
 from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.moe import Load, imbalance
 from lechat_jax.optimizer import MUON, Optimizer, Rule, warmup_then_cooldown
-from lechat_jax.quantize import is_scale
+from lechat_jax.quantize import is_part
 from lechat_jax.remat import Remat
 from lechat_jax.rows import Rows
 from lechat_jax.sharding import ROWS, made_sharded, pinned, sum_over_rows
@@ -92,7 +92,7 @@ def total_nats(
 ) -> Float[Array, ""]:
     """Sum over all positions of share * -log p(target), computed in `options.dtype`.
 
-    `documents` are those of the inputs, where a row holds several. Kernels that are int8
+    `documents` are those of the inputs, where a row holds several. Kernels that are quantised
     stay so.
     """
     work = functools.partial(_nats, config, options)
@@ -134,7 +134,8 @@ def _part_of_imbalance(options: StepOptions, load: Load) -> Float[Array, ""]:
 
 
 def _cast(name: str, leaf: Array, options: StepOptions) -> Array:
-    return leaf if leaf.dtype == jnp.int8 or is_scale(name) else leaf.astype(options.dtype)
+    is_fixed = jnp.issubdtype(leaf.dtype, jnp.integer) or is_part(name)
+    return leaf if is_fixed else leaf.astype(options.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))

@@ -15,7 +15,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.folder import kind_of, read_config, stored_format
 from lechat_jax.manifest import MANIFEST
 from lechat_jax.model import Weights
-from lechat_jax.quantize import Format, check_format, is_kernel, is_scale, quantize_weights
+from lechat_jax.quantize import Form, Format, asked, quantize_weights
 from lechat_jax.run import Run
 from lechat_jax.sharding import described, shardings
 from lechat_jax.tensors import TensorFiles
@@ -100,13 +100,18 @@ class Trained:
             ) from None
 
     @property
-    def quantization(self) -> Format | None:
+    def quantization(self) -> Form | None:
         """How the weights are quantised, if they are: on the disk, or where adapters learned."""
         if self.run is None:
             return stored_format(self.folder)
         if self.adapters is None:
             return None
-        return self.base.quantization or self.run.config["train"].get("quantize")
+        quantize = self.run.config["train"].get("quantize")
+        return self.base.quantization or asked(quantize, self.config)
+
+    def form(self, quantize: Format | None) -> Form | None:
+        """How the weights are quantised once they are loaded: as they are, or else as one says."""
+        return self.quantization or asked(quantize, self.config)
 
     def weights_bytes(self, dtype: DTypeLike | None = None, quantize: Format | None = None) -> int:
         """Memory that it takes to `load` the weights, but for one tensor more on its way.
@@ -114,8 +119,8 @@ class Trained:
         A run's float32 is read whole before it is cast or quantised.
         """
         if self.adapters is not None:
-            return self.base.weights_bytes(dtype, quantize or self.quantization)
-        how = self.quantization or quantize
+            return self.base.weights_bytes(dtype, self._of_base(quantize))
+        how = self.form(quantize)
         if self.run is None and how is None and dtype is None:
             return sum(info.nbytes for info in TensorFiles.open(self.folder).values())
         wanted = weights_bytes(self.config, dtype or np.float32, how)
@@ -129,7 +134,7 @@ class Trained:
     ) -> Loaded:
         """The weights, cast to `dtype` if one is given; a run's are of its last good checkpoint.
 
-        In int8, which they may be on the disk or become by `quantize`, only the norms are cast.
+        What is quantised, on the disk or by `quantize`, is not cast, so mostly the norms are.
 
         With a mesh each device is given its part, as `sharding` says.
 
@@ -137,7 +142,7 @@ class Trained:
             BadInput: there is no good checkpoint, or as `load_weights` does.
         """
         if self.run is None:
-            shapes = weight_shapes(self.config, self.quantization or quantize)
+            shapes = weight_shapes(self.config, self.form(quantize))
             places = shardings(mesh, shapes) if mesh else None
             _, weights = load_weights(self.folder, dtype=dtype, quantize=quantize, shardings=places)
             return Loaded(weights, self.folder / MANIFEST)
@@ -147,18 +152,18 @@ class Trained:
             return Loaded(weights, learned.manifest, base.refused + learned.refused)
         from lechat_jax.checkpoint import Checkpoints  # Orbax takes 0.2 s, and only runs need it
 
-        check_format(quantize)
+        form = asked(quantize, self.config)
         template = {"model": described(mesh, weight_shapes(self.config))}
         restored = Checkpoints(self.run.checkpoints).restore(template)
         manifest = self.run.checkpoints / str(restored.step) / MANIFEST
         weights = restored.items["model"]
-        if quantize is not None:
+        if form is not None:
             try:
-                weights = quantize_weights(weights)
+                weights = quantize_weights(weights, form)
             except BadInput as error:
                 raise BadInput(f"{manifest.parent}: {error}") from None
         for name in weights:  # one by one, so that there are not two models in memory
-            if dtype is not None and not (quantize and (is_kernel(name) or is_scale(name))):
+            if dtype is not None and not (form and form.is_fixed(name)):
                 weights[name] = weights[name].astype(dtype)
         return Loaded(weights, manifest, restored.refused)
 
@@ -173,9 +178,13 @@ class Trained:
         Raises:
             BadInput: they are others than those, or as `load` does.
         """
-        loaded = self.base.load(dtype, quantize or self.quantization, mesh)
+        loaded = self.base.load(dtype, self._of_base(quantize), mesh)
         self.check_base(loaded.manifest)
         return loaded
+
+    def _of_base(self, quantize: Format | None) -> Format | None:
+        """How the base is to be quantised: as one says, or else as it was for the adapters."""
+        return quantize or (self.quantization.format if self.quantization else None)
 
     def check_base(self, manifest: Path) -> None:
         """Raises `BadInput` if the adapters were learned beside weights with another manifest."""

@@ -3,8 +3,8 @@
 <folder>/
   config.json         the model, in the words of `MistralConfig`
   model.safetensors   or shards and their index; names and shapes are those of `weights_of`
-                      or, if config.json has `"quantization": {"format": "int8"}` beside the
-                      model, those that `quantize` makes of them
+                      or, if config.json has `"quantization": {"format": "int8"}` or int4 beside
+                      the model, those of the parts that `quantize` makes of them
   tokenizer.model.v1  the tokenizer, or another of Mistral's; without it there are only ids
   SHA256SUMS          every other file, as `sha256sum -c SHA256SUMS` reads it
 """
@@ -34,14 +34,12 @@ from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault, sync, write_manifes
 from lechat_jax.model import Mistral, Weights, weights_of
 from lechat_jax.quantize import (
     QUANTIZATION,
-    SCALE,
+    Form,
     Format,
-    check_format,
-    is_kernel,
-    is_quantized,
-    is_scale,
-    quantized,
-    scale_shape,
+    asked,
+    form_of,
+    in_parts,
+    is_part,
 )
 from lechat_jax.run import CONFIG
 from lechat_jax.tensors import TensorFiles, write_tensors
@@ -82,17 +80,18 @@ def load_weights(
         shardings: by default whole and uncommitted on the default device, as fresh arrays.
         check: first verify SHA256SUMS, at 0.7 s a GB and core, a file each. Otherwise no
             damage is noticed but that of a header.
-        quantize: turn the kernels into int8 on the way, each whole on the host, at 1e9 weights
-            a second. Those that are int8 on the disk stay so, whatever is said here.
+        quantize: turn the kernels into int8 or int4 on the way, each whole on the host, at 1e9
+            weights a second. Those that are quantised on the disk stay as they are, whatever is
+            said here.
 
     Raises:
         BadInput: a file is not what was saved, it is named; tensors are missing, left over
             or of another shape or type than the model's, all are named; or the dtype is
             too small for a number, or one that JAX was not told to have.
     """
-    check_format(quantize)
-    config, stored = read_config(folder), stored_format(folder)
-    load = functools.partial(_load, folder, config, stored, dtype, shardings, quantize)
+    config = read_config(folder)
+    stored, wanted = stored_format(folder), asked(quantize, config)
+    load = functools.partial(_load, folder, config, stored, dtype, shardings, wanted)
     if not check:
         return config, load()
     with ThreadPoolExecutor(1) as thread:  # hashing keeps one core busy, and placing another
@@ -110,10 +109,10 @@ def load_weights(
 def _load(
     folder: Path,
     config: MistralConfig,
-    stored: Format | None,
+    stored: Form | None,
     dtype: DTypeLike | None,
     shardings: Placement | None,
-    quantize: Format | None,
+    wanted: Form | None,
 ) -> Weights:
     """The weights that `load_weights` gives, unchecked."""
     files = TensorFiles.open(folder)
@@ -126,11 +125,11 @@ def _load(
 
     for name in files:  # as they lie on the disk
         view = files.read(name)
-        is_fixed = stored is not None and (is_kernel(name) or is_scale(name))
-        if quantize and not stored and is_kernel(name):
-            kernel, scale = quantized(name, view, f"{name} in {folder}", files.release)
-            place(name, kernel, kernel.dtype)
-            place(name + SCALE, scale, scale.dtype)
+        is_fixed = stored is not None and stored.is_fixed(name)
+        if wanted and not stored and wanted.format_of(name):
+            parts = in_parts(wanted, name, view, f"{name} in {folder}", files.release)
+            for key, part in parts.items():
+                place(key, part, part.dtype)
         else:
             target = np.dtype(view.dtype if dtype is None or is_fixed else dtype)
             if jax.dtypes.canonicalize_dtype(target) != target:
@@ -140,7 +139,7 @@ def _load(
             except FloatingPointError:
                 raise BadInput(f"{name} in {folder} has numbers too large for {target}") from None
         files.release()
-    return {name: weights[name] for name in weight_shapes(config, stored or quantize)}
+    return {name: weights[name] for name in weight_shapes(config, stored or wanted)}
 
 
 def save_weights(
@@ -158,7 +157,7 @@ def save_weights(
     """
     if folder.exists():
         raise BadInput(f"{folder} exists already; choose another folder")
-    how: Format | None = "int8" if is_quantized(weights) else None
+    how = form_of(weights)
     _check_fit(folder, weight_shapes(config, how), weights)
     infos = [(name, np.dtype(leaf.dtype), leaf.shape) for name, leaf in weights.items()]
     partial = folder.with_name(f".{folder.name}.partial")
@@ -166,7 +165,7 @@ def save_weights(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        fields = config.to_dict() | ({QUANTIZATION: {"format": how}} if how else {})
+        fields = config.to_dict() | ({QUANTIZATION: how.to_dict()} if how else {})
         text = json.dumps(fields, indent=2) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
         if tokenizer_file:
@@ -194,32 +193,34 @@ def save_weights(
 
 @functools.lru_cache(maxsize=8)
 def weight_shapes(
-    config: MistralConfig, quantize: Format | None = None
+    config: MistralConfig, form: Form | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape of each weight by name, and the dtype that it has when freshly made or quantised."""
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
     for name, leaf in jax.eval_shape(lambda: weights_of(Mistral(config, rngs=nnx.Rngs(0)))).items():
-        if quantize and is_kernel(name):
-            shapes[name] = jax.ShapeDtypeStruct(leaf.shape, jnp.int8)
-            shapes[name + SCALE] = jax.ShapeDtypeStruct(scale_shape(name, leaf.shape), jnp.float32)
-        else:
+        parts = form.parts(name, leaf.shape) if form else {}
+        for key, (dtype, shape) in parts.items():
+            shapes[key] = jax.ShapeDtypeStruct(shape, dtype)
+        if not parts:
             shapes[name] = leaf
     return shapes
 
 
-def weights_bytes(config: MistralConfig, dtype: DTypeLike, quantize: Format | None = None) -> int:
-    """Memory that the weights take in a dtype, or in int8 with only their norms in that dtype.
+def weights_bytes(config: MistralConfig, dtype: DTypeLike, form: Form | None = None) -> int:
+    """Memory that the weights take in a dtype, which those that are quantised do not have.
 
     >>> from lechat_jax.config import preset
     >>> config = preset("mistral-7b-v0.1")
     >>> [round(weights_bytes(config, dtype) / 1e9, 2) for dtype in ("float32", "bfloat16")]
     [28.97, 14.48]
-    >>> round(weights_bytes(config, "bfloat16", "int8") / 1e9, 2)
-    7.25
+    >>> of_gptq = Form("int4", 128, is_ordered=True, has_int8_tables=False)
+    >>> forms = asked("int8", config), asked("int4", config), of_gptq
+    >>> [round(weights_bytes(config, "bfloat16", form) / 1e9, 2) for form in forms]
+    [7.25, 4.03, 4.29]
     """
     total = 0
-    for name, leaf in weight_shapes(config, quantize).items():
-        is_fixed = quantize is not None and (is_kernel(name) or is_scale(name))
+    for name, leaf in weight_shapes(config, form).items():
+        is_fixed = form is not None and form.is_fixed(name)
         total += leaf.size * np.dtype(leaf.dtype if is_fixed else dtype).itemsize
     return total
 
@@ -246,8 +247,8 @@ def _check_fit(
 
 
 def _may_be(dtype: np.dtype, name: str, found: Any) -> bool:
-    """Whether the type of what was found is that of int8 and its scales, or else any float."""
-    if dtype == np.int8 or is_scale(name):
+    """Whether the type of what was found is that of a quantised part, or else any float."""
+    if np.issubdtype(dtype, np.integer) or is_part(name):
         return np.dtype(found.dtype) == dtype
     return np.dtype(found.dtype) in FLOATS
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from lechat_jax import cli
 from lechat_jax.errors import BadInput
 from lechat_jax.manifest import sync, write_manifest
-from lechat_jax.quantize import SCALE, is_kernel, is_scale, quantized, scale_shape
+from lechat_jax.quantize import Form, asked, in_parts
 from lechat_jax.quantize import Format as Quantization
 from lechat_jax.tensors import Wanted, write_tensors
 from parity.finite import is_finite
@@ -58,8 +58,10 @@ class Convert:
         dtype: Type of the weights written; with --quantize, of the norms.
         adapter: Folder of adapters in PEFT's format, which are merged into SRC. Those of a training
             run are merged without it.
-        quantize: Write the kernels as int8 with a scale for each output channel: a quarter of
-            float32, and no way back. In lechat's format only.
+        quantize: Write the kernels as int8 with a scale for each output channel, a quarter of
+            float32, or as int4 with one for each group of 128 features, an eighth; there is no way
+            back. In lechat's format only, where what is so already stays as it is.
+        dequantize: Write the numbers that others' int4 and int8 stand for, in lechat's format too.
         shard_gb: Most GB of weights in a file; 0 is one file. Mistral's own and torch have one.
         allow_nonfinite: Write weights that are infinite or not a number too.
         overwrite: Replace a checkpoint at DST, once the new one is complete.
@@ -73,6 +75,7 @@ class Convert:
     dtype: Dtype = "keep"
     adapter: Path | None = None
     quantize: Quantization | None = None
+    dequantize: bool = False
     shard_gb: float = 5.0
     allow_nonfinite: bool = False
     overwrite: bool = False
@@ -86,7 +89,9 @@ class Convert:
                 "reads; leave it out, or say --to lechat"
             )
         if self.quantize and self.allow_nonfinite:
-            raise BadInput("int8 has no infinite numbers; leave out --allow-nonfinite")
+            raise BadInput(f"{self.quantize} has no infinite numbers; leave out --allow-nonfinite")
+        if self.quantize and self.dequantize:
+            raise BadInput("--quantize and --dequantize contradict each other; leave out one")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,14 +108,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         adapter=options.adapter,
         dtype=None if options.dtype == "keep" else DTYPES[options.dtype],
     )
+    form = form_to_write(source, options)
     meter = convert(source, options, console)
     print(
         f"{options.dst}: {len(source.names)} tensors, {meter.done / 1e9:.2f} GB of "
-        f"{options.quantize or _dtype(source, options).name} in {meter.seconds:.1f} s "
+        f"{form or _dtype(source, options).name} in {meter.seconds:.1f} s "
         f"({meter.done / 1e9 / meter.seconds:.2f} GB/s), {source.format} to {options.to}"
     )
     if source.quantization:
-        print(f"{options.src} is {source.quantization}: these are the numbers it stands for")
+        stays = form is not None and form is source.store.form
+        what = "and stays so" if stays else "these are the numbers it stands for"
+        print(f"{options.src} is {source.quantization}: {what}")
     for note in source.store.notes:
         print(f"{options.src}: {note}")
     for line in _what_next(source, options):
@@ -143,10 +151,8 @@ def convert(source: Source, options: Convert, console: Console) -> Meter:
         BadInput: the disk has too little room, the format has no words for the model, or a
             weight is not finite; then nothing is left behind.
     """
-    if options.quantize and source.quantization and source.format == "lechat":
-        raise BadInput(f"{options.src} is {source.quantization} already; copy the folder")
-    dtype = _dtype(source, options)
-    infos = _wanted(source, options.to, dtype, options.quantize)
+    dtype, form = _dtype(source, options), form_to_write(source, options)
+    infos = _wanted(source, options.to, dtype, form)
     total = sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in infos)
     dst = options.dst.absolute()
     partial = dst.with_name(f".{dst.name}.partial")
@@ -162,9 +168,9 @@ def convert(source: Source, options: Convert, console: Console) -> Meter:
         with Meter(total, console) as meter, ThreadPoolExecutor(1) as beside:
             # The source is verified while it is read, and nothing appears before that is done.
             whole = beside.submit(check_whole, source.path) if source.format == "lechat" else None
-            write_config(new, options.to, source, dtype, options.quantize)
+            write_config(new, options.to, source, dtype, form)
             write_tokenizer(new, options.to, source)
-            _write_weights(new, infos, source, options, meter)
+            _write_weights(new, infos, source, options, form, meter)
             if whole:
                 whole.result()
         _appear(new, dst, partial / "old")
@@ -176,29 +182,35 @@ def convert(source: Source, options: Convert, console: Console) -> Meter:
 
 
 def _write_weights(
-    folder: Path, infos: list[Wanted], source: Source, options: Convert, meter: Meter
+    folder: Path,
+    infos: list[Wanted],
+    source: Source,
+    options: Convert,
+    form: Form | None,
+    meter: Meter,
 ) -> None:
     """The weights of the source in the folder, and the manifest of a folder of lechat's."""
     config, fmt = source.config, options.to
     table = rows(config)
     ours = {theirs: name for name, theirs in names(config, fmt).items()}
 
-    scales: dict[str, np.ndarray] = {}  # of the kernel read last
+    waiting: dict[str, np.ndarray] = {}  # parts of the kernel read last
 
     def read(key: str) -> Shaped[np.ndarray, "..."]:
-        if key in scales:
-            return scales.pop(key)
-        array, row = source.read(ours[key]), table.get(ours[key])
-        array = array if row is None else to_format(array, config, fmt, row)
-        if options.quantize and is_kernel(key):
-            array, scales[key + SCALE] = quantized(key, array, source.where(key))
+        if key in waiting:
+            return waiting.pop(key)
+        if form and form.format_of(key):
+            waiting.update(_parts(source, key, form))
             source.release()
-        return array
+            return waiting.pop(key)
+        array, row = source.read(ours[key]), table.get(ours[key])
+        return array if row is None else to_format(array, config, fmt, row)
 
     def check(key: str, piece: Shaped[np.ndarray, "..."]) -> None:
-        is_checked = piece.dtype == np.int8 or is_scale(key) or options.allow_nonfinite
-        if not is_checked and not is_finite(piece):
-            raise BadInput(_complaint(source, ours[key], piece.dtype))
+        is_finite_anyway = np.issubdtype(piece.dtype, np.integer) or options.allow_nonfinite
+        if not is_finite_anyway and not is_finite(piece):
+            name = ours.get(key) or key.rpartition(".")[0]  # the kernel of a part
+            raise BadInput(_complaint(source, name, piece.dtype))
 
     def count(n: int) -> None:
         before = meter.done
@@ -231,24 +243,43 @@ def _write_weights(
         write_manifest(folder, digests)
 
 
-def _wanted(
-    source: Source, fmt: Format, dtype: np.dtype, quantize: Quantization | None
-) -> list[Wanted]:
+def _wanted(source: Source, fmt: Format, dtype: np.dtype, form: Form | None) -> list[Wanted]:
     """Name, dtype and shape of each tensor to write, in the order in which they are best read.
 
-    The scale of a kernel is known when that has been read, so it comes behind it.
+    The parts of a kernel are known when that has been read, so they come one behind the other.
     """
     found, sizes = names(source.config, fmt), shapes(source.config, fmt)
     wanted: list[Wanted] = []
     of = {name: [name] for name in source.names} if fmt == "lechat" else parts(source.config)
     for name in itertools.chain.from_iterable(of[name] for name in source.names):
-        if quantize and is_kernel(name):
-            wanted.append((name, np.dtype(np.int8), sizes[name]))
-            shape = scale_shape(name, sizes[name])
-            wanted.append((name + SCALE, np.dtype(np.float32), shape))
-        else:
+        its_parts = form.parts(name, sizes[name]) if form else {}
+        wanted += [(key, its_dtype, shape) for key, (its_dtype, shape) in its_parts.items()]
+        if not its_parts:
             wanted.append((found[name], dtype, sizes[name]))
     return wanted
+
+
+def form_to_write(source: Source, options: Convert) -> Form | None:
+    """How the kernels are quantised when they are written, if they are.
+
+    Raises:
+        BadInput: they are so already.
+    """
+    stored = source.store.form
+    if source.config.n_experts:  # which others keep apart and lechat in one kernel
+        stored = None
+    if options.quantize and source.quantization and source.format == "lechat":
+        raise BadInput(f"{options.src} is {source.quantization} already; copy the folder")
+    if stored and options.to == "lechat" and options.quantize in (None, stored.format):
+        return None if options.dequantize else stored
+    return asked(options.quantize, source.config)
+
+
+def _parts(source: Source, name: str, form: Form) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """The parts of a kernel: those that are stored, or what rounding makes of its numbers."""
+    if form is source.store.form and (found := source.stored_parts(name, form)):
+        return found
+    return in_parts(form, name, source.read(name), source.where(name))
 
 
 def _dtype(source: Source, options: Convert) -> np.dtype:

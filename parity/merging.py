@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.quantize import dequantize, is_kernel, quantized
+from lechat_jax.quantize import Form, in_parts, numbers_of
 from parity.formats import from_format, to_format
 from parity.names import Format, rows
 from parity.stores import Stored
@@ -78,18 +78,19 @@ def with_products(
                 return to_format(kernel.astype(target), config, fmt, row)
 
         where = f"{one.where}, merged with its adapter,"
-        return dataclasses.replace(one, dtype=target, where=where, read=read)
+        return dataclasses.replace(one, dtype=target, where=where, read=read, parts=None)
 
     return {name: whole(name, one) for name, one in stored.items()}
 
 
-def through_int8(stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The numbers that the kernels stand for once they are int8; by lechat's names and shapes."""
+def rounded(stored: Mapping[str, Stored], form: Form) -> dict[str, Stored]:
+    """The numbers that kernels, of lechat's names and shapes, stand for once they are quantised."""
 
-    def rounded(name: str, one: Stored) -> Stored:
+    def whole(name: str, one: Stored) -> Stored:
         def read() -> Shaped[np.ndarray, "..."]:
-            return dequantize(*quantized(name, one.read(), one.where), one.dtype)
+            parts = in_parts(form, name, one.read(), one.where)
+            return numbers_of(name, parts, one.shape).astype(one.dtype)
 
-        return dataclasses.replace(one, read=read) if is_kernel(name) else one
+        return dataclasses.replace(one, read=read) if form.format_of(name) else one
 
-    return {name: rounded(name, one) for name, one in stored.items()}
+    return {name: whole(name, one) for name, one in stored.items()}

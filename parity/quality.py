@@ -1,7 +1,7 @@
-"""What int8 costs: a model and its int8 read the same held-out text, token by token.
+"""What quantising costs: a model and its int8 or int4 read the same held-out text, token by token.
 
-python -m parity.quality DIR quantises the weights of DIR; with --against INT8DIR it takes those
-of a folder. The int8 is computed with as it is, as generating does, never dequantised first.
+python -m parity.quality DIR quantises the weights of DIR; with --against FOLDER it takes those
+of a folder. They are computed with as they are, as generating does, never dequantised first.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.loading import load_to_compute
 from lechat_jax.model import Weights, bind
 from lechat_jax.projection import project
-from lechat_jax.quantize import Format, is_quantized, quantize_weights
+from lechat_jax.quantize import INT8, Format, asked, form_of, quantize_weights
 from lechat_jax.trained import Trained
 from lechat_jax.whole import write_whole
 from parity.held_out import Text, held_out
@@ -42,7 +42,7 @@ class Quality:
 
     Attributes:
         dir: Folder of the reference: a training run, or unquantised weights in lechat's format.
-        quantize: How the reference is quantised to be compared with itself; the default.
+        quantize: How the reference is quantised to be compared with itself; by default int8.
         against: Folder of weights to compare with the reference instead.
         data: Text whose held-out tenth is read, as for training; by default that of the run, or
             training's default.
@@ -127,11 +127,11 @@ def measure(options: Quality, display: Display) -> dict[str, Any]:
     read = [_hidden(config, weights, row) for row in _shown(text.inputs, display, "reference")]
     display.wait("quantising" if other is None else "loading weights")
     if other is None:
-        weights = quantize_weights(weights)
+        weights = quantize_weights(weights, asked(options.quantize, config) or INT8)
     else:
         weights.clear()
         weights = _load(other, dtype)
-    rows.append(_row("int8" if is_quantized(weights) else dtype, weights))
+    rows.append(_row(str(form_of(weights) or dtype), weights))
     parts = []
     for i, row in enumerate(_shown(text.inputs, display, rows[1]["weights"])):
         x, y = read[i][0], _hidden(config, weights, row)[0]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lechat_jax.errors import BadInput
+from parity.packed import LAYOUTS, packed_store
 from parity.scaled import Block, scaled_store
 from parity.stores import Store
 
@@ -101,10 +102,13 @@ def _compressed_tensors(value: Fields, where: object) -> Quantization:
             f"{where} has layers quantised in {len(kinds) + bool(groups)} ways by "
             f"compressed-tensors, and one is read here; {INSTEAD}"
         )
-    kind = weights.get("type"), weights.get("num_bits")
+    kind, strategy = (weights.get("type"), weights.get("num_bits")), weights.get("strategy")
+    size = weights.get("group_size") if strategy == "group" else None
+    if value.get("format") == "pack-quantized" and kind in (("int", 4), ("int", 8)):
+        return _grouped("compressed-tensors", kind[1], size, where)
     if kind in (("float", 8), ("int", 8)) and weights.get("symmetric", True):
         block = _block(weights, where, "block_structure")
-        if weights.get("strategy") == "group" and _is_size(size := weights.get("group_size")):
+        if size is not None and _is_size(size):
             block = Block(1, size)
         name = "FP8" if kind[0] == "float" else "int8 of compressed-tensors"
         return Quantization(name, functools.partial(scaled_store, block=block))
@@ -114,7 +118,40 @@ def _compressed_tensors(value: Fields, where: object) -> Quantization:
     )
 
 
+def _grouped(layout: str, bits: Any, size: Any, where: object) -> Quantization:
+    size = None if size == -1 else size
+    if bits not in (4, 8) or not (size is None or _is_size(size)):
+        raise BadInput(
+            f"{where} has weights of {bits} bits in groups of {size}, and 4 or 8 bits are read "
+            f"here; {INSTEAD}"
+        )
+    read = functools.partial(packed_store, layout=LAYOUTS[layout], bits=bits, size=size)
+    return Quantization(f"int{bits} of {layout.removesuffix('_v2').upper()}", read)
+
+
+def _gptq(value: Fields, where: object) -> Quantization:
+    layout = value.get("checkpoint_format") or "gptq"
+    if layout not in ("gptq", "gptq_v2"):
+        raise BadInput(
+            f"{where} has the checkpoint_format {layout} of GPTQ, and gptq and gptq_v2 are read "
+            f"here; {INSTEAD}"
+        )
+    return _grouped(layout, value.get("bits"), value.get("group_size"), where)
+
+
+def _awq(value: Fields, where: object) -> Quantization:
+    if (version := str(value.get("version", "gemm")).lower()) != "gemm":
+        raise BadInput(
+            f"{where} has the version {version} of AWQ, and gemm is read here; {INSTEAD}"
+        )
+    if (bits := value.get("bits", value.get("w_bit"))) != 4:
+        raise BadInput(f"{where} has weights of {bits} bits of AWQ, and 4 are read here; {INSTEAD}")
+    return _grouped("awq", bits, value.get("group_size", value.get("q_group_size")), where)
+
+
 METHODS: dict[str, Callable[[Fields, object], Quantization]] = {
     "fp8": _fp8,
     "compressed-tensors": _compressed_tensors,
+    "gptq": _gptq,
+    "awq": _awq,
 }

@@ -20,11 +20,11 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.headers import check_inside, parse_json
 from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault
-from lechat_jax.quantize import pop_format
+from lechat_jax.quantize import Form, pop_format
 from lechat_jax.run import Run
 from parity import configs, first_mixtral, hub
 from parity.formats import from_format
-from parity.merging import Product, through_int8, with_products
+from parity.merging import Product, rounded, with_products
 from parity.names import Format, match, names, parts, rows, shapes, tied_head
 from parity.pickles import pickle_store
 from parity.quantizations import Quantization, take_quantization
@@ -113,11 +113,25 @@ class Source:
         row = rows(self.config).get(name)
         return self.stored[row.lechat if row else parts(self.config)[name][0]]
 
+    def stored_parts(self, name: str, form: Form) -> dict[str, Shaped[np.ndarray, "..."]] | None:
+        """The parts of a kernel that is stored in that form, by name and in lechat's shapes."""
+        read = self.stored_of(name).parts
+        if read is None:
+            return None
+        wanted = form.parts(name, shapes(self.config, "lechat")[name])
+        found = read()
+        return {
+            key: found[key.removeprefix(name)].reshape(its_shape)
+            for key, (_, its_shape) in wanted.items()
+        }
+
     def merged(self, products: Mapping[str, Product], dtype: np.dtype | None = None) -> "Source":
         """The model with adapters in its kernels, which are in `dtype` then, or as before."""
         fmt = _format(self.format)
         stored = with_products(self.config, fmt, self.stored, products, dtype)
-        return dataclasses.replace(self, stored=stored)
+        return dataclasses.replace(
+            self, stored=stored, store=dataclasses.replace(self.store, form=None)
+        )
 
     def where(self, name: str) -> str:
         """The key and the file of a weight, for messages."""
@@ -275,7 +289,7 @@ def _lechat(folder: Path, fields: dict[str, Any], verify: bool) -> Source:
         check_whole(folder)
     store = safetensors_store(folder, "model")
     if quantization:
-        store = dequantized_store(store)
+        store = dequantized_store(store, quantization)
     return _source("lechat", folder, config, store, {})
 
 
@@ -309,8 +323,8 @@ def _adapted(folder: Path, dtype: np.dtype | None) -> Source:
     trained.check_base(_manifest(base))
     for sentence in learned.refused:
         print(f"warning: {sentence}", file=sys.stderr)
-    if trained.quantization and not base.quantization:  # they learned beside what int8 makes of it
-        base = dataclasses.replace(base, stored=through_int8(base.stored))
+    if trained.quantization and not base.quantization:  # they learned beside what that makes of it
+        base = dataclasses.replace(base, stored=rounded(base.stored, trained.quantization))
     arrays = {name: np.asarray(leaf) for name, leaf in learned.weights.items()}
     merged = base.merged(_products(trained.adapters, arrays, base.config), dtype)
     return dataclasses.replace(

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lechat_jax.errors import BadInput
-from lechat_jax.quantize import SCALE, dequantize, is_kernel, is_scale, scale_shape
+from lechat_jax.quantize import Form, Parts, is_part, numbers_of
 from lechat_jax.tensors import TensorFiles
 
 
@@ -25,12 +25,15 @@ class Stored:
         shape: as it is stored.
         where: the file and the key, for messages.
         read: gives it.
+        parts: gives the parts of a kernel that is quantised as lechat's can be, matrices by what is
+            behind the kernel's name in theirs.
     """
 
     dtype: np.dtype
     shape: tuple[int, ...]
     where: str
     read: Callable[[], Shaped[np.ndarray, "..."]]
+    parts: Callable[[], Parts] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Store:
         metadata: what the files say beside the tensors.
         quantization: how the tensors are on the disk, which are read as the numbers that stands
             for; in words, for messages.
+        form: of lechat's, that all kernels which have `parts` have.
         notes: sentences for the user about what of the files is not in the tensors.
     """
 
@@ -50,6 +54,7 @@ class Store:
     release: Callable[[], None] = lambda: None
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     quantization: str | None = None
+    form: Form | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -79,33 +84,38 @@ def array_store(where: object, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) 
     )
 
 
-def dequantized_store(store: Store) -> Store:
-    """The weights that int8 kernels and their scales stand for, to be of the type of the norms.
+def dequantized_store(store: Store, form: Form) -> Store:
+    """The weights that the parts of lechat's kernels stand for, to be of the type of the norms.
 
     Each is made when it is read, in float32, so that whoever casts it rounds it once, and is the
     only one in memory.
 
     Raises:
-        BadInput: a kernel is not int8, or has no scale that fits.
+        BadInput: a kernel lacks a part that fits.
     """
-    norms = (x.dtype for key, x in store.tensors.items() if not (is_kernel(key) or is_scale(key)))
-    dtype = next(norms, np.dtype(np.float32))
+    floats = (x.dtype for key, x in store.tensors.items() if not form.is_fixed(key))
+    dtype = next(floats, np.dtype(np.float32))
 
     def whole(key: str, kernel: Stored) -> Stored:
-        scale = store.tensors.get(key + SCALE)
-        if kernel.dtype != np.int8 or scale is None or scale.dtype != np.float32:
-            raise BadInput(f"{kernel.where} is not int8 with float32 scales beside it")
-        if scale.shape != scale_shape(key, kernel.shape):
-            raise BadInput(
-                f"{scale.where} has the shape {list(scale.shape)} beside {list(kernel.shape)}"
-            )
-        return dataclasses.replace(
-            kernel, dtype=dtype, read=lambda: dequantize(kernel.read(), scale.read())
-        )
+        double = 2 if form.format_of(key) == "int4" else 1
+        shape = (*kernel.shape[:-1], double * kernel.shape[-1])
+        wanted = form.parts(key, shape)
+        for name, (its_dtype, its_shape) in wanted.items():
+            part = store.tensors.get(name)
+            if part is None or (part.dtype, part.shape) != (its_dtype, its_shape):
+                raise BadInput(
+                    f"{kernel.where} is not {form.format_of(key)} with {name} beside it as "
+                    f"{its_dtype} {list(its_shape)}"
+                )
+
+        def read() -> Shaped[np.ndarray, "..."]:
+            return numbers_of(key, {name: store.tensors[name].read() for name in wanted}, shape)
+
+        return dataclasses.replace(kernel, dtype=dtype, shape=shape, read=read)
 
     tensors = {
-        key: whole(key, one) if is_kernel(key) else one
+        key: whole(key, one) if form.format_of(key) else one
         for key, one in store.tensors.items()
-        if not is_scale(key)
+        if not is_part(key)
     }
-    return dataclasses.replace(store, tensors=tensors, quantization="int8")
+    return dataclasses.replace(store, tensors=tensors, quantization=str(form))

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lechat_jax.quantize import QUANTIZATION
-from lechat_jax.quantize import Format as Quantization
+from lechat_jax.quantize import QUANTIZATION, Form
 from lechat_jax.tokenizer import Tokenizer, preferred
 from parity import configs
 from parity.names import Format
@@ -37,7 +36,7 @@ def write_config(
     fmt: Format,
     source: Source,
     dtype: np.dtype,
-    quantize: Quantization | None = None,
+    form: Form | None = None,
 ) -> None:
     """Puts the config of the model into the folder, in the words of the format.
 
@@ -56,7 +55,7 @@ def write_config(
         ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
         _write(folder / "generation_config.json", {"_from_model_config": True, **ids})
     else:
-        said = {QUANTIZATION: {"format": quantize}} if quantize else {}
+        said = {QUANTIZATION: form.to_dict()} if form else {}
         _write(folder / "config.json", source.config.to_dict() | said)
 
 

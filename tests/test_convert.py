@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.quantize import dequantize, quantized
+from lechat_jax.quantize import Form, dequantize, quantized
 from lechat_jax.run import Run
 from lechat_jax.tensors import TensorFiles
 from lechat_jax.tokenizer import Tokenizer
@@ -522,8 +522,8 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
         "    peak = max(peak, anon())\n"
         "    return True\n"
         "c.is_finite = slab\n"
-        "quantized = c.quantized\n"
-        "c.quantized = lambda *kernel: [quantized(*kernel), slab(0)][0]\n"
+        "in_parts = c.in_parts\n"
+        "c.in_parts = lambda *kernel: [in_parts(*kernel), slab(0)][0]\n"
         "c.main(sys.argv[1:])\n"
         "print(peak - before)"
     )
@@ -601,7 +601,7 @@ def test_int8_is_the_same_from_any_format(
     config, found = load_weights(made)
     assert config == tiny
     assert json.loads((made / "config.json").read_text())["quantization"] == {"format": "int8"}
-    assert set(found) == set(weight_shapes(tiny, "int8"))
+    assert set(found) == set(weight_shapes(tiny, Form("int8")))
     for name, array in weights.items():
         if name.endswith("kernel"):
             expected = quantized(name, array)

@@ -23,6 +23,10 @@ def test_a_config_that_says_nothing_is_that_of_plain_weights(fields: dict[str, A
     ("fields", "message"),
     [
         (of("bitsandbytes", load_in_4bit=True), "quantised by bitsandbytes, which is not read"),
+        (of("gptq", bits=3, group_size=128), "weights of 3 bits in groups of 128, and 4 or 8"),
+        (of("gptq", bits=4, checkpoint_format="marlin"), "the checkpoint_format marlin of GPTQ"),
+        (of("awq", bits=4, version="gemv"), "has the version gemv of AWQ, and gemm is read"),
+        (of("awq", bits=8), "has weights of 8 bits of AWQ, and 4 are read here"),
         (of(None), "quantised by None, which is not read here"),
         ({"quantization_config": "fp8"}, "is no JSON object"),
         (of("fp8", fmt="e5m2"), "weights of the type e5m2, and only e4m3 is read"),

@@ -11,15 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax import model as model_module
-from lechat_jax import quantize as module
+from lechat_jax import int8 as module
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.display import Display
 from lechat_jax.errors import BadInput
 from lechat_jax.model import bind, weights_of
 from lechat_jax.options import TrainConfig
-from lechat_jax.quantize import dequantize, quantize_weights, quantized
+from lechat_jax.quantize import INT8, check_format, dequantize, quantize_weights, quantized
 from lechat_jax.run import Run
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.train import set_up
@@ -123,7 +122,7 @@ def test_all_kernels_and_no_norm_become_int8(tiny: MistralConfig, tied: bool) ->
     } | (
         {} if tied else {"head.kernel": ((97, 40), "int8"), "head.kernel.scale": ((97,), "float32")}
     )
-    expected = weight_shapes(config, "int8")
+    expected = weight_shapes(config, INT8)
     assert list(expected) == list(found)
     assert {name: (leaf.shape, str(leaf.dtype)) for name, leaf in expected.items()} == shapes
     assert found["norm.scale"] is weights["norm.scale"]
@@ -139,10 +138,6 @@ def test_the_dict_is_emptied_so_that_two_models_are_never_in_memory() -> None:
     assert len(alive) == 3
     quantize_weights(weights)
     assert weights == {}
-
-
-def test_the_model_knows_the_scales_by_the_same_name() -> None:
-    assert module.SCALE == model_module.SCALE
 
 
 def test_a_model_computes_with_int8_what_it_would_with_the_weights_int8_stands_for(
@@ -184,8 +179,8 @@ def test_a_run_is_quantised_when_it_is_loaded(run: Run, tiny: MistralConfig) -> 
         np.testing.assert_array_equal(loaded[name], leaf.astype(dtype), strict=True)
     # float32 is in memory before it is quantised
     assert trained.weights_bytes("bfloat16", "int8") == 4 * tiny.n_params
-    with pytest.raises(BadInput, match="quantised to int8 here, not to int4"):
-        module.check_format("int4")
+    with pytest.raises(BadInput, match="quantised to int8 or int4 here, not to int3"):
+        check_format("int3")
 
 
 def test_training_does_not_start_from_int8(tmp_path: Path, tiny: MistralConfig) -> None:

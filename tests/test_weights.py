@@ -22,7 +22,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.folder import kind_of
 from lechat_jax.manifest import write_manifest
 from lechat_jax.model import Weights, weights_of
-from lechat_jax.quantize import quantize_weights
+from lechat_jax.quantize import Form, quantize_weights
 from lechat_jax.tensors import TensorFiles, write_tensors
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
@@ -189,7 +189,7 @@ def test_weights_become_int8_while_they_are_read(
     save_weights(tmp_path / "m", config, cast, None)
     _, loaded = load_weights(tmp_path / "m", dtype="float16", quantize="int8")
     expected = quantize_weights(dict(cast))
-    assert list(loaded) == list(module.weight_shapes(config, "int8"))
+    assert list(loaded) == list(module.weight_shapes(config, Form("int8")))
     assert bits(loaded) == bits(
         {n: x.astype("float16") if n.endswith("norm.scale") else x for n, x in expected.items()}
     )
@@ -203,11 +203,13 @@ def test_int8_is_spread_over_devices(folder: Path, config: MistralConfig, in_int
     assert {shard.data.shape for shard in loaded["head.kernel"].addressable_shards} == {(97, 5)}
 
 
-@pytest.mark.parametrize("quantization", ["int8", {"format": "int4"}, {}])
+@pytest.mark.parametrize(
+    "quantization", ["int8", {"format": "int4"}, {}, {"format": "int4", "group": 7}]
+)
 def test_another_quantization_is_refused(int8_folder: Path, quantization: object) -> None:
     path = int8_folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization": quantization}))
-    with pytest.raises(BadInput, match=r'config.json says quantization .*only {"format": "int8"}'):
+    with pytest.raises(BadInput, match=r"config.json says quantization .*only int8 and int4 as"):
         load_weights(int8_folder)
 
 

@@ -1,0 +1,100 @@
+"""The product of positions and a kernel of int4, which has two features of an output in a byte.
+
+What a byte holds is never put side by side: a product is the sum of two, of the even features,
+which are the low halves, and of the odd ones. On a CPU a few rows of the kernel are made float32 at
+a time, which stays in the cache, as `projection` does it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from lechat_jax.projection import BLOCK, here, is_on_cpu
+
+Halves = tuple[Array, Array]
+
+
+@jax.custom_vjp
+def project_pairs(
+    x: Float[Array, "T D"],
+    kernel: UInt8[Array, "F half"],
+    scale: Float[Array, "F groups"],
+    zero: UInt8[Array, "F groups"],
+) -> Float[Array, "T F"]:
+    """`x` times the transposed kernel that the parts stand for, see `int4`.
+
+    Products are added up in at least float32 and rounded once. The parts are constants to a
+    gradient, which goes to `x` alone: one kernel at a time is made of them, when its turn comes.
+    """
+    made = _in_blocks(x, kernel, scale, zero) if is_on_cpu() else _whole(x, kernel, scale, zero)
+    return made.astype(x.dtype)
+
+
+def _forward(
+    x: Array, kernel: Array, scale: Array, zero: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return project_pairs(x, kernel, scale, zero), (kernel, scale, zero)
+
+
+def _backward(
+    kept: tuple[Array, Array, Array], dy: Float[Array, "T F"]
+) -> tuple[Array, None, None, None]:
+    kernel, scale, zero = kept
+    kernel, dy = here(kernel, dy)
+    wide = jnp.promote_types(dy.dtype, jnp.float32)
+    of_each = (
+        jnp.einsum("TF,FD->TD", dy, half.astype(dy.dtype), preferred_element_type=wide)
+        for half in _halves(kernel, scale, zero)
+    )
+    dx = jnp.stack([*of_each], axis=-1).reshape(len(dy), -1)
+    return dx.astype(dy.dtype), None, None, None
+
+
+project_pairs.defvjp(_forward, _backward)
+
+
+def _halves(kernel: Array, scale: Array, zero: Array) -> Halves:
+    """The weights of the even features and of the odd ones, [F, D / 2] each, in float32.
+
+    They are made group by group. If XLA saw that groups are not asked for, it would look up the
+    scale of each weight by itself, which takes two to three times as long.
+    """
+    groups = scale.shape[1]
+    pairs = kernel.reshape(len(kernel), groups, -1)
+    shift, factor = zero.astype(jnp.float32)[..., None], scale[..., None]
+    low, high = ((q.astype(jnp.float32) - shift) * factor for q in (pairs & 15, pairs >> 4))
+    low, high = jax.lax.optimization_barrier((low, high))
+    return low.reshape(kernel.shape), high.reshape(kernel.shape)
+
+
+def _whole(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Array, "T F"]:
+    kernel, x = here(kernel, x)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    of_each = (
+        jnp.einsum("TD,FD->TF", part, half.astype(x.dtype), preferred_element_type=wide)
+        for part, half in zip((x[:, 0::2], x[:, 1::2]), _halves(kernel, scale, zero), strict=True)
+    )
+    return sum(of_each, jnp.zeros((), wide))
+
+
+def _in_blocks(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Array, "T F"]:
+    """A few rows of the kernel at a time; the last block may overlap another."""
+    F, half = kernel.shape
+    rows = max(1, min(BLOCK // (2 * half), F // 2))
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    even, odd = x[:, 0::2], x[:, 1::2]
+
+    def product(block: Array, part: Array) -> Float[Array, "F T"]:
+        if len(part) == 1:  # of a matrix and a vector, for which nothing is repacked
+            return (block @ part[0])[:, None]
+        return jnp.einsum("FD,TD->FT", block, part)
+
+    def with_block(i: Array, y: Float[Array, "F T"]) -> Float[Array, "F T"]:
+        start = jnp.minimum(i * rows, F - rows)
+        cut = [jax.lax.dynamic_slice_in_dim(part, start, rows) for part in (kernel, scale, zero)]
+        low, high = (block.astype(x.dtype) for block in _halves(*cut))
+        made = product(low, even) + product(high, odd)
+        return jax.lax.dynamic_update_slice_in_dim(y, made, start, axis=0)
+
+    nothing = jnp.zeros((F, len(x)), x.dtype)
+    return jax.lax.fori_loop(0, -(-F // rows), with_block, nothing).T
