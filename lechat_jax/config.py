@@ -8,8 +8,82 @@ import math
 from typing import Any
 
 from lechat_jax.errors import BadInput
+from lechat_jax.releases import RELEASES
 
 Window = int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """Rotary frequencies stretched for texts longer than those a model first learned from.
+
+    Peng et al. 2023 (arXiv:2309.00071). A pair of lanes that turns more than `beta` times in
+    `original_max_position_embeddings` tokens keeps its speed, one that turns less than `alpha`
+    times is slowed down by `factor`, and between the two the speed falls along a line.
+
+    Attributes:
+        factor: of the slow-down.
+        original_max_position_embeddings: tokens of the texts before.
+        beta: turns from which a speed is kept; Hugging Face's `beta_fast`.
+        alpha: turns up to which a speed is divided; Hugging Face's `beta_slow`.
+        apply_scale: whether queries and keys are 0.1 * ln(factor) + 1 times as long.
+
+    Raises:
+        BadInput: a number is out of range.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta: float
+    alpha: float
+    apply_scale: bool
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.factor < math.inf and self.original_max_position_embeddings > 0):
+            raise BadInput(
+                f"yarn must stretch some length by a factor of at least 1, not "
+                f"{self.original_max_position_embeddings} by {self.factor}"
+            )
+        if not 0 < self.alpha < self.beta < math.inf:
+            raise BadInput(f"yarn needs 0 < alpha < beta, not {self.alpha} and {self.beta}")
+
+    @property
+    def attention_factor(self) -> float:
+        """What queries and keys are multiplied by, so that attention stays as sharp.
+
+        >>> round(Yarn(64.0, 4096, 4.0, 1.0, apply_scale=True).attention_factor, 5)
+        1.41589
+        """
+        return 0.1 * math.log(self.factor) + 1 if self.apply_scale else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama4Scaling:
+    """Queries that grow with their position: by 1 + beta * ln(1 + floor(position / original)).
+
+    As in Llama 4, after the rotation. Below `original_max_position_embeddings` it is 1, so no
+    short text can show whether it is there.
+
+    Attributes:
+        beta: how fast.
+        original_max_position_embeddings: tokens of a step.
+
+    Raises:
+        BadInput: a number is out of range.
+    """
+
+    beta: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.beta < math.inf and self.original_max_position_embeddings > 0):
+            raise BadInput(
+                f"llama_4_scaling needs a beta of at least 0 and a positive original length, not "
+                f"{self.beta} and {self.original_max_position_embeddings}"
+            )
+
+
+PARTS = {"yarn": Yarn, "llama_4_scaling": Llama4Scaling}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +109,8 @@ class MistralConfig:
         n_experts: feed-forwards E in a layer, of which a router chooses for each token
             (Mixtral); 0 is a single one, without a router.
         n_experts_per_token: how many it chooses.
+        yarn: how the rotary frequencies were stretched, if they were.
+        llama_4_scaling: how queries grow with their position, if they do.
 
     Raises:
         BadInput: a field is out of range, or two fields contradict each other.
@@ -53,6 +129,8 @@ class MistralConfig:
     tied_embeddings: bool = False
     n_experts: int = 0
     n_experts_per_token: int = 0
+    yarn: Yarn | None = None
+    llama_4_scaling: Llama4Scaling | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -137,8 +215,12 @@ class MistralConfig:
         return self.n_active_params - (0 if self.tied_embeddings else self.vocab_size * self.dim)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types; `from_dict` gives the same config back."""
-        return dataclasses.asdict(self)
+        """The fields as JSON types; `from_dict` gives the same config back.
+
+        A part that the model has not goes unsaid.
+        """
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in PARTS or value}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "MistralConfig":
@@ -147,27 +229,38 @@ class MistralConfig:
         Raises:
             BadInput: a field is missing, unknown or out of range.
         """
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        required = {name for name, f in known.items() if f.default is dataclasses.MISSING}
-        if missing := sorted(required - fields.keys()):
-            raise BadInput(f"model config lacks {', '.join(missing)}")
-        if unknown := sorted(fields.keys() - known.keys()):
-            raise BadInput(f"model config has unknown fields: {', '.join(unknown)}")
-        return cls(**{name: _from_json(name, value) for name, value in fields.items()})
+        return _built(cls, fields, "model config")
+
+
+def _built(cls: type, fields: dict[str, Any], what: str) -> Any:
+    """A dataclass of these fields, none of which is missing or unknown."""
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    required = {name for name, f in known.items() if f.default is dataclasses.MISSING}
+    if missing := sorted(required - fields.keys()):
+        raise BadInput(f"{what} lacks {', '.join(missing)}")
+    if unknown := sorted(fields.keys() - known.keys()):
+        raise BadInput(f"{what} has unknown fields: {', '.join(unknown)}")
+    return cls(**{name: _from_json(name, value) for name, value in fields.items()})
 
 
 def _from_json(name: str, value: Any) -> Any:
     """The value of a field as JSON spells it, which may be of any type."""
+    if name in PARTS:
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise BadInput(f"{name} must be null or an object, not {value!r}")
+        return _built(PARTS[name], value, name)
     if name == "sliding_window":
         windows = value if isinstance(value, list | tuple) else [value]
         if not all(window is None or type(window) is int for window in windows):
             raise BadInput(f"{name} must be a whole number, null or a list of these, not {value!r}")
         return tuple(value) if isinstance(value, list) else value
-    if name == "tied_embeddings":
+    if name in ("tied_embeddings", "apply_scale"):
         if type(value) is not bool:
             raise BadInput(f"{name} must be true or false, not {value!r}")
         return value
-    if name in ("norm_eps", "rope_theta"):
+    if name in ("norm_eps", "rope_theta", "factor", "beta", "alpha"):
         if type(value) not in (int, float):
             raise BadInput(f"{name} must be a number, not {value!r}")
         return float(value)
@@ -177,105 +270,7 @@ def _from_json(name: str, value: Any) -> Any:
 
 
 PRESETS: dict[str, MistralConfig] = {
-    # The default of the main job; five minutes on two cores. The window is half the
-    # training block, so that what is trained is sliding-window attention.
-    "lechat-15m": MistralConfig(
-        dim=192,
-        n_layers=6,
-        n_heads=8,
-        n_kv_heads=2,
-        head_dim=24,
-        hidden_dim=672,
-        vocab_size=32000,
-        norm_eps=1e-5,
-        rope_theta=1e4,
-        sliding_window=64,
-    ),
-    # For measuring: 1.00 GB of float32 weights are read for each token decoded.
-    "bench-284m": MistralConfig(
-        dim=1024,
-        n_layers=16,
-        n_heads=16,
-        n_kv_heads=4,
-        head_dim=64,
-        hidden_dim=3584,
-        vocab_size=32000,
-        norm_eps=1e-5,
-        rope_theta=1e4,
-        sliding_window=256,
-    ),
-    # For measuring training on a GPU: a billion parameters.
-    "bench-1b": MistralConfig(
-        dim=2048,
-        n_layers=16,
-        n_heads=16,
-        n_kv_heads=4,
-        head_dim=128,
-        hidden_dim=7168,
-        vocab_size=32000,
-        norm_eps=1e-5,
-        rope_theta=1e4,
-        sliding_window=1024,
-    ),
-    # https://huggingface.co/mistralai/Mistral-7B-v0.1/blob/main/config.json
-    "mistral-7b-v0.1": MistralConfig(
-        dim=4096,
-        n_layers=32,
-        n_heads=32,
-        n_kv_heads=8,
-        head_dim=128,
-        hidden_dim=14336,
-        vocab_size=32000,
-        norm_eps=1e-5,
-        rope_theta=1e4,
-        sliding_window=4096,
-    ),
-    # https://huggingface.co/mistralai/Mixtral-8x7B-v0.1/blob/main/config.json
-    "mixtral-8x7b-v0.1": MistralConfig(
-        dim=4096,
-        n_layers=32,
-        n_heads=32,
-        n_kv_heads=8,
-        head_dim=128,
-        hidden_dim=14336,
-        vocab_size=32000,
-        norm_eps=1e-5,
-        rope_theta=1e6,
-        sliding_window=None,
-        n_experts=8,
-        n_experts_per_token=2,
-    ),
-    # https://huggingface.co/mistralai/Mixtral-8x22B-v0.1/blob/main/config.json
-    "mixtral-8x22b-v0.1": MistralConfig(
-        dim=6144,
-        n_layers=56,
-        n_heads=48,
-        n_kv_heads=8,
-        head_dim=128,
-        hidden_dim=16384,
-        vocab_size=32000,
-        norm_eps=1e-5,
-        rope_theta=1e6,
-        sliding_window=None,
-        n_experts=8,
-        n_experts_per_token=2,
-    ),
-    # https://huggingface.co/mistralai/Mixtral-8x22B-Instruct-v0.1/blob/main/config.json
-    # The same with 768 control tokens; so is mistral-inference's 8x22B v0.3.
-    "mixtral-8x22b-v0.3": MistralConfig(
-        dim=6144,
-        n_layers=56,
-        n_heads=48,
-        n_kv_heads=8,
-        head_dim=128,
-        hidden_dim=16384,
-        vocab_size=32768,
-        norm_eps=1e-5,
-        rope_theta=1e6,
-        sliding_window=None,
-        n_experts=8,
-        n_experts_per_token=2,
-    ),
+    name: MistralConfig.from_dict(dict(fields)) for name, fields in RELEASES.items()
 }
 
 

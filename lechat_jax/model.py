@@ -14,7 +14,6 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lechat_jax.attention import Backend, attend_cached, training_attention
@@ -27,7 +26,7 @@ from lechat_jax.pairs import project_pairs
 from lechat_jax.projection import from_bits, project
 from lechat_jax.quantize import is_part
 from lechat_jax.remat import Remat, recomputing
-from lechat_jax.rope import Rotation, rotate, rotation
+from lechat_jax.rope import Turns, rotate, turns
 from lechat_jax.rows import positions_in
 
 # The weights of a model by the name under which every format of lechat stores them.
@@ -121,10 +120,10 @@ class Attention(nnx.Module):
         self.o = Linear((D,), (N, H), out_std, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], turn: Rotation, mix: Mixer[Memory], memory: Memory
+        self, x: Float[Array, "B T D"], turn: Turns, mix: Mixer[Memory], memory: Memory
     ) -> tuple[Float[Array, "B T D"], Memory]:
         """What each position gathers from those that `mix` lets it see."""
-        q, k, v = rotate(self.q(x), turn), rotate(self.k(x), turn), self.v(x)
+        q, k, v = rotate(self.q(x), turn.q), rotate(self.k(x), turn.k), self.v(x)
         mixed, memory = mix(q, k, v, memory)
         return self.o(mixed), memory
 
@@ -159,7 +158,7 @@ class Block(nnx.Module):
         self.mlp = (Mixture if config.n_experts else MLP)(config, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], turn: Rotation, mix: Mixer[Memory], memory: Memory
+        self, x: Float[Array, "B T D"], turn: Turns, mix: Mixer[Memory], memory: Memory
     ) -> tuple[Float[Array, "B T D"], Memory, Load | None]:
         """The residual stream after this layer, the memory with its keys and values, and a load.
 
@@ -266,7 +265,7 @@ class Mistral(nnx.Module):
         """`hidden`, and how the experts of all layers were chosen, if there are any."""
         x = self.embed.rows(tokens)
         place = jnp.arange(tokens.shape[1])[None] if documents is None else positions_in(documents)
-        turn = self._turn(first_position + place, x.dtype)
+        turn = turns(first_position + place, self.config, x.dtype)
         total = None
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             mix = functools.partial(_mix_whole, window=window, backend=backend, documents=documents)
@@ -284,7 +283,7 @@ class Mistral(nnx.Module):
         the cache was made for, and a row's T positions must be one after the other.
         """
         x = self.embed.rows(tokens)
-        turn = self._turn(positions, x.dtype)
+        turn = turns(positions, self.config, x.dtype)
         cache = cache.claim(self.config, positions)
         masks = [
             window_mask(positions, ring.position, window)
@@ -300,9 +299,6 @@ class Mistral(nnx.Module):
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head's score of every token id, at least float32."""
         return self.head.scores(hidden)
-
-    def _turn(self, positions: Int[Array, "B T"], dtype: DTypeLike) -> Rotation:
-        return rotation(positions, self.config.head_dim, self.config.rope_theta, dtype)
 
 
 def _mix_whole(

@@ -7,6 +7,7 @@ logits are at least float32.
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,22 @@ from lechat_jax.config import MistralConfig
 from lechat_torch.attention import attend
 from lechat_torch.cache import Cache, attend_cached
 from lechat_torch.moe import Mixture
-from lechat_torch.rotary import rotate, turns
+from lechat_torch.rotary import rotate, stretch, turns
 
 # From rotated queries, keys and values to what each query gathers.
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Place(NamedTuple):
+    """What the positions of a pass make of its queries and keys, the same in every layer.
+
+    Attributes:
+        turn: of both.
+        stretch: of queries alone, if they grow.
+    """
+
+    turn: Complex[Tensor, "#B T 1 pairs"]
+    stretch: Float[Tensor, "#B T 1 1"] | None
 
 
 class RMSNorm(nn.Module):
@@ -53,12 +66,13 @@ class Attention(nn.Module):
         self.v = nn.Linear(D, K * H, bias=False)
         self.o = nn.Linear(N * H, D, bias=False)
 
-    def forward(
-        self, x: Float[Tensor, "B T D"], turn: Complex[Tensor, "#B T 1 pairs"], mix: Mix
-    ) -> Float[Tensor, "B T D"]:
+    def forward(self, x: Float[Tensor, "B T D"], place: Place, mix: Mix) -> Float[Tensor, "B T D"]:
         """What each position gathers from those that `mix` lets it see."""
         q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.q, self.k, self.v))
-        return self.o(mix(rotate(q, turn), rotate(k, turn), v).flatten(2))
+        q, k = rotate(q, place.turn), rotate(k, place.turn)
+        if place.stretch is not None:  # rounded before and after, as in transformers
+            q = q * place.stretch.to(q.dtype)
+        return self.o(mix(q, k, v).flatten(2))
 
 
 class MLP(nn.Module):
@@ -93,11 +107,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = feed_forward(config)
 
-    def forward(
-        self, x: Float[Tensor, "B T D"], turn: Complex[Tensor, "#B T 1 pairs"], mix: Mix
-    ) -> Float[Tensor, "B T D"]:
+    def forward(self, x: Float[Tensor, "B T D"], place: Place, mix: Mix) -> Float[Tensor, "B T D"]:
         """The residual stream after this layer."""
-        x = x + self.attn(self.attn_norm(x), turn, mix)
+        x = x + self.attn(self.attn_norm(x), place, mix)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -134,8 +146,8 @@ class Mistral(nn.Module):
     def hidden(self, tokens: Int[Tensor, "B T"], first_position: int = 0) -> Float[Tensor, "B T D"]:
         """What the head reads at each position of whole sequences.
 
-        Only distances matter to the model, so where a sequence begins changes nothing but
-        rounding.
+        Where a sequence begins changes nothing but rounding, since only distances matter,
+        unless queries grow with their position.
         """
         positions = first_position + torch.arange(tokens.shape[1], device=tokens.device)[None]
         mixes = [functools.partial(attend, window=window) for window in self.config.windows]
@@ -174,7 +186,10 @@ class Mistral(nn.Module):
         mixes: Iterable[Mix],
     ) -> Float[Tensor, "B T D"]:
         x = self.embed(tokens)
-        turn = turns(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        c = self.config
+        turn = turns(positions, c.head_dim, c.rope_theta, x.dtype, c.yarn)
+        growth = c.llama_4_scaling
+        place = Place(turn, growth and stretch(positions, growth, x.dtype))
         for block, mix in zip(self.blocks, mixes, strict=True):
-            x = block(x, turn, mix)
+            x = block(x, place, mix)
         return self.norm(x)

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("lechat_jax", "lechat_torch", "parity")
 LETTERS = set("BTSDNKGHFVELW")
 STANDARD_LIBRARY_ONLY = {
-    *("lechat_jax.config", "lechat_jax.errors", "lechat_jax.paths", "parity.names"),
+    *("lechat_jax.config", "lechat_jax.releases", "lechat_jax.errors", "lechat_jax.paths"),
+    *("parity.names", "parity.architectures"),
 }
 
 

@@ -10,13 +10,16 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax.config import PRESETS, MistralConfig, preset
+from lechat_jax.config import PARTS, PRESETS, Llama4Scaling, MistralConfig, Yarn, preset
 from lechat_jax.errors import BadInput
 from lechat_jax.model import Mistral
+from lechat_jax.releases import UNVERIFIED
 
 SIZES = st.integers(1, 10**6)
 NUMBERS = st.floats(min_value=1e-12, max_value=1e12)
 WINDOWS = st.none() | SIZES
+YARN = Yarn(16.0, 16384, 32.0, 1.0, apply_scale=False)
+YARN_FIELDS = dataclasses.asdict(YARN)
 
 
 @st.composite
@@ -34,6 +37,8 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
         "rope_theta": draw(NUMBERS),
         "sliding_window": draw(WINDOWS | st.tuples(*[WINDOWS] * n_layers)),
         "tied_embeddings": draw(st.booleans()),
+        "yarn": draw(st.none() | st.just(YARN)),
+        "llama_4_scaling": draw(st.none() | st.just(Llama4Scaling(0.1, 16384))),
     }
 
 
@@ -88,6 +93,40 @@ def test_a_window_is_whole_or_none(tiny: MistralConfig, window: object) -> None:
         MistralConfig.from_dict(tiny.to_dict() | {"sliding_window": window})
 
 
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        ({"yarn": 16}, "yarn must be null or an object, not 16"),
+        ({"yarn": {"factor": 16}}, "yarn lacks alpha, apply_scale, beta, original_max_position"),
+        ({"yarn": YARN_FIELDS | {"mscale": 1}}, "yarn has unknown fields: mscale"),
+        ({"yarn": YARN_FIELDS | {"factor": 0.5}}, "yarn must stretch some length by a factor"),
+        ({"yarn": YARN_FIELDS | {"beta": "32"}}, "beta must be a number, not '32'"),
+        ({"yarn": YARN_FIELDS | {"alpha": 32}}, "yarn needs 0 < alpha < beta, not 32.0 and 32.0"),
+        ({"yarn": YARN_FIELDS | {"apply_scale": 0}}, "apply_scale must be true or false, not 0"),
+        ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling lacks original_max_position"),
+        (
+            {"llama_4_scaling": {"beta": -1, "original_max_position_embeddings": 9}},
+            "llama_4_scaling needs a beta of at least 0",
+        ),
+        (
+            {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 9.5}},
+            "original_max_position_embeddings must be a whole number, not 9.5",
+        ),
+    ],
+)
+def test_a_part_that_is_none_is_refused_with_a_sentence(
+    tiny: MistralConfig, part: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(BadInput) as error:
+        MistralConfig.from_dict(tiny.to_dict() | part)
+    assert str(error.value).startswith(sentence)
+
+
+def test_a_part_that_a_model_has_not_goes_unsaid(tiny: MistralConfig) -> None:
+    assert not PARTS.keys() & tiny.to_dict().keys()
+    assert MistralConfig.from_dict(tiny.to_dict() | {"yarn": None}) == tiny
+
+
 def test_fields_that_are_missing_or_unknown_are_all_named(tiny: MistralConfig) -> None:
     fields = tiny.to_dict()
     del fields["rope_theta"], fields["dim"]
@@ -125,7 +164,8 @@ def test_only_what_most_models_do_not_have_has_a_default() -> None:
         for field in dataclasses.fields(MistralConfig)
         if field.default is not dataclasses.MISSING
     ]
-    assert defaults == ["tied_embeddings", "n_experts", "n_experts_per_token"]
+    assert defaults == ["tied_embeddings", "n_experts", "n_experts_per_token", *PARTS]
+    assert not any(getattr(PRESETS["mistral-7b-v0.1"], name) for name in defaults)
 
 
 @given(fields())
@@ -136,16 +176,61 @@ def test_json_and_back_is_the_same_config(fields: dict[str, Any]) -> None:
     assert hash(again) == hash(config)  # one compiled program serves both
 
 
-@pytest.mark.parametrize(
-    ("name", "n_params"),
-    [
-        ("lechat-15m", 15_165_888),
-        ("bench-284m", 283_673_600),
-        ("mistral-7b-v0.1", 7_241_732_096),
-    ],
-)
-def test_presets_have_the_published_number_of_weights(name: str, n_params: int) -> None:
-    assert preset(name).n_params == n_params
+# As the model cards have it, or the sum of the tensors in the release's index.
+PUBLISHED = {
+    "lechat-15m": 15_165_888,
+    "bench-284m": 283_673_600,
+    "bench-1b": 1_003_554_816,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.2": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mathstral-7b": 7_248_023_552,
+    "mixtral-8x7b-v0.1": 46_702_792_704,
+    "mixtral-8x22b-v0.1": 140_620_634_112,
+    "mixtral-8x22b-v0.3": 140_630_071_296,
+    "mistral-nemo-12b-2407": 12_247_782_400,
+    "codestral-22b": 22_247_282_688,
+    "mistral-small-22b-2409": 22_247_282_688,
+    "mistral-small-24b-2501": 23_572_403_200,
+    "mistral-small-24b-2503": 23_572_403_200,
+    "mistral-large-2407": 122_610_069_504,
+    "mistral-large-2411": 122_610_069_504,
+    "ministral-8b-2410": 8_019_808_256,
+    "ministral-3-3b-2512": 3_429_006_336,
+    "ministral-3-8b-2512": 8_489_553_920,
+    "ministral-3-14b-2512": 13_506_073_600,
+    "devstral-small-2-24b-2512": 23_572_403_200,
+    "devstral-2-123b-2512": 125_025_988_608,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_published_number_of_weights(name: str) -> None:
+    """Of the model's own shapes; all layers are alike, so the second is what each adds."""
+    one, two = (
+        weights_of_eval_shape(dataclasses.replace(PRESETS[name], n_layers=n, sliding_window=None))
+        for n in (1, 2)
+    )
+    total = one + (PRESETS[name].n_layers - 1) * (two - one)
+    assert total == PRESETS[name].n_params == PUBLISHED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_whole_presets_have_the_published_number_of_weights(name: str) -> None:
+    assert weights_of_eval_shape(PRESETS[name]) == PUBLISHED[name]
+
+
+def weights_of_eval_shape(config: MistralConfig) -> int:
+    """The weights of the model itself, none of which is made."""
+    model = nnx.eval_shape(lambda: Mistral(config, rngs=nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def test_what_could_not_be_verified_is_marked() -> None:
+    assert UNVERIFIED.keys() <= PRESETS.keys()
+    names = {field.name for field in dataclasses.fields(MistralConfig)}
+    assert all(fields and set(fields) <= names for fields in UNVERIFIED.values())
 
 
 def test_the_default_model_trains_with_a_window_shorter_than_its_block() -> None:
@@ -155,8 +240,7 @@ def test_the_default_model_trains_with_a_window_shorter_than_its_block() -> None
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_number_of_weights_is_that_of_the_model(tiny: MistralConfig, tied: bool) -> None:
     config = dataclasses.replace(tiny, tied_embeddings=tied)
-    model = nnx.eval_shape(lambda: Mistral(config, rngs=nnx.Rngs(0)))
-    assert config.n_params == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    assert config.n_params == weights_of_eval_shape(config)
 
 
 def test_every_preset_is_named_like_its_release() -> None:

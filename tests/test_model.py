@@ -1,7 +1,8 @@
 """The model computes what the papers define, in the precision of its weights.
 
 The oracle is written from the definitions, in float64 NumPy: arXiv:2310.06825 section 2,
-RMSNorm (1910.07467), rotary embeddings (2104.09864) as complex numbers, SwiGLU (2002.05202).
+RMSNorm (1910.07467), rotary embeddings (2104.09864) as complex numbers, SwiGLU (2002.05202),
+YaRN (2309.00071) with the ramp of transformers.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lechat_jax.cache import EMPTY, empty_cache
-from lechat_jax.config import MistralConfig, preset
+from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn, preset
 from lechat_jax.model import MLP, Mistral, RMSNorm, bind, weights_of
 from tests.jaxprs import equations
 
@@ -33,18 +34,22 @@ def oracle(config: MistralConfig, weights: dict[str, np.ndarray], tokens: np.nda
 
     def rotate(x: np.ndarray) -> np.ndarray:
         half = config.head_dim // 2
-        speed = config.rope_theta ** (-np.arange(half) / half)
-        turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * position * speed)[:, None]
+        turn = length * np.exp(1j * position * speeds(config))
+        turned = (x[..., :half] + 1j * x[..., half:]) * turn[:, None]
         return np.concatenate([turned.real, turned.imag], axis=-1)
 
+    yarn, growth = config.yarn, config.llama_4_scaling
+    length = np.log(yarn.factor) / 10 + 1 if yarn and yarn.apply_scale else 1
     position = np.arange(len(tokens))[:, None]
+    steps = position // growth.original_max_position_embeddings if growth else 0 * position
+    grown = 1 + (growth.beta if growth else 0) * np.log(1 + steps)
     distance = position - position.T
     x = weights["embed.kernel"][tokens]
     for i, window in enumerate(config.windows):
         block = {n.split(".", 2)[2]: w for n, w in weights.items() if n.startswith(f"blocks.{i}.")}
         h = norm(x, block["attn_norm.scale"])
         q, k, v = (np.einsum("TD,NHD->TNH", h, block[f"attn.{n}.kernel"]) for n in "qkv")
-        q, k = rotate(q), rotate(k)
+        q, k = rotate(q) * grown[..., None], rotate(k)
         seen = (distance >= 0) & (distance < (window or len(tokens)))
         for n in range(config.n_heads):
             kv = n * config.n_kv_heads // config.n_heads
@@ -57,6 +62,19 @@ def oracle(config: MistralConfig, weights: dict[str, np.ndarray], tokens: np.nda
         x = x + gate / (1 + np.exp(-gate)) * up @ block["mlp.down.kernel"].T
     head = weights["embed.kernel" if config.tied_embeddings else "head.kernel"]
     return norm(x, weights["norm.scale"]) @ head.T
+
+
+def speeds(config: MistralConfig) -> np.ndarray:
+    """Radians a token of each pair of lanes."""
+    half = config.head_dim // 2
+    speed = config.rope_theta ** (-np.arange(half) / half)
+    if (yarn := config.yarn) is None:
+        return speed
+    rounds = yarn.original_max_position_embeddings / (2 * np.pi * np.array([yarn.beta, yarn.alpha]))
+    first, last = half * np.log(rounds) / np.log(config.rope_theta)
+    first, last = max(np.floor(first), 0), min(np.ceil(last), 2 * half - 1)
+    slow = np.clip((np.arange(half) - first) / (last - first), 0, 1)
+    return (1 - slow) * speed + slow * speed / yarn.factor
 
 
 def drawn(config: MistralConfig) -> dict[str, np.ndarray]:
@@ -97,6 +115,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full attention": {"sliding_window": None},
     "one kv head": {"n_kv_heads": 1, "rope_theta": 1e6, "norm_eps": 0.1},
     "no groups, odd heads": {"n_heads": 3, "n_kv_heads": 3, "head_dim": 14},
+    "stretched and growing": {
+        "rope_theta": 5.0,
+        "yarn": Yarn(16.0, 16, 1.5, 0.8, apply_scale=True),
+        "llama_4_scaling": Llama4Scaling(0.3, 9),
+    },
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("xformers", reason="lechat_torch takes its masks from xformers")
 
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
 from lechat_torch.cache import empty_cache
 from lechat_torch.model import Mistral, RMSNorm
 from tests.test_model import oracle
@@ -115,6 +115,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all kv heads": {"n_kv_heads": 6},
     "heads as wide as the model": {"n_heads": 4, "head_dim": 10},
     "another theta and epsilon": {"rope_theta": 1e6, "norm_eps": 1e-2},
+    "stretched and growing": {
+        "rope_theta": 5.0,
+        "yarn": Yarn(16.0, 16, 1.5, 0.8, apply_scale=True),
+        "llama_4_scaling": Llama4Scaling(0.3, 9),
+    },
 }
 
 
