@@ -9,8 +9,11 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lechat_jax.config import MistralConfig, Window
+from lechat_jax.config import PARTS, MistralConfig, Window
 from lechat_jax.errors import BadInput
+from parity import rotary
+from parity.multimodal import SEEING, text_fields
+from parity.rotary import ORIGINAL, short
 
 Fields = Mapping[str, Any]
 
@@ -28,25 +31,33 @@ WORDS = {
 # Also of a model with experts, in which they are fields of `moe` in params.json.
 EXPERTS = {"n_experts": "num_local_experts", "n_experts_per_token": "num_experts_per_tok"}
 MOE = {"n_experts": "num_experts", "n_experts_per_token": "num_experts_per_tok"}
-# What transformers' MistralConfig and MinistralConfig take for what a config leaves out, and
-# what its MixtralConfig does.
-ABSENT = {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096}
-ABSENT_IN_MIXTRAL = {
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "sliding_window": None,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
+# What transformers' config classes take for what a config leaves out.
+ABSENT: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096},
+    "ministral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096},
+    "ministral3": {
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "head_dim": 128,
+    },
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
 }
-# transformers', when neither rope_theta nor rope_parameters has one.
-DEFAULT_THETA = {"mistral": 1e4, "ministral": 1e4, "mixtral": 1e6}
 SLIDING, FULL = "sliding_attention", "full_attention"
 CLASSES = {
     "mistral": "MistralForCausalLM",
     "ministral": "MinistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
 }
-POSITIONS = "32768"  # max_position_embeddings of all 7B models, where the source had none
+SEEING_CLASS = "Mistral3ForConditionalGeneration"
+POSITIONS = 32768  # max_position_embeddings of all 7B models
 
 # In params.json: what says nothing about the arithmetic, or only this.
 TOLERATED: dict[str, Callable[[Any], bool]] = {
@@ -66,59 +77,54 @@ def from_hugging_face(fields: Fields, where: object) -> MistralConfig:
     Raises:
         BadInput: it is no Mistral, or one with parts that lechat does not have.
     """
+    if fields.get("model_type") == SEEING:
+        fields = text_fields(fields, where)
     kind = fields.get("model_type")
     if kind not in CLASSES:
         raise BadInput(
-            f"{where} has the model_type {kind!r}; only {' and '.join(CLASSES)} are read here"
+            f"{where} has the model_type {kind!r}; only {', '.join(CLASSES)} and the text part of "
+            f"{SEEING} are read here"
         )
     _refuse_hugging_face(fields, where)
-    absent = ABSENT_IN_MIXTRAL if kind == "mixtral" else ABSENT
-    optional = {*absent, "head_dim"}
+    optional = {*ABSENT[kind], "head_dim"}
     if lacking := [key for key in WORDS.values() if key not in fields and key not in optional]:
         raise BadInput(f"{where} lacks {', '.join(lacking)}")
-    fields = absent | dict(fields)
+    fields = ABSENT[kind] | dict(fields)
     words = WORDS | EXPERTS if kind == "mixtral" else WORDS
     found = {ours: fields.get(theirs) for ours, theirs in words.items()}
     if found["head_dim"] is None:
         found["head_dim"] = _quotient(fields["hidden_size"], fields["num_attention_heads"], where)
     if found["n_kv_heads"] is None:
         found["n_kv_heads"] = found["n_heads"]
-    found["rope_theta"] = _theta(fields, where)
+    found |= rotary.from_hugging_face(fields, where)
     found["tied_embeddings"] = fields.get("tie_word_embeddings", False)
     found["sliding_window"] = _windows(fields, where)
     return _config(found, where)
 
 
 def to_hugging_face(
-    config: MistralConfig, dtype: str, positions: int, bos_id: int, eos_id: int
+    config: MistralConfig, dtype: str, positions: int | None, bos_id: int, eos_id: int
 ) -> dict[str, Any]:
-    """A `config.json` that transformers 4 and 5 read as this model.
+    """A `config.json` that transformers 5 reads as this model, and 4 if it has such a model.
+
+    With `None` for the positions, a guess of how many the model was made for.
 
     Raises:
-        BadInput: the layers have windows of several sizes, for which transformers has no word.
+        BadInput: transformers has no word for such a model.
     """
-    sizes = {window for window in config.windows if window is not None}
-    if len(sizes) > 1:
-        raise BadInput(
-            f"the layers have windows of {len(sizes)} sizes ({sorted(sizes)}) and transformers' "
-            "Ministral has one; convert to --to mistral or --to lechat instead"
-        )
-    is_mixed = None in config.windows and bool(sizes)
-    if is_mixed and config.n_experts:
-        raise BadInput(
-            "some layers have a window and others have none, and transformers' Mixtral has one "
-            "for all; convert to --to mistral or --to lechat instead"
-        )
-    kind = "ministral" if is_mixed else "mixtral" if config.n_experts else "mistral"
+    kind = _kind(config)
     words = WORDS | EXPERTS if config.n_experts else WORDS
     layers = [FULL if window is None else SLIDING for window in config.windows]
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    rope = rotary.to_hugging_face(config) | (rotary.grows(config) if kind == "ministral3" else {})
+    if positions is None:
+        yarn = config.yarn
+        positions = int(yarn.factor * yarn.original_max_position_embeddings) if yarn else POSITIONS
     return {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
         **{theirs: getattr(config, ours) for ours, theirs in words.items()},
-        "sliding_window": sizes.pop() if sizes else None,
-        **({"layer_types": layers} if is_mixed else {}),
+        "sliding_window": next(filter(None, config.windows), None),
+        **({"layer_types": layers} if kind == "ministral" else {}),
         "tie_word_embeddings": config.tied_embeddings,
         "rope_parameters": rope,  # transformers 5
         "rope_theta": config.rope_theta,  # transformers 4
@@ -132,6 +138,29 @@ def to_hugging_face(
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
     }
+
+
+def _kind(config: MistralConfig) -> str:
+    """The `model_type` of transformers that has what this model has."""
+    instead = "convert to --to mistral or --to lechat instead"
+    sizes = {window for window in config.windows if window is not None}
+    if len(sizes) > 1:
+        raise BadInput(
+            f"the layers have windows of {len(sizes)} sizes ({sorted(sizes)}) and transformers' "
+            f"Ministral has one; {instead}"
+        )
+    kinds = {
+        "ministral": None in config.windows and sizes,
+        "mixtral": config.n_experts,
+        "ministral3": config.llama_4_scaling,
+    }
+    found = [kind for kind, has in kinds.items() if has]
+    if len(found) > 1:
+        raise BadInput(
+            f"transformers has no model that is {' and '.join(found)}, which is to have windows in "
+            f"some layers, experts, or queries that grow with their position; {instead}"
+        )
+    return found[0] if found else "ministral3" if config.yarn else "mistral"
 
 
 def from_params(fields: Fields, where: object, rope_theta: float | None) -> MistralConfig:
@@ -148,13 +177,15 @@ def from_params(fields: Fields, where: object, rope_theta: float | None) -> Mist
     """
     fields = _in_mistrals_words(fields, where)
     found = {name: fields[name] for name in (*WORDS, *EXPERTS) if name in fields}
-    known = {*found, "rope_theta", "sliding_window", "_sliding_window", "tied_embeddings"}
+    known = {*found, *PARTS, "rope_theta", "sliding_window", "_sliding_window", "tied_embeddings"}
+    known |= {"vision_encoder"}  # whose weights are left out
     for key in fields.keys() - known:
         value = fields[key]
         if value not in (None, False, {}) and not TOLERATED.get(key, lambda _: False)(value):
-            raise BadInput(f"{where} has {key} = {_short(value)}, which lechat does not support")
+            raise BadInput(f"{where} has {key} = {short(value)}, which lechat does not support")
     found["n_kv_heads"] = found.get("n_kv_heads", found.get("n_heads"))
     found["tied_embeddings"] = fields.get("tied_embeddings") or False
+    found |= rotary.from_params(fields)
     window = fields.get("sliding_window", fields.get("_sliding_window"))
     found["sliding_window"] = _pattern(window, fields.get("n_layers"), where)
     theta = fields.get("rope_theta")
@@ -164,13 +195,30 @@ def from_params(fields: Fields, where: object, rope_theta: float | None) -> Mist
             "--rope-theta 10000 for Mistral-7B v0.1, --rope-theta 1000000 for v0.2 and later"
         )
     if None not in (theta, rope_theta) and theta != rope_theta:
-        raise BadInput(f"{where} has rope_theta {_short(theta)}; leave out --rope-theta")
+        raise BadInput(f"{where} has rope_theta {short(theta)}; leave out --rope-theta")
     found["rope_theta"] = rope_theta if theta is None else theta
     return _config(found, where)
 
 
+def contradiction(config: MistralConfig, params: Fields, where: object) -> str:
+    """What a `params.json` beside a `config.json` says otherwise of windows, in a sentence.
+
+    Ministral-8B's do: transformers gives every layer the window, Mistral three of four.
+    """
+    said = params.get("sliding_window", params.get("_sliding_window"))
+    windows = _pattern(said, params.get("n_layers"), where)
+    if _config(config.to_dict() | {"sliding_window": windows}, where).windows == config.windows:
+        return ""
+    shown = config.sliding_window if type(config.sliding_window) is int else "another window"
+    return (
+        f"config.json is read, and {where} beside it says sliding_window {short(said)} instead of "
+        f"{shown}: longer texts will differ from Mistral's own program; to follow that, take "
+        "config.json away"
+    )
+
+
 def to_params(config: MistralConfig) -> dict[str, Any]:
-    """A `params.json` for Mistral's own program; full attention and an untied head go unsaid."""
+    """A `params.json` for Mistral's own program; what a model has not goes unsaid."""
     fields = config.to_dict()
     if fields["sliding_window"] is None:
         del fields["sliding_window"]
@@ -193,7 +241,7 @@ def _in_mistrals_words(fields: Fields, where: object) -> dict[str, Any]:
     moe = fields.pop("moe", None) or {}
     if not isinstance(moe, dict) or moe.keys() - MOE.values():
         raise BadInput(
-            f"{where} has moe = {_short(moe)}; only {' and '.join(MOE.values())} are supported"
+            f"{where} has moe = {short(moe)}; only {' and '.join(MOE.values())} are supported"
         )
     return fields | {ours: moe[theirs] for ours, theirs in MOE.items() if theirs in moe}
 
@@ -208,37 +256,19 @@ def _config(found: dict[str, Any], where: object) -> MistralConfig:
 
 def _refuse_hugging_face(fields: Fields, where: object) -> None:
     """Raises `BadInput` for the first field that asks for what lechat does not have."""
-    strange = ["attention_bias", "mlp_bias"]
+    strange = ["attention_bias", "mlp_bias", ORIGINAL]
     strange += [] if fields.get("model_type") == "mixtral" else ["num_local_experts"]
     for key in strange:
         if fields.get(key):
             raise BadInput(
-                f"{where} has {key} = {_short(fields[key])}, which lechat does not support"
+                f"{where} has {key} = {short(fields[key])}, which lechat does not support"
             )
     if (act := fields.get("hidden_act", "silu")) != "silu":
         raise BadInput(f"{where} has hidden_act {act!r}; only silu is supported")
-    wanted = list(CLASSES.values())
+    wanted = [*CLASSES.values(), SEEING_CLASS]
     classes = fields.get("architectures") or wanted
     if not isinstance(classes, list) or not any(name in wanted for name in classes):
-        raise BadInput(f"{where} is of {_short(classes)}; only {' and '.join(wanted)} are read")
-
-
-def _theta(fields: Fields, where: object) -> Any:
-    """The base of the rotary frequencies, which transformers 5 keeps in `rope_parameters`."""
-    theta = fields.get("rope_theta")
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = fields.get(key) or {}
-        if not isinstance(rope, dict):
-            raise BadInput(f"{where} has {key} = {_short(rope)}, which is no JSON object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        unknown = rope.keys() - {"rope_type", "type", "rope_theta"}
-        if kind != "default" or unknown:
-            raise BadInput(
-                f"{where} has {key} = {_short(rope)}; only plain rotary embeddings, "
-                "rope_type default, are supported"
-            )
-        theta = rope.get("rope_theta", theta)
-    return DEFAULT_THETA[fields["model_type"]] if theta is None else theta
+        raise BadInput(f"{where} is of {short(classes)}; only {', '.join(wanted)} are read")
 
 
 def _windows(fields: Fields, where: object) -> Any:
@@ -280,13 +310,7 @@ def _quotient(dim: Any, n_heads: Any, where: object) -> int:
     """The head width that an absent `head_dim` means."""
     if type(dim) is not int or type(n_heads) is not int or n_heads < 1 or dim % n_heads:
         raise BadInput(
-            f"{where} has no head_dim, and hidden_size {_short(dim)} is no multiple of "
-            f"num_attention_heads {_short(n_heads)}"
+            f"{where} has no head_dim, and hidden_size {short(dim)} is no multiple of "
+            f"num_attention_heads {short(n_heads)}"
         )
     return dim // n_heads
-
-
-def _short(value: Any) -> str:
-    """A value in a message, cut when it is long."""
-    text = json.dumps(value)
-    return text if len(text) < 80 else f"{text[:77]}..."

@@ -16,11 +16,11 @@ from parity.oracle_pytorch import Tensors, Watched, to_numpy, torch_dtype
 from parity.oracles import Arrays, Dtype, Implementation, Text, pieces
 
 
-class TransformersOracle(Watched[transformers_peer.Model]):
-    """transformers' `MistralForCausalLM` with its eager attention; see `Oracle`.
+class TransformersOracle(Watched[Any]):
+    """transformers' own class for such a model, with its eager attention; see `Oracle`.
 
     Raises:
-        BadInput: the layers have windows of their own, which that model has not.
+        BadInput: there is none.
     """
 
     name: Implementation = "transformers"

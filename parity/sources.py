@@ -25,6 +25,7 @@ from lechat_jax.run import Run
 from parity import configs, first_mixtral, hub
 from parity.formats import from_format
 from parity.merging import Product, rounded, with_products
+from parity.multimodal import SEEING, without_vision
 from parity.names import Format, match, names, parts, rows, shapes, tied_head
 from parity.pickles import pickle_store
 from parity.quantizations import Quantization, take_quantization
@@ -230,10 +231,18 @@ def _hugging_face(folder: Path, fields: dict[str, Any], metadata: dict[str, str]
                 raise BadInput(
                     f"{folder} has its weights in {name}, a pickle; save the model as safetensors"
                 )
-    if type(positions := fields.get(POSITIONS)) is int:
+    text = fields["text_config"] if fields["model_type"] == SEEING else fields
+    if type(positions := text.get(POSITIONS)) is int:
         metadata = {**metadata, POSITIONS: str(positions)}
-    store = _as_weights(safetensors_store(folder, "model"), quantization)
-    return _source("hf", folder, config, store, metadata)
+    store = safetensors_store(folder, "model")
+    if fields["model_type"] == SEEING:
+        store = without_vision(store, folder)
+        if tied_head(config, "hf") in store.tensors:  # transformers believes the weights, too
+            config = dataclasses.replace(config, tied_embeddings=False)
+    if (params := folder / "params.json").is_file():
+        said = configs.contradiction(config, parse_json(params.read_bytes(), params), params)
+        store = dataclasses.replace(store, notes=(*store.notes, *([said] if said else ())))
+    return _source("hf", folder, config, _as_weights(store, quantization), metadata)
 
 
 def _mistral(
@@ -254,6 +263,8 @@ def _mistral(
     else:
         check_inside(folder, old)
         store = pickle_store(old)
+    if fields.get("vision_encoder"):
+        store = without_vision(store, folder)
     return _source("mistral", folder, config, _as_weights(store, quantization), metadata)
 
 

@@ -48,7 +48,8 @@ def write_config(
     if fmt == "mistral":
         _write(folder / "params.json", configs.to_params(source.config))
     elif fmt == "hf":
-        positions = int(source.metadata.get(POSITIONS, configs.POSITIONS))
+        said = source.metadata.get(POSITIONS)
+        positions = int(said) if said else None
         bos_id, eos_id = _control_ids(source)
         fields = configs.to_hugging_face(source.config, dtype.name, positions, bos_id, eos_id)
         _write(folder / "config.json", fields)

@@ -29,7 +29,7 @@ from parity import names
 from parity.decoders import Prompts
 from parity.formats import taken_apart
 from parity.fused import fuse
-from parity.transformers_peer import AttentionName, Model, build, device
+from parity.transformers_peer import AttentionName, build, device
 
 PIECE = 4096  # tokens of a prompt that transformers reads in one forward pass
 TRIAL = 8  # tokens by which the modes of transformers are compared, in each of its trials
@@ -165,7 +165,7 @@ class Transformers(_Steps):
     cache made outside of what is compiled, the forward pass, the likeliest token.
     """
 
-    def __init__(self, model: Model, mode: Mode = MODES[0]) -> None:
+    def __init__(self, model: Any, mode: Mode = MODES[0]) -> None:
         super().__init__()
         self.model, self.mode, self.device = model, mode, model.device
         # The argument was renamed in transformers 5.

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from parity import fused
+from parity.configs import to_hugging_face
 from parity.formats import taken_apart, to_format
 from parity.learners import FOREVER, AdamW, Lesson
 from parity.measure import cores, in_turn
@@ -22,7 +23,6 @@ from parity.names import rows
 from parity.torch_learner import TorchLearner
 
 AttentionName = Literal["eager", "sdpa"]
-Model = transformers.MistralForCausalLM | transformers.MixtralForCausalLM
 PROBES = 3  # timed steps of each attention before one is chosen
 
 
@@ -45,30 +45,20 @@ def to_transformers(
     return fused.fuse(config, state)
 
 
-def build(config: MistralConfig, weights: Mapping[str, Float[np.ndarray, "..."]] | None) -> Model:
+def build(config: MistralConfig, weights: Mapping[str, Float[np.ndarray, "..."]] | None) -> Any:
     """Transformers' model of that shape with these weights, in float32; `None` leaves its own.
 
+    Of the class that transformers itself takes for such a config: Mistral, Ministral where
+    some layers have a window, Ministral 3 where positions are stretched, Mixtral with experts.
+
     Raises:
-        BadInput: the layers have windows of their own, which transformers' Mistral has not.
+        BadInput: transformers has no such model.
     """
-    if isinstance(config.sliding_window, tuple):
-        raise BadInput("transformers' Mistral has one window for all layers; choose another preset")
-    words: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "sliding_window": config.sliding_window,
-        "tie_word_embeddings": config.tied_embeddings,
-        "use_cache": False,
-    }
+    fields = to_hugging_face(config, "float32", positions=None, bos_id=1, eos_id=2)
+    words: Any = transformers.AutoConfig.for_model(**fields)
+    words.use_cache = False
     with device():
-        model = _made(config, words)
+        model = transformers.AutoModelForCausalLM.from_config(words)
     if weights is None:
         return model
     tensors = to_transformers(config, weights)
@@ -76,16 +66,6 @@ def build(config: MistralConfig, weights: Mapping[str, Float[np.ndarray, "..."]]
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors)
     return model
-
-
-def _made(config: MistralConfig, words: dict[str, Any]) -> Model:
-    if not config.n_experts:
-        return transformers.MistralForCausalLM(transformers.MistralConfig(**words))
-    experts: dict[str, Any] = {
-        "num_local_experts": config.n_experts,
-        "num_experts_per_tok": config.n_experts_per_token,
-    }
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**words, **experts))
 
 
 def device() -> torch.device:

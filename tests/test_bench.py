@@ -171,9 +171,9 @@ def test_converted_weights_compute_the_same_logits(config: MistralConfig) -> Non
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * float(np.std(ours)))  # measured: 1e-5
 
 
-def test_a_layer_with_a_window_of_its_own_is_refused(config: MistralConfig) -> None:
-    ragged = dataclasses.replace(config, sliding_window=(7, None, 7))
-    with pytest.raises(BadInput, match="one window for all layers"):
+def test_windows_of_several_sizes_are_refused(config: MistralConfig) -> None:
+    ragged = dataclasses.replace(config, n_layers=3, sliding_window=(7, None, 9))
+    with pytest.raises(BadInput, match="windows of 2 sizes"):
         transformers_peer.build(ragged, {})
 
 

@@ -5,13 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lechat_jax.config import PRESETS, MistralConfig
+from lechat_jax.config import PRESETS, Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
+from lechat_jax.rope import rotation
+from lechat_torch.rotary import turns
 from parity.configs import from_hugging_face, from_params, to_hugging_face, to_params
 
 Fields = dict[str, Any]
@@ -61,6 +67,64 @@ def test_the_released_config_is_the_preset() -> None:
     assert from_hugging_face(V01, "x") == PRESETS["mistral-7b-v0.1"]
 
 
+def test_the_released_config_of_devstral_2_is_the_preset() -> None:
+    assert from_hugging_face(DEVSTRAL_2, "x") == PRESETS["devstral-2-123b-2512"]
+
+
+@pytest.mark.parametrize(
+    ("words", "preset"),
+    [
+        # Two classes of transformers have the numbers of one release for their defaults.
+        (transformers.Ministral3Config(), "ministral-3-8b-2512"),
+        (transformers.Mistral3Config(tie_word_embeddings=False), "mistral-small-24b-2503"),
+    ],
+)
+def test_the_defaults_of_transformers_are_the_preset(words: Any, preset: str) -> None:
+    assert from_hugging_face(words.to_dict(), "x") == PRESETS[preset]
+
+
+@pytest.mark.parametrize(
+    ("change", "apply_scale"),
+    [
+        ({}, True),
+        ({"mscale_all_dim": 1.0}, False),
+        ({"mscale": 0.7, "mscale_all_dim": 0.7}, False),
+        ({"attention_factor": 1.0}, False),
+        ({"attention_factor": 1.4158883083359672}, True),
+        ({"mscale": None, "mscale_all_dim": None}, True),
+    ],
+)
+def test_yarns_ways_to_say_how_long_queries_are_mean(change: Fields, apply_scale: bool) -> None:
+    rope = {**DEVSTRAL_2["rope_parameters"], **change}
+    yarn = from_hugging_face({**DEVSTRAL_2, "rope_parameters": rope}, "x").yarn
+    assert yarn
+    assert yarn.apply_scale == apply_scale
+    words = transformers.Ministral3Config(head_dim=128, rope_parameters=dict(rope))
+    theirs = ROPE_INIT_FUNCTIONS["yarn"](words)[1]
+    assert yarn.attention_factor == pytest.approx(theirs, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, config in PRESETS.items() if config.yarn])
+def test_the_speeds_of_a_stretched_model_are_those_of_transformers(name: str) -> None:
+    """As a config that we write has them there; float32 against float32 and float64."""
+    config = PRESETS[name]
+    assert config.yarn
+    fields = to_hugging_face(config, "bfloat16", None, 1, 2)
+    stretched = config.yarn.factor * config.yarn.original_max_position_embeddings
+    assert fields["max_position_embeddings"] == stretched >= 262144
+    inv_freq, length = ROPE_INIT_FUNCTIONS["yarn"](transformers.AutoConfig.for_model(**fields))
+    assert from_hugging_face(fields, "x") == config
+    one = jnp.array([[1]])
+    ours = rotation(one, config.head_dim, config.rope_theta, "float32", config.yarn)
+    np.testing.assert_allclose(np.arctan2(ours.sin, ours.cos)[0, 0], inv_freq, rtol=2e-6)
+    np.testing.assert_allclose(np.hypot(ours.sin, ours.cos), length, rtol=1e-6)
+    turn = turns(
+        torch.tensor([[1]]), config.head_dim, config.rope_theta, torch.float64, config.yarn
+    )
+    np.testing.assert_allclose(turn.angle()[0, 0, 0], inv_freq, rtol=1e-6)
+    np.testing.assert_allclose(turn.abs()[0, 0, 0], length, rtol=1e-12)
+
+
 def test_the_released_params_are_the_preset_when_told_the_base() -> None:
     assert from_params(V01_PARAMS, "x", rope_theta=1e4) == PRESETS["mistral-7b-v0.1"]
 
@@ -77,6 +141,35 @@ def test_a_base_that_params_has_is_not_overruled() -> None:
         from_params(fields, "x", rope_theta=1e4)
 
 
+YARN: Fields = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 64.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+}
+# As released: https://huggingface.co/mistralai/Devstral-2-123B-Instruct-2512, without its
+# quantisation.
+DEVSTRAL_2: Fields = {
+    "architectures": ["Ministral3ForCausalLM"],
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 12288,
+    "intermediate_size": 28672,
+    "max_position_embeddings": 262144,
+    "model_type": "ministral3",
+    "num_attention_heads": 96,
+    "num_hidden_layers": 88,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_parameters": {**YARN, "type": "yarn", "llama_4_scaling_beta": 0.0},
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 131072,
+}
 V5_ROPE: Fields = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
 
 
@@ -133,16 +226,31 @@ def test_what_is_absent_means_what_transformers_makes_of_it(change: Fields, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "has the model_type 'llama'; only mistral and ministral"),
+        (
+            {"model_type": "llama"},
+            "has the model_type 'llama'; only mistral, ministral, mixtral",
+        ),
         ({"model_type": None}, "has the model_type None"),
         ({"architectures": ["MistralForSequenceClassification"]}, "ForSequenceClassification"),
         ({"architectures": "MistralForCausalLM"}, "is of"),
         ({"attention_bias": True}, "has attention_bias = true"),
         ({"mlp_bias": True}, "has mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "has rope_scaling = .*linear"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "has rope_parameters = .*yarn"),
-        ({"rope_parameters": {"full_attention": V5_ROPE}}, "has rope_parameters"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "has the rope_type .linear"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "has factor = null in its YaRN"),
+        ({"rope_parameters": {"full_attention": V5_ROPE}}, "rotary parameters .*: full_attention"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "has truncate = false in its YaRN"),
+        ({"rope_parameters": YARN | {"mscale_all_dim": 0.5}}, "queries and keys 1.1.* times"),
+        ({"rope_parameters": YARN | {"attention_factor": "x"}}, "attention_factor = .*no number"),
+        (
+            {"rope_parameters": YARN | {"low_freq_factor": 1}},
+            "rotary parameters .*: low_freq_factor",
+        ),
+        ({"rope_parameters": YARN | {"beta_fast": 0.5}}, "yarn needs 0 < alpha < beta"),
+        ({"original_max_position_embeddings": 4096}, "has original_max_position_embeddings"),
+        ({"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "rotary parameters .*: llama_4_scal"),
+        ({"model_type": "ministral3", "rope_parameters": None}, "has no rope_parameters"),
+        ({"model_type": "mistral3"}, "of a mistral3 without a text_config"),
         ({"rope_parameters": {**V5_ROPE["rope_parameters"], "partial_rotary_factor": 0.5}}, "part"),
         ({"rope_parameters": [1]}, "has rope_parameters = .* no JSON object"),
         ({"layer_types": ["full_attention"]}, "names 1 layers|sliding_window"),
@@ -193,6 +301,36 @@ FOUR = {**V01_PARAMS, "n_layers": 4, "rope_theta": 1e6}
         ),
         (without(FOUR, "n_kv_heads"), {"n_kv_heads": 32}),
         ({**FOUR, "tied_embeddings": True}, {"tied_embeddings": True}),
+        ({**FOUR, "yarn": None, "llama_4_scaling": None, "vision_encoder": {"dim": 8}}, {}),
+        (
+            {
+                **FOUR,
+                "yarn": {
+                    "factor": 16,
+                    "original_max_position_embeddings": 16384,
+                    "beta": 32,
+                    "alpha": 1,
+                    "apply_scale": False,
+                },
+                "llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 16384},
+            },
+            {
+                "yarn": Yarn(16.0, 16384, 32.0, 1.0, apply_scale=False),
+                "llama_4_scaling": Llama4Scaling(0.1, 16384),
+            },
+        ),
+        (
+            {
+                **FOUR,
+                "yarn": {
+                    "factor": 64,
+                    "original_max_position_embeddings": 4096,
+                    "beta": 4,
+                    "alpha": 1,
+                },
+            },
+            {"yarn": Yarn(64.0, 4096, 4.0, 1.0, apply_scale=True)},
+        ),
         (
             {
                 **FOUR,
@@ -218,9 +356,10 @@ def test_params_of_mistrals_mean(fields: Fields, expected: Fields) -> None:
         ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1}}, "has moe"),
         ({"moe": {"num_experts": 8}}, "n_experts_per_token must be between 1 and n_experts"),
         ({"quantization": {"qformat_weight": "fp8_e4m3"}}, "has quantization = "),
-        ({"yarn": {"factor": 16}}, "has yarn = "),
-        ({"llama_4_scaling": {"beta": 0.1}}, "has llama_4_scaling"),
-        ({"vision_encoder": {"hidden_size": 1024}}, "has vision_encoder = "),
+        ({"yarn": {"factor": 16}}, "yarn lacks alpha, beta, original_max_position"),
+        ({"yarn": [16]}, "yarn must be null or an object"),
+        ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling lacks original_max_position"),
+        ({"multimodal": {"whisper_model_args": {}}}, "has multimodal = "),
         ({"q_lora_rank": 1024}, "has q_lora_rank = 1024"),
         ({"model_type": "mamba"}, "has model_type = .*mamba"),
         ({"sliding_window": "wide"}, "has sliding_window = 'wide'"),
@@ -264,7 +403,7 @@ def test_configs_of_mixtral_are_read_and_written_both_ways() -> None:
     sizes = "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size".split()
     assert from_hugging_face(short | {key: fields[key] for key in sizes}, "x") == config
     mixed = dataclasses.replace(config, n_layers=2, sliding_window=(None, 8))
-    with pytest.raises(BadInput, match="transformers' Mixtral has one"):
+    with pytest.raises(BadInput, match="no model that is ministral and mixtral"):
         to_hugging_face(mixed, "bfloat16", 32768, 1, 2)
 
 
@@ -279,13 +418,49 @@ def test_windows_of_two_sizes_have_no_word_in_hugging_face(tiny: MistralConfig) 
         to_hugging_face(config, "float32", 64, 1, 2)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"yarn": Yarn(16.0, 64, 4.0, 1.0, apply_scale=False)},
+            "original lengths 64 and 9, and transformers has one",
+        ),
+        ({"sliding_window": (7, None, 7)}, "no model that is ministral and ministral3"),
+    ],
+)
+def test_what_has_no_word_in_hugging_face_is_refused(
+    tiny: MistralConfig, change: Fields, message: str
+) -> None:
+    config = dataclasses.replace(tiny, llama_4_scaling=Llama4Scaling(0.1, 9), **change)
+    with pytest.raises(BadInput, match=message):
+        to_hugging_face(config, "float32", 64, 1, 2)
+
+
+STRETCHES = st.builds(
+    Yarn,
+    factor=st.sampled_from([1.0, 16.0]),
+    original_max_position_embeddings=st.just(9),
+    beta=st.sampled_from([4.0, 32.0]),
+    alpha=st.just(1.0),
+    apply_scale=st.just(False),
+) | st.just(Yarn(64.0, 9, 4.0, 1.0, apply_scale=True))
 WINDOWS = st.none() | st.just(7) | st.just((7, None, 7)) | st.just((None, 7, 7))
 
 
-@given(st.builds(dict, sliding_window=WINDOWS, tied_embeddings=st.booleans()))
+@given(
+    st.builds(
+        dict,
+        sliding_window=WINDOWS,
+        tied_embeddings=st.booleans(),
+        yarn=st.none() | STRETCHES,
+        llama_4_scaling=st.none() | st.just(Llama4Scaling(0.1, 9)),
+    )
+)
 def test_every_config_comes_back(change: Fields) -> None:
     base = dataclasses.replace(PRESETS["lechat-15m"], n_layers=3, rope_theta=1e6)
     config = dataclasses.replace(base, **change)
+    if isinstance(config.sliding_window, tuple):  # for which transformers has no growth
+        config = dataclasses.replace(config, llama_4_scaling=None)
     hugging_face = json.dumps(to_hugging_face(config, "bfloat16", 64, 1, 2))
     assert from_hugging_face(json.loads(hugging_face), "x") == config
     assert from_params(json.loads(json.dumps(to_params(config))), "x", None) == config
