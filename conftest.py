@@ -60,7 +60,9 @@ def no_network(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny() -> MistralConfig:
     """A model of three layers in which no two dimensions agree, so none can be confused."""
-    from parity.lively import SMALL  # not before the shapes of lechat_jax are checked at imports
+    from parity.architectures import (
+        SMALL,  # not before the shapes of lechat_jax are checked at imports
+    )
 
     return SMALL
 

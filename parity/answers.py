@@ -47,7 +47,9 @@ class Task:
     @classmethod
     def of(cls, config: MistralConfig, seed: int = 0) -> "Task":
         """The task for a model of that shape, whose windows must be short: see `shortened`."""
-        W = max((window for window in config.windows if window), default=8)
+        growth = config.llama_4_scaling
+        lengths = [*config.windows, growth and growth.original_max_position_embeddings]
+        W = max((length for length in lengths if length), default=8)
         chunk = max(2, W - 2)
         T = 2 * W + 3 * chunk + 4
         prompt = 2 * W + chunk + 1
@@ -80,19 +82,29 @@ def shortened(
 ) -> MistralConfig:
     """The same model with no window longer than that, so that a short text meets its end.
 
-    A window that is not the one of the model `beside` it is not made the same: it stays one
-    key longer or shorter.
+    Nor are the steps longer in which queries grow. A length that is not the one of the model
+    `beside` it is not made the same: it stays one longer or shorter.
     """
+    beside = beside or config
 
     def short(own: Window, other: Window) -> Window:
         if own is None or other is None or own == other or min(own, other) < window:
             return own and min(own, window)
         return window + (1 if own > other else -1)
 
-    pairs = zip(config.windows, (beside or config).windows, strict=True)
+    pairs = zip(config.windows, beside.windows, strict=True)
     windows = tuple(short(own, other) for own, other in pairs)
     is_one = not isinstance(config.sliding_window, tuple)
-    return dataclasses.replace(config, sliding_window=windows[0] if is_one else windows)
+    steps, others = (
+        growth and growth.original_max_position_embeddings
+        for growth in (config.llama_4_scaling, beside.llama_4_scaling)
+    )
+    growth = config.llama_4_scaling
+    if growth and (step := short(steps, others or steps)):
+        growth = dataclasses.replace(growth, original_max_position_embeddings=step)
+    return dataclasses.replace(
+        config, sliding_window=windows[0] if is_one else windows, llama_4_scaling=growth
+    )
 
 
 class Answers:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from lechat_jax.errors import BadInput
+from parity.architectures import ARCHITECTURES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,7 @@ class CheckConfig:
         against: A conversion, export or merge of the checkpoint, to be put on trial: lechat_jax
             runs these weights and the PyTorch implementations those of --checkpoint.
         faults: Plant known faults one by one and see that each is found.
+        models: Kinds of random model: one for each kind of block that Mistral has released.
         dtypes: Arithmetic to check, beside float64, which proves the function.
         seed: Of the random weights and texts.
         window: Longest sliding window, in tokens; a checkpoint's own is shortened to it, so that
@@ -34,6 +36,7 @@ class CheckConfig:
     checkpoint: str | None = None
     against: str | None = None
     faults: bool = False
+    models: tuple[str, ...] = tuple(ARCHITECTURES)
     dtypes: tuple[Literal["float64", "float32", "bfloat16"], ...] = ("float32", "bfloat16")
     seed: int = 0
     window: int = 64
@@ -51,6 +54,12 @@ class CheckConfig:
             raise BadInput("--against needs the --checkpoint that it was made from")
         if self.faults and self.checkpoint:
             raise BadInput("--faults plants faults in a random model; leave out --checkpoint")
+        if unknown := sorted(set(self.models) - ARCHITECTURES.keys()):
+            raise BadInput(
+                f"--models has {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}"
+            )
+        if not self.models:
+            raise BadInput(f"--models needs one of {', '.join(ARCHITECTURES)}")
         for name, least in {"window": 2, "tokens": 2, "seed": 0}.items():
             if getattr(self, name) < least:
                 raise BadInput(f"--{name} must be at least {least}, not {getattr(self, name)}")

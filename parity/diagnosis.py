@@ -35,8 +35,7 @@ def recognise(
     label = stage.label
     seen = JaxOracle(*wrong, dtype).forward(tokens, first_position)[label]
     for fault in FAULTS:
-        is_possible = all(getattr(right.config, k) == v for k, v in fault.base.items())
-        if not is_possible or fault.expected.partition(".")[0] != stage.stage:
+        if not fault.needs(right.config) or fault.expected.partition(".")[0] != stage.stage:
             continue
         with fault.plant(right, stage.layer or 0) as guess:
             made = JaxOracle(*guess, dtype).forward(tokens, first_position).get(label)

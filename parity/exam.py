@@ -6,8 +6,9 @@ yield one `Stage` after the other in the order of execution, so that whoever onl
 know where two models part can stop at the first that is not ok.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from parity.answers import GREEDY, TOPICS, Answers, Item, Model, Task, Topic, padding, trajectory
 from parity.compare import (
@@ -19,6 +20,7 @@ from parity.compare import (
     SLACK_OF_GRADIENTS,
     relative,
 )
+from parity.configs import to_hugging_face
 from parity.oracle_jax import JaxOracle
 from parity.oracle_torch import TorchOracle
 from parity.oracle_transformers import TransformersOracle
@@ -39,13 +41,13 @@ class Exam:
         self.ours, self.theirs, self.task = ours, theirs, task
         self._truth = truth
         self._errors: dict[tuple[str, str], float] = {}  # of PyTorch in float32
-        self.has_transformers = not isinstance(theirs.config.sliding_window, tuple)
+        self.without = lacking(theirs.config)  # why transformers cannot run it, if so
         self._answers: dict[tuple[Implementation, Dtype], Answers] = {}
 
     @property
     def implementations(self) -> tuple[Implementation, ...]:
         """Those that can run this model."""
-        return ("torch", "jax", "transformers") if self.has_transformers else ("torch", "jax")
+        return ("torch", "jax") if self.without else ("torch", "jax", "transformers")
 
     def answers(self, name: Implementation, dtype: Dtype) -> Answers:
         """What that implementation makes of the task in that dtype."""
@@ -69,7 +71,7 @@ class Exam:
         for topic in TOPICS:
             for item in topic(self.answers("jax", "float64"), self.truth):
                 yield item.stage("jax", "float64", "torch", EXACT)
-            if transformers and self.has_transformers and topic not in (trajectory, padding):
+            if transformers and not self.without and topic not in (trajectory, padding):
                 yield from self._transformers(topic)
 
     def _transformers(self, topic: Topic) -> Iterator[Stage]:
@@ -83,8 +85,8 @@ class Exam:
         for item in topic(self.answers("transformers", "float64"), self.truth):
             yield item.stage("transformers", "float64", "torch", _allowed(item, self._errors))
 
-    def rounded(self, dtype: Dtype) -> Iterator[Stage]:
-        """Every stage in `dtype`, each implementation against the float64 truth.
+    def rounded(self, dtype: Dtype, topics: Sequence[Topic] = TOPICS) -> Iterator[Stage]:
+        """Every stage of the topics in `dtype`, each implementation against the float64 truth.
 
         Raises:
             BadInput: `dtype` is float64, the truth itself.
@@ -95,7 +97,7 @@ class Exam:
         if dtype == "bfloat16":
             yield _norms(answers["jax"], answers["torch"])
         errors: dict[tuple[str, str], float] = {}  # PyTorch's own, by which JAX is measured
-        for topic in TOPICS:
+        for topic in topics:
             for name, found in answers.items():
                 if topic is trajectory and (dtype != "float32" or name == "transformers"):
                     continue  # nobody trains weights that are kept in bfloat16
@@ -107,6 +109,15 @@ class Exam:
                     else:
                         budget = min(budget, _allowed(item, errors))
                     yield item.stage(name, dtype, truth.oracle.name, budget)
+
+
+def lacking(config: MistralConfig) -> str:
+    """Why transformers has no such model; nothing, if it has."""
+    try:
+        to_hugging_face(config, "float32", positions=None, bos_id=1, eos_id=2)
+    except BadInput as error:
+        return str(error)
+    return ""
 
 
 def _allowed(item: Item, errors: dict[tuple[str, str], float]) -> float:

@@ -20,13 +20,14 @@ from parity.answers import Model, Task
 from parity.exam import Exam
 from parity.faults_in_code import CODE
 from parity.faults_in_files import CONFIG, WEIGHTS
+from parity.faults_in_positions import POSITIONS
 from parity.lively import lively_weights
 from parity.oracle_jax import JaxOracle
 from parity.oracle_torch import TorchOracle
 from parity.planting import Planted
 from parity.verdict import Fault, Stage
 
-FAULTS: tuple[Planted, ...] = (*WEIGHTS, *CONFIG, *CODE)
+FAULTS: tuple[Planted, ...] = (*WEIGHTS, *CONFIG, *CODE, *POSITIONS)
 
 
 class Criterion(NamedTuple):
@@ -74,7 +75,8 @@ def suite(model: Model, task: Task) -> Iterator[Fault]:
         if key not in exams:
             config = dataclasses.replace(model.config, **fault.base)
             right = Model(config, lively_weights(config)) if fault.base else model
-            exams[key] = Exam(right, right, task)
+            is_new = config.windows != model.config.windows
+            exams[key] = Exam(right, right, Task.of(config) if is_new else task)
         found = first_divergence(exams[key], fault)
         yield Fault(
             fault.name,
@@ -116,7 +118,11 @@ class _FreshModels:
 
     def _logits(self, fault: Planted, T: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the faulty model and of the right one."""
-        config = dataclasses.replace(self.config, **fault.base, sliding_window=window)
+        changes = {**fault.base, "sliding_window": window, "n_layers": self.config.n_layers}
+        if isinstance(pattern := fault.base.get("sliding_window"), tuple):
+            kept = (own and window for own in pattern[: self.config.n_layers])
+            changes["sliding_window"] = tuple(kept)
+        config = dataclasses.replace(self.config, **changes)
         tokens = np.random.default_rng(T).integers(config.vocab_size, size=(1, T))
         if (config, T) not in self._right:
             right = Model(config, _initial_weights(config))

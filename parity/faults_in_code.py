@@ -75,9 +75,9 @@ def _sine_for_cosine(right: Callable) -> Callable:
 def _keys_one_late(right: Callable) -> Callable:
     """Queries are rotated by the position before theirs, so each key is one further away."""
 
-    def call(self: model.Attention, x: Array, turn: rope.Rotation, mix: Any, memory: Any) -> Any:
+    def call(self: model.Attention, x: Array, turn: rope.Turns, mix: Any, memory: Any) -> Any:
         def later(q: Array, k: Array, v: Array, memory: Any) -> Any:
-            first = rope.Rotation(turn.cos[:, 1:2], -turn.sin[:, 1:2])  # of one position, back
+            first = rope.Rotation(turn.k.cos[:, 1:2], -turn.k.sin[:, 1:2])  # of one position, back
             return mix(rope.rotate(q, first), k, v, memory)
 
         return right(self, x, turn, later if x.shape[1] > 1 else mix, memory)
@@ -86,12 +86,10 @@ def _keys_one_late(right: Callable) -> Callable:
 
 
 def _float32_angles(right: Callable) -> Callable:
-    def rotation(positions: Array, head_dim: int, theta: float, dtype: Any) -> rope.Rotation:
-        return rope.Rotation(
-            *(x.astype(dtype) for x in right(positions, head_dim, theta, "float32"))
-        )
+    def turns(positions: Array, config: Any, dtype: Any) -> rope.Turns:
+        return jax.tree.map(lambda x: x.astype(dtype), right(positions, config, "float32"))
 
-    return rotation
+    return turns
 
 
 def _rms_norm(f: Callable[[Array, Array, float], Array]) -> Callable[[Callable], Callable]:
@@ -235,7 +233,7 @@ CODE = (
         "attn.0",
         (model.Attention, "__call__", _keys_one_late),
     ),
-    in_code("angles are float32 in a float64 run", "attn.0", (model, "rotation", _float32_angles)),
+    in_code("angles are float32 in a float64 run", "attn.0", (model, "turns", _float32_angles)),
     in_code("kv heads are tiled instead of grouped", "attn.0", *_attend(_tiled)),
     in_code("scores are divided by H instead of its root", "attn.0", *_attend(_unscaled)),
     in_code("the softmax is bfloat16", "attn.0", (jax.nn, "softmax", _bf16_softmax)),

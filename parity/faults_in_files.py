@@ -102,6 +102,7 @@ WEIGHTS = (
         "attn.0",
         _one("blocks.{i}.attn.o.kernel", _transposed),
         base={"dim": 48},
+        needs=lambda c: c.dim == c.n_heads * c.head_dim,
     ),
     in_weights(
         "keys and values are swapped", "attn.0", _layer(of="attn.k.kernel", become="attn.v.kernel")

@@ -1,6 +1,5 @@
 """Random models in which everything matters, for whoever compares two ways to run one."""
 
-import dataclasses
 import math
 
 import jax
@@ -11,23 +10,6 @@ from jax.typing import DTypeLike
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.model import Mistral, bind, weights_of
-
-# Three layers in which no two dimensions agree, so none can be confused.
-SMALL = MistralConfig(
-    dim=40,
-    n_layers=3,
-    n_heads=6,
-    n_kv_heads=2,
-    head_dim=8,
-    hidden_dim=56,
-    vocab_size=97,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    sliding_window=7,
-)
-
-# The same with experts, each a little smaller.
-SMALL_MIXTURE = dataclasses.replace(SMALL, hidden_dim=28, n_experts=5, n_experts_per_token=2)
 
 
 def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Mistral:

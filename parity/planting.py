@@ -14,6 +14,7 @@ from parity.answers import Model
 
 Weights = dict[str, np.ndarray]
 Change = Callable[[MistralConfig, Weights, int], Weights]
+Needs = Callable[[MistralConfig], object]
 Plant = Callable[[Model, int], contextlib.AbstractContextManager[Model]]
 
 
@@ -30,6 +31,7 @@ class Planted:
         layer: which layer that is when nobody says.
         base: what the model must be changed to, right, for the fault to be possible.
         dtype: the arithmetic in which it shows.
+        needs: whether a model of that shape can have it.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Planted:
     layer: int = 0
     base: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtype: Literal["float64", "bfloat16"] = "float64"
+    needs: Needs = lambda _: True
 
 
 def in_weights(
@@ -48,6 +51,7 @@ def in_weights(
     *,
     layer: int = 0,
     base: dict[str, Any] | None = None,
+    needs: Needs = lambda _: True,
 ) -> Planted:
     """A fault of conversion: `change` gives the weights that are wrong."""
 
@@ -56,10 +60,16 @@ def in_weights(
         wrong = change(right.config, dict(right.weights), layer)
         yield Model(right.config, {**right.weights, **wrong})
 
-    return Planted(name, "weights", expected, plant, layer, base or {})
+    return Planted(name, "weights", expected, plant, layer, base or {}, needs=needs)
 
 
-def in_config(name: str, change: Callable[[MistralConfig], dict[str, Any]]) -> Planted:
+def in_config(
+    name: str,
+    change: Callable[[MistralConfig], dict[str, Any]],
+    *,
+    base: dict[str, Any] | None = None,
+    needs: Needs = lambda _: True,
+) -> Planted:
     """A fault of reading the config; it shows in the first attention."""
 
     @contextlib.contextmanager
@@ -67,13 +77,15 @@ def in_config(name: str, change: Callable[[MistralConfig], dict[str, Any]]) -> P
         config = dataclasses.replace(right.config, **change(right.config))
         yield Model(config, right.weights)
 
-    return Planted(name, "config", "attn.0", plant)
+    return Planted(name, "config", "attn.0", plant, base=base or {}, needs=needs)
 
 
 def in_code(
     name: str,
     expected: str,
     *wrong: tuple[object, str, Callable[[Any], Any]],
+    base: dict[str, Any] | None = None,
+    needs: Needs = lambda _: True,
     dtype: Literal["float64", "bfloat16"] = "float64",
 ) -> Planted:
     """A fault of the code: each named function is replaced by what its right one is made into."""
@@ -91,4 +103,4 @@ def in_code(
                 stack.callback(jitted.clear_cache)
             yield right
 
-    return Planted(name, "code", expected, plant, dtype=dtype)
+    return Planted(name, "code", expected, plant, base=base or {}, needs=needs, dtype=dtype)

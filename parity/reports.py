@@ -170,6 +170,7 @@ def _pages(names: Sequence[Column], width: int) -> Iterator[Sequence[Column]]:
 def _cases(verdict: Verdict) -> Iterator["_Case"]:
     for stage in sorted(verdict.stages, key=lambda stage: stage.order):
         group = f"parity.{stage.dtype}.{against(column_of(stage))}"
+        group += f".{stage.model}" if stage.model else ""
         note = "\n".join(filter(None, (stage.note, verdict.hint)))
         yield _Case(group, stage.label, "" if stage.ok else describe(stage), note)
 

@@ -153,6 +153,8 @@ class Streamed:
                 vocab_size=V,
                 sliding_window=None,
                 tied_embeddings=False,
+                yarn=None,
+                llama_4_scaling=None,
             )
             shapes = names.shapes(small, "lechat")
             weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}

@@ -10,12 +10,13 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.display import Display
 from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault
 from parity.against import rounded_as, same_weights
-from parity.answers import Model, Task, shortened
+from parity.answers import TOPICS, Model, Task, Topic, forward, shortened
+from parity.architectures import ARCHITECTURES, SMALL
 from parity.check_options import CheckConfig
 from parity.diagnosis import recognise
 from parity.exam import Exam
 from parity.faults import CRITERIA, FAULTS, suite
-from parity.lively import SMALL, lively_weights
+from parity.lively import lively_weights
 from parity.measure import machine_line
 from parity.oracles import Dtype
 from parity.sources import Source, open_source
@@ -54,8 +55,25 @@ def _planted(options: CheckConfig, display: Display) -> FaultReport:
 
 
 def _random(options: CheckConfig, display: Display) -> Verdict:
-    model = Model(SMALL, lively_weights(SMALL, options.seed))
-    return _whole(f"a random model, {SMALL.n_params:,} parameters", model, model, options, display)
+    """A model of each kind: the first in every way, and of the others what is their own."""
+    verdicts = []
+    for kind in options.models:
+        config = ARCHITECTURES[kind]
+        model = Model(config, lively_weights(config, options.seed))
+        topics = TOPICS if kind == options.models[0] else (forward,)
+        verdicts.append(_whole(kind, model, model, options, display, topics))
+    stages = [
+        dataclasses.replace(stage, model=verdict.title)
+        for verdict in verdicts
+        for stage in verdict.stages
+    ]
+    return Verdict(
+        f"random models: {', '.join(options.models)}",
+        # One that compared nothing has shown nothing, whatever the others did.
+        tuple(stages) if all(verdict.stages for verdict in verdicts) else (),
+        tuple(f"{verdict.title}: {note}" for verdict in verdicts for note in verdict.notes),
+        next((verdict.hint for verdict in verdicts if verdict.hint), ""),
+    )
 
 
 def _checkpoint(options: CheckConfig, display: Display) -> Verdict:
@@ -64,11 +82,12 @@ def _checkpoint(options: CheckConfig, display: Display) -> Verdict:
         options.checkpoint, rope_theta=options.rope_theta, revision=options.revision
     )
     ours = theirs
-    title, notes, stages = f"{options.checkpoint}", [], []
+    title, stages = f"{options.checkpoint}", []
+    notes = list(theirs.store.notes)
     if options.against:
         ours = open_source(options.against, rope_theta=options.rope_theta, verify=False)
         title = f"{options.against} against {options.checkpoint}"
-        notes = _differences(ours, theirs)
+        notes += _differences(ours, theirs)
         theirs = rounded_as(theirs, ours)
         stages = list(same_weights(ours, theirs, display.work))
         notes += [f"other weights: {stage.note}" for stage in stages[:SHOWN]]
@@ -93,9 +112,9 @@ def _differences(ours: Source, theirs: Source) -> list[str]:
     """What can be said of two checkpoints before any number is compared."""
     mine, other = ours.config.to_dict(), theirs.config.to_dict()
     notes = [
-        f"{key} is {mine[key]} in {ours.path} and {other[key]} in {theirs.path}"
-        for key in mine
-        if mine[key] != other[key]
+        f"{key} is {mine.get(key)} in {ours.path} and {other.get(key)} in {theirs.path}"
+        for key in mine | other
+        if mine.get(key) != other.get(key)
     ]
     types = [{str(tensor.dtype) for tensor in source.stored.values()} for source in (ours, theirs)]
     if types[0] != types[1]:
@@ -109,9 +128,17 @@ def _differences(ours: Source, theirs: Source) -> list[str]:
 
 
 def _whole(
-    title: str, ours: Model, theirs: Model, options: CheckConfig, display: Display
+    title: str,
+    ours: Model,
+    theirs: Model,
+    options: CheckConfig,
+    display: Display,
+    topics: Sequence[Topic] = TOPICS,
 ) -> Verdict:
-    """Every question, asked of models that fit into memory several times."""
+    """Every question, asked of models that fit into memory several times.
+
+    In float64, that is; in other dtypes those of `topics`.
+    """
     notes = _shortening(theirs.config, options.window)
     ours, theirs = (
         Model(shortened(model.config, options.window, theirs.config), model.weights)
@@ -127,14 +154,14 @@ def _whole(
             "a model with experts is not judged in bfloat16: a token whose experts are nearly tied "
             "goes to one or the other, in any program, by how its scores were rounded"
         )
-    asked = [exam.exact(), *map(exam.rounded, dtypes)]
+    asked = [exam.exact(), *(exam.rounded(dtype, topics) for dtype in dtypes)]
     for done, questions in enumerate(asked):
         for stage in questions:
             stages.append(stage)
             display.work(f"{stage.dtype} {stage.label}", done, len(asked))
     display.work("stages", len(asked), len(asked))
-    if not exam.has_transformers:
-        notes.append("transformers' Mistral has one window for all layers, so it is left out")
+    if exam.without:
+        notes.append(f"transformers is left out: {exam.without}")
     verdict = Verdict(title, tuple(stages), tuple(notes))
     if is_too_equal(stages):
         notes.append(
@@ -180,11 +207,18 @@ def _streamed(
 
 
 def _shortening(config: MistralConfig, window: int) -> list[str]:
-    if shortened(config, window) == config:
-        return []
-    return [
-        f"the sliding window of {config.sliding_window} was shortened to {window} for the check"
-    ]
+    short = shortened(config, window)
+    notes = []
+    if short.windows != config.windows:
+        notes.append(
+            f"the sliding window of {config.sliding_window} was shortened to {window} for the check"
+        )
+    if short.llama_4_scaling != config.llama_4_scaling and (growth := config.llama_4_scaling):
+        steps = growth.original_max_position_embeddings
+        notes.append(
+            f"the {steps} tokens after which queries grow were shortened to {window} for the check"
+        )
+    return notes
 
 
 def is_too_equal(stages: Sequence[Stage]) -> bool:

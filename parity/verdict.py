@@ -32,6 +32,7 @@ class Stage:
         budget: the largest `rel` that is ok.
         position: the first token position over budget, if the stage has positions.
         note: what a reader of the figure should know, or nothing.
+        model: which of several that were checked, or nothing.
 
     Raises:
         ValueError: there is no such stage.
@@ -45,6 +46,7 @@ class Stage:
     budget: float
     position: int | None = None
     note: str = ""
+    model: str = ""
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -95,6 +97,7 @@ class Stage:
             "ok": self.ok,
             "position": self.position,
             "note": self.note,
+            "model": self.model,
         }
 
 

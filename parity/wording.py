@@ -72,8 +72,9 @@ def describe(stage: Stage) -> str:
     """
     layer = "" if stage.layer is None else f" of layer {stage.layer}"
     position = "" if stage.position is None else f", position {stage.position}"
+    model = f" of {stage.model}" if stage.model else ""
     return (
-        f"{stage.stage}{layer}{position}, {stage.dtype}, {against(column_of(stage))}: "
+        f"{stage.stage}{layer}{model}{position}, {stage.dtype}, {against(column_of(stage))}: "
         f"rel {scientific(stage.rel)}, budget {scientific(stage.budget)}"
     )
 

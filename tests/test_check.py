@@ -13,11 +13,12 @@ import pytest
 pytest.importorskip("torch", reason="the reference is PyTorch's")
 pytest.importorskip("xformers", reason="the reference takes its masks from xformers")
 
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import Llama4Scaling, MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.weights import save_weights
 from parity import answers, exam, trial
 from parity.answers import Model, Task, shortened
+from parity.architectures import ARCHITECTURES
 from parity.check import main
 from parity.exam import Exam
 from parity.lively import lively_weights
@@ -67,7 +68,7 @@ def right(
 
 
 def test_a_random_model_is_the_same_function_in_all_three(tmp_path: Path, capsys: Output) -> None:
-    found = verdict(capsys, tmp_path, "--dtypes", "float32")
+    found = verdict(capsys, tmp_path, "--dtypes", "float32", "--models", "mistral")
     assert (found["code"], found["equal"], found["first_divergence"]) == (0, True, None)
     assert {stage["stage"] for stage in found["stages"]} == set(STAGES)
     pairs = {(*stage["pair"], stage["dtype"]) for stage in found["stages"]}
@@ -92,25 +93,37 @@ def test_one_function_compared_with_itself_proves_nothing() -> None:
     assert not trial.is_too_equal([dataclasses.replace(same, pair=("transformers", "torch"))])
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"sliding_window": (7, None)},
-        {"sliding_window": None, "n_kv_heads": 6},
-        {"tied_embeddings": True, "n_kv_heads": 1, "sliding_window": 3},
-    ],
-    ids=["a window a layer", "no window, a kv head each", "tied, one kv head"],
-)
-def test_every_kind_of_model_is_the_same_function(
-    small: MistralConfig, changes: dict[str, Any]
-) -> None:
-    config = dataclasses.replace(small, **changes)
+KINDS: dict[str, dict[str, Any]] = {
+    "a window a layer": {"sliding_window": (7, None)},
+    "no window, a kv head each": {"sliding_window": None, "n_kv_heads": 6},
+    "windows of two sizes": {"sliding_window": (7, 3)},
+    **{
+        kind: dataclasses.asdict(dataclasses.replace(config, n_layers=2))
+        | {"yarn": config.yarn, "llama_4_scaling": config.llama_4_scaling}
+        for kind, config in ARCHITECTURES.items()
+        if config.yarn
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_is_the_same_function(small: MistralConfig, kind: str) -> None:
+    config = dataclasses.replace(small, **KINDS[kind])
     model = Model(config, lively_weights(config, seed=1))
-    stages = list(Exam(model, model, Task.of(config, seed=1)).exact())
+    asked = Exam(model, model, Task.of(config, seed=1))
+    stages = list(asked.exact())
     assert [stage for stage in stages if not stage.ok] == []
     assert {stage.stage for stage in stages} == set(STAGES)
-    has_peer = not isinstance(config.sliding_window, tuple)
-    assert any(stage.pair[0] == "transformers" for stage in stages) == has_peer
+    has_peer = any(stage.pair[0] == "transformers" for stage in stages)
+    assert has_peer == (not asked.without) == (kind != "windows of two sizes")
+
+
+@pytest.mark.usefixtures("one_pass_only")
+def test_each_kind_of_random_model_is_named(tmp_path: Path, capsys: Output) -> None:
+    kinds = ["ministral", "devstral-2"]
+    found = verdict(capsys, tmp_path, "--dtypes", "float64", "--models", *kinds)
+    assert (found["code"], found["title"]) == (0, "random models: ministral, devstral-2")
+    assert {stage["model"] for stage in found["stages"]} == set(kinds)
 
 
 @pytest.mark.usefixtures("one_pass_only")
@@ -211,6 +224,7 @@ def test_models_that_differ_in_size_are_not_compared(
     [
         (["--against", "x"], "--against needs the --checkpoint"),
         (["--faults", "--checkpoint", "x"], "leave out --checkpoint"),
+        (["--models", "mistral", "gpt"], "--models has gpt; there are mistral, ministral, "),
         (["--window", "1"], "--window must be at least 2, not 1"),
         (["--last-position", "9"], "--last-position must be at least --tokens"),
         (["--json", "/nowhere/x.json"], "there is no folder /nowhere to write x.json to"),
@@ -294,3 +308,18 @@ def test_windows_are_shortened_and_full_attention_is_not(tiny: MistralConfig) ->
     assert shortened(windows, 64, beside=others).sliding_window == (65, None, 5)
     assert shortened(windows, 64).sliding_window == (64, None, 5)
     assert shortened(dataclasses.replace(tiny, sliding_window=None), 64).sliding_window is None
+
+
+def test_the_steps_in_which_queries_grow_are_shortened(tiny: MistralConfig) -> None:
+    def steps(config: MistralConfig) -> int:
+        assert config.llama_4_scaling
+        return config.llama_4_scaling.original_max_position_embeddings
+
+    grows, later = (
+        dataclasses.replace(tiny, llama_4_scaling=Llama4Scaling(0.1, n)) for n in (16384, 16385)
+    )
+    assert steps(shortened(grows, 64)) == 64
+    assert steps(shortened(later, 64, beside=grows)) == 65
+    assert steps(shortened(grows, 64, beside=tiny)) == 64
+    text = Task.of(dataclasses.replace(shortened(grows, 9), sliding_window=None))
+    assert text.tokens.shape[1] > 4 * 9

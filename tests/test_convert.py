@@ -25,7 +25,7 @@ from jaxtyping import Shaped
 from safetensors.numpy import load_file, save_file
 
 from lechat_jax.checkpoint import Checkpoints
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
 from lechat_jax.quantize import Form, dequantize, quantized
 from lechat_jax.run import Run
@@ -34,11 +34,11 @@ from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
 from lechat_jax.weights import load_weights, weight_shapes
 from parity import convert as module
+from parity.architectures import ARCHITECTURES, SMALL_MIXTURE
 from parity.check import main as check
 from parity.convert import main
 from parity.finite import is_finite
 from parity.formats import taken_apart
-from parity.lively import SMALL_MIXTURE
 from parity.make_checkpoint import main as make
 from parity.names import FORMATS, Format, names, shapes
 from parity.sources import open_source
@@ -131,6 +131,8 @@ MODELS = st.fixed_dictionaries(
         "rope_theta": st.sampled_from([1e4, 1e6]),
         "sliding_window": st.sampled_from([None, 1, 4096]),
         "tied_embeddings": st.booleans(),
+        "yarn": st.sampled_from([None, Yarn(16.0, 16384, 32.0, 1.0, apply_scale=False)]),
+        "llama_4_scaling": st.sampled_from([None, Llama4Scaling(0.1, 16384)]),
     }
 )
 
@@ -219,6 +221,27 @@ def test_windows_reach_transformers(
     assert open_source(hf).config == config
 
 
+@pytest.mark.parametrize("kind", ["ministral-3", "devstral-2"])
+def test_a_stretched_model_reaches_transformers(kind: str, tmp_path: Path) -> None:
+    config = ARCHITECTURES[kind]
+    weights = random_weights(config)
+    start = write_torch(tmp_path / "start", config, weights)
+    hf = convert(start, tmp_path / "hf", "hf")
+    loaded, info = cast(
+        tuple[Any, dict[str, Any]],
+        transformers.AutoModelForCausalLM.from_pretrained(hf, output_loading_info=True),
+    )
+    assert not any(info.values()), info
+    assert type(loaded).__name__ == "Ministral3ForCausalLM"
+    state = loaded.state_dict()
+    for ours, theirs in names(config, "hf").items():
+        bits = state[theirs].view(torch.int16).numpy().tobytes()
+        assert bits == weights[ours].tobytes(), theirs
+    lechat = convert(hf, tmp_path / "int8", "lechat", "--quantize", "int8")
+    assert open_source(lechat, dequantize=True).config == config
+    assert load_weights(lechat)[0] == config
+
+
 def test_consolidated_pickles_are_read(start: Path, weights: Weights, tmp_path: Path) -> None:
     mistral = convert(start, tmp_path / "mistral", "mistral")
     files = TensorFiles.open(mistral, "consolidated")
@@ -244,6 +267,23 @@ def test_of_two_copies_one_is_read_and_it_says_so(
         path.rename(hf / path.name)
     assert open_source(hf).format == "hf"
     assert open_source(hf).where("norm.scale") == f"model.norm.weight in {hf}/model.safetensors"
+
+
+def test_windows_that_two_configs_say_differently_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in Ministral-8B's repository, whose two configs are of two models."""
+    config = dataclasses.replace(ARCHITECTURES["mistral"], n_layers=2)
+    hf = convert(
+        write_torch(tmp_path / "start", config, random_weights(config)), tmp_path / "hf", "hf"
+    )
+    params = {"dim": 40, "n_layers": 2, "sliding_window": 7}
+    (hf / "params.json").write_text(json.dumps(params))
+    assert open_source(hf).store.notes == ()
+    (hf / "params.json").write_text(json.dumps(params | {"sliding_window": [None, 7]}))
+    assert open_source(hf).config == config
+    convert(hf, tmp_path / "lechat", "lechat")
+    assert "says sliding_window [null, 7] instead of 7: longer texts" in capsys.readouterr().out
 
 
 def test_a_training_run_is_a_source(tiny: MistralConfig, tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 """That the check can fail: planted faults are found, placed, and gone when the context ends."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 pytest.importorskip("torch", reason="the reference is PyTorch's")
 pytest.importorskip("xformers", reason="the reference takes its masks from xformers")
 
 from parity.answers import Model, Task
+from parity.architectures import ARCHITECTURES, SMALL
 from parity.check import main
 from parity.exam import Exam
 from parity.faults import CRITERIA, FAULTS, first_divergence
-from parity.lively import SMALL, lively_weights
+from parity.lively import lively_weights
 from parity.planting import Planted
 from parity.verdict import STAGES
 
@@ -27,20 +31,47 @@ QUICK = (
     "the ring is one slot short",
     "decoding starts one position late",
     "padding is seen",
+    "the windows of the layers are one layer off",
+    "YaRN's scale is not applied",
+    "queries grow with every token",
+    "the growth of queries starts anew with each chunk",
 )
 
 
-@pytest.fixture(scope="module")
+def exam_of(base: dict[str, Any]) -> Exam:
+    """The small model with these changes, and the right answers."""
+    key = tuple(base.items())
+    if key not in EXAMS:
+        config = dataclasses.replace(SMALL, **base)
+        model = Model(config, lively_weights(config))
+        EXAMS[key] = Exam(model, model, Task.of(config))
+    return EXAMS[key]
+
+
+EXAMS: dict[tuple, Exam] = {}
+
+
+@pytest.fixture
 def exam() -> Exam:
-    model = Model(SMALL, lively_weights(SMALL))
-    return Exam(model, model, Task.of(SMALL))
+    return exam_of({})
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in QUICK], ids=lambda f: f.name)
-def test_a_planted_fault_is_found_where_it_is(exam: Exam, fault: Planted) -> None:
-    found = first_divergence(exam, fault)
+def test_a_planted_fault_is_found_where_it_is(fault: Planted) -> None:
+    found = first_divergence(exam_of(fault.base), fault)
     assert found is not None
     assert found.label == fault.expected
+
+
+def test_a_fault_is_sought_in_models_that_can_have_it() -> None:
+    ministral_3 = dataclasses.replace(ARCHITECTURES["ministral-3"], n_layers=9, rope_theta=1e6)
+    can = {
+        kind: {f.name for f in FAULTS if f.needs(SMALL if kind == "mistral" else ministral_3)}
+        for kind in ("mistral", "ministral-3")
+    }
+    assert can["ministral-3"] - can["mistral"] > {"there is no YaRN", "queries do not grow"}
+    assert can["mistral"] <= can["ministral-3"]
+    assert "every layer has the window of some" not in can["ministral-3"]
 
 
 def test_a_fault_is_gone_when_it_was_looked_for(exam: Exam) -> None:

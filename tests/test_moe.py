@@ -22,7 +22,8 @@ from lechat_jax.sampling import Sampling
 from lechat_jax.sharding import check_divides, letters, make_mesh
 from lechat_jax.step import StepOptions, gradient
 from lechat_jax.weights import weight_shapes
-from parity.lively import SMALL_MIXTURE, lively_weights
+from parity.architectures import SMALL_MIXTURE
+from parity.lively import lively_weights
 from parity.oracle_transformers import TransformersOracle
 
 COEFFICIENT = 0.3  # of the auxiliary loss, so large that it matters

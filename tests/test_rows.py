@@ -16,6 +16,7 @@ from lechat_jax.kernels import splash_attention
 from lechat_jax.model import Weights, bind, weights_of
 from lechat_jax.rows import Rows
 from lechat_jax.step import StepOptions, shares, total_nats
+from parity.architectures import ARCHITECTURES
 from parity.lively import lively
 
 # Documents longer than the window of 7, shorter, and of two tokens; the last row has padding.
@@ -69,14 +70,20 @@ BUDGET = {"float64": 2e-14, "float32": 1e-5}
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("dense", "float64"), ("banded", "float64"), ("splash", "float32")]
+    ("backend", "dtype", "kind"),
+    [
+        ("dense", "float64", "mistral"),
+        ("dense", "float64", "ministral-3"),
+        ("banded", "float64", "mistral"),
+        ("splash", "float32", "mistral"),
+    ],
 )
 def test_a_packed_row_is_learned_as_each_document_alone(
-    backend: Backend, dtype: Any, tiny: MistralConfig, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, dtype: Any, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interpreted = functools.partial(splash_attention, interpret=True)
     monkeypatch.setattr(attention, "splash_attention", interpreted)
-    config = dataclasses.replace(tiny, n_layers=2)
+    config = dataclasses.replace(ARCHITECTURES[kind], n_layers=2)
     options = StepOptions(block=ROW - 1, dtype=dtype, backend=backend)
     alone = dataclasses.replace(options, backend="dense")
     with jax.enable_x64(dtype == "float64"):

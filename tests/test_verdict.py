@@ -131,7 +131,7 @@ def test_a_verdict_has_the_keys_that_scripts_read() -> None:
     found = Verdict(
         title="tiny",
         stages=(
-            stage("attn.0", rel=0.031, position=7, note="eager"),
+            stage("attn.0", rel=0.031, position=7, note="eager", model="ministral"),
             stage("loss", dtype="float32", pair=("torch", "transformers")),
         ),
         notes=("seed 0",),
@@ -149,6 +149,7 @@ def test_a_verdict_has_the_keys_that_scripts_read() -> None:
         "ok": False,
         "position": 7,
         "note": "eager",
+        "model": "ministral",
     }
     loss = {
         "stage": "loss",
@@ -160,6 +161,7 @@ def test_a_verdict_has_the_keys_that_scripts_read() -> None:
         "ok": True,
         "position": None,
         "note": "",
+        "model": "",
     }
     assert strict(found.to_dict()) == {
         "title": "tiny",

@@ -1,0 +1,60 @@
+"""One small random model for each kind of block that Mistral has released.
+
+Each is small in the same way, and every length is so short that a text of a few dozen tokens
+goes past it several times: windows, the texts before YaRN, the steps in which queries grow.
+"""
+
+import dataclasses
+
+from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
+
+# Three layers in which no two dimensions agree, so none can be confused.
+SMALL = MistralConfig(
+    dim=40,
+    n_layers=3,
+    n_heads=6,
+    n_kv_heads=2,
+    head_dim=8,
+    hidden_dim=56,
+    vocab_size=97,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    sliding_window=7,
+)
+
+# The same with experts, each a little smaller.
+SMALL_MIXTURE = dataclasses.replace(SMALL, hidden_dim=28, n_experts=5, n_experts_per_token=2)
+
+# With a theta of 5, two of the four pairs of lanes keep their speed, one is slowed down, and
+# one is between.
+THETA = 5.0
+STRETCHED = Yarn(
+    factor=16.0, original_max_position_embeddings=9, beta=0.85, alpha=0.45, apply_scale=False
+)
+
+ARCHITECTURES: dict[str, MistralConfig] = {
+    # Mistral 7B, Nemo, Small and Large: one window, or none.
+    "mistral": SMALL,
+    # Ministral 8B: some layers see all.
+    "ministral": dataclasses.replace(SMALL, sliding_window=(None, 7, 7)),
+    # Mixtral: a router and experts.
+    "mixtral": dataclasses.replace(SMALL_MIXTURE, n_layers=2),
+    # Ministral 3 and Devstral Small 2: stretched, queries grow; the smallest is tied.
+    "ministral-3": dataclasses.replace(
+        SMALL,
+        n_layers=2,
+        rope_theta=THETA,
+        sliding_window=None,
+        tied_embeddings=True,
+        yarn=STRETCHED,
+        llama_4_scaling=Llama4Scaling(beta=0.1, original_max_position_embeddings=9),
+    ),
+    # Devstral 2: stretched, and queries and keys longer for it.
+    "devstral-2": dataclasses.replace(
+        SMALL,
+        n_layers=2,
+        rope_theta=THETA,
+        sliding_window=None,
+        yarn=dataclasses.replace(STRETCHED, factor=64.0, apply_scale=True),
+    ),
+}
