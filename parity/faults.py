@@ -19,6 +19,7 @@ from parity import names
 from parity.answers import Model, Task
 from parity.exam import Exam
 from parity.faults_in_code import CODE
+from parity.faults_in_experts import EXPERTS
 from parity.faults_in_files import CONFIG, WEIGHTS
 from parity.faults_in_positions import POSITIONS
 from parity.lively import lively_weights
@@ -27,7 +28,7 @@ from parity.oracle_torch import TorchOracle
 from parity.planting import Planted
 from parity.verdict import Fault, Stage
 
-FAULTS: tuple[Planted, ...] = (*WEIGHTS, *CONFIG, *CODE, *POSITIONS)
+FAULTS: tuple[Planted, ...] = (*WEIGHTS, *CONFIG, *CODE, *POSITIONS, *EXPERTS)
 
 
 class Criterion(NamedTuple):

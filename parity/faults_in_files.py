@@ -71,6 +71,10 @@ def _transposed(_: MistralConfig, x: np.ndarray) -> np.ndarray:
     return flat.T.reshape(x.shape)
 
 
+def _has_one_feed_forward(config: MistralConfig) -> bool:
+    return not config.n_experts
+
+
 WEIGHTS = (
     in_weights(
         "ids are one too high in the embedding",
@@ -113,12 +117,16 @@ WEIGHTS = (
         _layer(of="attn_norm.scale", become="mlp_norm.scale"),
     ),
     in_weights(
-        "gate and up are swapped", "mlp.0", _layer(of="mlp.gate.kernel", become="mlp.up.kernel")
+        "gate and up are swapped",
+        "mlp.0",
+        _layer(of="mlp.gate.kernel", become="mlp.up.kernel"),
+        needs=_has_one_feed_forward,
     ),
     in_weights(
         "one tensor is from the next layer",
         "mlp.1",
         _from_next_layer("blocks.{i}.mlp.up.kernel"),
+        needs=_has_one_feed_forward,
         layer=1,
     ),
     in_weights("two layers are swapped", "attn.1", _swapped_layers, layer=1),
@@ -126,6 +134,7 @@ WEIGHTS = (
         "one bit of one weight is flipped",
         "mlp.1",
         _one("blocks.{i}.mlp.down.kernel", _flipped_bit),
+        needs=_has_one_feed_forward,
         layer=1,
     ),
     in_weights(
