@@ -18,6 +18,7 @@ from parity.bench_attention import Attention
 from parity.bench_card import Card
 from parity.bench_convert import Convert
 from parity.bench_decode import Decode
+from parity.bench_moe import Moe
 from parity.bench_prefill import Prefill
 from parity.bench_train import Train
 from parity.report import Report
@@ -42,6 +43,7 @@ WORKS: dict[str, Callable[..., Work]] = {
     "convert": Convert,
     "decode": Decode,
     "prefill": Prefill,
+    "moe": Moe,
     "card": Card,
 }
 

@@ -122,6 +122,28 @@ def fastest_attention(lesson: Lesson) -> Chosen:
     return Chosen(best, f"{best} attention takes a step {ratio:.2f} times as fast as {other} here")
 
 
+def experts_pass(
+    config: MistralConfig,
+    weights: Mapping[str, Float[np.ndarray, "..."]],
+    rows: Int[np.ndarray, "B row"],
+    experts: Literal["eager", "grouped_mm"],
+) -> Callable[[], float]:
+    """A forward and a backward pass of a model with experts, computed in that way."""
+    model = build(config, weights)
+    model.set_experts_implementation(experts)
+    model.set_attn_implementation("sdpa")
+    ids = torch.from_numpy(rows.astype(np.int64)).to(device())
+
+    def once() -> float:
+        model.zero_grad(set_to_none=True)
+        logits = model(input_ids=ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        return loss.item()
+
+    return once
+
+
 class _Heads(torch.nn.Module):
     """What transformers' attention functions ask of the module that calls them."""
 
