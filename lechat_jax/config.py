@@ -84,6 +84,7 @@ class Llama4Scaling:
 
 
 PARTS = {"yarn": Yarn, "llama_4_scaling": Llama4Scaling}
+OPTIONAL = ("n_experts", "n_experts_per_token", *PARTS)  # what most models have none of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +221,7 @@ class MistralConfig:
         A part that the model has not goes unsaid.
         """
         fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in PARTS or value}
+        return {name: value for name, value in fields.items() if name not in OPTIONAL or value}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "MistralConfig":
