@@ -134,7 +134,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
             edit_config(tie_word_embeddings=True),
             r"lm_head\.weight in .* differs from the embedding",
         ),
-        (edit_config(model_type="mixtral"), "has the model_type 'mixtral'"),
+        (edit_config(model_type="qwen3"), "has the model_type 'qwen3'"),
         (edit_config(quantization_config={"quant_method": "quanto"}), "quantised by quanto"),
         (put("config.json", b"{"), "is not valid JSON"),
         (put("config.json", b"[" * 100_000), "is not valid JSON"),
