@@ -98,9 +98,9 @@ EXPERTS = (
     ),
     in_weights(
         "two experts have each other's down map",
-        "mlp.2",
+        "mlp.1",
         _expert(_last_two_downs),
-        layer=2,
+        layer=1,
         base=BASE,
         needs=has_experts,
     ),
