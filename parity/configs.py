@@ -224,8 +224,8 @@ def to_params(config: MistralConfig) -> dict[str, Any]:
         del fields["sliding_window"]
     if not fields["tied_embeddings"]:
         del fields["tied_embeddings"]
-    moe = {theirs: fields.pop(ours) for ours, theirs in MOE.items()}
-    return fields | ({"moe": moe} if config.n_experts else {})
+    moe = {theirs: fields.pop(ours) for ours, theirs in MOE.items() if ours in fields}
+    return fields | ({"moe": moe} if moe else {})
 
 
 def _in_mistrals_words(fields: Fields, where: object) -> dict[str, Any]:
