@@ -286,10 +286,11 @@ class TrainConfig:
 
     def contradictions_to(self, model: MistralConfig) -> list[str]:
         """Flags given beside --init-from that ask for another model than this one."""
-        changes, theirs = self._changes(), model.to_dict()
-        asked = [name for name, value in changes.items() if value != theirs[name]]
-        usual = preset(self.preset).to_dict() if self.preset else {}
-        if any(value != theirs[name] for name, value in usual.items() if name not in changes):
+        changes = self._changes()
+        asked = [name for name, value in changes.items() if value != getattr(model, name)]
+        usual = preset(self.preset) if self.preset else model
+        names = [field.name for field in dataclasses.fields(model) if field.name not in changes]
+        if any(getattr(usual, name) != getattr(model, name) for name in names):
             asked = ["preset", *asked]
         return [_flag(name) for name in asked]
 

@@ -233,6 +233,7 @@ def test_flags_may_repeat_the_model_of_the_weights_but_not_change_it() -> None:
     ]
     changing = TrainConfig(dim=40, n_layers=2, sliding_window=7, learning_rate=2.0)
     assert changing.contradictions_to(model) == ["--n-layers", "--sliding-window"]
+    assert TrainConfig(preset="mixtral-8x7b-v0.1").contradictions_to(model) == ["--preset"]
     assert TrainConfig(sliding_window="full").contradictions_to(preset("lechat-15m")) == [
         "--sliding-window"
     ]
