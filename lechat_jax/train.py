@@ -247,8 +247,9 @@ def foretell(asked: TrainConfig) -> str:
     memory = needed(start.model, dataclasses.replace(options, backend=backend), shape.batch)
     return (
         f"{start.options.model_name} on {mesh.size} devices, {shape.batch} x {shape.block} tokens "
-        f"in {shape.dtype}, memory of each as XLA plans it for a CPU, where --remat does not count "
-        f"and bfloat16 is computed in float32 (an accelerator needs less):\n{told(memory)}"
+        f"in {shape.dtype} with --remat {start.options.remat}, memory of each as XLA plans it for "
+        "a CPU, where bfloat16 is computed in float32 (an accelerator needs less):\n"
+        f"{told(memory)}"
     )
 
 

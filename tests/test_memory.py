@@ -1,6 +1,9 @@
 """What is foretold of the memory is what XLA plans for the whole model."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -34,6 +37,44 @@ def test_so_is_a_mesh(mesh: str, tiny: MistralConfig) -> None:
     assert whole.parameters < 1.1 * 4 * config.n_params / 8
 
 
+STEPS = """
+import json, threading, time
+import jax.numpy as jnp, numpy as np
+from lechat_jax.config import preset
+from lechat_jax.memory import compiled
+from lechat_jax.rows import Rows
+from lechat_jax.step import StepOptions, init_state, train_steps
+
+def resident():
+    return 4096 * int(open("/proc/self/statm").read().split()[1])
+
+def watch():
+    while True:
+        peak.append(max(peak.pop(), resident()))
+        time.sleep(0.002)
+
+config, options, B = preset("lechat-15m"), StepOptions(block=256), 32
+rows = Rows(np.random.default_rng(0).integers(0, 32000, (1, B, 257)).astype(np.int32))
+state, one, many = init_state(config, options, 0), jnp.int32(1), jnp.int32(100)
+foretold = compiled(config, options, B)
+step = train_steps.lower(config, options, state, {}, rows, one, many).compile()
+before, peak = resident(), [0]
+threading.Thread(target=watch, daemon=True).start()
+for _ in range(2):
+    state, losses = step(state, {}, rows, one, many)
+losses.block_until_ready()
+print(json.dumps([foretold.total, peak[0] - before + foretold.parameters + foretold.optimizer]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measured as Linux tells it")
+def test_what_is_foretold_is_then_measured() -> None:
+    ran = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
+    foretold, measured = json.loads(ran.stdout)
+    assert foretold == pytest.approx(measured, rel=0.1)
+
+
 def test_a_dry_run_says_what_fits_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,11 +82,20 @@ def test_a_dry_run_says_what_fits_and_writes_nothing(
     flags = "--dim 16 --n-layers 1 --n-heads 2 --n-kv-heads 2 --head-dim 8 --hidden-dim 24"
     assert main([*flags.split(), "--sliding-window", "6", "--mesh", "fsdp=8", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "lechat-15m on 8 devices, 8 x 128 tokens in float32" in said
+    assert "lechat-15m on 8 devices, 8 x 128 tokens in float32 with --remat none" in said
     assert "a device of 8 GB has room for it" in said
     assert not list(tmp_path.iterdir())
     with pytest.raises(BadInput, match="leave out others"):
         main(["--resume", "there", "--dry-run"])
+
+
+def test_what_a_remat_makes_again_is_not_counted(tiny: MistralConfig) -> None:
+    config = dataclasses.replace(tiny, n_layers=4)
+    none, full = (
+        compiled(config, StepOptions(block=256, remat=name), 16).activations
+        for name in ("none", "full")
+    )
+    assert full < 0.7 * none
 
 
 def test_what_fits_nowhere_is_said() -> None:
