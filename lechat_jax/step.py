@@ -40,8 +40,8 @@ class StepOptions:
         dtype: of activations and matrix products; weights and optimiser stay float32.
         learning_rate: multiple of the peak rates of the rule.
         rule: the optimiser.
-        chunk: tokens whose logits are in memory at a time; `None` takes 256 on a CPU, whose
-            cache holds them, and 8192 elsewhere.
+        chunk: tokens whose logits are in memory at a time; `None` takes 8192, and on a CPU 256,
+            which its cache holds, or 1024 of a wide model, whose products are worth more.
         backend: attention kernel; `None` takes the best for the platform.
         mesh: of the devices that share the work, see `sharding`; `None` is one device.
         remat: what a layer keeps for its backward pass.
@@ -115,13 +115,19 @@ def _nats(
     model = bind(config, {name: _cast(name, leaf, options) for name, leaf in weights.items()})
     hidden, load = model.routed(inputs, options.backend, documents=documents, remat=options.remat)
     head = model.head.matrix()
-    chunk = options.chunk or (256 if jax.default_backend() == "cpu" else 8192)
     hidden = hidden.reshape(-1, config.dim)
+    chunk = options.chunk or _usual_chunk(config)
     nats: Array = cross_entropy(hidden, head, targets.reshape(-1), share.reshape(-1), chunk)
     if load is None or not options.router_aux_loss:
         return nats
     penalty = options.router_aux_loss * _part_of_imbalance(options, load)
     return nats + penalty - jax.lax.stop_gradient(penalty)
+
+
+def _usual_chunk(config: MistralConfig) -> int:
+    if jax.default_backend() != "cpu":
+        return 8192
+    return 256 if config.dim < 512 else 1024
 
 
 def _part_of_imbalance(options: StepOptions, load: Load) -> Float[Array, ""]:

@@ -1,33 +1,33 @@
 """A mixture of experts in training: lechat beside transformers' Mixtral, and beside itself."""
 
 import dataclasses
+import functools
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.data import Batches
 from lechat_jax.errors import BadInput
-from lechat_jax.rows import Rows
-from lechat_jax.step import StepOptions, gradient
-from parity.learners import initial_weights
+from parity.learners import AdamW, LechatAdamW, Lesson, initial_weights
 from parity.measure import machine_line, read_speed, wait_until_idle
 from parity.peer import load_peer
+from parity.race import Runner
 from parity.report import Report, Row, TableText
+
+STEPS_PER_CALL = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Moe:
-    """Tokens a second of a forward and a backward pass, loss included, in float32.
+    """Tokens a second in training, in float32 and by AdamW.
 
     lechat and transformers take turns with the same weights and rows, transformers with both of its
     ways to compute experts that do not copy kernels for each token. Then lechat alone with other
-    numbers of experts, of which a token still meets two: what a pass takes must not follow them.
+    numbers of experts, of which a token still meets two: the time must not follow their number.
     """
 
     dim: int = 512
@@ -45,7 +45,7 @@ class Moe:
     block: int = 128
     """Tokens in a row."""
     turns: int = 5
-    """Passes of each that are counted; one before them is not."""
+    """Turns of each, of two steps, that are counted; one before them is not."""
     seed: int = 0
     """Seed of weights and tokens."""
     json: Path | None = None
@@ -66,23 +66,25 @@ class Moe:
         peer: Any = load_peer("lechat_jax.train")
         read = read_speed(self.read_gb)
         report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
-        config = self.config(self.n_experts)
-        shape = (self.batch, self.block + 1)
-        rows = np.random.default_rng(self.seed).integers(config.vocab_size, size=shape)
-        passes: dict[str, Callable[[], float]] = {"lechat_jax": self.lechat(config, rows)}
-        weights = initial_weights(config, self.seed)
-        for name in ("eager", "grouped_mm"):
-            passes[f"transformers-{name}"] = peer.experts_pass(config, weights, rows, name)
-        times = self.in_turn(passes, console)
-        ours = times["lechat_jax"]
-        for impl, seconds in times.items():
-            pairs = zip(seconds, ours, strict=True)
+        adamw = AdamW(rate=3e-4)
+        lesson = self.lesson(self.n_experts)
+        runners = [Runner("lechat_jax", functools.partial(LechatAdamW, lesson, adamw), lesson)]
+        for experts in ("eager", "grouped_mm"):
+            make = functools.partial(peer.Peer, lesson, adamw, "sdpa", False, experts)
+            runners.append(Runner(f"transformers-{experts}", make, lesson))
+        self.in_turn(runners, console)
+        ours = runners[0].times
+        for runner in runners:
+            pairs = zip(runner.times, ours, strict=True)
             ratio = statistics.median(theirs / own for theirs, own in pairs)
-            report.rows.append(self.row(impl, self.n_experts, seconds, {"ratio": ratio}))
-        del passes, weights
-        beside = {str(n): self.lechat(self.config(n), rows) for n in (self.n_experts, *self.others)}
-        for n, seconds in self.in_turn(beside, console).items():
-            report.rows.append(self.row("lechat_jax", int(n), seconds, {}))
+            report.rows.append(self.row(runner, {"ratio": ratio}))
+        del runners, lesson
+        lessons = [self.lesson(n) for n in (self.n_experts, *self.others)]
+        alone = [
+            Runner("lechat_jax", functools.partial(LechatAdamW, one, adamw), one) for one in lessons
+        ]
+        self.in_turn(alone, console)
+        report.rows += [self.row(runner, {}) for runner in alone]
         report.show(console, figures(report.rows))
         return report
 
@@ -103,46 +105,39 @@ class Moe:
             n_experts_per_token=2,
         )
 
-    def lechat(self, config: MistralConfig, rows: np.ndarray) -> Callable[[], float]:
-        """A pass of lechat's, which gives the loss."""
-        options = StepOptions(block=self.block)
-        weights = jax.tree.map(jax.numpy.asarray, initial_weights(config, self.seed))
-        step = jax.jit(gradient, static_argnums=(0, 1))
-        batch = Rows(rows.astype(np.int32))
+    def lesson(self, n_experts: int) -> Lesson:
+        """What all of them learn: tokens of no text, since only the time counts."""
+        config = self.config(n_experts)
+        per_step = self.batch * self.block
+        stream = np.random.default_rng(self.seed).integers(config.vocab_size, size=8 * per_step)
+        batches = Batches(len(stream), self.block, self.batch, self.seed)
+        weights = initial_weights(config, self.seed)
+        return Lesson(config, batches, stream.astype(np.int32), self.seed, weights, STEPS_PER_CALL)
 
-        def once() -> float:
-            return float(jax.block_until_ready(step(config, options, weights, {}, batch))[0])
-
-        return once
-
-    def in_turn(
-        self, passes: dict[str, Callable[[], float]], console: Console
-    ) -> dict[str, list[float]]:
-        """Seconds of each pass, A B A B, after one of each that is not counted."""
-        times: dict[str, list[float]] = {name: [] for name in passes}
+    def in_turn(self, runners: list[Runner], console: Console) -> None:
+        """All of the turns, A B A B, after a first one that compiles and is not counted."""
+        total = STEPS_PER_CALL * (self.turns + 1)
         for turn in range(self.turns + 1):
-            for name, once in passes.items():
+            for runner in runners:
                 wait_until_idle()
-                began = time.perf_counter()
-                loss = once()
-                if turn:
-                    times[name].append(time.perf_counter() - began)
-                else:
-                    console.print(f"{name}: loss {loss:.5f}", markup=False)
-        return times
+                runner.call(STEPS_PER_CALL, total)
+                if not turn:
+                    n = runner.lesson.config.n_experts
+                    console.print(f"{runner.impl}, {n} experts: loss {runner.losses[0]:.5f}")
 
-    def row(self, impl: str, n_experts: int, seconds: list[float], details: dict) -> Row:
+    def row(self, runner: Runner, details: dict) -> Row:
         """The figures of one."""
-        speed = self.batch * self.block / statistics.median(seconds)
+        n_experts = runner.lesson.config.n_experts
         return Row(
             "moe",
-            impl,
+            runner.impl,
             "float32",
             self.batch,
             self.block,
-            speed,
-            None,
-            details={"n_experts": n_experts, "seconds": seconds} | details,
+            runner.tokens_per_s,
+            runner.peak_bytes,
+            losses=runner.losses,
+            details={"n_experts": n_experts, "seconds": runner.times} | details,
         )
 
 
@@ -157,4 +152,4 @@ def figures(rows: list[Row]) -> TableText:
         ]
         for row in rows
     ]
-    return TableText(["forward and backward", "experts", "tokens/s", "of lechat's time"], lines)
+    return TableText(["training", "experts", "tokens/s", "of lechat's time"], lines)

@@ -16,7 +16,8 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data import Batches
 from lechat_jax.model import Mistral, Weights, weights_of
 from lechat_jax.options import Dtype
-from lechat_jax.step import StepOptions, score, state_of, total_nats, train_steps
+from lechat_jax.rows import Rows
+from lechat_jax.step import StepOptions, gradient, score, state_of, train_steps
 
 FOREVER = np.iinfo(np.int32).max  # steps in a run whose length is not known yet
 
@@ -157,13 +158,13 @@ class AdamW:
     decay: float = 0.1
     warmup: int = 10
 
-    def share_of_rate(self, step: int, total: int) -> float:
+    def share_of_rate(self, step: int | Array, total: int | Array) -> Array:
         """The fraction of the peak rate at a step, counted from 0.
 
-        >>> [round(AdamW(rate=3e-3, warmup=2).share_of_rate(i, 6), 2) for i in range(6)]
+        >>> [round(float(AdamW(rate=3e-3, warmup=2).share_of_rate(i, 6)), 2) for i in range(6)]
         [0.5, 0.83, 0.67, 0.5, 0.33, 0.17]
         """
-        return max(0.0, min((step + 1) / self.warmup, (total - step) / total))
+        return jnp.maximum(0.0, jnp.minimum((step + 1) / self.warmup, (total - step) / total))
 
 
 class LechatAdamW(Lechat):
@@ -178,20 +179,14 @@ class LechatAdamW(Lechat):
 
     def advance(self, n: int, total: int) -> list[float]:
         """See `Learner.advance`."""
-        losses = []
-        for rows in self.lesson.rows(self.step, n):
-            self.weights, self.moments, loss = _adamw_step(
-                self.lesson.config,
-                self.options,
-                self.adamw,
-                self.weights,
-                self.moments,
-                jnp.asarray(rows, jnp.int32),
-                jnp.float32(self.adamw.share_of_rate(self.step, total)),
-            )
-            losses.append(loss)
-            self.step += 1
-        return [float(loss) for loss in losses]
+        lesson = self.lesson
+        rows = lesson.batches.rows(lesson.stream, self.step, lesson.steps_per_call).tokens
+        run = jnp.array([self.step, n, total], jnp.int32)
+        self.weights, self.moments, losses = _adamw_steps(
+            lesson.config, self.options, self.adamw, self.weights, self.moments, rows, run
+        )
+        self.step += n
+        return np.asarray(losses)[:n].tolist()
 
     def current_weights(self) -> Weights:
         """The weights after the steps so far."""
@@ -214,20 +209,28 @@ def _optax(adamw: AdamW) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
-def _adamw_step(
+def _adamw_steps(
     config: MistralConfig,
     options: StepOptions,
     adamw: AdamW,
     weights: Weights,
     moments: optax.OptState,
-    rows: Int[Array, "B row"],
-    share_of_rate: Float[Array, ""],
-) -> tuple[Weights, optax.OptState, Float[Array, ""]]:
-    """Weights and moments after one step, and its loss before."""
-    share = jnp.full((rows.shape[0], options.block), 1 / (rows.shape[0] * options.block))
-    loss, grads = jax.value_and_grad(total_nats, argnums=2)(
-        config, options, weights, rows[:, :-1], rows[:, 1:], share
-    )
-    updates, moments = _optax(adamw).update(grads, moments, weights)
-    weights = jax.tree.map(lambda leaf, update: leaf + share_of_rate * update, weights, updates)
-    return weights, moments, loss
+    rows: Int[Array, "calls B row"],
+    run: Int[Array, " 3"],
+) -> tuple[Weights, optax.OptState, Float[Array, " calls"]]:
+    """Weights and moments after some steps, and the loss before each.
+
+    `run` is the number of the first step, how many to take, and how many the run has.
+    """
+    first, n, total = run
+    optimizer = _optax(adamw)
+
+    def step(i: Array, carry: tuple) -> tuple:
+        weights, moments, losses = carry
+        loss, grads = gradient(config, options, weights, {}, Rows(rows[i]))
+        updates, moments = optimizer.update(grads, moments, weights)
+        share = adamw.share_of_rate(first + i, total)
+        weights = jax.tree.map(lambda leaf, update: leaf + share * update, weights, updates)
+        return weights, moments, losses.at[i].set(loss)
+
+    return jax.lax.fori_loop(0, n, step, (weights, moments, jnp.zeros(len(rows))))

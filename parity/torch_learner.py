@@ -62,7 +62,7 @@ class TorchLearner:
         for batch in torch.from_numpy(self.lesson.rows(self.step, n)).to(self.device):
             losses.append(self._backward(batch))
             for group in self.optimizer.param_groups:
-                group["lr"] = self.adamw.rate * self.adamw.share_of_rate(self.step, total)
+                group["lr"] = self.adamw.rate * float(self.adamw.share_of_rate(self.step, total))
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1

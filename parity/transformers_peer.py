@@ -23,6 +23,7 @@ from parity.names import rows
 from parity.torch_learner import TorchLearner
 
 AttentionName = Literal["eager", "sdpa"]
+ExpertsName = Literal["eager", "grouped_mm"]
 PROBES = 3  # timed steps of each attention before one is chosen
 
 
@@ -88,13 +89,23 @@ def device() -> torch.device:
 
 
 class Peer(TorchLearner):
-    """transformers' Mistral under PyTorch's own fused AdamW, eager or compiled."""
+    """transformers' Mistral under PyTorch's own fused AdamW, eager or compiled.
+
+    `experts` names how those of a mixture are computed; `None` is transformers' own choice.
+    """
 
     def __init__(
-        self, lesson: Lesson, adamw: AdamW, attention: AttentionName, compiled: bool
+        self,
+        lesson: Lesson,
+        adamw: AdamW,
+        attention: AttentionName,
+        compiled: bool,
+        experts: ExpertsName | None = None,
     ) -> None:
         self.transformer = build(lesson.config, lesson.weights)
         self.transformer.set_attn_implementation(attention)
+        if experts:
+            self.transformer.set_experts_implementation(experts)
         super().__init__(lesson, adamw, self.transformer, self.transformer.device, compiled)
         self.note = f"AdamW at {adamw.rate:g}, {attention} attention"
 
@@ -120,28 +131,6 @@ def fastest_attention(lesson: Lesson) -> Chosen:
     best, other = sorted(names, key=lambda name: statistics.median(times[name]))
     ratio = statistics.median(times[other]) / statistics.median(times[best])
     return Chosen(best, f"{best} attention takes a step {ratio:.2f} times as fast as {other} here")
-
-
-def experts_pass(
-    config: MistralConfig,
-    weights: Mapping[str, Float[np.ndarray, "..."]],
-    rows: Int[np.ndarray, "B row"],
-    experts: Literal["eager", "grouped_mm"],
-) -> Callable[[], float]:
-    """A forward and a backward pass of a model with experts, computed in that way."""
-    model = build(config, weights)
-    model.set_experts_implementation(experts)
-    model.set_attn_implementation("sdpa")
-    ids = torch.from_numpy(rows.astype(np.int64)).to(device())
-
-    def once() -> float:
-        model.zero_grad(set_to_none=True)
-        logits = model(input_ids=ids[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        return loss.item()
-
-    return once
 
 
 class _Heads(torch.nn.Module):
