@@ -12,6 +12,7 @@ from lechat_jax.remat import Remat
 
 DEFAULT_PRESET = "lechat-15m"
 MODEL = "dim n_layers n_heads n_kv_heads head_dim hidden_dim sliding_window".split()
+MODEL += ["n_experts", "n_experts_per_token"]
 SAMPLING = {"prompt", "max_tokens", "temperature", "top_p"}  # may change when a run resumes
 HOSTS = {"coordinator", "num_processes", "process_id"}
 PLACE = {"mesh", "distributed", *HOSTS}  # where it runs is no part of a run
@@ -48,6 +49,9 @@ class TrainConfig:
         hidden_dim: Feed-forward width, instead of the preset's.
         sliding_window: Keys a query sees, itself included, in tokens, instead of the preset's;
             'full' for no window.
+        n_experts: Feed-forwards in a layer, of which a router chooses a few for each token, instead
+            of the preset's; 0 for a single one without a router.
+        n_experts_per_token: Experts that a token meets, instead of the preset's.
         init_from: Folder of weights to start from, instead of random ones: a run or lechat's format
             (which python -m parity.convert makes of others). The model and the tokenizer are
             those of the folder.
@@ -122,6 +126,8 @@ class TrainConfig:
     head_dim: int | None = None
     hidden_dim: int | None = None
     sliding_window: int | Literal["full"] | None = None
+    n_experts: int | None = None
+    n_experts_per_token: int | None = None
     init_from: Path | None = None
     lora_rank: int | None = None
     lora_alpha: float | None = None

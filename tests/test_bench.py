@@ -53,7 +53,8 @@ def bench(config: MistralConfig, tmp_path: Path) -> Bench:
         report = tmp_path / "report.json"
         shape = "--batch 2 --block 16 --steps-per-call 2 --peer-attention sdpa".split()
         given = [*shape, "--data", str(text)] if work == "train" else []
-        common = ["--preset", "tiny", "--read-gb", "0.001", "--json", str(report)]
+        model = [] if work == "moe" else ["--preset", "tiny"]
+        common = [*model, "--read-gb", "0.001", "--json", str(report)]
         assert main([work, *common, *given, *flags]) == 0
         return json.loads(report.read_text(encoding="utf-8"))
 
@@ -181,6 +182,17 @@ def test_the_faster_attention_is_named_with_its_reason(config: MistralConfig) ->
     chosen = transformers_peer.fastest_attention(lesson(config))
     assert chosen.name in ("eager", "sdpa")
     assert chosen.why.startswith(f"{chosen.name} attention takes")
+
+
+def test_a_mixture_is_the_same_whoever_trains_it(bench: Bench) -> None:
+    flags = "--dim 64 --hidden-dim 24 --n-layers 1 --batch 2 --block 16 --turns 1 --others 4"
+    rows = bench("moe", *flags.split())["rows"]
+    ours, eager, grouped, again, fewer = (row["losses"] for row in rows)
+    assert [row["n_experts"] for row in rows] == [8, 8, 8, 8, 4]
+    assert ours == pytest.approx(eager, rel=1e-5)
+    assert ours == pytest.approx(grouped, rel=1e-5)
+    assert ours == again
+    assert ours[0] != fewer[0]
 
 
 def test_where_torch_cannot_compile_a_row_says_so(

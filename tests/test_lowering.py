@@ -17,7 +17,7 @@ from jax import export
 from jax._src.cudnn import fused_attention_stablehlo
 
 from lechat_jax.cache import empty_cache
-from lechat_jax.config import preset
+from lechat_jax.config import MistralConfig, preset
 from lechat_jax.decode import DecodeState, Request, decode, prefill
 from lechat_jax.rows import Rows
 from lechat_jax.sampling import Sampling
@@ -45,9 +45,9 @@ def weights(dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
 ROWS = Rows(shape(4, B, T + 1))
 
 
-def training(options: StepOptions) -> Call:
-    state = jax.eval_shape(lambda: init_state(CONFIG, options, seed=0))
-    return partial(train_steps, CONFIG, options), (state, {}, ROWS, shape(), shape())
+def training(options: StepOptions, config: MistralConfig = CONFIG) -> Call:
+    state = jax.eval_shape(lambda: init_state(config, options, seed=0))
+    return partial(train_steps, config, options), (state, {}, ROWS, shape(), shape())
 
 
 def scoring(options: StepOptions) -> Call:
@@ -125,6 +125,17 @@ def test_a_training_step_for_cuda_runs_cudnn_with_the_window() -> None:
 def test_a_training_step_needs_neither_kernel(platform: str) -> None:
     options = StepOptions(T, "float32", backend="banded")
     assert kernels(lowered(platform, training(options))) == set()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_mixture_multiplies_its_experts_as_groups(
+    platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    mixture = dataclasses.replace(CONFIG, n_experts=4, n_experts_per_token=2)
+    program = lowered(platform, training(StepOptions(T, "bfloat16", backend="banded"), mixture))
+    products = re.findall(r'"chlo\.ragged_dot"[ (]', program)
+    assert len(products) == 3 * 3 * CONFIG.n_layers  # of three kernels: forward, and back twice
 
 
 @pytest.mark.usefixtures("cudnn_is_there")
