@@ -12,6 +12,8 @@ Where a row holds several documents, `documents` numbers the document of each of
 positions, and no query sees another's keys. cuDNN has no such mask that skips what it hides.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -29,6 +31,7 @@ from lechat_jax.kernels import (
     splash_attention,
 )
 from lechat_jax.mask import Documents, window_mask
+from lechat_jax.sharding import over_heads
 
 Backend = Literal["dense", "banded", "cudnn", "splash"]
 
@@ -256,13 +259,25 @@ def training_attention(
             backend = choose_backend("cpu", q.dtype, T, window, H, packed)
     if reason := unsupported(backend, q.dtype, window, H, packed):
         raise BadInput(reason)
-    if backend == "cudnn":
-        return fused_attention(q, k, v, window)
-    if backend == "splash":
-        return splash_attention(q, k, v, window, documents)
+    if backend in KERNELS:
+        kernel = functools.partial(KERNELS[backend], window=window)
+        return over_heads(kernel, q, k, v, documents)
     if backend == "banded" and window is not None:
         return banded_attention(q, k, v, window, documents)
     return dense_attention(q, k, v, window, documents)
+
+
+def _cudnn(q: Queries, k: Keys, v: Keys, documents: None, window: int | None) -> Queries:
+    return fused_attention(q, k, v, window)
+
+
+def _splash(
+    q: Queries, k: Keys, v: Keys, documents: Int[Array, "B T"] | None, window: int | None
+) -> Queries:
+    return splash_attention(q, k, v, window, documents)
+
+
+KERNELS: dict[str, Callable[..., Queries]] = {"cudnn": _cudnn, "splash": _splash}
 
 
 def _block_size(window: int) -> int:

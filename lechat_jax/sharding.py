@@ -247,6 +247,26 @@ def sum_over_rows(
     )(dict(weights), *rows)
 
 
+def over_heads(
+    attention: Callable[..., Array], q: Array, k: Array, v: Array, documents: Array | None
+) -> Array:
+    """`attention(q, k, v, documents)`, of which each device along `tp` does its own heads.
+
+    XLA cannot split a kernel that it has not made, not even along an axis of one device, so
+    it is told how. Queries and keys are [B, T, heads, H], and K is a multiple of `tp`.
+    """
+    if HEADS not in jax.sharding.get_abstract_mesh().axis_names:
+        return attention(q, k, v, documents)
+    heads = P(None, None, HEADS)
+    return jax.shard_map(
+        attention,
+        in_specs=(heads, heads, heads, P()),
+        out_specs=heads,
+        axis_names={HEADS},
+        check_vma=False,
+    )(q, k, v, documents)
+
+
 def over_experts(
     work: Callable[..., Array],
     kernels: PyTree,

@@ -21,6 +21,7 @@ from lechat_jax.config import MistralConfig, preset
 from lechat_jax.decode import DecodeState, Request, decode, prefill
 from lechat_jax.rows import Rows
 from lechat_jax.sampling import Sampling
+from lechat_jax.sharding import described, make_mesh
 from lechat_jax.step import StepOptions, init_state, score, train_steps
 
 # The default model's shapes, fewer layers.
@@ -46,7 +47,9 @@ ROWS = Rows(shape(4, B, T + 1))
 
 
 def training(options: StepOptions, config: MistralConfig = CONFIG) -> Call:
-    state = jax.eval_shape(lambda: init_state(config, options, seed=0))
+    alone = dataclasses.replace(options, mesh=None)
+    state = jax.eval_shape(lambda: init_state(config, alone, seed=0))
+    state = described(options.mesh, state)
     return partial(train_steps, config, options), (state, {}, ROWS, shape(), shape())
 
 
@@ -119,6 +122,19 @@ def test_a_training_step_for_cuda_runs_cudnn_with_the_window() -> None:
         assert f'"sliding_window_length": {W}' in told
         assert '"mask_type": "CAUSAL"' in told
     assert len(calls) == 2 * CONFIG.n_layers
+
+
+@pytest.mark.usefixtures("cudnn_is_there")
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tp=2"])
+@pytest.mark.parametrize(
+    ("platform", "backend", "called"),
+    [("tpu", "splash", "tpu_custom_call"), ("cuda", "cudnn", CUDNN[0])],
+)
+def test_the_kernels_run_on_many_devices(
+    platform: str, backend: Any, called: str, mesh: str
+) -> None:
+    options = StepOptions(T, "bfloat16", backend=backend, mesh=make_mesh(mesh))
+    assert called in kernels(lowered(platform, training(options)))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -2,13 +2,16 @@
 
 import dataclasses
 import logging
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
+from lechat_jax.attention import KERNELS, dense_attention
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.data import Batches
@@ -26,7 +29,7 @@ from lechat_jax.sharding import (
     shardings,
     usual_mesh,
 )
-from lechat_jax.step import StepOptions, TrainState, init_state, score, train_steps
+from lechat_jax.step import StepOptions, TrainState, gradient, init_state, score, train_steps
 from lechat_jax.trained import Trained
 from lechat_jax.weights import save_weights, weight_shapes
 from parity.lively import lively
@@ -98,6 +101,34 @@ def test_many_devices_take_the_steps_of_one(
     )
     expected = score(small, StepOptions(block=T), gathered, *rows)
     assert float(nats) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_hand_written_kernel_has_the_heads_of_its_device(
+    small: MistralConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def kernel(q: Array, k: Array, v: Array, documents: Array, window: int) -> Array:
+        seen.append((q.shape, k.shape, v.shape, documents.shape))
+        return dense_attention(q, k, v, window, documents)
+
+    monkeypatch.setitem(KERNELS, "splash", kernel)
+    small = dataclasses.replace(small, n_layers=1)
+    state = init_state(small, StepOptions(block=T), seed=0)
+    batch = Rows(*(jax.numpy.asarray(leaf[0, 0]) for leaf in (TOKENS, COUNTED, DOCUMENTS)))
+    (loss, slopes), (expected, their_slopes) = (
+        jax.jit(partial(gradient, small, options, frozen={}, batch=batch))(state.weights)
+        for options in (
+            StepOptions(block=T, mesh=make_mesh("fsdp=4,tp=2"), backend="splash"),
+            StepOptions(block=T, backend="dense"),
+        )
+    )
+    N, K, H = small.n_heads // 2, small.n_kv_heads // 2, small.head_dim
+    B = TOKENS.shape[2] // 4
+    assert set(seen) == {((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T))}
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    for name, slope in slopes.items():
+        np.testing.assert_allclose(slope, their_slopes[name], rtol=1e-4, atol=1e-6)
 
 
 def test_every_weight_has_its_letters(small: MistralConfig) -> None:
