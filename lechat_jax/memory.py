@@ -21,17 +21,10 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.rows import Rows
 from lechat_jax.sharding import HEADS, ROWS, described, mesh_of, sizes_of
-from lechat_jax.step import StepOptions, init_state, train_steps
+from lechat_jax.step import StepOptions, init_state, jitted_steps
 
 USUAL = (8, 16, 24, 40, 48, 80, 96, 141, 192)  # GB of the devices that one can have
 SHALLOW = (2, 4)  # layers of the models that a deeper one is inferred from
-
-# XLA for a CPU merges what a remat makes again with what was made before, and orders work for
-# speed. With these it does neither, like XLA for a GPU or a TPU.
-AS_ELSEWHERE = {
-    "xla_disable_hlo_passes": "cse_barrier_expander,cse",
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-}
 
 
 class Memory(NamedTuple):
@@ -67,14 +60,13 @@ def needed(config: MistralConfig, options: StepOptions, batch: int) -> Memory:
 
 
 def compiled(config: MistralConfig, options: StepOptions, batch: int) -> Memory:
-    """The memory of a step as XLA has planned it; with a remat, as an accelerator does it."""
+    """The memory of a step as XLA has planned it."""
     alone = dataclasses.replace(options, mesh=None)
     state = described(options.mesh, jax.eval_shape(lambda: init_state(config, alone, seed=0)))
     tokens = jax.ShapeDtypeStruct((1, batch, options.block + 1), jnp.int32)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    step = train_steps.lower(config, options, state, {}, Rows(tokens), number, number)
-    flags = {} if options.remat == "none" else AS_ELSEWHERE
-    analysis = step.compile(compiler_options=flags).memory_analysis()
+    step = jitted_steps(options).lower(config, options, state, {}, Rows(tokens), number, number)
+    analysis = step.compile().memory_analysis()
     temporary = analysis.temp_size_in_bytes if analysis else 0
     parameters = _bytes(state.weights)
     return Memory(parameters, _bytes(state.optimizer), parameters, max(0, temporary - parameters))

@@ -269,8 +269,8 @@ class Mistral(nnx.Module):
         total = None
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             mix = functools.partial(_mix_whole, window=window, backend=backend, documents=documents)
-            layer = functools.partial(block, turn=turn, mix=mix, memory=None)
-            x, _, load = recomputing(layer, remat)(x)
+            layer = functools.partial(Block.__call__, turn=turn, mix=mix, memory=None)
+            x, _, load = recomputing(layer, remat)(block, x)
             total = load if total is None else jax.tree.map(jnp.add, total, load)
         return self.norm(x), total
 

@@ -7,14 +7,16 @@ Memory is bought with time. Numbers that a layer of `lechat-15m` keeps of a toke
     dots   2016   its input, and the products with weights q k v o gate up; the rest is cheap
     full    192   its input; a second forward pass, which makes 4/3 of the work
 
-That is what a GPU or TPU then holds. XLA for a CPU is free to begin the second pass at once,
-and saves a tenth of the memory or so; a batch in parts (`StepOptions.accumulate`) saves more.
+Of 4,096 tokens, a step of `lechat-15m` on a CPU needs 0.73 GB beside its state, and 0.20 with
+`full`.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
+from jaxtyping import PyTree
 
 from lechat_jax.errors import BadInput
 
@@ -27,12 +29,46 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
 }
 
 
+# XLA for a CPU merges what is made again with what was made before, and orders its work for
+# speed and not for memory, unless it is told otherwise.
+KEPT_ON_A_CPU = {
+    "xla_disable_hlo_passes": "cse_barrier_expander,cse",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
+
+
 def recomputing(layer: Layer, name: str) -> Layer:
     """The same function, of whose inner results the backward pass keeps what `name` says.
+
+    Its gradients are all worked out before the layer below has its turn. XLA might leave those
+    of the weights for later and keep, until then, all that they are made of.
 
     Raises:
         BadInput: there is no policy of that name.
     """
     if name not in get_args(Remat):
         raise BadInput(f"unknown remat {name!r}; choose one of {', '.join(get_args(Remat))}")
-    return layer if name == "none" else jax.checkpoint(layer, policy=POLICIES[name])
+    if name == "none":
+        return layer
+    again = jax.checkpoint(layer, policy=POLICIES[name])
+    return lambda *arguments: again(*_at_once(arguments))
+
+
+@jax.custom_vjp
+def _at_once(arguments: PyTree) -> PyTree:
+    """The same; of their gradients none is used before all are there."""
+    return arguments
+
+
+def _backward(_: None, slopes: PyTree) -> tuple[PyTree]:
+    leaves, tree = jax.tree.flatten(slopes)
+    has_slope = [leaf.dtype != jax.dtypes.float0 for leaf in leaves]  # int8 kernels have none
+    made = iter(jax.lax.optimization_barrier(list(itertools.compress(leaves, has_slope))))
+    return (
+        tree.unflatten(
+            [next(made) if has else leaf for has, leaf in zip(has_slope, leaves, strict=True)]
+        ),
+    )
+
+
+_at_once.defvjp(lambda arguments: (arguments, None), _backward)

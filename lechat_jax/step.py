@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.attention import Backend
@@ -18,7 +19,7 @@ from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.moe import Load, imbalance
 from lechat_jax.optimizer import MUON, Optimizer, Rule, warmup_then_cooldown
 from lechat_jax.quantize import is_part
-from lechat_jax.remat import Remat
+from lechat_jax.remat import KEPT_ON_A_CPU, Remat
 from lechat_jax.rows import Rows
 from lechat_jax.sharding import ROWS, made_sharded, pinned, sum_over_rows
 
@@ -144,15 +145,14 @@ def _cast(name: str, leaf: Array, options: StepOptions) -> Array:
     return leaf if is_fixed else leaf.astype(options.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))
 def train_steps(
     config: MistralConfig,
     options: StepOptions,
     state: TrainState,
     frozen: Weights,
     rows: Rows,
-    n_steps: Int[Array, ""],
-    total_steps: Int[Array, ""],
+    n_steps: Int[ArrayLike, ""],
+    total_steps: Int[ArrayLike, ""],
 ) -> tuple[TrainState, Float[Array, " calls"]]:
     """The state after the first `n_steps` batches of `rows`, and the loss of each step.
 
@@ -168,6 +168,25 @@ def train_steps(
         n_steps: steps to take.
         total_steps: length of the run, on which the learning rate depends.
     """
+    steps = jitted_steps(options)
+    return steps(config, options, state, frozen, rows, n_steps, total_steps)
+
+
+def jitted_steps(options: StepOptions) -> Any:
+    """The function of `train_steps` as it is compiled: on a CPU so that a remat counts."""
+    is_undone = options.remat != "none" and jax.default_backend() == "cpu"
+    return _KEEPING if is_undone else _STEPS
+
+
+def _steps(
+    config: MistralConfig,
+    options: StepOptions,
+    state: TrainState,
+    frozen: Weights,
+    rows: Rows,
+    n_steps: Array,
+    total_steps: Array,
+) -> tuple[TrainState, Array]:
     optimizer = Optimizer(options.learning_rate, options.rule)
 
     def step(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
@@ -182,6 +201,10 @@ def train_steps(
 
     losses = jnp.zeros(rows.tokens.shape[0], jnp.promote_types(options.dtype, jnp.float32))
     return jax.lax.fori_loop(0, n_steps, step, (state, losses))
+
+
+_compiled = functools.partial(jax.jit, _steps, static_argnums=(0, 1), donate_argnums=(2,))
+_STEPS, _KEEPING = _compiled(), _compiled(compiler_options=KEPT_ON_A_CPU)
 
 
 def gradient(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from lechat_jax.cache import empty_cache
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.decode import DecodeState, Request, decode, prefill
+from lechat_jax.quantize import INT8, Form
 from lechat_jax.rows import Rows
 from lechat_jax.sampling import Sampling
 from lechat_jax.sharding import described, make_mesh
@@ -38,9 +40,16 @@ def shape(*dims: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def weights(dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+def weights(dtype: str, form: Form | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the model has, with its kernels in the parts of that form."""
     state = jax.eval_shape(lambda: init_state(CONFIG, StepOptions(T), seed=0))
-    return {name: shape(*leaf.shape, dtype=dtype) for name, leaf in state.weights.items()}
+    found = {}
+    for name, leaf in state.weights.items():
+        parts = form.parts(name, leaf.shape) if form else {}
+        found |= {part: shape(*dims, dtype=kind.name) for part, (kind, dims) in parts.items()}
+        if not parts:
+            found[name] = shape(*leaf.shape, dtype=dtype)
+    return found
 
 
 ROWS = Rows(shape(4, B, T + 1))
@@ -58,23 +67,23 @@ def scoring(options: StepOptions) -> Call:
     return partial(score, CONFIG, options), (weights("float32"), rows, rows, counted)
 
 
-def prefilling(dtype: str) -> Call:
+def prefilling(dtype: str, form: Form | None = None) -> Call:
     cache = empty_cache(CONFIG, B, chunk=64, context=T, dtype=dtype)
-    return partial(prefill, CONFIG), (weights(dtype), cache, shape(B, 64), shape(B, 64))
+    return partial(prefill, CONFIG), (weights(dtype, form), cache, shape(B, 64), shape(B, 64))
 
 
-def decoding(dtype: str) -> Call:
+def decoding(dtype: str, form: Form | None = None) -> Call:
     cache = empty_cache(CONFIG, B, chunk=64, context=T, dtype=dtype)
     rows = jnp.zeros(B, jnp.int32)
     state = DecodeState(cache, token=rows, position=rows, left=rows, seen=rows[:, None])
     sampling = Sampling(temperature=0.8, top_k=50, top_p=0.9, min_p=0.05)
     ends = jnp.zeros(CONFIG.vocab_size, bool)
     request = Request(sampling.controls(B), sampling.streams(B), ends)
-    return partial(decode, CONFIG), (weights(dtype), state, request, shape())
+    return partial(decode, CONFIG), (weights(dtype, form), state, request, shape())
 
 
 def lowered(platform: str, call: Call) -> str:
-    """The program in StableHLO.
+    """The program in StableHLO, traced as on that platform, where other branches are taken.
 
     Exported as a function of plain arrays: lowering a function of dataclasses, JAX builds
     them around descriptions of arrays, which their annotations do not admit.
@@ -86,8 +95,11 @@ def lowered(platform: str, call: Call) -> str:
         return jax.tree.leaves(hot(*jax.tree.unflatten(tree, leaves)))
 
     allowed = [export.DisabledSafetyCheck.custom_call(name) for name in CUDNN]
-    exported = export.export(jax.jit(flat), platforms=[platform], disabled_checks=allowed)
-    return exported(*leaves).mlir_module()
+    jax.clear_caches()  # of what was traced for another platform
+    backend = {"cuda": "gpu"}.get(platform, platform)
+    with mock.patch.object(jax, "default_backend", return_value=backend):
+        exported = export.export(jax.jit(flat), platforms=[platform], disabled_checks=allowed)
+        return exported(*leaves).mlir_module()
 
 
 def kernels(program: str) -> set[str]:
@@ -144,10 +156,7 @@ def test_a_training_step_needs_neither_kernel(platform: str) -> None:
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_a_mixture_multiplies_its_experts_as_groups(
-    platform: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+def test_a_mixture_multiplies_its_experts_as_groups(platform: str) -> None:
     mixture = dataclasses.replace(CONFIG, n_experts=4, n_experts_per_token=2)
     program = lowered(platform, training(StepOptions(T, "bfloat16", backend="banded"), mixture))
     products = re.findall(r'"chlo\.ragged_dot"[ (]', program)
@@ -167,9 +176,12 @@ def test_scoring_runs_the_forward_kernel_alone(
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_prefill_and_decode_need_no_kernel(platform: str, dtype: str) -> None:
-    assert kernels(lowered(platform, prefilling(dtype))) == set()
-    program = lowered(platform, decoding(dtype))
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [("bfloat16", None), ("float32", None), ("bfloat16", INT8), ("bfloat16", Form("int4", 32))],
+)
+def test_prefill_and_decode_need_no_kernel(platform: str, dtype: str, form: Form | None) -> None:
+    assert kernels(lowered(platform, prefilling(dtype, form))) == set()
+    program = lowered(platform, decoding(dtype, form))
     assert kernels(program) == set()
     assert "stablehlo.while" in program

@@ -43,7 +43,7 @@ import jax.numpy as jnp, numpy as np
 from lechat_jax.config import preset
 from lechat_jax.memory import compiled
 from lechat_jax.rows import Rows
-from lechat_jax.step import StepOptions, init_state, train_steps
+from lechat_jax.step import StepOptions, init_state, jitted_steps
 
 def resident():
     return 4096 * int(open("/proc/self/statm").read().split()[1])
@@ -57,7 +57,7 @@ config, options, B = preset("lechat-15m"), StepOptions(block=256), 32
 rows = Rows(np.random.default_rng(0).integers(0, 32000, (1, B, 257)).astype(np.int32))
 state, one, many = init_state(config, options, 0), jnp.int32(1), jnp.int32(100)
 foretold = compiled(config, options, B)
-step = train_steps.lower(config, options, state, {}, rows, one, many).compile()
+step = jitted_steps(options).lower(config, options, state, {}, rows, one, many).compile()
 before, peak = resident(), [0]
 threading.Thread(target=watch, daemon=True).start()
 for _ in range(2):
