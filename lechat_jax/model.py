@@ -269,8 +269,8 @@ class Mistral(nnx.Module):
         total = None
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             mix = functools.partial(_mix_whole, window=window, backend=backend, documents=documents)
-            layer = functools.partial(Block.__call__, turn=turn, mix=mix, memory=None)
-            x, _, load = recomputing(layer, remat)(block, x)
+            layer = functools.partial(_applied, turn=turn, mix=mix)
+            x, load = recomputing(layer, remat)(block, x)
             total = load if total is None else jax.tree.map(jnp.add, total, load)
         return self.norm(x), total
 
@@ -299,6 +299,14 @@ class Mistral(nnx.Module):
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The head's score of every token id, at least float32."""
         return self.head.scores(hidden)
+
+
+def _applied(
+    block: Callable[..., tuple[Array, None, Load | None]], x: Array, turn: Turns, mix: Mixer[None]
+) -> tuple[Array, Load | None]:
+    """A layer on whole sequences, which has no memory, and whatever stands for it."""
+    x, _, load = block(x, turn, mix, None)
+    return x, load
 
 
 def _mix_whole(

@@ -24,9 +24,10 @@ from lechat_jax.recipe import to_yaml
 from lechat_jax.run import RECIPE, Run
 from lechat_jax.sharding import check_divides, make_mesh, usual_mesh
 from lechat_jax.stop import Stop
+from lechat_jax.timetable import elapsed
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Loaded, Trained
-from lechat_jax.trainer import Diverged, Trainer, elapsed, step_options
+from lechat_jax.trainer import Diverged, Trainer, step_options
 
 
 class Start(NamedTuple):
@@ -199,7 +200,7 @@ def finish(trainer: Trainer, display: Display) -> None:
         f"{final.bits_per_byte:.4f} bits per byte on all {final.tokens:,} held-out tokens "
         f"({final.n_bytes:,} bytes, scored at {scored:,.0f} tokens/s)\n"
         f"trained on {trainer.seen:,} tokens in {trainer.step} steps, "
-        f"lately {trainer.rate:,.0f} tokens/s, {clock(elapsed())} since the start\n"
+        f"lately {trainer.speed.rate:,.0f} tokens/s, {clock(elapsed())} since the start\n"
         f"curve    {curve}\n"
         f"metrics  {folder / 'metrics.jsonl'}\n"
         f"samples  {trainer.run.samples}\n"

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import psutil
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -23,7 +22,6 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.display import Display, clock
 from lechat_jax.distributed import anywhere, from_first, is_first
 from lechat_jax.errors import BadInput
-from lechat_jax.flops import flops_per_token, peak_flops
 from lechat_jax.lessons import Lessons
 from lechat_jax.model import Weights
 from lechat_jax.optimizer import usual_rule
@@ -33,6 +31,7 @@ from lechat_jax.rows import Rows
 from lechat_jax.run import Run
 from lechat_jax.samples import Samples
 from lechat_jax.sharding import described, own_rows, placed, settled
+from lechat_jax.speed import Speed
 from lechat_jax.step import (
     StepOptions,
     TrainState,
@@ -42,13 +41,11 @@ from lechat_jax.step import (
     train_steps,
 )
 from lechat_jax.stop import Stop
+from lechat_jax.timetable import Timetable, elapsed
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.validation import Validator
 
 TIMED_CALLS = 3  # measured before minutes become steps
-TRAINING_SHARE = 0.85  # of the minutes; the rest validates, saves, samples, and is slack
-CHECKPOINT_SECONDS = 60.0
-EVENTS = {"eval": 10, "sample": 4, "checkpoint": 0}  # how often in a run, unless asked otherwise
 
 
 class Diverged(Exception):
@@ -60,11 +57,6 @@ class Call(NamedTuple):
 
     n: int
     losses: Float[Array, " calls"]
-
-
-def elapsed() -> float:
-    """Seconds since this process started, interpreter and imports included."""
-    return time.time() - psutil.Process().create_time()
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -121,12 +113,14 @@ class Trainer:
         dtype = self.step_options.dtype
         self.samples = Samples(run, config, options, lessons, tokenizer, display, mesh, dtype)
         self.step = 0
-        self.total = options.steps
-        epochs = options.max_epochs * self.reader.windows / self.reader.batch
-        self.most = max(1, int(epochs))  # steps of a run whose length is still to be measured
+        self.timetable = Timetable(options, self.reader.windows / self.reader.batch)
         self.sent = 0  # steps that the device has been asked for
-        self.saved = time.monotonic()
-        self.rate, self.peak = 0.0, 0.0  # tokens and FLOP a second
+        self.speed = Speed(config, self.reader.block, dtype, mesh)
+
+    @property
+    def total(self) -> int | None:
+        """Steps of the run; `None` while their number is still to be measured."""
+        return self.timetable.total
 
     @property
     def seen(self) -> int:
@@ -201,7 +195,7 @@ class Trainer:
         if not all_finite(self.state.weights):
             raise Diverged(f"weights are not finite after step {self.step}; {self.advice()}")
         self.checkpoints.save(self.step, _items(self.state), {"tokens": self.seen})
-        self.saved = time.monotonic()
+        self.timetable.start_the_clock()
 
     def keep_adapter(self) -> Path | None:
         """The folder of the adapters in PEFT's format, written anew; `None` without any."""
@@ -229,8 +223,9 @@ class Trainer:
         self.display.wait("compiling")
         timed: list[float] = []
         calls: deque[Call] = deque()
-        began, self.sent, self.saved = time.perf_counter(), self.step, time.monotonic()
-        self.look_at_the_device()
+        began, self.sent = time.perf_counter(), self.step
+        self.timetable.start_the_clock()
+        self.speed.look_at_the_device()
         self.upcoming = self.rows_to_send()
         while True:
             while not anywhere(bool(stop.asked)) and self.may_send(waiting=len(calls)):
@@ -241,10 +236,11 @@ class Trainer:
             call = calls.popleft()
             losses = np.asarray(call.losses)[: call.n]
             seconds, began = time.perf_counter() - began, time.perf_counter()
-            self.rate = call.n * self.reader.batch * self.reader.block / seconds
+            self.speed.rate = call.n * self.reader.batch * self.reader.block / seconds
             self.record(losses)
             timed.append(seconds / call.n)
-            if self.total is None and (len(timed) > TIMED_CALLS or self.step >= self.most):
+            is_known = len(timed) > TIMED_CALLS or self.step >= self.timetable.most
+            if self.total is None and is_known:
                 self.plan(float(np.median(timed[1:] or timed)))
             self.show(float(losses[-1]))
             if not calls and self.step != self.total:
@@ -258,12 +254,11 @@ class Trainer:
         """
         if self.sent == self.total:
             return False
-        alone = self.total is None or any(self.due(what) for what in EVENTS)
-        return waiting <= (0 if alone else self.ahead)
+        return waiting <= (0 if self.timetable.is_alone(self.sent) else self.ahead)
 
     def send(self) -> Call:
         """The next steps begin; while the device works, the rows after them are made."""
-        n = self.steps_to_event()
+        n = min(self.calls, self.timetable.steps_after(self.sent))
         self.state, losses = train_steps(
             self.config,
             self.step_options,
@@ -271,7 +266,7 @@ class Trainer:
             self.frozen,
             self.upcoming,
             np.int32(n),
-            np.int32(self.total or self.most),
+            np.int32(self.timetable.end),
         )
         self.sent += n
         self.upcoming = self.rows_to_send()
@@ -282,13 +277,6 @@ class Trainer:
         rows = self.lessons.rows(self.sent, self.calls, self.own_rows)
         mesh, batch = self.step_options.mesh, self.reader.batch
         return jax.tree.map(lambda leaf: placed(mesh, "-BT", leaf, batch), rows)
-
-    def look_at_the_device(self) -> None:
-        """How fast it could be, with those beside it; on a CPU the best seen so far counts."""
-        mesh = self.step_options.mesh
-        devices = mesh.size if mesh else 1
-        n = jax.process_count() if jax.default_backend() == "cpu" else devices
-        self.peak = max(self.peak, n * (peak_flops(self.step_options.dtype) or 0.0))
 
     def record(self, losses: np.ndarray) -> None:
         """Counts these steps and logs them.
@@ -303,83 +291,50 @@ class Trainer:
                 raise Diverged(f"the loss is {loss} at step {self.step + 1}; {self.advice()}")
             self.step += 1
             rows.append(self.row() | {"train/loss": float(loss)})
-        rows[-1]["train/tokens_per_sec"] = self.rate
-        if self.mfu:
-            rows[-1]["train/mfu"] = self.mfu
+        rows[-1]["train/tokens_per_sec"] = self.speed.rate
+        if mfu := self.speed.mfu(bool(self.frozen)):
+            rows[-1]["train/mfu"] = mfu
         self.run.log(rows)
-
-    @property
-    def mfu(self) -> float | None:
-        """The part of the device's FLOP/s that the model needed at the last rate, if known."""
-        frozen = self.config.n_products if self.frozen else 0
-        needed = self.rate * flops_per_token(self.config, self.reader.block, frozen)
-        return needed / self.peak if self.peak else None
 
     def row(self) -> dict[str, Any]:
         """The keys that every line of metrics has."""
         return {"step": self.step, "time_s": round(elapsed(), 3), "tokens": self.seen}
 
-    def steps_to_event(self) -> int:
-        """Steps of the next call: as many as fit before something else is to be done."""
-        ends = [self.total or self.most]
-        ends += [self.sent + n - self.sent % n for n in map(self.every, EVENTS) if n]
-        return min([self.calls, *(end - self.sent for end in ends)])
-
-    def due(self, what: str) -> bool:
-        """Whether it is to be done after the steps that were sent."""
-        if every := self.every(what):
-            return self.sent % every == 0
-        late = time.monotonic() - self.saved > CHECKPOINT_SECONDS
-        return what == "checkpoint" and anywhere(late)
-
-    def every(self, what: str) -> int | None:
-        """Steps between two of the events, once the length of the run is known.
-
-        Checkpoints that nobody asked for go by the clock.
-        """
-        asked, parts = getattr(self.options, f"{what}_every"), EVENTS[what]
-        return asked or (max(1, -(-self.total // parts)) if self.total and parts else None)
-
     def plan(self, seconds_per_step: float) -> None:
         """Turns the minutes into a number of steps, once, and stores it with the run.
 
-        The steps before were taken at a rate that does not depend on it, as far as one can
-        know. They are saved first, so that no resumed run takes them again otherwise.
+        The steps so far are saved first, so that no resumed run takes them again otherwise.
         """
-        left = max(0.0, self.options.minutes * 60 - elapsed())
-        fits = from_first(lambda: self.step + int(TRAINING_SHARE * left / seconds_per_step))
+        why = self.timetable.settle(self.step, seconds_per_step)
         self.save()
-        self.total = max(self.step, min(fits, self.most))
         self.display.total = self.total
         config = self.run.config
         config["train"]["steps"] = self.total
         self.run.config = config
-        why = f"{self.options.minutes:g} minutes"
-        if self.most < fits:
-            why = f"{self.options.max_epochs:g} passes over the text (--max-epochs)"
         self.display.say(f"{self.total} steps of {seconds_per_step * 1e3:,.0f} ms: {why}")
 
     def show(self, loss: float) -> None:
         """Moves the progress bar."""
         left = None
         if self.total:
-            per_step = self.reader.batch * self.reader.block / self.rate
+            per_step = self.reader.batch * self.reader.block / self.speed.rate
             left = (self.total - self.step) * per_step
-        self.display.advance(self.step, loss, self.rate, left, self.mfu)
+        mfu = self.speed.mfu(bool(self.frozen))
+        self.display.advance(self.step, loss, self.speed.rate, left, mfu)
 
     def events(self) -> None:
         """Validates, samples and saves if it is time; after the last step that comes later."""
-        if self.due("eval"):
-            self.look_at_the_device()
+        if self.timetable.due("eval", self.step):
+            self.speed.look_at_the_device()
             score = self.validator.interim(self.weights)
             self.run.log([self.row() | score.metrics()])
             self.display.say(
                 f"step {self.step} · {clock(elapsed())} · validation loss {score.loss:.3f} · "
                 f"{score.bits_per_byte:.3f} bits per byte (on {score.tokens:,} tokens)"
             )
-        if self.due("sample"):
+        if self.timetable.due("sample", self.step):
             self.sample()
-        if self.due("checkpoint"):
+        if self.timetable.due("checkpoint", self.step):
             self.save()
 
     def sample(self) -> None:

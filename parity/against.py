@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 
 from lechat_jax.errors import BadInput
 from parity.compare import relative
-from parity.sources import Source
+from parity.source import Source
 from parity.stores import Stored
 from parity.verdict import Stage
 

@@ -31,7 +31,8 @@ from parity.formats import to_format
 from parity.names import Format, names, parts, rows, shapes, tied_head
 from parity.pickles import write_pickle
 from parity.progress import Meter
-from parity.sources import Source, check_whole, open_source
+from parity.source import Source
+from parity.sources import check_whole, open_source
 from parity.targets import write_config, write_tokenizer
 
 Dtype = Literal["keep", "bfloat16", "float16", "float32"]

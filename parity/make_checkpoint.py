@@ -18,7 +18,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer import Tokenizer
 from parity.convert import DTYPES, Convert, Dtype, check_destination, convert
 from parity.names import Format, shapes
-from parity.sources import Source
+from parity.source import Source
 from parity.stores import Store, Stored
 
 POOL = 1 << 22  # numbers drawn; each weight is cut from them, starting somewhere else

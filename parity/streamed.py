@@ -25,7 +25,7 @@ from parity.oracle_jax import JaxOracle
 from parity.oracle_torch import TorchOracle
 from parity.oracle_transformers import TransformersOracle
 from parity.oracles import Oracle, Stages
-from parity.sources import Source
+from parity.source import Source
 from parity.verdict import Stage
 
 Say = Callable[[str, int, int], None]

@@ -11,7 +11,8 @@ from lechat_jax.quantize import QUANTIZATION, Form
 from lechat_jax.tokenizer import Tokenizer, preferred
 from parity import configs
 from parity.names import Format
-from parity.sources import POSITIONS, Source
+from parity.source import Source
+from parity.sources import POSITIONS
 
 BOS, EOS = 1, 2  # of all of Mistral's tokenizers
 

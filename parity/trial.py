@@ -19,7 +19,8 @@ from parity.faults import CRITERIA, FAULTS, suite
 from parity.lively import lively_weights
 from parity.measure import machine_line
 from parity.oracles import Dtype
-from parity.sources import Source, open_source
+from parity.source import Source
+from parity.sources import open_source
 from parity.streamed import Streamed
 from parity.verdict import FaultReport, Stage, Verdict
 from parity.wording import Report

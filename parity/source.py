@@ -1,0 +1,124 @@
+"""A checkpoint in any format, found and described, whose tensors are read one at a time."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Shaped
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
+from lechat_jax.quantize import Form
+from parity.formats import from_format
+from parity.merging import Product, with_products
+from parity.names import Format, parts, rows, shapes
+from parity.stores import Store, Stored
+
+SourceFormat = Literal["hf", "mistral", "lechat", "torch", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint that has been found whole and fitting, but not read.
+
+    Attributes:
+        format: what it is.
+        path: its folder.
+        config: the model.
+        tokenizer_files: those beside the weights, all of them.
+        metadata: where it came from, as text that a copy may carry along.
+        stored: the tensors in the order in which they are best read, by lechat's name, or where
+            each expert has its own by that of the part; see `names`.
+        store: gives back memory.
+        quantization: how they are on the disk, if not as the numbers that they are read as.
+    """
+
+    format: SourceFormat
+    path: Path
+    config: MistralConfig
+    tokenizer_files: tuple[Path, ...]
+    metadata: Mapping[str, str]
+    stored: Mapping[str, Stored]
+    store: Store
+    quantization: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Lechat's name of each weight, in the order in which they are best read."""
+        table = rows(self.config)
+        whole = (table[name].lechat if name in table else name for name in self.stored)
+        return tuple(dict.fromkeys(whole))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of all weights.
+
+        Raises:
+            BadInput: they have several.
+        """
+        dtypes = {stored.dtype: stored for stored in self.stored.values()}
+        if len(dtypes) > 1:
+            a, b = list(dtypes.values())[:2]
+            raise BadInput(
+                f"{a.where} is {a.dtype} and {b.where} is {b.dtype}; "
+                "make them one with python -m parity.convert --dtype"
+            )
+        return next(iter(dtypes))
+
+    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
+        """A weight or a part of one in lechat's shape.
+
+        A view of its file, unless its rows change their order, or it has to be put together of
+        what each expert has.
+        """
+        row = rows(self.config).get(name)
+        if name not in self.stored and row is None:
+            return np.stack([self.read(part) for part in parts(self.config)[name]])
+        array = self.stored_of(name).read()
+        if row is None:  # of all experts, as lechat has it
+            return array
+        if name not in self.stored:
+            array = array[row.expert]
+        return from_format(array, self.config, format_of(self.format), row)
+
+    def stored_of(self, name: str) -> Stored:
+        """The tensor that a weight or a part of one lies in, or the first of several."""
+        if name in self.stored:
+            return self.stored[name]
+        row = rows(self.config).get(name)
+        return self.stored[row.lechat if row else parts(self.config)[name][0]]
+
+    def stored_parts(self, name: str, form: Form) -> dict[str, Shaped[np.ndarray, "..."]] | None:
+        """The parts of a kernel that is stored in that form, by name and in lechat's shapes."""
+        read = self.stored_of(name).parts
+        if read is None:
+            return None
+        wanted = form.parts(name, shapes(self.config, "lechat")[name])
+        found = read()
+        return {
+            key: found[key.removeprefix(name)].reshape(its_shape)
+            for key, (_, its_shape) in wanted.items()
+        }
+
+    def merged(self, products: Mapping[str, Product], dtype: np.dtype | None = None) -> "Source":
+        """The model with adapters in its kernels, which are in `dtype` then, or as before."""
+        fmt = format_of(self.format)
+        stored = with_products(self.config, fmt, self.stored, products, dtype)
+        return dataclasses.replace(
+            self, stored=stored, store=dataclasses.replace(self.store, form=None)
+        )
+
+    def where(self, name: str) -> str:
+        """The key and the file of a weight, for messages."""
+        return self.stored_of(name).where
+
+    def release(self) -> None:
+        """Gives back the memory of the files that were read so far."""
+        self.store.release()
+
+
+def format_of(kind: SourceFormat) -> Format:
+    """The names and shapes of a kind of checkpoint."""
+    return "lechat" if kind == "run" else kind
