@@ -64,7 +64,7 @@ class Decode:
     tokens: int = 64
     """Tokens of each row in a repetition."""
     dtype: tuple[DtypeName, ...] = ("float32",)
-    """Types of the weights. int8 is lechat's alone."""
+    """Types of the weights. int8 and int4 are lechat's alone."""
     impl: tuple[Impl, ...] = IMPLS
     """Whom to measure."""
     repetitions: int = 5
@@ -94,7 +94,9 @@ class Decode:
         if self.speculate and "lechat_jax" not in self.impl:
             raise BadInput("--speculate measures lechat_jax, so name it in --impl")
         if not contestants(self.impl, self.dtype):
-            raise BadInput("int8 is lechat's alone: name lechat_jax in --impl or another --dtype")
+            raise BadInput(
+                "int8 and int4 are lechat's alone: name it in --impl, or another --dtype"
+            )
         check_plot(self.plot)
 
     def run(self, console: Console) -> Report:

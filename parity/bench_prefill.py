@@ -44,7 +44,7 @@ class Prefill:
     batch: tuple[int, ...] = (1,)
     """Prompts at once; several likewise."""
     dtype: tuple[DtypeName, ...] = ("float32",)
-    """Types of the weights. int8 is lechat's alone."""
+    """Types of the weights. int8 and int4 are lechat's alone."""
     impl: tuple[Impl, ...] = IMPLS
     """Whom to measure."""
     repetitions: int = 3
@@ -62,7 +62,9 @@ class Prefill:
         if not self.read_gb > 0:
             raise BadInput(f"--read-gb must be more than 0, not {self.read_gb}")
         if not contestants(self.impl, self.dtype):
-            raise BadInput("int8 is lechat's alone: name lechat_jax in --impl or another --dtype")
+            raise BadInput(
+                "int8 and int4 are lechat's alone: name it in --impl, or another --dtype"
+            )
 
     def run(self, console: Console) -> Report:
         """Measures, telling what it is about, and prints a table.

@@ -12,8 +12,16 @@ import jax.numpy as jnp
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model import Weights
-from lechat_jax.quantize import quantize_weights
-from parity.decoders import Decoder, DtypeName, Impl, Lechat, bytes_a_step, random_weights
+from lechat_jax.quantize import asked, quantize_weights
+from parity.decoders import (
+    QUANTIZED,
+    Decoder,
+    DtypeName,
+    Impl,
+    Lechat,
+    bytes_a_step,
+    random_weights,
+)
 from parity.peer import need
 from parity.report import Row
 
@@ -21,19 +29,19 @@ SEED = 0  # of weights and prompts
 
 
 class Contestant(NamedTuple):
-    """An implementation and the type that its weights have; int8 is computed in float32."""
+    """An implementation and the type of its weights; int8 and int4 are computed in float32."""
 
     impl: Impl
     dtype: DtypeName
 
 
 def contestants(impls: Sequence[Impl], dtypes: Sequence[DtypeName]) -> list[Contestant]:
-    """Everyone in every type, but int8 for lechat alone, since the others have none here."""
+    """Everyone in every type, but int8 and int4 for lechat alone: the others have none here."""
     return [
         Contestant(impl, dtype)
         for dtype in dict.fromkeys(dtypes)
         for impl in dict.fromkeys(impls)
-        if dtype != "int8" or impl == "lechat_jax"
+        if dtype not in QUANTIZED or impl == "lechat_jax"
     ]
 
 
@@ -92,15 +100,19 @@ class Models:
     def weights(self, dtype: DtypeName) -> Weights:
         """The weights in that type, by lechat's names."""
         if dtype not in self._weights:
-            if dtype == "int8":
-                self._weights[dtype] = quantize_weights(dict(self.weights(self.wide)))
-            else:
-                self._weights[dtype] = random_weights(self.config, jnp.dtype(dtype), SEED)
+            match dtype:
+                case "int8" | "int4":
+                    form = asked(dtype, self.config)
+                    assert form
+                    made = quantize_weights(dict(self.weights(self.wide)), form)
+                case _:
+                    made = random_weights(self.config, jnp.dtype(dtype), SEED)
+            self._weights[dtype] = made
         return self._weights[dtype]
 
     @property
     def wide(self) -> DtypeName:
-        """What int8 is made of and computed in: bfloat16 if that is all there is, or float32."""
+        """What they are made of and computed in: bfloat16 if that is all there is, or float32."""
         return "bfloat16" if [*self._weights] == ["bfloat16"] else "float32"
 
     def decoder(self, who: Contestant) -> Decoder:

@@ -27,7 +27,8 @@ from lechat_jax.sampling import Sampling
 from lechat_jax.weights import weight_shapes
 
 Impl = Literal["lechat_jax", "lechat_torch", "transformers"]
-DtypeName = Literal["float32", "bfloat16", "int8"]
+DtypeName = Literal["float32", "bfloat16", "int8", "int4"]
+QUANTIZED: tuple[DtypeName, ...] = ("int8", "int4")  # of lechat alone
 IMPLS: tuple[Impl, ...] = ("lechat_jax", "lechat_torch", "transformers")
 
 GREEDY = Sampling(temperature=0.0)
@@ -146,7 +147,7 @@ def repeating(weights: Weights, phrase: Sequence[int]) -> Weights:
     """
     ids, following = jnp.asarray(phrase), jnp.asarray([*phrase[1:], phrase[0]])
     scale = f"embed.kernel{SCALE}"
-    if scale in weights:  # int8: of each row the numbers, and ten times the size
+    if scale in weights:  # an int8 table: of each row the numbers, and ten times the size
         rows = weights["head.kernel"][following]
         sizes = 10 * weights[f"head.kernel{SCALE}"][following] * rows.shape[1] ** 0.5
         changed = {scale: weights[scale].at[ids].set(sizes)}

@@ -19,7 +19,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.weights import save_weights
 from parity import convert
 from parity.contestants import SEED, Contestant, Models, tail
-from parity.decoders import DtypeName, Impl, random_prompts
+from parity.decoders import QUANTIZED, DtypeName, Impl, random_prompts
 from parity.names import Format
 
 FORMATS: dict[Impl, Format] = {
@@ -68,7 +68,7 @@ def peak_bytes(
     job = {
         "impl": who.impl,
         "folder": str(folders.of(who)),
-        "dtype": folders.models.wide if who.dtype == "int8" else who.dtype,
+        "dtype": folders.models.wide if who.dtype in QUANTIZED else who.dtype,
         "prompts": random_prompts(config, batch, context, SEED),
         "skip": 0 if whole else context - tail(config, context),
         "tokens": tokens,
@@ -94,7 +94,7 @@ def first_tokens(folders: Folders, dtype: DtypeName, context: int) -> dict[str, 
     folder = folders.of(Contestant("lechat_jax", dtype))
     prompt = random_prompts(folders.models.config, 1, context, SEED)[0]
     with tempfile.TemporaryDirectory(prefix="parity-", ignore_cleanup_errors=True) as cache:
-        wide = folders.models.wide if dtype == "int8" else dtype
+        wide = folders.models.wide if dtype in QUANTIZED else dtype
         cold, *warm = [_first_token(folder, wide, prompt, cache) for _ in range(1 + WARM)]
     loads = [after for _, after in warm if after is not None]
     return {

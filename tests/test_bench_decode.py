@@ -150,7 +150,8 @@ def test_agreement_ends_where_any_row_differs() -> None:
     assert agreed(Spoken([1, 2, 3], [4, 5, 6]), Spoken([1, 2, 3], [4, 0, 6])) == 1
 
 
-def test_only_lechat_is_measured_in_int8() -> None:
+def test_only_lechat_is_measured_in_int8_and_int4() -> None:
+    assert contestants(IMPLS, ("int4",)) == [Contestant("lechat_jax", "int4")]
     assert contestants(IMPLS, ("int8", "bfloat16"))[:2] == [
         Contestant("lechat_jax", "int8"),
         Contestant("lechat_jax", "bfloat16"),
@@ -326,11 +327,11 @@ def test_the_most_important_comes_first_on_a_card() -> None:
         ("decode --read-gb 0", "--read-gb must be more than 0"),
         ("decode --speculate 99", "--speculate must be from 0"),
         ("decode --speculate 2 --impl transformers", "name it in --impl"),
-        ("decode --dtype int8 --impl transformers", "int8 is lechat's alone"),
+        ("decode --dtype int8 --impl transformers", "int8 and int4 are lechat's alone"),
         ("decode --plot /nowhere/at/all/x.png", "there is no folder /nowhere/at/all"),
         ("decode --preset lechat-15b", "unknown preset 'lechat-15b'"),
         ("prefill --tokens 0", "--tokens must be at least 1"),
-        ("prefill --dtype int8 --impl lechat_torch", "int8 is lechat's alone"),
+        ("prefill --dtype int8 --impl lechat_torch", "int8 and int4 are lechat's alone"),
         ("card --minutes 0", "--minutes must be more than 0"),
         ("card --rows 0", "--rows must be at least 1"),
         ("card --preset lechat-15b", "unknown preset 'lechat-15b'"),
