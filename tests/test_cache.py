@@ -20,7 +20,7 @@ from lechat_jax.cache import (
     empty_cache,
     places,
 )
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import MistralConfig, preset
 from lechat_jax.mask import window_mask
 
 
@@ -146,18 +146,7 @@ def test_layers_with_one_window_share_a_ring(tiny: MistralConfig) -> None:
 
 def test_memory_is_known_before_it_is_taken(tiny: MistralConfig) -> None:
     # Mistral 7B: 131,072 bytes a cached token in bfloat16, here 4096 + 255 tokens in eights.
-    large = MistralConfig(
-        dim=4096,
-        n_layers=32,
-        n_heads=32,
-        n_kv_heads=8,
-        head_dim=128,
-        hidden_dim=14336,
-        vocab_size=32000,
-        norm_eps=1e-5,
-        rope_theta=1e4,
-        sliding_window=4096,
-    )
+    large = preset("mistral-7b-v0.1")
     assert cache_bytes(large, 1, 256, 1, jnp.bfloat16) == 4352 * (131_072 + 4)
     made = empty_cache(tiny, 3, 5, 1, jnp.float32)
     assert cache_bytes(tiny, 3, 5, 1, jnp.float32) == sum(x.nbytes for x in jax.tree.leaves(made))
