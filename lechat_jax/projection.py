@@ -21,6 +21,7 @@ well be done before the block is cut out, for all of the kernel.
 """
 
 import functools
+import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,10 +29,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int8, Shaped
 
 FEW = 64  # positions up to which a CPU multiplies and sums
 BLOCK = 2 << 20  # numbers of a kernel that are float32 at once, 8 MB
+FEW_INTEGERS = 4  # positions up to which an int8 kernel is multiplied by integers
+DIGITS = 3  # that a number then has
+MOST_INTEGERS = (2**31 - 1) // 127**2  # products that int32 can add up
 
 # Of positions [T, D] and a kernel [F, D], in at least float32.
 Product = Callable[[Array, Array], Array]
@@ -66,7 +70,7 @@ def _project(
     scale: Float[Array, "F"] | None,
     dtype: np.dtype,
 ) -> Float[Array, "T F"]:
-    if form := _cpu_form(x.shape[0], kernel) if is_on_cpu() else None:
+    if form := _cpu_form(x, kernel) if is_on_cpu() else None:
         y = form(x, kernel)
     elif scale is None and dtype == x.dtype:
         y = x @ kernel.T
@@ -134,20 +138,44 @@ def _bits(name: str, leaf: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDty
     return jax.device_put(np.asarray(leaf).view(np.uint16))
 
 
-def _cpu_form(T: int, kernel: Shaped[Array, "F D"]) -> Product | None:
-    """The fastest form for T positions on a CPU; `None` is a plain matrix product."""
-    few, one = T <= FEW, T == 1
-    if kernel.dtype == jnp.uint16:
-        return _blocks_of_product if one or not few else _blocks_of_sum
-    if kernel.dtype == jnp.int8:
-        is_large = kernel.size > BLOCK  # enough to be worth a loop
-        return _blocks_of_product if not few or (one and is_large) else _sum
-    return _sum if few and kernel.dtype in (jnp.float32, jnp.bfloat16) else None
+def _cpu_form(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Product | None:
+    """The fastest form for these positions on a CPU; `None` is a plain matrix product."""
+    if kernel.dtype == jnp.int8 and _may_be_of_integers(x):
+        return _of_integers
+    if kernel.dtype in (jnp.int8, jnp.uint16):
+        return _in_blocks
+    return _sum if len(x) <= FEW else None
 
 
-def _in_blocks(
-    x: Float[Array, "T D"], kernel: Shaped[Array, "F D"], product: Product
-) -> Float[Array, "T F"]:
+def _may_be_of_integers(x: Float[Array, "T D"]) -> bool:
+    is_fast = platform.machine() in ("x86_64", "AMD64")  # elsewhere XLA may have no such product
+    is_exact = x.dtype != jnp.float64 and x.shape[1] <= MOST_INTEGERS
+    return is_fast and is_exact and len(x) <= FEW_INTEGERS
+
+
+def _of_integers(x: Float[Array, "T D"], kernel: Int8[Array, "F D"]) -> Float[Array, "T F"]:
+    """The product of an int8 kernel as one of integers, which no order of adding up rounds.
+
+    Each number of `x` is written with `DIGITS` digits of a byte, in steps of the largest of its
+    position: the last step is 1.2e-7 of that, as is float32's own.
+    """
+    rest = x.astype(jnp.float32)
+    step = jnp.max(jnp.abs(rest), axis=1, keepdims=True) / 127
+    digits, steps = [], []
+    for _ in range(DIGITS):
+        digit = jnp.round(rest / jnp.where(step > 0, step, 1))
+        rest = rest - digit * step
+        digits.append(digit.astype(jnp.int8))
+        steps.append(step)
+        step = step / 254  # what is left is half a step at most, 127 of the next
+    kernel, columns = here(kernel, jnp.concatenate(digits))
+    dims = (((1,), (1,)), ((), ()))
+    sums = jax.lax.dot_general(columns, kernel, dims, preferred_element_type=jnp.int32)
+    each = jnp.split(sums.astype(jnp.float32), DIGITS)
+    return functools.reduce(jnp.add, map(jnp.multiply, each, steps))
+
+
+def _in_blocks(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Float[Array, "T F"]:
     """The product a few rows of the kernel at a time; the last block may overlap another."""
     F, D = kernel.shape
     rows = max(1, min(BLOCK // D, F // 2))
@@ -156,7 +184,7 @@ def _in_blocks(
     def with_block(i: Array, y: Float[Array, "F T"]) -> Float[Array, "F T"]:
         start = jnp.minimum(i * rows, F - rows)
         block = jax.lax.dynamic_slice_in_dim(kernel, start, rows)
-        made = product(x, widened(block, x.dtype))
+        made = _product(x, widened(block, x.dtype))
         return jax.lax.dynamic_update_slice_in_dim(y, made.T, start, axis=0)
 
     nothing = jnp.zeros((F, x.shape[0]), x.dtype)
@@ -187,10 +215,6 @@ def _sum(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Float[Array, "
         return _product(x, kernel)
     # With a leading axis of one, the sum would take eighty times as long.
     return jnp.sum(kernel.astype(wide) * x.astype(wide), axis=-1)[None]
-
-
-_blocks_of_product = functools.partial(_in_blocks, product=_product)
-_blocks_of_sum = functools.partial(_in_blocks, product=_sum)
 
 
 def here(kernel: Shaped[Array, "F D"], x: Array) -> tuple[Array, Array]:

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
@@ -31,7 +30,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.folder import read_config, stored_format
 from lechat_jax.host import host_empty
 from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault, sync, write_manifest
-from lechat_jax.model import Mistral, Weights, weights_of
+from lechat_jax.model import Weights, described
 from lechat_jax.quantize import (
     QUANTIZATION,
     Form,
@@ -197,7 +196,7 @@ def weight_shapes(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape of each weight by name, and the dtype that it has when freshly made or quantised."""
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
-    for name, leaf in jax.eval_shape(lambda: weights_of(Mistral(config, rngs=nnx.Rngs(0)))).items():
+    for name, leaf in described(config).items():
         parts = form.parts(name, leaf.shape) if form else {}
         for key, (dtype, shape) in parts.items():
             shapes[key] = jax.ShapeDtypeStruct(shape, dtype)
