@@ -3,18 +3,22 @@
 A decoded token reads every weight once, so what counts is how close to the memory's speed
 that goes. On a CPU XLA's matrix product does not come near it: it repacks the kernel at each
 call, and what is not float32 it first writes out as float32, often all kernels at once. So
-few positions are multiplied and summed instead, which XLA fuses into one pass over a kernel
-as it is stored; and a kernel of two-byte or one-byte numbers is converted a block at a time,
-which stays in the cache. Two AVX-512 cores, times of a float32 matrix-vector product that
-reads at the memory's speed, for kernels of 3,584 x 1,024 to 4,096 x 14,336:
+few positions are multiplied and summed instead, which XLA fuses into one pass over a float32
+kernel as it is stored; an int8 kernel is multiplied by integers, where XLA is fast at that; and
+else a kernel of two-byte or one-byte numbers is converted a block at a time, which stays in the
+cache. Milliseconds for twelve kernels of 3,584 x 1,024 and one of 32,000 x 1,024, two AVX-512
+cores, with jax 0.10.2 and 0.12.0:
 
-    positions                   1        8        64       256
-    product of float32          1.0-15   2.1-4.6  6.7-8.2  20-36
-    product of bfloat16         0.8-11   10-15    16-19    27-40
-    sum, float32                1.0      1.0-1.4  4-6      19-37
-    sum, int8                   0.8-1.3  0.9-1.4  5-6      20-50
-    blocks, int8                0.5-0.9  1.1-1.6  5-6      19-25
-    blocks, bits of bfloat16    0.6-0.9  1.4-2.4  5-6      19-25
+    positions            1            4            8            64           256
+    float32, product     7.6 / 40     -            21 / 21      66 / 65      -
+    float32, sum         9.2 / 7.2    -            11 / 13      76 / 51      -
+    int8, sum            9.0 / 6.3    10 / 65      11 / 52      78 / 89      -
+    int8, blocks         5.4 / 9.3    7.8 / 10     10 / 10      55 / 56      226 / 231
+    int8, integers       6.0 / 5.4    11 / 7.5     17 / 10      97 / 47      395 / 183
+    bfloat16, blocks     6.9 / 12     -            12 / 12      57 / 57      -
+
+Blocks take two to eight times as long while others on the machine use its cache; the other
+forms do not.
 
 A bfloat16 kernel has to come as its bits, in uint16: of a conversion XLA knows that it may as
 well be done before the block is cut out, for all of the kernel.
@@ -33,7 +37,8 @@ from jaxtyping import Array, Float, Int8, Shaped
 
 FEW = 64  # positions up to which a CPU multiplies and sums
 BLOCK = 2 << 20  # numbers of a kernel that are float32 at once, 8 MB
-FEW_INTEGERS = 4  # positions up to which an int8 kernel is multiplied by integers
+# Positions up to which an int8 kernel is multiplied by integers, which XLA has become fast at.
+FEW_INTEGERS = FEW if jax.__version_info__ >= (0, 12) else 4
 DIGITS = 3  # that a number then has
 MOST_INTEGERS = (2**31 - 1) // 127**2  # products that int32 can add up
 

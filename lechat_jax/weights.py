@@ -30,7 +30,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.folder import read_config, stored_format
 from lechat_jax.host import host_empty
 from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault, sync, write_manifest
-from lechat_jax.model import Weights, described
+from lechat_jax.model import Weights, shapes_of
 from lechat_jax.quantize import (
     QUANTIZATION,
     Form,
@@ -196,7 +196,7 @@ def weight_shapes(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape of each weight by name, and the dtype that it has when freshly made or quantised."""
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
-    for name, leaf in described(config).items():
+    for name, leaf in shapes_of(config).items():
         parts = form.parts(name, leaf.shape) if form else {}
         for key, (dtype, shape) in parts.items():
             shapes[key] = jax.ShapeDtypeStruct(shape, dtype)

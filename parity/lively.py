@@ -2,14 +2,12 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.model import Mistral, bind, weights_of
+from lechat_jax.model import Mistral, bind, shapes_of, weights_of
 
 
 def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Mistral:
@@ -20,7 +18,6 @@ def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0)
     and each layer adds as much as was there.
     """
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: weights_of(Mistral(config, rngs=nnx.Rngs(0))))
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name.endswith("scale"):
@@ -29,7 +26,7 @@ def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0)
         is_lookup = name.startswith("embed") and not config.tied_embeddings
         return rng.standard_normal(shape) * (1.0 if is_lookup else inputs**-0.5)
 
-    drawn = {name: draw(name, leaf.shape) for name, leaf in sorted(shapes.items())}
+    drawn = {name: draw(name, leaf.shape) for name, leaf in shapes_of(config).items()}
     return bind(config, {name: jnp.asarray(array, dtype) for name, array in drawn.items()})
 
 

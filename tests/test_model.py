@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from lechat_jax.cache import EMPTY, empty_cache
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn, preset
-from lechat_jax.model import MLP, Mistral, RMSNorm, bind, weights_of
+from lechat_jax.model import MLP, Mistral, RMSNorm, bind, shapes_of
 from tests.jaxprs import equations
 
 T = 33  # more than twice the window of the tiny model
@@ -81,7 +81,7 @@ def drawn(config: MistralConfig) -> dict[str, np.ndarray]:
     """Weights that hide nothing: uneven norms, sharp attention, logits of deviation 1."""
     rng = np.random.default_rng(0)
     weights = {}
-    for name, like in shapes(config).items():
+    for name, like in shapes_of(config).items():
         if name.endswith("scale"):
             weights[name] = rng.uniform(0.5, 1.5, like.shape)
         else:
@@ -89,10 +89,6 @@ def drawn(config: MistralConfig) -> dict[str, np.ndarray]:
             std = 1 if name.startswith("embed") and not config.tied_embeddings else fan_in**-0.5
             weights[name] = rng.normal(0, std, like.shape)
     return weights
-
-
-def shapes(config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    return jax.eval_shape(lambda: weights_of(Mistral(config, rngs=nnx.Rngs(0))))
 
 
 def text(config: MistralConfig, B: int = 2) -> np.ndarray:
@@ -224,7 +220,7 @@ def test_hidden_states_are_in_the_precision_of_the_weights_and_logits_wide(
 
 def test_the_default_model_has_the_weights_it_is_named_for() -> None:
     config = preset("lechat-15m")
-    assert sum(like.size for like in shapes(config).values()) == config.n_params == 15_165_888
+    assert sum(like.size for like in shapes_of(config).values()) == config.n_params == 15_165_888
 
 
 @given(
@@ -261,7 +257,7 @@ def test_the_config_knows_how_many_weights_its_model_has(
         sliding_window=4,
         tied_embeddings=tied,
     )
-    assert sum(like.size for like in shapes(config).values()) == config.n_params
+    assert sum(like.size for like in shapes_of(config).values()) == config.n_params
 
 
 def test_a_fresh_model_guesses_evenly(tiny: MistralConfig) -> None:

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.model import Mistral, Weights, weights_of
+from lechat_jax.model import Weights, shapes_of
 from lechat_jax.optimizer import (
     Optimizer,
     Rates,
@@ -31,7 +30,7 @@ WRITES = {"q": 2, "k": 2, "v": 2, "o": 1, "gate": 1, "up": 1, "down": 1}
 
 @functools.cache
 def shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
-    weights = jax.eval_shape(lambda: weights_of(Mistral(config, rngs=nnx.Rngs(0))))
+    weights = shapes_of(config)
     return {name: leaf.shape for name, leaf in weights.items()}
 
 

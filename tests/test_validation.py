@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from lechat_jax import validation
 from lechat_jax.config import MistralConfig
 from lechat_jax.data import Tokens
-from lechat_jax.model import Mistral, Weights, bind, weights_of
+from lechat_jax.model import Weights, bind, shapes_of
 from lechat_jax.step import StepOptions
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.validation import HeldOut, Score, Validator
@@ -55,7 +54,7 @@ def validator(config: MistralConfig, n_tokens: int) -> Validator:
 @functools.cache
 def weights(config: MistralConfig, seed: int = 0) -> Weights:
     """Random ones, of a model that finds some tokens much likelier than others."""
-    shapes = jax.eval_shape(lambda: weights_of(Mistral(config, rngs=nnx.Rngs(0))))
+    shapes = shapes_of(config)
     rng = np.random.default_rng(seed)
     return {
         name: jnp.asarray(rng.normal(size=leaf.shape) / math.sqrt(leaf.shape[-1]), jnp.float32)
