@@ -33,14 +33,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8, Shaped
+from jaxtyping import Array, Float, Int8, Int32, Shaped
 
 FEW = 64  # positions up to which a CPU multiplies and sums
 BLOCK = 2 << 20  # numbers of a kernel that are float32 at once, 8 MB
-# Positions up to which an int8 kernel is multiplied by integers, which XLA has become fast at.
-FEW_INTEGERS = FEW if jax.__version_info__ >= (0, 12) else 4
-DIGITS = 3  # that a number then has
-MOST_INTEGERS = (2**31 - 1) // 127**2  # products that int32 can add up
+# jax 0.12 is faster at integers than the ones before, and many times as slow at sums of int8.
+IS_GOOD_AT_INTEGERS = jax.__version_info__ >= (0, 12)
+FEW_INTEGERS = FEW if IS_GOOD_AT_INTEGERS else 4  # positions for which they are best
+SUMMED = {"float32", "bfloat16"} | (set() if IS_GOOD_AT_INTEGERS else {"int8"})
+MOST_INTEGERS = 2**31 // 2**14 - 1  # products of two bytes that int32 can add up
 
 # Of positions [T, D] and a kernel [F, D], in at least float32.
 Product = Callable[[Array, Array], Array]
@@ -147,9 +148,10 @@ def _cpu_form(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Product |
     """The fastest form for these positions on a CPU; `None` is a plain matrix product."""
     if kernel.dtype == jnp.int8 and _may_be_of_integers(x):
         return _of_integers
-    if kernel.dtype in (jnp.int8, jnp.uint16):
-        return _in_blocks
-    return _sum if len(x) <= FEW else None
+    if kernel.dtype.name in SUMMED and len(x) <= FEW:
+        return _sum
+    is_narrow = kernel.dtype in (jnp.int8, jnp.uint16)
+    return functools.partial(_in_blocks, block=BLOCK) if is_narrow else None
 
 
 def _may_be_of_integers(x: Float[Array, "T D"]) -> bool:
@@ -158,38 +160,44 @@ def _may_be_of_integers(x: Float[Array, "T D"]) -> bool:
     return is_fast and is_exact and len(x) <= FEW_INTEGERS
 
 
+@jax.jit  # traced once for all layers
 def _of_integers(x: Float[Array, "T D"], kernel: Int8[Array, "F D"]) -> Float[Array, "T F"]:
     """The product of an int8 kernel as one of integers, which no order of adding up rounds.
 
-    Each number of `x` is written with `DIGITS` digits of a byte, in steps of the largest of its
-    position: the last step is 1.2e-7 of that, as is float32's own.
+    The numbers of a position are rounded to steps of its largest / (127 * 2**16), which is
+    1.2e-7 of it, as is float32's own step there. So each is an integer of three bytes.
     """
-    rest = x.astype(jnp.float32)
-    step = jnp.max(jnp.abs(rest), axis=1, keepdims=True) / 127
-    digits, steps = [], []
-    for _ in range(DIGITS):
-        digit = jnp.round(rest / jnp.where(step > 0, step, 1))
-        rest = rest - digit * step
-        digits.append(digit.astype(jnp.int8))
-        steps.append(step)
-        step = step / 254  # what is left is half a step at most, 127 of the next
-    kernel, columns = here(kernel, jnp.concatenate(digits))
+    wide = x.astype(jnp.float32)
+    step = jnp.max(jnp.abs(wide), axis=1, keepdims=True) / (127 << 16)
+    number = jnp.round(wide / jnp.where(step > 0, step, 1)).astype(jnp.int32)
+    low, number = _last_byte(number)
+    middle, high = _last_byte(number)
+    kernel, columns = here(kernel, jnp.concatenate([high, middle, low]).astype(jnp.int8))
     dims = (((1,), (1,)), ((), ()))
     sums = jax.lax.dot_general(columns, kernel, dims, preferred_element_type=jnp.int32)
-    each = jnp.split(sums.astype(jnp.float32), DIGITS)
-    return functools.reduce(jnp.add, map(jnp.multiply, each, steps))
+    high, middle, low = jnp.split(sums.astype(jnp.float32), 3)
+    return (high * (1 << 16) + middle * (1 << 8) + low) * step
 
 
-def _in_blocks(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Float[Array, "T F"]:
+def _last_byte(number: Int32[Array, "T D"]) -> tuple[Int32[Array, "T D"], Int32[Array, "T D"]]:
+    """The last byte as a number from -128 to 127, and what is before it."""
+    last = (number << 24) >> 24
+    return last, (number - last) >> 8
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def _in_blocks(
+    x: Float[Array, "T D"], kernel: Shaped[Array, "F D"], block: int
+) -> Float[Array, "T F"]:
     """The product a few rows of the kernel at a time; the last block may overlap another."""
     F, D = kernel.shape
-    rows = max(1, min(BLOCK // D, F // 2))
+    rows = max(1, min(block // D, F // 2))
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
     def with_block(i: Array, y: Float[Array, "F T"]) -> Float[Array, "F T"]:
         start = jnp.minimum(i * rows, F - rows)
-        block = jax.lax.dynamic_slice_in_dim(kernel, start, rows)
-        made = _product(x, widened(block, x.dtype))
+        few = jax.lax.dynamic_slice_in_dim(kernel, start, rows)
+        made = _product(x, widened(few, x.dtype))
         return jax.lax.dynamic_update_slice_in_dim(y, made.T, start, axis=0)
 
     nothing = jnp.zeros((F, x.shape[0]), x.dtype)

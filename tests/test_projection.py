@@ -7,7 +7,7 @@ import pytest
 from jax.typing import DTypeLike
 
 from lechat_jax import projection
-from lechat_jax.projection import FEW, as_bits, from_bits, project
+from lechat_jax.projection import FEW, FEW_INTEGERS, as_bits, from_bits, project
 
 F, D = 96, 56
 
@@ -38,6 +38,29 @@ def test_every_form_is_the_product(
         assert found.dtype == result
         budget = 1e-2 if found.dtype == jnp.bfloat16 else 1e-6
         assert np.max(np.abs(np.asarray(found, np.float64) - exact)) < budget * 4 * size
+
+
+@pytest.mark.parametrize("T", [1, FEW_INTEGERS])
+def test_integers_are_as_fine_as_float32_at_the_largest_number(T: int) -> None:
+    """Whatever its size, with outliers in a position, and beside positions of other sizes."""
+    kernel = kernel_of("int8")
+    sizes = 10.0 ** jnp.linspace(-30, 30, T)
+    x = jax.random.t(jax.random.key(3), 2.0, (T, D)) * sizes[:, None]
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
+    largest = np.max(np.abs(np.asarray(x, np.float64)), axis=1, keepdims=True)
+    step = 2.0**-23 * largest * np.sum(np.abs(np.asarray(kernel, np.float64)), axis=1)
+    found = project(x, kernel, jnp.ones(F))
+    assert np.all(np.abs(np.asarray(found, np.float64) - exact) < step)
+    alone = [project(row[None], kernel, jnp.ones(F))[0] for row in x]
+    np.testing.assert_array_equal(found, alone, "integers are added up exactly in any order")
+
+
+@pytest.mark.parametrize("number", [0.0, np.nan, np.inf])
+def test_integers_stand_for_every_number(number: float) -> None:
+    x = jnp.zeros((2, D)).at[0, 5].set(number)
+    found = project(x, kernel_of("int8"), jnp.ones(F))
+    np.testing.assert_array_equal(found[1], np.zeros(F))
+    assert np.all(np.isfinite(found[0])) == np.isfinite(number)
 
 
 def test_bits_are_those_of_the_kernels_and_share_their_memory() -> None:
