@@ -222,6 +222,7 @@ def compile_for(
         return DecodeState(cache, rows, rows, rows, seen), request, tokens, jnp.int32(0)
 
     state, request, tokens, n = jax.eval_shape(arguments)
-    weights = as_bits(weights)
-    prefill.lower(config, weights, state.cache, tokens, tokens).compile()
-    decode.lower(config, weights, state, request, n, draft).compile()
+    read = as_bits(weights, batch * chunk)
+    prefill.lower(config, read, state.cache, tokens, tokens).compile()
+    spoken = as_bits(weights, batch * (1 + draft))
+    decode.lower(config, spoken, state, request, n, draft).compile()

@@ -16,7 +16,7 @@ from lechat_jax.decode import MOST, DecodeState, Request, compile_for, decode, p
 from lechat_jax.errors import BadInput
 from lechat_jax.loading import free_bytes, load_to_compute
 from lechat_jax.lookup import SEEN, newest
-from lechat_jax.model import Mistral, bind, weights_of
+from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.projection import as_bits
 from lechat_jax.quantize import Format
 from lechat_jax.reading import CacheSize, best_chunk, cache_size, left_padded
@@ -56,7 +56,7 @@ class Generator:
     ) -> None:
         self.config: MistralConfig = model.config
         self.weights = weights_of(model)
-        self._weights = as_bits(self.weights)
+        self._for_one, self._for_more = (as_bits(self.weights, positions) for positions in (1, 2))
         self.tokenizer = tokenizer
         self.chunk = best_chunk() if chunk is None else chunk
         self.context = context
@@ -184,9 +184,10 @@ class Generator:
         The cache passed in is used up.
         """
         tokens, positions = left_padded(prompts, self.chunk, start)
+        weights = self._for(len(prompts) * self.chunk)
         for begin in range(0, tokens.shape[1], self.chunk):
             part = slice(begin, begin + self.chunk)
-            cache = prefill(self.config, self._weights, cache, tokens[:, part], positions[:, part])
+            cache = prefill(self.config, weights, cache, tokens[:, part], positions[:, part])
         return cache
 
     def request(
@@ -214,9 +215,10 @@ class Generator:
         A state is used up when the next one is asked for.
         """
         n = 1
+        weights = self._for(len(rows) * (1 + draft))
         while not all(row.stopped for row in rows):
             began = time.perf_counter()
-            state, out = decode(self.config, self._weights, state, request, np.int32(n), draft)
+            state, out = decode(self.config, weights, state, request, np.int32(n), draft)
             ids, logprobs, lengths = jax.device_get((out.ids, out.logprobs, out.length))
             quick = time.perf_counter() - began < PATIENCE
             n = min(MOST, 2 * n) if quick else max(1, n // 2)
@@ -231,6 +233,10 @@ class Generator:
     def room(self, length: int) -> int | None:
         """Tokens that fit behind so many; without end when every layer has a window."""
         return self.context - length if None in self.config.windows else None
+
+    def _for(self, positions: int) -> Weights:
+        """The weights as a product of so many positions wants them."""
+        return self._for_one if positions == 1 else self._for_more
 
     def _rounds(
         self,

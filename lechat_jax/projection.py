@@ -15,13 +15,14 @@ cores, with jax 0.10.2 and 0.12.0:
     int8, sum            9.0 / 6.3    10 / 65      11 / 52      78 / 89      -
     int8, blocks         5.4 / 9.3    7.8 / 10     10 / 10      55 / 56      226 / 231
     int8, integers       6.0 / 5.4    11 / 7.5     17 / 10      97 / 47      395 / 183
+    bfloat16, sum        8.4 / 8.2    -            51 / 51      -            -
     bfloat16, blocks     6.9 / 12     -            12 / 12      57 / 57      -
 
 Blocks take two to eight times as long while others on the machine use its cache; the other
 forms do not.
 
-A bfloat16 kernel has to come as its bits, in uint16: of a conversion XLA knows that it may as
-well be done before the block is cut out, for all of the kernel.
+A bfloat16 kernel has to come as its bits, in uint16, wherever it is cut: of a conversion XLA knows
+that it may as well be done before the block is cut out, for all of the kernel.
 """
 
 import functools
@@ -37,10 +38,11 @@ from jaxtyping import Array, Float, Int8, Int32, Shaped
 
 FEW = 64  # positions up to which a CPU multiplies and sums
 BLOCK = 2 << 20  # numbers of a kernel that are float32 at once, 8 MB
-# jax 0.12 is faster at integers than the ones before, and many times as slow at sums of int8.
-IS_GOOD_AT_INTEGERS = jax.__version_info__ >= (0, 12)
-FEW_INTEGERS = FEW if IS_GOOD_AT_INTEGERS else 4  # positions for which they are best
-SUMMED = {"float32", "bfloat16"} | (set() if IS_GOOD_AT_INTEGERS else {"int8"})
+# jax 0.12 is faster than the ones before at integers and at the sum of one position and a bfloat16
+# kernel, which it does not convert beforehand; and many times as slow at other sums of int8.
+IS_NEW = jax.__version_info__ >= (0, 12)
+FEW_INTEGERS = FEW if IS_NEW else 4  # positions for which they are best
+SUMMED = {"float32", "bfloat16"} | (set() if IS_NEW else {"int8"})
 MOST_INTEGERS = 2**31 // 2**14 - 1  # products of two bytes that int32 can add up
 
 # Of positions [T, D] and a kernel [F, D], in at least float32.
@@ -116,14 +118,21 @@ def _backward(
 _project_int8.defvjp(_forward, _backward)
 
 
-def as_bits(weights: Mapping[str, Array] | Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+def as_bits(
+    weights: Mapping[str, Array] | Mapping[str, jax.ShapeDtypeStruct], positions: int
+) -> dict[str, Any]:
     """The weights as decoding wants them: on a CPU, bfloat16 kernels as the bits they are.
 
-    They share memory with those given.
+    They share memory with those given. For one position at a time new versions of JAX take the
+    kernels of maps as they are.
     """
     if not is_on_cpu():
         return dict(weights)
-    return {name: _bits(name, leaf) for name, leaf in weights.items()}
+    as_they_are = IS_NEW and positions == 1
+    return {
+        name: leaf if as_they_are and ".experts." not in name else _bits(name, leaf)
+        for name, leaf in weights.items()
+    }
 
 
 def from_bits(rows: Shaped[Array, "*B D"]) -> Float[Array, "*B D"]:
