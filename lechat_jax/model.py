@@ -353,7 +353,6 @@ def bind(config: MistralConfig, weights: Weights) -> Mistral:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-@functools.lru_cache(maxsize=8)
 def shapes_of(config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The weights that a freshly made model would have, by name, none of which is made.
 
@@ -361,6 +360,12 @@ def shapes_of(config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
     >>> shapes_of(preset("lechat-15m"))["norm.scale"]
     ShapeDtypeStruct(shape=(192,), dtype=float32)
     """
+    return dict(_shapes_of(config, bool(jax.config.values["jax_enable_x64"])))
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes_of(config: MistralConfig, in_float64: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """`in_float64` is what JAX is told just now: what is freshly made has another type in it."""
     return jax.eval_shape(lambda: weights_of(Mistral(config, rngs=_OneKey())))
 
 

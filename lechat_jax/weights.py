@@ -190,7 +190,6 @@ def save_weights(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-@functools.lru_cache(maxsize=8)
 def weight_shapes(
     config: MistralConfig, form: Form | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:

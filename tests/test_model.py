@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from lechat_jax.cache import EMPTY, empty_cache
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn, preset
-from lechat_jax.model import MLP, Mistral, RMSNorm, bind, shapes_of
+from lechat_jax.model import MLP, Mistral, RMSNorm, bind, shapes_of, weights_of
 from tests.jaxprs import equations
 
 T = 33  # more than twice the window of the tiny model
@@ -89,6 +89,19 @@ def drawn(config: MistralConfig) -> dict[str, np.ndarray]:
             std = 1 if name.startswith("embed") and not config.tied_embeddings else fan_in**-0.5
             weights[name] = rng.normal(0, std, like.shape)
     return weights
+
+
+def test_the_shapes_are_those_of_a_fresh_model_in_the_precision_of_the_moment(
+    tiny: MistralConfig,
+) -> None:
+    def fresh() -> dict[str, tuple]:
+        made = weights_of(Mistral(tiny, rngs=nnx.Rngs(0)))
+        return {name: (leaf.shape, leaf.dtype) for name, leaf in made.items()}
+
+    for in_float64 in (False, True, False):
+        with jax.enable_x64(in_float64):
+            described = {name: (leaf.shape, leaf.dtype) for name, leaf in shapes_of(tiny).items()}
+            assert described == fresh()
 
 
 def text(config: MistralConfig, B: int = 2) -> np.ndarray:
