@@ -222,7 +222,7 @@ def compile_for(
         return DecodeState(cache, rows, rows, rows, seen), request, tokens, jnp.int32(0)
 
     state, request, tokens, n = jax.eval_shape(arguments)
-    read = as_bits(weights, batch * chunk)
-    prefill.lower(config, read, state.cache, tokens, tokens).compile()
-    spoken = as_bits(weights, batch * (1 + draft))
-    decode.lower(config, spoken, state, request, n, draft).compile()
+    to_read = as_bits(weights, batch * chunk)
+    prefill.lower(config, to_read, state.cache, tokens, tokens).compile()
+    to_decode = as_bits(weights, batch * (1 + draft))
+    decode.lower(config, to_decode, state, request, n, draft).compile()

@@ -360,7 +360,7 @@ def shapes_of(config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
     >>> shapes_of(preset("lechat-15m"))["norm.scale"]
     ShapeDtypeStruct(shape=(192,), dtype=float32)
     """
-    return dict(_shapes_of(config, bool(jax.config.values["jax_enable_x64"])))
+    return dict(_shapes_of(config, jax.config.values["jax_enable_x64"]))
 
 
 @functools.lru_cache(maxsize=8)

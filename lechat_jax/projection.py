@@ -123,8 +123,8 @@ def as_bits(
 ) -> dict[str, Any]:
     """The weights as decoding wants them: on a CPU, bfloat16 kernels as the bits they are.
 
-    They share memory with those given. For one position at a time new versions of JAX take the
-    kernels of maps as they are.
+    They share memory with those given. Where single positions are mapped, new versions of JAX
+    take kernels as they are, but for those of experts, which are cut out of a stack.
     """
     if not is_on_cpu():
         return dict(weights)

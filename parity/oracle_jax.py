@@ -33,8 +33,8 @@ from parity.oracles import (
 class JaxOracle:
     """lechat_jax; see `Oracle`.
 
-    Whatever it compiles is compiled for it alone, so that a function which was replaced
-    for a while is not remembered.
+    Its passes are compiled for it alone, so that a function which was replaced for a while is
+    not remembered; what they call may be, which is why `planting` has JAX forget everything.
     """
 
     name: Implementation = "jax"

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 from unittest import mock
 
+import jax
 import numpy as np
 
-from lechat_jax import decode
 from lechat_jax.config import MistralConfig
 from parity.answers import Model
 
@@ -96,11 +96,9 @@ def in_code(
             for owner, attribute, spoil in wrong:
                 replacement = spoil(getattr(owner, attribute))
                 stack.enter_context(mock.patch.object(owner, attribute, replacement))
-            # What was compiled before is the right code, and what is compiled now is not.
-            jitted_functions: tuple[Any, ...] = (decode.prefill, decode.decode)
-            for jitted in jitted_functions:
-                jitted.clear_cache()
-                stack.callback(jitted.clear_cache)
+            # What was traced before is the right code, and what is traced now is not.
+            jax.clear_caches()
+            stack.callback(jax.clear_caches)
             yield right
 
     return Planted(name, "code", expected, plant, base=base or {}, needs=needs, dtype=dtype)

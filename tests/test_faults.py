@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the reference is PyTorch's")
@@ -14,6 +15,7 @@ from parity.check import main
 from parity.exam import Exam
 from parity.faults import CRITERIA, FAULTS, first_divergence
 from parity.lively import lively_weights
+from parity.oracle_jax import JaxOracle
 from parity.planting import Planted
 from parity.verdict import STAGES
 
@@ -81,6 +83,24 @@ def test_a_fault_is_gone_when_it_was_looked_for(exam: Exam) -> None:
                 pass
     again = Exam(exam.theirs, exam.theirs, exam.task, truth=exam.truth)
     assert all(stage.ok for stage in again.exact(transformers=False))
+
+
+def test_a_fault_deep_inside_reaches_the_cached_passes_and_does_not_outlive_its_context(
+    exam: Exam,
+) -> None:
+    """Attention over a ring is traced once for all programs: that must be forgotten, twice."""
+    (softmax,) = (fault for fault in FAULTS if fault.name == "the softmax is bfloat16")
+    model, task = exam.theirs, exam.task
+
+    def cached() -> np.ndarray:
+        oracle = JaxOracle(model.config, model.weights, "float64")
+        return oracle.cached(task.tokens, task.prompt, task.chunk)
+
+    before = cached()
+    with softmax.plant(model, softmax.layer):
+        during = cached()
+    assert np.max(np.abs(during - before)) > 1e-4
+    np.testing.assert_array_equal(cached(), before)
 
 
 def test_there_are_enough_of_them_and_all_are_named_once() -> None:

@@ -91,19 +91,6 @@ def drawn(config: MistralConfig) -> dict[str, np.ndarray]:
     return weights
 
 
-def test_the_shapes_are_those_of_a_fresh_model_in_the_precision_of_the_moment(
-    tiny: MistralConfig,
-) -> None:
-    def fresh() -> dict[str, tuple]:
-        made = weights_of(Mistral(tiny, rngs=nnx.Rngs(0)))
-        return {name: (leaf.shape, leaf.dtype) for name, leaf in made.items()}
-
-    for in_float64 in (False, True, False):
-        with jax.enable_x64(in_float64):
-            described = {name: (leaf.shape, leaf.dtype) for name, leaf in shapes_of(tiny).items()}
-            assert described == fresh()
-
-
 def text(config: MistralConfig, B: int = 2) -> np.ndarray:
     return np.random.default_rng(1).integers(config.vocab_size, size=(B, T))
 
@@ -229,6 +216,19 @@ def test_hidden_states_are_in_the_precision_of_the_weights_and_logits_wide(
     hidden, logits = jax.eval_shape(types, as_arrays(drawn(tiny), "bfloat16"))
     assert (hidden.dtype, hidden.shape) == (jnp.bfloat16, (2, T, 40))
     assert (logits.dtype, logits.shape) == (jnp.float32, (2, T, 97))
+
+
+def test_the_shapes_are_those_of_a_fresh_model_in_the_precision_of_the_moment(
+    tiny: MistralConfig,
+) -> None:
+    def fresh() -> dict[str, tuple]:
+        made = weights_of(Mistral(tiny, rngs=nnx.Rngs(0)))
+        return {name: (leaf.shape, leaf.dtype) for name, leaf in made.items()}
+
+    for in_float64 in (False, True, False):
+        with jax.enable_x64(in_float64):
+            described = {name: (leaf.shape, leaf.dtype) for name, leaf in shapes_of(tiny).items()}
+            assert described == fresh()
 
 
 def test_the_default_model_has_the_weights_it_is_named_for() -> None:
