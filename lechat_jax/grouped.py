@@ -11,39 +11,105 @@ the next group, which come later and overwrite what is wrong there.
 
 Of a few rows, as in decoding, each takes its kernel on its own, as a sum that XLA fuses with
 reading it: no copy of the kernel is made.
+
+An int4 kernel has two features of an output in a byte, and gives all that are in low halves and
+then all in high ones. So that is the order of features in which the rows meet it.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8
 
-from lechat_jax.projection import BLOCK, widened
+from lechat_jax.pairs import halves
+from lechat_jax.projection import BLOCK, here, is_on_cpu, widened
 
 TILE = 128  # rows of a group at a time
 ALONE = 8  # rows up to which each takes its kernel on its own
 
 
+class Kernels(NamedTuple):
+    """The kernels of E groups, from D features to F outputs: floats, int8 or int4.
+
+    Attributes:
+        numbers: of floats, or their bits, or int8; of int4 two in a byte.
+        scale: of each output of int8 [E, F], or of its groups of features of int4 [E, F, groups].
+        zero: of int4, the number that stands for nought.
+        order: of int4, the feature that each of the kernel's is, where that is not the same.
+    """
+
+    numbers: Shaped[Array, "E F D"]
+    scale: Float32[Array, "E F"] | Float32[Array, "E F groups"] | None = None
+    zero: UInt8[Array, "E F groups"] | None = None
+    order: Int32[Array, "E D"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Groups, outputs and features."""
+        E, F, D = self.numbers.shape
+        return E, F, D if self.zero is None else 2 * D
+
+    def block(self, start: tuple, n: int, dtype: DTypeLike) -> Float[Array, "few D"]:
+        """The floats of n outputs of a kernel; `start` is its group and the first of them."""
+        numbers, *grids = (
+            _cut(part, (*start, 0), (1, n, part.shape[2]))[0]
+            for part in (self.numbers, self.scale, self.zero)
+            if part is not None
+        )
+        if not grids:
+            return widened(numbers, dtype)
+        return jnp.concatenate(halves(numbers, *grids), axis=1).astype(dtype)
+
+    def floats(self, dtype: DTypeLike) -> Float[Array, "E F D"]:
+        """All of them."""
+        if self.scale is None or self.zero is None:
+            return self.numbers.astype(dtype)
+        E, F, D = self.shape
+        numbers, *grids = (x.reshape(E * F, -1) for x in (self.numbers, self.scale, self.zero))
+        return jnp.concatenate(halves(numbers, *grids), axis=1).astype(dtype).reshape(E, F, D)
+
+
 def grouped(
-    rows: Float[Array, "T D"],
-    kernel: Shaped[Array, "E F D"],
-    sizes: Int[Array, " E"],
-    scale: Float[Array, "E F"] | None = None,
+    rows: Float[Array, "T D"], kernels: Kernels, sizes: Int[Array, " E"]
 ) -> Float[Array, "T F"]:
     """Each row times the transposed kernel of its group; rows beyond all groups are anything.
 
-    Products are added up in at least float32 and rounded once. An int8 kernel and its scale
-    are constants to a gradient, which goes to the rows alone.
+    Products are added up in at least float32 and rounded once. Kernels of int8 and int4 are
+    constants to a gradient, which goes to the rows alone: those of one product at a time are
+    made floats, when its turn comes.
     """
-    if jax.default_backend() == "cpu":
-        y = _grouped_on_cpu(rows, kernel, sizes)
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+    group = jnp.minimum(group, len(sizes) - 1)
+    if kernels.zero is not None:
+        x = _features_of_bytes(rows, kernels.order, group)
+        y = _product(x, kernels._replace(order=None), sizes)
     else:
-        y = _ragged(rows, kernel if scale is None else kernel.astype(rows.dtype), sizes)
-    if scale is not None:
-        group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
-        y = y * scale[jnp.minimum(group, len(sizes) - 1)]
+        y = _product(rows, Kernels(kernels.numbers), sizes)
+        y = y if kernels.scale is None else y * kernels.scale[group]
     return y.astype(rows.dtype)
+
+
+def _features_of_bytes(
+    rows: Float[Array, "T D"], order: Int32[Array, "E D"] | None, group: Int[Array, " T"]
+) -> Float[Array, "T D"]:
+    """The features that are in low halves of bytes of the kernel of each row, then the others."""
+    if order is None:
+        return jnp.concatenate([rows[:, 0::2], rows[:, 1::2]], axis=1)
+    order = jnp.concatenate([order[:, 0::2], order[:, 1::2]], axis=1)
+    return jnp.take_along_axis(rows, order[group], axis=1)
+
+
+@jax.custom_vjp
+def _product(rows: Array, kernels: Kernels, sizes: Array) -> Float[Array, "T F"]:
+    """In at least float32."""
+    if not is_on_cpu():
+        kernels, rows = here(kernels, rows)
+        return _ragged(rows, kernels.floats(rows.dtype), sizes)
+    if len(rows) <= ALONE:
+        return _each_alone(rows, kernels, sizes)
+    return _by_group(rows, kernels, sizes)
 
 
 def _ragged(rows: Array, kernel: Array, sizes: Array) -> Float[Array, "T F"]:
@@ -56,27 +122,29 @@ def _ragged(rows: Array, kernel: Array, sizes: Array) -> Float[Array, "T F"]:
     return jax.lax.ragged_dot_general(rows, kernel, sizes, numbers, preferred_element_type=wide)
 
 
-@jax.custom_vjp
-def _grouped_on_cpu(rows: Array, kernel: Array, sizes: Array) -> Float[Array, "T F"]:
-    """In at least float32."""
-    if len(rows) <= ALONE:
-        return _each_alone(rows, kernel, sizes)
-    return _by_group(rows, kernel, sizes)
+def _forward(rows: Array, kernels: Kernels, sizes: Array) -> tuple[Array, tuple]:
+    return _product(rows, kernels, sizes), (rows, kernels, sizes)
 
 
-def _forward(rows: Array, kernel: Array, sizes: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _grouped_on_cpu(rows, kernel, sizes), (rows, kernel, sizes)
+def _backward(
+    kept: tuple[Array, Kernels, Array], dy: Float[Array, "T F"]
+) -> tuple[Array, Kernels | None, None]:
+    rows, kernels, sizes = kept
+    is_learned = jnp.issubdtype(kernels.numbers.dtype, jnp.floating)
+    if is_on_cpu():
+        d_rows = _back_by_group(dy, kernels, sizes)
+        d_kernel = _outer(dy, rows, sizes) if is_learned else None
+    else:
+        kernels, dy = here(kernels, dy)
+        made = kernels.floats(rows.dtype)
+        _, back = jax.vjp(lambda rows, kernel: _ragged(rows, kernel, sizes), rows, made)
+        d_rows, d_kernel = back(dy)
+        d_kernel = d_kernel if is_learned else None
+    d_kernels = None if d_kernel is None else Kernels(d_kernel.astype(kernels.numbers.dtype))
+    return d_rows.astype(rows.dtype), d_kernels, None
 
 
-def _backward(kept: tuple[Array, ...], dy: Float[Array, "T F"]) -> tuple[Array, Array | None, None]:
-    rows, kernel, sizes = kept
-    d_rows = _back_by_group(dy, kernel, sizes).astype(rows.dtype)
-    if not jnp.issubdtype(kernel.dtype, jnp.floating):
-        return d_rows, None, None
-    return d_rows, _outer(dy, rows, sizes).astype(kernel.dtype), None
-
-
-_grouped_on_cpu.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
 
 
 class Groups(NamedTuple):
@@ -100,19 +168,19 @@ class Groups(NamedTuple):
 
 
 def _each_alone(
-    rows: Float[Array, "T D"], kernel: Shaped[Array, "E F D"], sizes: Int[Array, " E"]
+    rows: Float[Array, "T D"], kernels: Kernels, sizes: Int[Array, " E"]
 ) -> Float[Array, "T F"]:
     """A kernel is read as often as it has rows; in blocks if it has to be converted."""
     wide = jnp.promote_types(rows.dtype, jnp.float32)
-    T, (_, F, D) = len(rows), kernel.shape
+    T, (_, F, D) = len(rows), kernels.shape
     group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(T), side="right")
-    n = F if kernel.dtype == wide else _rows_of_block(F, D)
+    n = F if kernels.numbers.dtype == wide else _rows_of_block(F, D)
 
     def block(j: Array, y: Array) -> Array:
         a, b = j // -(-F // n), j % -(-F // n)
         first = jnp.minimum(b * n, F - n)
-        own = _cut(kernel, (group[a], first, 0), (1, n, D))[0]
-        made = jnp.sum(widened(own, wide) * rows[a].astype(wide), axis=-1)
+        own = kernels.block((group[a], first), n, wide)
+        made = jnp.sum(own * rows[a].astype(wide), axis=-1)
         return _put(y, made[None], (a, first))
 
     n_rows = jnp.minimum(jnp.sum(sizes), T)
@@ -120,18 +188,18 @@ def _each_alone(
 
 
 def _by_group(
-    rows: Float[Array, "T D"], kernel: Shaped[Array, "E F D"], sizes: Int[Array, " E"]
+    rows: Float[Array, "T D"], kernels: Kernels, sizes: Int[Array, " E"]
 ) -> Float[Array, "T F"]:
     """A block of a kernel with all rows of its group, before the next is read."""
     wide = jnp.promote_types(rows.dtype, jnp.float32)
-    _, F, D = kernel.shape
+    _, F, D = kernels.shape
     n, groups, tile = _rows_of_block(F, D), Groups.of(sizes), min(TILE, len(rows))
     n_blocks = -(-F // n)
     padded = jnp.pad(rows.astype(wide), ((0, tile), (0, 0)))
 
     def block(j: Array, y: Array) -> Array:
         e, first = groups.which[j // n_blocks], jnp.minimum(j % n_blocks * n, F - n)
-        part = widened(_cut(kernel, (e, first, 0), (1, n, D))[0], wide)
+        part = kernels.block((e, first), n, wide)
 
         def multiply(i: Array, y: Array) -> Array:
             at = groups.start[e] + i * tile
@@ -144,11 +212,11 @@ def _by_group(
 
 
 def _back_by_group(
-    dy: Float[Array, "T F"], kernel: Shaped[Array, "E F D"], sizes: Int[Array, " E"]
+    dy: Float[Array, "T F"], kernels: Kernels, sizes: Int[Array, " E"]
 ) -> Float[Array, "T D"]:
     """The product with the kernels themselves, which is the gradient of the rows."""
     wide = jnp.promote_types(dy.dtype, jnp.float32)
-    _, F, D = kernel.shape
+    _, F, D = kernels.shape
     n, groups, tile = _rows_of_block(F, D), Groups.of(sizes), min(TILE, len(dy))
     n_blocks = -(-F // n)
     padded = jnp.pad(dy.astype(wide), ((0, tile), (0, 0)))
@@ -156,7 +224,7 @@ def _back_by_group(
     def block(j: Array, total: Array) -> Array:
         e, b = groups.which[j // n_blocks], j % n_blocks
         first = jnp.minimum(b * n, F - n)
-        part = widened(_cut(kernel, (e, first, 0), (1, n, D))[0], wide)
+        part = kernels.block((e, first), n, wide)
         if F % n:  # what the last block shares with the one before counts once
             part = jnp.where((first + jnp.arange(n) >= b * n)[:, None], part, 0)
 

@@ -29,13 +29,14 @@ class Packed(NamedTuple):
         kernel: two features a byte, [F, D / 2] or in the axes of the kernel.
         scale: of each output and group.
         zero: the q that stands for nought, of each output and group; 0 .. 16.
-        order: the feature of the model that each of the kernel's is; `None` is the model's own.
+        order: the feature of the model that each of the kernel's is, in a stack of E experts for
+            each; `None` is the model's own.
     """
 
     kernel: UInt8[np.ndarray, "..."]
     scale: Float32[np.ndarray, "..."]
     zero: UInt8[np.ndarray, "..."]
-    order: Int32[np.ndarray, " D"] | None = None
+    order: Int32[np.ndarray, " D"] | Int32[np.ndarray, "E D"] | None = None
 
 
 def pack(q: UInt8[np.ndarray, "F D"]) -> UInt8[np.ndarray, "F D/2"]:
@@ -109,10 +110,12 @@ def unpacked(form: Packed) -> Float32[np.ndarray, "F D"]:
     groups = form.scale.shape[-1]
     scale, zero = form.scale.reshape(-1, groups, 1), form.zero.reshape(-1, groups, 1)
     matrix = form.kernel.reshape(len(scale), -1)
-    F, D = len(matrix), 2 * matrix.shape[1]
-    out = np.empty((F, D), np.float32)
-    for rows in pieces(out):
-        q = unpack(matrix[rows]).reshape(-1, groups, D // groups).astype(np.float32)
-        made = ((q - zero[rows]) * scale[rows]).reshape(-1, D)
-        out[rows, slice(None) if form.order is None else form.order] = made
+    out = np.empty((len(matrix), 2 * matrix.shape[1]), np.float32)
+    D = out.shape[1]
+    orders = [slice(None)] if form.order is None else form.order.reshape(-1, D)
+    of_each = (np.split(part, len(orders)) for part in (out, matrix, scale, zero))
+    for out_of_it, pairs, scale, zero, order in zip(*of_each, orders, strict=True):
+        for rows in pieces(out_of_it):
+            q = unpack(pairs[rows]).reshape(-1, groups, D // groups).astype(np.float32)
+            out_of_it[rows, order] = ((q - zero[rows]) * scale[rows]).reshape(-1, D)
     return out

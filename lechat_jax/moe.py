@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.grouped import grouped
+from lechat_jax.grouped import Kernels, grouped
 from lechat_jax.projection import from_bits
 from lechat_jax.sharding import over_experts
 
@@ -77,10 +77,13 @@ class Stack(nnx.Module):
         self.writes = (E, writes)
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (E, writes, reads)))
         self.kernel_scale: nnx.Param | None = None
+        self.kernel_zero: nnx.Param | None = None
+        self.kernel_order: nnx.Param | None = None
 
-    def arrays(self) -> tuple[Array, Array | None]:
-        """The kernel, and its scale if it is int8."""
-        return self.kernel[...], None if self.kernel_scale is None else self.kernel_scale[...]
+    def kernels(self) -> Kernels:
+        """The kernel of each expert, in whichever form it is."""
+        parts = (self.kernel_scale, self.kernel_zero, self.kernel_order)
+        return Kernels(self.kernel[...], *(None if part is None else part[...] for part in parts))
 
 
 class Experts(nnx.Module):
@@ -105,30 +108,30 @@ class Mixture(nnx.Module):
         flat = x.reshape(-1, x.shape[-1])
         routing = self.router(flat)
         maps = (self.experts.gate, self.experts.up, self.experts.down)
-        kernels = tuple(one.arrays() for one in maps)
+        kernels = tuple(one.kernels() for one in maps)
         y = over_experts(_mixed, kernels, flat, routing.experts, routing.shares)
         return y.astype(x.dtype).reshape(x.shape), routing.load
 
 
 def _mixed(
-    kernels: tuple[tuple[Array, Array | None], ...],
+    kernels: tuple[Kernels, Kernels, Kernels],
     x: Float[Array, "T D"],
     experts: Int[Array, "T chosen"],
     shares: Float[Array, "T chosen"],
 ) -> Float[Array, "T D"]:
     """What these experts add up to, at least float32; numbers beyond theirs are of others."""
     gate, up, down = kernels
-    E, (T, n_chosen) = len(gate[0]), experts.shape
+    E, (T, n_chosen) = len(gate.numbers), experts.shape
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     back = jnp.argsort(order)
     sizes = jnp.bincount(flat, length=E)
     rows = permuted(jnp.repeat(x, n_chosen, axis=0), order, back)
-    hidden = grouped(rows, gate[0], sizes, gate[1])
+    hidden = grouped(rows, gate, sizes)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     hidden = jax.nn.silu(hidden.astype(wide)).astype(x.dtype)
-    hidden = hidden * grouped(rows, up[0], sizes, up[1])
-    made = permuted(grouped(hidden, down[0], sizes, down[1]), back, order)
+    hidden = hidden * grouped(rows, up, sizes)
+    made = permuted(grouped(hidden, down, sizes), back, order)
     is_ours = (experts < E)[..., None]
     made = jnp.where(is_ours, made.reshape(T, n_chosen, -1).astype(wide), 0)
     return jnp.sum(made * shares[..., None], axis=1)

@@ -28,7 +28,7 @@ that it may as well be done before the block is cut out, for all of the kernel.
 import functools
 import platform
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ IS_NEW = jax.__version_info__ >= (0, 12)
 FEW_INTEGERS = FEW if IS_NEW else 4  # positions for which they are best
 SUMMED = {"float32", "bfloat16"} | (set() if IS_NEW else {"int8"})
 MOST_INTEGERS = 2**31 // 2**14 - 1  # products of two bytes that int32 can add up
+
+Kernel = TypeVar("Kernel")  # an array, or several
 
 # Of positions [T, D] and a kernel [F, D], in at least float32.
 Product = Callable[[Array, Array], Array]
@@ -239,8 +241,8 @@ def _sum(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Float[Array, "
     return jnp.sum(kernel.astype(wide) * x.astype(wide), axis=-1)[None]
 
 
-def here(kernel: Shaped[Array, "F D"], x: Array) -> tuple[Array, Array]:
-    """The same arrays, and XLA does not move the conversion of the kernel from where it is.
+def here(kernel: Kernel, x: Array) -> tuple[Kernel, Array]:
+    """The same, and XLA does not move the conversion of a kernel, or of its parts, from here.
 
     It would convert all kernels before a loop that only reads them: a float32 copy of the
     whole model.

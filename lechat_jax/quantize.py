@@ -93,7 +93,8 @@ class Form:
                 grid = (*writes, features // self.group)
                 found = {name: (uint8, (*shape[:-1], shape[-1] // 2))}
                 found |= {name + SCALE: (float32, grid), name + ZERO: (uint8, grid)}
-                order: Spec = (np.dtype(np.int32), (features,))
+                experts = shape[:1] if ".experts." in name else ()
+                order: Spec = (np.dtype(np.int32), (*experts, features))
                 return found | ({name + ORDER: order} if self.is_ordered else {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,14 +118,12 @@ def asked(quantize: Format | None, config: MistralConfig) -> Form | None:
     [128, 32]
 
     Raises:
-        BadInput: it is none of the formats, the model's widths have too small a divisor for int4,
-            or it has experts.
+        BadInput: it is none of the formats, or the model's widths have too small a divisor for
+            int4.
     """
     check_format(quantize)
     if quantize != "int4":
         return INT8 if quantize else None
-    if config.n_experts:
-        raise BadInput("a mixture of experts has no int4 here; choose int8")
     group = math.gcd(GROUP, config.dim, config.n_heads * config.head_dim, config.hidden_dim)
     if group < LEAST_GROUP:
         raise BadInput(
@@ -203,9 +202,11 @@ def in_parts(
         numbers, scale = quantized(name, kernel, where, release)
         return {name: numbers, name + SCALE: scale}
     made = packed(name, kernel, form.group, where, release)
-    order = {name + ORDER: np.arange(2 * made.kernel[0].size, dtype=np.int32)}
     found = {name: made.kernel, name + SCALE: made.scale, name + ZERO: made.zero}
-    return found | (order if form.is_ordered else {})
+    if form.is_ordered:
+        dtype, shape = form.parts(name, kernel.shape)[name + ORDER]
+        found[name + ORDER] = np.zeros(shape, dtype) + np.arange(shape[-1], dtype=dtype)
+    return found
 
 
 def numbers_of(name: str, parts: Parts, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:

@@ -226,7 +226,7 @@ def sum_over_rows(
     `jax.checkpoint` was tried: it kept every step of the loops inside `work` instead, 8 GB for
     the head of a 7B.
     """
-    parts = {name: _manual(spec(letters(name))) for name in weights}
+    parts = {name: _manual(mesh, name, leaf) for name, leaf in weights.items()}
 
     def on_a_device(weights: Mapping[str, Array], *rows: Array | None) -> Array:
         whole = {
@@ -300,8 +300,14 @@ def over_experts(
     )(kernels, x, experts, shares)
 
 
-def _manual(whole: P) -> P:
-    """The part of a spec that says where rows are; what tp splits is XLA's affair."""
+def _manual(mesh: Mesh, name: str, leaf: Array) -> P:
+    """The part of a weight's spec that says where rows are; what tp splits is XLA's affair.
+
+    The mesh divides the axes of a model, see `check_divides`, but two features of int4 are one
+    byte: of those, every device has all where it does not divide them.
+    """
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    whole = spec(letters(name)) if is_float else spec(letters(name), leaf.shape, mesh)
     return P(*(axis if axis == ROWS else None for axis in whole))
 
 

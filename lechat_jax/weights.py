@@ -215,6 +215,8 @@ def weights_bytes(config: MistralConfig, dtype: DTypeLike, form: Form | None = N
     >>> forms = asked("int8", config), asked("int4", config), of_gptq
     >>> [round(weights_bytes(config, "bfloat16", form) / 1e9, 2) for form in forms]
     [7.25, 4.03, 4.29]
+    >>> round(weights_bytes(preset("mixtral-8x7b-v0.1"), "bfloat16", of_gptq) / 1e9, 2)
+    25.59
     """
     total = 0
     for name, leaf in weight_shapes(config, form).items():

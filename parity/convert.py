@@ -267,8 +267,6 @@ def form_to_write(source: Source, options: Convert) -> Form | None:
         BadInput: they are so already.
     """
     stored = source.store.form
-    if source.config.n_experts:  # which others keep apart and lechat in one kernel
-        stored = None
     if options.quantize and source.quantization and source.format == "lechat":
         raise BadInput(f"{options.src} is {source.quantization} already; copy the folder")
     if stored and options.to == "lechat" and options.quantize in (None, stored.format):

@@ -91,14 +91,17 @@ class Source:
         return self.stored[row.lechat if row else parts(self.config)[name][0]]
 
     def stored_parts(self, name: str, form: Form) -> dict[str, Shaped[np.ndarray, "..."]] | None:
-        """The parts of a kernel that is stored in that form, by name and in lechat's shapes."""
-        read = self.stored_of(name).parts
-        if read is None:
+        """The parts of a kernel that is stored in that form, by name and in lechat's shapes.
+
+        Those of a layer's experts are put together.
+        """
+        of_each = [self.stored_of(part).parts for part in parts(self.config)[name]]
+        found = [read() for read in of_each if read is not None]
+        if len(found) < len(of_each):
             return None
         wanted = form.parts(name, shapes(self.config, "lechat")[name])
-        found = read()
         return {
-            key: found[key.removeprefix(name)].reshape(its_shape)
+            key: np.stack([one[key.removeprefix(name)] for one in found]).reshape(its_shape)
             for key, (_, its_shape) in wanted.items()
         }
 

@@ -10,9 +10,9 @@ import pytest
 from jaxtyping import Array
 
 from lechat_jax import grouped as module
-from lechat_jax.grouped import grouped
+from lechat_jax.grouped import Kernels, grouped
 
-E, F, D = 5, 24, 7
+E, F, D = 5, 24, 8
 SIZES = {40: [11, 0, 17, 9, 0], 6: [0, 3, 0, 2, 1]}  # the first leaves three rows to nobody
 
 
@@ -36,9 +36,9 @@ def test_each_row_meets_the_kernel_of_its_group(A: int, product: Callable, x64: 
     n = len(group)
 
     def scored(rows: Array, kernel: Array) -> Array:
-        return jnp.sum(product(rows, kernel, sizes)[:n] * dy[:n])
+        return jnp.sum(product(rows, Kernels(kernel), sizes)[:n] * dy[:n])
 
-    y = product(rows, kernel, sizes)
+    y = product(rows, Kernels(jnp.asarray(kernel)), sizes)
     d_rows, d_kernel = jax.jit(jax.grad(scored, (0, 1)))(rows, kernel)
     expected = np.stack([kernel[e] @ row for e, row in zip(group, rows, strict=False)])
     np.testing.assert_allclose(y[:n], expected, atol=1e-13)
@@ -51,19 +51,57 @@ def test_each_row_meets_the_kernel_of_its_group(A: int, product: Callable, x64: 
     np.testing.assert_allclose(d_kernel, outer, atol=1e-13)
 
 
-@pytest.mark.parametrize("A", SIZES)
-def test_int8_and_the_bits_of_bfloat16_are_their_numbers(A: int, product: Callable) -> None:
-    draw = np.random.default_rng(A)
-    rows = draw.standard_normal((A, D)).astype(np.float32)
-    sizes, n = jnp.array(SIZES[A]), sum(SIZES[A])
+def in_int8() -> tuple[Kernels, np.ndarray]:
+    """Kernels, and the floats that they stand for."""
+    draw = np.random.default_rng(1)
     q = draw.integers(-127, 128, (E, F, D)).astype(np.int8)
     scale = draw.uniform(0.5, 2, (E, F)).astype(np.float32)
-    wide = q.astype(np.float32) * scale[..., None]
-    expected = np.asarray(product(rows, wide, sizes))[:n]
-    found = product(rows, q, sizes, scale)[:n]
+    return Kernels(jnp.asarray(q), jnp.asarray(scale)), q * scale[..., None]
+
+
+def in_int4(is_ordered: bool) -> tuple[Kernels, np.ndarray]:
+    """Likewise, worked out number by number; each kernel has its features in its own order."""
+    draw = np.random.default_rng(2)
+    q = draw.integers(0, 16, (E, F, D)).astype(np.uint8)
+    scale = draw.uniform(0.5, 2, (E, F, 2)).astype(np.float32)
+    zero = draw.integers(0, 17, (E, F, 2)).astype(np.uint8)
+    order = np.stack([draw.permutation(D) if is_ordered else np.arange(D) for _ in range(E)])
+    floats = np.zeros((E, F, D), np.float32)
+    for e, f, d in np.ndindex(E, F, D):
+        group = d // (D // 2)
+        floats[e, f, order[e, d]] = (int(q[e, f, d]) - int(zero[e, f, group])) * scale[e, f, group]
+    pairs = q[..., 0::2] + 16 * q[..., 1::2]
+    parts = (pairs, scale, zero, *([order.astype(np.int32)] if is_ordered else []))
+    return Kernels(*map(jnp.asarray, parts)), floats
+
+
+@pytest.mark.parametrize("A", SIZES)
+@pytest.mark.parametrize("form", ["int8", "int4", "int4 in an order"])
+def test_quantised_kernels_are_the_floats_they_stand_for(
+    form: str, A: int, product: Callable
+) -> None:
+    kernels, floats = in_int8() if form == "int8" else in_int4(form == "int4 in an order")
+    rows = np.random.default_rng(A).standard_normal((A, D)).astype(np.float32)
+    sizes, n = jnp.array(SIZES[A]), sum(SIZES[A])
+
+    def scored(rows: Array, kernels: Kernels) -> tuple[Array, Array]:
+        y = product(rows, kernels, sizes)[:n]
+        return jnp.sum(y * y), y
+
+    both = jax.jit(jax.grad(scored, has_aux=True))
+    for found, expected in zip(
+        both(rows, kernels), both(rows, Kernels(jnp.asarray(floats))), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("A", SIZES)
+def test_the_bits_of_bfloat16_are_its_numbers(A: int, product: Callable) -> None:
+    if jax.default_backend() != "cpu":
+        pytest.skip("bits are for no other device")
+    kernel = in_int8()[1].astype(ml_dtypes.bfloat16)
+    rows = np.random.default_rng(A).standard_normal((A, D)).astype(np.float32)
+    sizes, n = jnp.array(SIZES[A]), sum(SIZES[A])
+    expected = np.asarray(product(rows, Kernels(jnp.asarray(kernel, jnp.float32)), sizes))[:n]
+    found = product(rows, Kernels(jnp.asarray(kernel.view(np.uint16))), sizes)[:n]
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
-    if jax.default_backend() == "cpu":  # bits are for no other device
-        kernel = wide.astype(ml_dtypes.bfloat16)
-        expected = np.asarray(product(rows, kernel.astype(np.float32), sizes))[:n]
-        found = product(rows, kernel.view(np.uint16), sizes)[:n]
-        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())

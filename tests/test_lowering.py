@@ -28,6 +28,7 @@ from lechat_jax.step import StepOptions, init_state, score, train_steps
 
 # The default model's shapes, fewer layers.
 CONFIG = dataclasses.replace(preset("lechat-15m"), n_layers=2)
+MIXTURE = dataclasses.replace(CONFIG, n_experts=4, n_experts_per_token=2)
 B, T, W = 8, 256, CONFIG.sliding_window
 
 CUDNN = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
@@ -40,9 +41,11 @@ def shape(*dims: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def weights(dtype: str, form: Form | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+def weights(
+    dtype: str, form: Form | None = None, config: MistralConfig = CONFIG
+) -> dict[str, jax.ShapeDtypeStruct]:
     """What the model has, with its kernels in the parts of that form."""
-    state = jax.eval_shape(lambda: init_state(CONFIG, StepOptions(T), seed=0))
+    state = jax.eval_shape(lambda: init_state(config, StepOptions(T), seed=0))
     found = {}
     for name, leaf in state.weights.items():
         parts = form.parts(name, leaf.shape) if form else {}
@@ -72,14 +75,14 @@ def prefilling(dtype: str, form: Form | None = None) -> Call:
     return partial(prefill, CONFIG), (weights(dtype, form), cache, shape(B, 64), shape(B, 64))
 
 
-def decoding(dtype: str, form: Form | None = None) -> Call:
-    cache = empty_cache(CONFIG, B, chunk=64, context=T, dtype=dtype)
+def decoding(dtype: str, form: Form | None = None, config: MistralConfig = CONFIG) -> Call:
+    cache = empty_cache(config, B, chunk=64, context=T, dtype=dtype)
     rows = jnp.zeros(B, jnp.int32)
     state = DecodeState(cache, token=rows, position=rows, left=rows, seen=rows[:, None])
     sampling = Sampling(temperature=0.8, top_k=50, top_p=0.9, min_p=0.05)
-    ends = jnp.zeros(CONFIG.vocab_size, bool)
+    ends = jnp.zeros(config.vocab_size, bool)
     request = Request(sampling.controls(B), sampling.streams(B), ends)
-    return partial(decode, CONFIG), (weights(dtype, form), state, request, shape())
+    return partial(decode, config), (weights(dtype, form, config), state, request, shape())
 
 
 def lowered(platform: str, call: Call) -> str:
@@ -100,6 +103,11 @@ def lowered(platform: str, call: Call) -> str:
     with mock.patch.object(jax, "default_backend", return_value=backend):
         exported = export.export(jax.jit(flat), platforms=[platform], disabled_checks=allowed)
         return exported(*leaves).mlir_module()
+
+
+def grouped_products(program: str) -> int:
+    """How often rows, which lie in groups, are multiplied with a kernel for each group."""
+    return len(re.findall(r'"chlo\.ragged_dot"[ (]', program))
 
 
 def kernels(program: str) -> set[str]:
@@ -157,10 +165,16 @@ def test_a_training_step_needs_neither_kernel(platform: str) -> None:
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_a_mixture_multiplies_its_experts_as_groups(platform: str) -> None:
-    mixture = dataclasses.replace(CONFIG, n_experts=4, n_experts_per_token=2)
-    program = lowered(platform, training(StepOptions(T, "bfloat16", backend="banded"), mixture))
-    products = re.findall(r'"chlo\.ragged_dot"[ (]', program)
-    assert len(products) == 3 * 3 * CONFIG.n_layers  # of three kernels: forward, and back twice
+    program = lowered(platform, training(StepOptions(T, "bfloat16", backend="banded"), MIXTURE))
+    # Of three kernels: forward, and back twice.
+    assert grouped_products(program) == 3 * 3 * CONFIG.n_layers
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("form", [INT8, Form("int4", 32, is_ordered=True)], ids=str)
+def test_quantised_experts_are_multiplied_as_groups_too(platform: str, form: Form) -> None:
+    program = lowered(platform, decoding("bfloat16", form, MIXTURE))
+    assert grouped_products(program) == 3 * CONFIG.n_layers
 
 
 @pytest.mark.usefixtures("cudnn_is_there")

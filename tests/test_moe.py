@@ -14,12 +14,12 @@ from lechat_jax.adapters import Adapters
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
-from lechat_jax.model import bind
+from lechat_jax.model import Weights, bind
 from lechat_jax.moe import Load, imbalance
-from lechat_jax.quantize import quantize_weights
+from lechat_jax.quantize import INT8, Form, form_of, numbers_of, quantize_weights
 from lechat_jax.rows import Rows
 from lechat_jax.sampling import Sampling
-from lechat_jax.sharding import check_divides, letters, make_mesh
+from lechat_jax.sharding import check_divides, letters, make_mesh, settled
 from lechat_jax.step import StepOptions, gradient
 from lechat_jax.weights import weight_shapes
 from parity.architectures import SMALL_MIXTURE
@@ -127,24 +127,72 @@ def test_parts_of_a_batch_add_up_but_for_their_own_balance(
         np.testing.assert_allclose(found[1][1][name], wanted, rtol=0, atol=atol)
 
 
-def test_a_quantised_mixture_writes_on_and_its_router_is_whole(
-    mixture: MistralConfig, weights: dict[str, np.ndarray]
+@pytest.fixture(scope="module")
+def in_groups(mixture: MistralConfig) -> MistralConfig:
+    """Experts wide enough for groups of eight features."""
+    return dataclasses.replace(mixture, hidden_dim=32)
+
+
+def quantised(config: MistralConfig, form: Form) -> tuple[Weights, Weights]:
+    """A model in that form, its features in orders of their own if it has any, and its numbers."""
+    made = {name: np.asarray(leaf) for name, leaf in lively_weights(config).items()}
+    shapes = {name: leaf.shape for name, leaf in made.items()}
+    made = {name: np.array(leaf) for name, leaf in quantize_weights(made, form).items()}
+    draw = np.random.default_rng(0)
+    for name in made:
+        if name.endswith(".order"):
+            made[name] = draw.permuted(made[name], axis=-1)
+    numbers = {
+        name: numbers_of(name, made, shape) if form.format_of(name) else made[name]
+        for name, shape in shapes.items()
+    }
+    return jax.tree.map(jnp.asarray, made), jax.tree.map(jnp.asarray, numbers)
+
+
+ORDERED = Form("int4", 8, is_ordered=True)
+
+
+@pytest.mark.parametrize("form", [INT8, ORDERED], ids=["int8", "ordered"])
+def test_a_quantised_mixture_is_the_one_of_its_numbers_and_its_router_is_whole(
+    form: Form, in_groups: MistralConfig, tokens: np.ndarray
 ) -> None:
-    arrays = {name: jnp.asarray(leaf) for name, leaf in weights.items()}
-    quantized = quantize_weights(dict(arrays))
-    assert quantized["blocks.0.mlp.router.kernel"].dtype == np.float32
-    kernel = quantized["blocks.0.mlp.experts.down.kernel"]
-    assert (kernel.dtype, kernel.shape) == (np.int8, (4, 40, 28))
-    assert quantized["blocks.0.mlp.experts.down.kernel.scale"].shape == (4, 40)
-    prompt = list(range(20))
-    texts = [
-        Generator(bind(mixture, of), chunk=16, context=64).generate(
-            [prompt], 8, Sampling(temperature=0), eos_ids=()
+    weights, numbers = quantised(in_groups, form)
+    assert form_of(weights) == form
+    assert {name: leaf.shape for name, leaf in weights.items()} == {
+        name: leaf.shape for name, leaf in weight_shapes(in_groups, form).items()
+    }
+    assert weights["blocks.0.mlp.router.kernel"].dtype == np.float32
+    found, expected = (bind(in_groups, of)(jnp.asarray(tokens)) for of in (weights, numbers))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    one, other = (
+        Generator(bind(in_groups, of), chunk=8, context=64).generate(
+            tokens[:1].tolist(), 8, Sampling(temperature=0), eos_ids=()
         )[0]
-        for of in (arrays, quantized)
-    ]
-    np.testing.assert_allclose(texts[0].logprobs[:1], texts[1].logprobs[:1], atol=0.2)
-    assert len(texts[1].ids) == 8
+        for of in (weights, numbers)
+    )
+    assert one.ids == other.ids
+    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", [INT8, ORDERED], ids=["int8", "ordered"])
+def test_adapters_beside_quantised_experts_learn_on_many_devices_what_they_do_on_one(
+    form: Form, in_groups: MistralConfig, tokens: np.ndarray
+) -> None:
+    weights, numbers = quantised(in_groups, form)
+    adapters = Adapters(rank=2, alpha=4.0, targets=("q", "o"))
+    learning = {
+        name: jax.random.normal(jax.random.key(i), leaf.shape)
+        for i, (name, leaf) in enumerate(adapters.draw(in_groups, seed=0).items())
+    }
+    found = []
+    for where, base in ((None, numbers), (None, weights), (make_mesh("fsdp=2,tp=2"), weights)):
+        frozen = settled(where, base | adapters.scales(in_groups))
+        options = StepOptions(block=12, mesh=where)
+        found.append(slope(in_groups, options, settled(where, learning), frozen, Rows(tokens))[1])
+    for name, wanted in found[0].items():
+        for other in found[1:]:
+            atol = 1e-4 * np.abs(wanted).max()
+            np.testing.assert_allclose(other[name], wanted, rtol=0, atol=atol)
 
 
 def test_adapters_of_experts_are_refused(mixture: MistralConfig) -> None:

@@ -4,8 +4,10 @@ The checkpoints are packed here number by number, from the definitions of the fo
 they stand for is worked out before anything is packed.
 """
 
+import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +23,9 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.model import bind
 from lechat_jax.weights import load_weights
+from parity.architectures import SMALL, SMALL_MIXTURE
 from parity.convert import main
-from parity.names import names
+from parity.names import names, parts, shapes
 from parity.sources import open_source
 from tests.test_convert import random_weights, write_torch
 
@@ -177,9 +180,10 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def small(tiny: MistralConfig) -> MistralConfig:
-    return MistralConfig.from_dict(tiny.to_dict() | {"n_layers": 1})
+ONE_LAYER = dataclasses.replace(SMALL, n_layers=1)
+MIXTURE = dataclasses.replace(SMALL_MIXTURE, n_layers=1, hidden_dim=56, n_experts=3)
+MODELS = [(way, ONE_LAYER) for way in WAYS]
+MODELS += [(way, MIXTURE) for way in ("gptq act-order", "awq", "gptq of 8 bits")]
 
 
 def write(folder: Path, config: MistralConfig, way: Way) -> Arrays:
@@ -190,7 +194,7 @@ def write(folder: Path, config: MistralConfig, way: Way) -> Arrays:
     text.write_text(json.dumps(json.loads(text.read_text()) | {"quantization_config": way.said}))
     stored, meant = {}, {}
     for key, weight in load_file(path).items():
-        if not key.endswith("_proj.weight"):
+        if not re.search(r"(_proj|\.w\d)\.weight$", key):
             stored[key], meant[key] = weight, weight.astype(np.float32)
             continue
         F, D = weight.shape
@@ -209,18 +213,23 @@ def convert(src: Path, dst: Path, *flags: str) -> Path:
 
 
 def in_our_shapes(config: MistralConfig, meant: Arrays) -> Arrays:
-    weights = random_weights(config)
+    theirs, of = names(config, "hf"), parts(config)
     return {
-        ours: meant[key].reshape(weights[ours].shape) for ours, key in names(config, "hf").items()
+        name: np.stack([meant[theirs[part]] for part in of[name]]).reshape(shape)
+        for name, shape in shapes(config, "lechat").items()
     }
 
 
-@pytest.mark.parametrize("way", WAYS)
+def named(value: object) -> str:
+    return value if isinstance(value, str) else "mixtral" if value is MIXTURE else "mistral"
+
+
+@pytest.mark.parametrize(("way", "config"), MODELS, ids=named)
 def test_a_packed_model_is_kept_as_it_is_and_stands_for_the_same_numbers(
-    way: str, small: MistralConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    way: str, config: MistralConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     src, form = tmp_path / "src", WAYS[way].form
-    meant = in_our_shapes(small, write(src, small, WAYS[way]))
+    meant = in_our_shapes(config, write(src, config, WAYS[way]))
     made = convert(src, tmp_path / "made")
     assert ("and stays so" in capsys.readouterr().out) == bool(form)
     assert json.loads((made / "config.json").read_text()).get("quantization") == form
@@ -237,16 +246,17 @@ def test_a_packed_model_is_kept_as_it_is_and_stands_for_the_same_numbers(
     np.testing.assert_array_equal(q, expected, strict=True)
 
 
+@pytest.mark.parametrize("config", [ONE_LAYER, MIXTURE], ids=named)
 @pytest.mark.parametrize("way", ["gptq act-order", "gptq of 8 bits"])
 def test_a_packed_model_computes_what_its_numbers_do(
-    way: str, small: MistralConfig, tmp_path: Path
+    way: str, config: MistralConfig, tmp_path: Path
 ) -> None:
-    meant = in_our_shapes(small, write(tmp_path / "src", small, WAYS[way]))
+    meant = in_our_shapes(config, write(tmp_path / "src", config, WAYS[way]))
     made = convert(tmp_path / "src", tmp_path / "made", "--dtype", "float32")
     tokens = jax.random.randint(jax.random.key(0), (1, 9), 0, 97)
-    expected = bind(small, {name: jnp.asarray(array) for name, array in meant.items()})(tokens)
+    expected = bind(config, {name: jnp.asarray(array) for name, array in meant.items()})(tokens)
     assert float(expected.std()) > 0.1
-    found = bind(small, load_weights(made)[1])(tokens)
+    found = bind(config, load_weights(made)[1])(tokens)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     (sample,) = Generator.from_checkpoint(made).generate([tokens[0].tolist()], max_tokens=1)
     likeliest = jax.nn.log_softmax(expected[0, -1])[sample.ids[0]]
@@ -292,9 +302,9 @@ def infinite_scale(arrays: Arrays) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(
-    spoil: Callable[[Arrays], None], message: str, small: MistralConfig, tmp_path: Path
+    spoil: Callable[[Arrays], None], message: str, tmp_path: Path
 ) -> None:
-    write(tmp_path / "src", small, WAYS["gptq"])
+    write(tmp_path / "src", ONE_LAYER, WAYS["gptq"])
     path = tmp_path / "src" / "model.safetensors"
     arrays = load_file(path)
     spoil(arrays)
@@ -304,8 +314,8 @@ def test_what_does_not_fit_is_refused_by_name(
     assert sorted(os.listdir(tmp_path)) == ["src", "start"]
 
 
-def test_asymmetric_int8_is_refused_with_what_to_say(small: MistralConfig, tmp_path: Path) -> None:
+def test_asymmetric_int8_is_refused_with_what_to_say(tmp_path: Path) -> None:
     way = WAYS["gptq of 8 bits"]._replace(symmetric=False)
-    write(tmp_path / "src", small, way)
+    write(tmp_path / "src", ONE_LAYER, way)
     with pytest.raises(BadInput, match=r"_proj\.qweight in .* is int8 with zeros.*--dequantize"):
         convert(tmp_path / "src", tmp_path / "out")

@@ -17,6 +17,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.model import weights_of
+from lechat_jax.quantize import Form, quantize_weights
 from lechat_jax.rows import Rows
 from lechat_jax.run import Run
 from lechat_jax.sharding import (
@@ -26,6 +27,7 @@ from lechat_jax.sharding import (
     on_one_device,
     own_rows,
     placed,
+    settled,
     shardings,
     usual_mesh,
 )
@@ -129,6 +131,23 @@ def test_a_hand_written_kernel_has_the_heads_of_its_device(
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
     for name, slope in slopes.items():
         np.testing.assert_allclose(slope, their_slopes[name], rtol=1e-4, atol=1e-6)
+
+
+def test_bytes_that_a_mesh_does_not_divide_are_whole_on_every_device(small: MistralConfig) -> None:
+    """Eight devices divide 40 features of int4, but not the 20 bytes in which they are."""
+    mesh = make_mesh("fsdp=8")
+    check_divides(mesh, small, B)
+    weights = quantize_weights(weights_of(lively(small)), Form("int4", 8))
+    name = "blocks.0.mlp.up.kernel"
+    assert (weights[name].shape, weights["blocks.0.mlp.down.kernel"].shape) == ((56, 20), (40, 28))
+    on_mesh = settled(mesh, weights)
+    assert on_mesh[name].addressable_data(0).shape == (56, 20)
+    rows = TOKENS[0, 0, :, :-1], TOKENS[0, 0, :, 1:], COUNTED[0, 0, :, 1:]
+    nats, expected = (
+        float(score(small, StepOptions(block=T, mesh=where), of, *rows))
+        for where, of in ((mesh, on_mesh), (None, weights))
+    )
+    assert nats == pytest.approx(expected, rel=1e-6)
 
 
 def test_every_weight_has_its_letters(small: MistralConfig) -> None:
