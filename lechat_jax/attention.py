@@ -66,7 +66,6 @@ def attend(
     return jnp.einsum("BKTGS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
 
 
-@jax.jit  # traced once for all layers
 def attend_cached(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"],

@@ -129,20 +129,19 @@ class Cache(NamedTuple):
             )
         )
 
-    def write(
-        self,
-        place: "Place",
-        positions: Int[Array, "B T"],
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-    ) -> "Cache":
-        """The cache with keys and values written where a layer has its own."""
-        ring = self.rings[place.ring].write(place.layer, positions, k, v)
-        return Cache((*self.rings[: place.ring], ring, *self.rings[place.ring + 1 :]))
+    def layer(self, place: "Place") -> Ring:
+        """The ring of a layer as if it were alone in it."""
+        ring = self.rings[place.ring]
+        return Ring((ring.k[place.layer],), (ring.v[place.layer],), ring.position)
 
-    def read(self, place: "Place") -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """All slots of the layer that is there."""
-        return self.rings[place.ring].read(place.layer)
+    def with_layer(self, place: "Place", alone: Ring) -> "Cache":
+        """The cache in which that layer's keys and values are these."""
+        ring, i = self.rings[place.ring], place.layer
+        k, v = (
+            (*old[:i], *new, *old[i + 1 :]) for old, new in ((ring.k, alone.k), (ring.v, alone.v))
+        )
+        ring = Ring(k, v, ring.position)
+        return Cache((*self.rings[: place.ring], ring, *self.rings[place.ring + 1 :]))
 
 
 class Place(NamedTuple):

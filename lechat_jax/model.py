@@ -14,10 +14,10 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lechat_jax.attention import Backend, attend_cached, training_attention
-from lechat_jax.cache import Cache, Place, distinct_windows, places
+from lechat_jax.cache import Cache, Ring, distinct_windows, places
 from lechat_jax.config import MistralConfig
 from lechat_jax.lora import Adapter, adapted
 from lechat_jax.mask import window_mask
@@ -35,8 +35,8 @@ Weights = dict[str, Array]
 # Where a module has the parts of a quantised kernel: under the names of those, but for the dot.
 ATTRIBUTES = ("kernel_scale", "kernel_zero", "kernel_order")
 
-# What a pass carries from layer to layer beside the residual stream: the cache, or nothing.
-Memory = TypeVar("Memory", Cache, None)
+# What a layer remembers of the tokens before: its keys and values, or nothing.
+Memory = TypeVar("Memory", Ring, None)
 
 # From rotated queries, keys and values, and the memory, to what each query gathers and the
 # memory after it.
@@ -290,10 +290,9 @@ class Mistral(nnx.Module):
             for ring, window in zip(cache.rings, distinct_windows(self.config), strict=True)
         ]
         for block, place in zip(self.blocks, places(self.config), strict=True):
-            mix = functools.partial(
-                _mix_cached, positions=positions, place=place, mask=masks[place.ring]
-            )
-            x, cache, _ = block(x, turn, mix, cache)
+            ring, mask = cache.layer(place), masks[place.ring]
+            x, ring = _extended(*nnx.split(block), x, turn, positions, ring, mask)
+            cache = cache.with_layer(place, ring)
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -322,11 +321,27 @@ def _mix_whole(
     return training_attention(q, k, v, window, backend, documents), memory
 
 
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all layers
+def _extended(
+    graph: nnx.GraphDef[Block],
+    state: PyTree,
+    x: Float[Array, "B T D"],
+    turn: Turns,
+    positions: Int[Array, "B T"],
+    ring: Ring,
+    mask: Bool[Array, "B T S"],
+) -> tuple[Float[Array, "B T D"], Ring]:
+    """A layer on new positions, for which its ring is claimed."""
+    mix = functools.partial(_mix_cached, positions=positions, mask=mask)
+    x, ring, _ = nnx.merge(graph, state)(x, turn, mix, ring)
+    return x, ring
+
+
 def _mix_cached(
-    q: Array, k: Array, v: Array, cache: Cache, *, positions: Array, place: Place, mask: Array
-) -> tuple[Array, Cache]:
-    cache = cache.write(place, positions, k, v)
-    return attend_cached(q, *cache.read(place), mask), cache
+    q: Array, k: Array, v: Array, ring: Ring, *, positions: Array, mask: Array
+) -> tuple[Array, Ring]:
+    ring = ring.write(0, positions, k, v)
+    return attend_cached(q, *ring.read(0), mask), ring
 
 
 def weights_of(model: Mistral) -> Weights:

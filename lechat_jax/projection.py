@@ -162,7 +162,7 @@ def _cpu_form(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Product |
     if kernel.dtype.name in SUMMED and len(x) <= FEW:
         return _sum
     is_narrow = kernel.dtype in (jnp.int8, jnp.uint16)
-    return functools.partial(_in_blocks, block=BLOCK) if is_narrow else None
+    return _in_blocks if is_narrow else None
 
 
 def _may_be_of_integers(x: Float[Array, "T D"]) -> bool:
@@ -171,7 +171,6 @@ def _may_be_of_integers(x: Float[Array, "T D"]) -> bool:
     return is_fast and is_exact and len(x) <= FEW_INTEGERS
 
 
-@jax.jit  # traced once for all layers
 def _of_integers(x: Float[Array, "T D"], kernel: Int8[Array, "F D"]) -> Float[Array, "T F"]:
     """The product of an int8 kernel as one of integers, which no order of adding up rounds.
 
@@ -196,13 +195,10 @@ def _last_byte(number: Int32[Array, "T D"]) -> tuple[Int32[Array, "T D"], Int32[
     return last, (number - last) >> 8
 
 
-@functools.partial(jax.jit, static_argnames="block")
-def _in_blocks(
-    x: Float[Array, "T D"], kernel: Shaped[Array, "F D"], block: int
-) -> Float[Array, "T F"]:
+def _in_blocks(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Float[Array, "T F"]:
     """The product a few rows of the kernel at a time; the last block may overlap another."""
     F, D = kernel.shape
-    rows = max(1, min(block // D, F // 2))
+    rows = max(1, min(BLOCK // D, F // 2))
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
     def with_block(i: Array, y: Float[Array, "F T"]) -> Float[Array, "F T"]:

@@ -88,7 +88,7 @@ def test_a_fault_is_gone_when_it_was_looked_for(exam: Exam) -> None:
 def test_a_fault_deep_inside_reaches_the_cached_passes_and_does_not_outlive_its_context(
     exam: Exam,
 ) -> None:
-    """Attention over a ring is traced once for all programs: that must be forgotten, twice."""
+    """A layer over a ring is traced once for all programs: that must be forgotten, twice."""
     (softmax,) = (fault for fault in FAULTS if fault.name == "the softmax is bfloat16")
     model, task = exam.theirs, exam.task
 

@@ -174,7 +174,7 @@ def test_a_mixture_multiplies_its_experts_as_groups(platform: str) -> None:
 @pytest.mark.parametrize("form", [INT8, Form("int4", 32, is_ordered=True)], ids=str)
 def test_quantised_experts_are_multiplied_as_groups_too(platform: str, form: Form) -> None:
     program = lowered(platform, decoding("bfloat16", form, MIXTURE))
-    assert grouped_products(program) == 3 * CONFIG.n_layers
+    assert grouped_products(program) == 3  # of the one function that stands for all layers
 
 
 @pytest.mark.usefixtures("cudnn_is_there")
