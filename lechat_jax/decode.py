@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from lechat_jax.cache import EMPTY, Cache, empty_cache
 from lechat_jax.config import MistralConfig
+from lechat_jax.host import give_back_memory
 from lechat_jax.lookup import SEEN, look_up, record
 from lechat_jax.model import Weights, bind
 from lechat_jax.projection import as_bits
@@ -208,7 +209,8 @@ def compile_for(
 ) -> None:
     """Compiles both functions for so many rows; a call like that then starts at once.
 
-    `weights` may be descriptions, so this can be done before they are there.
+    `weights` may be descriptions, so this can be done before they are there. Compiling takes 0.1
+    to 0.2 GB, most of it for a moment, and the weights will want all there is.
     """
 
     def arguments() -> tuple[DecodeState, Request, Int[Array, "B T"], Int[Array, ""]]:
@@ -224,5 +226,7 @@ def compile_for(
     state, request, tokens, n = jax.eval_shape(arguments)
     to_read = as_bits(weights, batch * chunk)
     prefill.lower(config, to_read, state.cache, tokens, tokens).compile()
+    give_back_memory()
     to_decode = as_bits(weights, batch * (1 + draft))
     decode.lower(config, to_decode, state, request, n, draft).compile()
+    give_back_memory()

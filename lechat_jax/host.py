@@ -1,5 +1,6 @@
-"""Memory of the host that JAX on a CPU takes as it is, and that is read at full speed."""
+"""Memory of the host: what JAX on a CPU takes as it is and reads at full speed, and its return."""
 
+import ctypes
 import math
 
 import numpy as np
@@ -20,3 +21,9 @@ def host_empty(shape: tuple[int, ...], dtype: DTypeLike) -> Shaped[np.ndarray, "
     room = np.empty(n + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
     return room[start : start + n].view(dtype).reshape(shape)
+
+
+def give_back_memory() -> None:
+    """Hands memory that was freed back to the system, which the allocator of glibc would keep."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

@@ -1,6 +1,5 @@
 """A model's weights made ready to compute with: in which type, whether they fit, and meanwhile."""
 
-import ctypes
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -56,16 +55,9 @@ def load_to_compute(
         done = thread.submit(meanwhile, shapes)
         loaded = trained.load(dtype, quantize)
         done.result()
-    give_back_memory()  # compiling took 0.1 to 0.3 GB, most of it for a moment
     for sentence in loaded.refused:
         print(f"warning: {sentence}", file=sys.stderr)
     return loaded.weights
-
-
-def give_back_memory() -> None:
-    """Hands memory that was freed back to the system, which the allocator of glibc would keep."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def free_bytes(beside: Array) -> int | None:
