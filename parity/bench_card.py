@@ -161,7 +161,13 @@ def lines_of(job: dict[str, Any], until: float) -> Iterator[str]:
         )
         assert process.stdin is not None
         assert process.stdout is not None
-        clock = threading.Timer(max(1.0, until - time.time()), process.kill)
+        is_late = threading.Event()
+
+        def stop() -> None:
+            is_late.set()  # before the end of its output can be seen
+            process.kill()
+
+        clock = threading.Timer(max(1.0, until - time.time()), stop)
         clock.start()
         try:
             process.stdin.write(json.dumps(job))
@@ -169,12 +175,11 @@ def lines_of(job: dict[str, Any], until: float) -> Iterator[str]:
             yield from (line for line in process.stdout if line.startswith("{"))
             process.wait()
         finally:
-            was_in_time = not clock.finished.is_set()
             clock.cancel()
             process.kill()
             process.wait()
             process.stdout.close()
-        if process.returncode and was_in_time:
+        if process.returncode and not is_late.is_set():
             told.seek(0)
             last = (told.read().strip().splitlines() or ["it said nothing"])[-1]
             yield json.dumps({"error": f"not measured: {last[:200]}"})
