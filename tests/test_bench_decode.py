@@ -18,6 +18,7 @@ from parity import bench_card, fresh
 from parity.bench import main
 from parity.bench_card import Card
 from parity.bench_decode import agreement
+from parity.card_part import Part
 from parity.contestants import Contestant, Models, compare, contestants, tail
 from parity.decoders import IMPLS, Decoder, DtypeName, Impl, random_prompts
 from parity.fresh import Folders, first_tokens, peak_bytes
@@ -307,7 +308,10 @@ def test_a_process_that_breaks_tells_its_reason() -> None:
 
 
 def test_a_process_is_stopped_when_there_is_no_time() -> None:
-    assert list(bench_card.lines_of({}, until=0.0)) == []
+    """It is given a second, in which nobody makes a model and measures."""
+    job = {"impl": "lechat_jax", "dtype": "bfloat16", "preset": "bench-284m", "read_gb": 0.1}
+    job |= {"tokens": 2, "until": time.time() + 60, "parts": [Part("decode", 1, 100)]}
+    assert list(bench_card.lines_of(job, until=0.0)) == []
 
 
 def test_the_most_important_comes_first_on_a_card() -> None:
