@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8
 
 from lechat_jax.pairs import halves
-from lechat_jax.projection import BLOCK, here, is_on_cpu, widened
+from lechat_jax.projection import BLOCK, here, is_on_cpu, widened, zeros_after
 
 TILE = 128  # rows of a group at a time
 ALONE = 8  # rows up to which each takes its kernel on its own
@@ -184,7 +184,7 @@ def _each_alone(
         return _put(y, made[None], (a, first))
 
     n_rows = jnp.minimum(jnp.sum(sizes), T)
-    return jax.lax.fori_loop(0, n_rows * -(-F // n), block, jnp.zeros((T, F), wide))
+    return jax.lax.fori_loop(0, n_rows * -(-F // n), block, zeros_after(rows, (T, F), wide))
 
 
 def _by_group(
@@ -207,7 +207,7 @@ def _by_group(
 
         return jax.lax.fori_loop(0, -(-sizes[e] // tile), multiply, y)
 
-    y = jnp.zeros((len(padded), F), wide)
+    y = zeros_after(rows, (len(padded), F), wide)
     return jax.lax.fori_loop(0, groups.n * n_blocks, block, y)[: len(rows)]
 
 
@@ -237,7 +237,7 @@ def _back_by_group(
 
         return jax.lax.fori_loop(0, -(-sizes[e] // tile), add, total)
 
-    total = jnp.zeros((len(padded), D), wide)
+    total = zeros_after(dy, (len(padded), D), wide)
     return jax.lax.fori_loop(0, groups.n * n_blocks, block, total)[: len(dy)]
 
 
@@ -264,7 +264,7 @@ def _outer(
         part = jax.lax.fori_loop(0, -(-sizes[e] // tile), add, jnp.zeros((n, D), wide))
         return _put(total, part[None], (e, first, 0))
 
-    return jax.lax.fori_loop(0, groups.n * n_blocks, block, jnp.zeros((E, F, D), wide))
+    return jax.lax.fori_loop(0, groups.n * n_blocks, block, zeros_after(dy, (E, F, D), wide))
 
 
 def _rows_of_block(F: int, D: int) -> int:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from lechat_jax.projection import BLOCK, here, is_on_cpu
+from lechat_jax.projection import BLOCK, here, is_on_cpu, zeros_after
 
 Halves = tuple[Array, Array]
 
@@ -96,5 +96,4 @@ def _in_blocks(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Arra
         made = product(low, even) + product(high, odd)
         return jax.lax.dynamic_update_slice_in_dim(y, made, start, axis=0)
 
-    nothing = jnp.zeros((F, len(x)), x.dtype)
-    return jax.lax.fori_loop(0, -(-F // rows), with_block, nothing).T
+    return jax.lax.fori_loop(0, -(-F // rows), with_block, zeros_after(x, (F, len(x)), x.dtype)).T

@@ -207,8 +207,16 @@ def _in_blocks(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Float[Ar
         made = _product(x, widened(few, x.dtype))
         return jax.lax.dynamic_update_slice_in_dim(y, made.T, start, axis=0)
 
-    nothing = jnp.zeros((F, x.shape[0]), x.dtype)
-    return jax.lax.fori_loop(0, -(-F // rows), with_block, nothing).T
+    return jax.lax.fori_loop(0, -(-F // rows), with_block, zeros_after(x, (F, len(x)), x.dtype)).T
+
+
+def zeros_after(x: Float[Array, "T D"], shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Zeros for a loop to write over, which are there when `x` is and not before.
+
+    XLA would fill plain ones for the loops of all layers at the start of a program: 0.35 GB for
+    512 positions of a model of 0.28 billion weights.
+    """
+    return jnp.full(shape, x[0, 0] > jnp.inf, dtype)
 
 
 def widened(block: Shaped[Array, "F D"], dtype: DTypeLike) -> Float[Array, "F D"]:

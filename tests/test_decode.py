@@ -9,12 +9,14 @@ import pytest
 from jaxtyping import Array
 
 from lechat_jax.cache import EMPTY, empty_cache
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import MistralConfig, preset
 from lechat_jax.decode import MOST, DecodeState, Produced, Request, decode, prefill
 from lechat_jax.lookup import SEEN
 from lechat_jax.model import Weights, weights_of
+from lechat_jax.quantize import INT8, Form
 from lechat_jax.reading import left_padded
 from lechat_jax.sampling import Sampling
+from lechat_jax.weights import weight_shapes
 from parity.lively import lively
 
 
@@ -137,6 +139,31 @@ def test_a_token_does_not_copy_the_cache(tiny: MistralConfig, B: int, draft: int
     cache, in_place, scratch = decode_memory(config, B, draft)
     assert in_place >= cache
     assert scratch < cache / (2 * 4)  # measured: 0.06 to 0.5 of that
+
+
+@pytest.mark.parametrize(
+    ("form", "n_experts"), [(INT8, 0), (Form("int4", 32), 0), (None, 4)], ids=str
+)
+def test_reading_a_prompt_takes_memory_for_one_layer_at_a_time(
+    form: Form | None, n_experts: int
+) -> None:
+    """Whatever the loops of a layer write over is made when its turn comes."""
+
+    def scratch(n_layers: int) -> int:
+        config = dataclasses.replace(
+            preset("lechat-15m"),
+            n_layers=n_layers,
+            n_experts=n_experts,
+            n_experts_per_token=min(2, n_experts),
+        )
+        weights = weight_shapes(config, form)
+        cache = jax.eval_shape(lambda: empty_cache(config, 4, 64, 64, "float32"))
+        rows = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+        memory = prefill.lower(config, weights, cache, rows, rows).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    assert scratch(n_layers=8) < 1.1 * scratch(n_layers=4)
 
 
 def test_what_is_passed_in_is_given_up(tiny: MistralConfig, weights: Weights) -> None:
