@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from lechat_jax import moe
 from lechat_jax.config import MistralConfig
+from lechat_jax.grouped import Kernels
 from parity.planting import Change, Weights, in_code, in_weights
 
 BASE: dict[str, Any] = {"n_experts": 4, "n_experts_per_token": 2}
@@ -70,12 +71,12 @@ def _best_alone(right: Callable) -> Callable:
 def _dropping(right: Callable) -> Callable:
     """Of an expert's rows those beyond twice its fair part are dropped."""
 
-    def grouped(rows: Array, kernel: Array, sizes: Array, scale: Array | None = None) -> Array:
+    def grouped(rows: Array, kernels: Kernels, sizes: Array) -> Array:
         start = jnp.cumsum(sizes) - sizes
         group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
         place = jnp.arange(len(rows)) - start[jnp.minimum(group, len(sizes) - 1)]
         kept = place < -(-len(rows) // len(sizes))
-        return jnp.where(kept[:, None], right(rows, kernel, sizes, scale), 0)
+        return jnp.where(kept[:, None], right(rows, kernels, sizes), 0)
 
     return grouped
 
