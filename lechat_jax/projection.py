@@ -178,8 +178,9 @@ def _of_integers(x: Float[Array, "T D"], kernel: Int8[Array, "F D"]) -> Float[Ar
     1.2e-7 of it, as is float32's own step there. So each is an integer of three bytes.
     """
     wide = x.astype(jnp.float32)
-    step = jnp.max(jnp.abs(wide), axis=1, keepdims=True) / (127 << 16)
-    number = jnp.round(wide / jnp.where(step > 0, step, 1)).astype(jnp.int32)
+    # No division of all by one number, which XLA does in another way for one position alone.
+    step = jnp.max(jnp.abs(wide), axis=1, keepdims=True) * (1 / (127 << 16))
+    number = jnp.round(wide * (1 / jnp.where(step > 0, step, 1))).astype(jnp.int32)
     low, number = _last_byte(number)
     middle, high = _last_byte(number)
     kernel, columns = here(kernel, jnp.concatenate([high, middle, low]).astype(jnp.int8))
