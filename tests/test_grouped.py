@@ -96,9 +96,8 @@ def test_quantised_kernels_are_the_floats_they_stand_for(
 
 
 @pytest.mark.parametrize("A", SIZES)
+@pytest.mark.parametrize("product", ["whole", "blocks"], indirect=True)  # bits are for a CPU alone
 def test_the_bits_of_bfloat16_are_its_numbers(A: int, product: Callable) -> None:
-    if jax.default_backend() != "cpu":
-        pytest.skip("bits are for no other device")
     kernel = in_int8()[1].astype(ml_dtypes.bfloat16)
     rows = np.random.default_rng(A).standard_normal((A, D)).astype(np.float32)
     sizes, n = jnp.array(SIZES[A]), sum(SIZES[A])
