@@ -80,8 +80,7 @@ def grouped(
     constants to a gradient, which goes to the rows alone: those of one product at a time are
     made floats, when its turn comes.
     """
-    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
-    group = jnp.minimum(group, len(sizes) - 1)
+    group = _group_of_each(rows, sizes)
     if kernels.zero is not None:
         x = _features_of_bytes(rows, kernels.order, group)
         y = _product(x, kernels._replace(order=None), sizes)
@@ -89,6 +88,12 @@ def grouped(
         y = _product(rows, Kernels(kernels.numbers), sizes)
         y = y if kernels.scale is None else y * kernels.scale[group]
     return y.astype(rows.dtype)
+
+
+def _group_of_each(rows: Float[Array, "T D"], sizes: Int[Array, " E"]) -> Int[Array, " T"]:
+    """The group of each row; of those beyond all groups, the last."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+    return jnp.minimum(group, len(sizes) - 1)
 
 
 def _features_of_bytes(
@@ -173,7 +178,7 @@ def _each_alone(
     """A kernel is read as often as it has rows; in blocks if it has to be converted."""
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     T, (_, F, D) = len(rows), kernels.shape
-    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(T), side="right")
+    group = _group_of_each(rows, sizes)
     n = F if kernels.numbers.dtype == wide else _rows_of_block(F, D)
 
     def block(j: Array, y: Array) -> Array:
