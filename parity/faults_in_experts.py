@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from lechat_jax import moe
 from lechat_jax.config import MistralConfig
-from lechat_jax.grouped import Kernels
+from lechat_jax.stacked import Kernels
 from parity.planting import Change, Weights, in_code, in_weights
 
 BASE: dict[str, Any] = {"n_experts": 4, "n_experts_per_token": 2}

@@ -1,0 +1,231 @@
+"""The product by groups on a CPU, and its gradients, with no work for the kernels of others.
+
+`jax.lax.ragged_dot` multiplies every row with every kernel there and then chooses: with 8
+groups 8 times the work. So here kernel after kernel is taken in blocks that the cache holds and
+multiplied with its rows, a tile of them at a time: how many tiles there are is only known when
+it runs. A tile may reach into rows of another group, for which it is not there.
+
+Of a few rows, as in decoding, each takes its kernel on its own, as a sum that XLA fuses with
+reading it: no copy of the kernel is made.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lechat_jax.projection import BLOCK, zeros_after
+from lechat_jax.stacked import Kernels, cut, put
+
+ALONE = 8  # rows up to which each takes its kernel on its own
+TILE = 128  # rows of a group at a time
+SMALL = 32  # of the last of them, if two such tiles are enough
+KERNEL = 64  # rows whose products take as long as to add to a kernel's gradient
+
+
+class Tile(NamedTuple):
+    """Some rows that follow each other.
+
+    Attributes:
+        at: the first of them.
+        size: how many there are.
+        is_own: whether a row is of the group; those next to its own may be there as well.
+    """
+
+    at: Int[Array, ""]
+    size: int
+    is_own: Bool[Array, "size 1"]
+
+
+class Groups(NamedTuple):
+    """Where the groups are that have any rows.
+
+    Attributes:
+        n: how many have.
+        which: their numbers, in the order of their rows, and behind them those that have none.
+        start: the first row of each group.
+        end: the row behind its last.
+    """
+
+    n: Int[Array, ""]
+    which: Int[Array, " E"]
+    start: Int[Array, " E"]
+    end: Int[Array, " E"]
+
+    @classmethod
+    def of(cls, sizes: Int[Array, " E"], skipped: Array | int = 0) -> "Groups":
+        """The groups of these sizes, without the first rows of each that are `skipped`."""
+        end = jnp.cumsum(sizes)
+        start = jnp.minimum(end - sizes + skipped, end)
+        is_empty = start == end
+        return cls(jnp.sum(~is_empty), jnp.argsort(is_empty, stable=True), start, end)
+
+    def by_tiles(self, e: Array, T: int, each: Callable[[Tile, Array], Array], y: Array) -> Array:
+        """What becomes of y when `each` has had the rows of a group, a tile at a time."""
+        first, end = self.start[e], self.end[e]
+        for n, size in _tiles(end - first, T):
+
+            def turn(i: Array, y: Array, first: Array = first, size: int = size) -> Array:
+                begin = first + i * size
+                at = jnp.minimum(begin, T - size)
+                row = at + jnp.arange(size)
+                return each(Tile(at, size, ((row >= begin) & (row < end))[:, None]), y)
+
+            y = jax.lax.fori_loop(0, n, turn, y)
+            first += n * size
+        return y
+
+
+def _tiles(rows: Array, T: int) -> list[tuple[Array, int]]:
+    """How many tiles of which size a group of so many rows needs, of T rows in all.
+
+    None is of all T where there are smaller ones: XLA would take its product out of the loop,
+    and so work on it even where there is no such tile.
+    """
+    if T <= TILE:
+        size = min(SMALL, T)
+        return [(-(-rows // size), size)]
+    rest = rows % TILE
+    is_large = rest > 2 * SMALL
+    return [
+        (rows // TILE + is_large, TILE),
+        (jnp.where(is_large, 0, -(-rest // SMALL)), SMALL),
+    ]
+
+
+def group_of_each(T: int, sizes: Int[Array, " E"]) -> Int[Array, " T"]:
+    """The group of each row; of those beyond all groups, the last."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(T), side="right")
+    return jnp.minimum(group, len(sizes) - 1)
+
+
+def product(
+    rows: Float[Array, "T D"], kernels: Kernels, sizes: Int[Array, " E"]
+) -> Float[Array, "T F"]:
+    """Each row times the transposed kernel of its group, nought for a row beyond all groups."""
+    rows = _wide(rows)
+    T, (_, F, D) = len(rows), kernels.shape
+    if T <= ALONE:
+        return _each_alone(rows, kernels, sizes)
+    n = _rows_of_block(F, D)
+    n_blocks = -(-F // n)
+    groups = Groups.of(sizes)
+
+    def block(j: Array, y: Array) -> Array:
+        e, first = groups.which[j // n_blocks], jnp.minimum(j % n_blocks * n, F - n)
+        part = kernels.block((e, first), n, rows.dtype)
+
+        def multiply(tile: Tile, y: Array) -> Array:
+            made = cut(rows, (tile.at, 0), (tile.size, D)) @ part.T
+            before = cut(y, (tile.at, first), (tile.size, n))
+            return put(y, jnp.where(tile.is_own, made, before), (tile.at, first))
+
+        return groups.by_tiles(e, T, multiply, y)
+
+    y = zeros_after(rows, (T, F), rows.dtype)
+    return jax.lax.fori_loop(0, groups.n * n_blocks, block, y)
+
+
+def _each_alone(
+    rows: Float[Array, "T D"], kernels: Kernels, sizes: Int[Array, " E"]
+) -> Float[Array, "T F"]:
+    """A kernel is read as often as it has rows; in blocks if it has to be converted."""
+    T, (_, F, D) = len(rows), kernels.shape
+    group = group_of_each(T, sizes)
+    n = F if kernels.numbers.dtype == rows.dtype else _rows_of_block(F, D)
+
+    def block(j: Array, y: Array) -> Array:
+        a, b = j // -(-F // n), j % -(-F // n)
+        first = jnp.minimum(b * n, F - n)
+        own = kernels.block((group[a], first), n, rows.dtype)
+        return put(y, jnp.sum(own * rows[a], axis=-1)[None], (a, first))
+
+    n_rows = jnp.minimum(jnp.sum(sizes), T)
+    y = zeros_after(rows, (T, F), rows.dtype)
+    return jax.lax.fori_loop(0, n_rows * -(-F // n), block, y)
+
+
+def gradient_of_rows(
+    dy: Float[Array, "T F"], kernels: Kernels, sizes: Int[Array, " E"]
+) -> Float[Array, "T D"]:
+    """The product with the kernels themselves, nought for a row beyond all groups."""
+    dy = _wide(dy)
+    T, (_, F, D) = len(dy), kernels.shape
+    n = _rows_of_block(F, D)
+    n_blocks = -(-F // n)
+    groups = Groups.of(sizes)
+
+    def block(j: Array, total: Array) -> Array:
+        e, b = groups.which[j // n_blocks], j % n_blocks
+        first = jnp.minimum(b * n, F - n)
+        part = kernels.block((e, first), n, dy.dtype)
+        if F % n:  # what the last block shares with the one before counts once
+            part = jnp.where((first + jnp.arange(n) >= b * n)[:, None], part, 0)
+
+        def add(tile: Tile, total: Array) -> Array:
+            made = cut(dy, (tile.at, first), (tile.size, n)) @ part
+            before = cut(total, (tile.at, 0), (tile.size, D))
+            return put(total, before + jnp.where(tile.is_own, made, 0), (tile.at, 0))
+
+        return groups.by_tiles(e, T, add, total)
+
+    total = zeros_after(dy, (T, D), dy.dtype)
+    return jax.lax.fori_loop(0, groups.n * n_blocks, block, total)
+
+
+def gradient_of_kernels(
+    dy: Float[Array, "T F"], rows: Float[Array, "T D"], sizes: Int[Array, " E"]
+) -> Float[Array, "E F D"]:
+    """The sum of the outer products of each group.
+
+    XLA is fastest at one batched product that makes them all. It has to have as many rows of
+    each group, so it has slots for a little more than the fair part, where that is less work:
+    slots that stay empty are worked on in vain, and rows that find none are added in tiles.
+    """
+    dy, rows = _wide(dy), _wide(rows)
+    (T, F), D, E = dy.shape, rows.shape[1], len(sizes)
+    slots = jnp.arange(16 * -(-17 * T // (256 * E)))
+    work = E * len(slots) + _work_in_tiles(sizes - len(slots), T)
+    is_worth = work < _work_in_tiles(sizes, T)
+
+    def in_slots() -> Float[Array, "E F D"]:
+        start = (jnp.cumsum(sizes) - sizes)[:, None]
+        at = jnp.minimum(start + slots, T - 1)
+        own = jnp.where((slots < sizes[:, None])[..., None], dy[at], 0)
+        return jnp.einsum("EsF,EsD->EFD", own, rows[at])
+
+    total = jax.lax.cond(is_worth, in_slots, lambda: zeros_after(dy, (E, F, D), dy.dtype))
+    groups = Groups.of(sizes, jnp.where(is_worth, len(slots), 0))
+    n = _rows_of_block(F, D)
+    n_blocks = -(-F // n)
+
+    def block(j: Array, total: Array) -> Array:
+        e, first = groups.which[j // n_blocks], jnp.minimum(j % n_blocks * n, F - n)
+
+        def add(tile: Tile, part: Array) -> Array:
+            dy_tile = jnp.where(tile.is_own, cut(dy, (tile.at, first), (tile.size, n)), 0)
+            return part + dy_tile.T @ cut(rows, (tile.at, 0), (tile.size, D))
+
+        before = cut(total, (e, first, 0), (1, n, D))[0]
+        part = groups.by_tiles(e, T, add, before)
+        return put(total, part[None], (e, first, 0))
+
+    return jax.lax.fori_loop(0, groups.n * n_blocks, block, total)
+
+
+def _work_in_tiles(sizes: Int[Array, " E"], T: int) -> Int[Array, ""]:
+    """Of groups of these sizes, in rows of large tiles; those of small ones take twice as long."""
+    work = KERNEL + sum(n * min(TILE, 2 * size) for n, size in _tiles(sizes, T))
+    return jnp.sum(jnp.where(sizes > 0, work, 0))
+
+
+def _wide(x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _rows_of_block(F: int, D: int) -> int:
+    """Of a kernel, as many as fit into a block, all if they nearly do."""
+    n_blocks = -(-F * D // BLOCK)
+    return -(-F // n_blocks)
