@@ -9,30 +9,40 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 
-from lechat_jax import grouped as module
-from lechat_jax.grouped import Kernels, grouped
+from lechat_jax import by_group
+from lechat_jax.grouped import grouped
+from lechat_jax.stacked import Kernels
 
 E, F, D = 5, 24, 8
-SIZES = {40: [11, 0, 17, 9, 0], 6: [0, 3, 0, 2, 1]}  # the first leaves three rows to nobody
+# Rows in all, some of which may be nobody's, and those of each group: of "even" ones the few that
+# one has beyond its fair part are added to what all have in slots, and of "uneven" ones all are.
+CASES = {
+    "even": (40, [11, 0, 17, 9, 0]),
+    "uneven": (40, [0, 38, 0, 0, 0]),
+    "fewer than a tile": (15, [4, 0, 7, 3, 0]),
+    "few": (6, [0, 3, 0, 2, 1]),
+}
 
 
 @pytest.fixture(params=["whole", "blocks", "ragged"])
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """The form, made small enough that each of its loops turns more than once."""
-    monkeypatch.setattr(module, "TILE", 4)
+    monkeypatch.setattr(by_group, "TILE", 16)
+    monkeypatch.setattr(by_group, "SMALL", 4)
     if request.param == "blocks":
-        monkeypatch.setattr(module, "BLOCK", 10 * D)  # three blocks, of which the last overlaps
+        monkeypatch.setattr(by_group, "BLOCK", 10 * D)  # three blocks, of which the last overlaps
     if request.param == "ragged":
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     return jax.jit(lambda *args: grouped(*args))
 
 
-@pytest.mark.parametrize("A", SIZES)
-def test_each_row_meets_the_kernel_of_its_group(A: int, product: Callable, x64: None) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_each_row_meets_the_kernel_of_its_group(case: str, product: Callable, x64: None) -> None:
+    A, counts = CASES[case]
     draw = np.random.default_rng(A).standard_normal
     rows, kernel, dy = draw((A, D)), draw((E, F, D)), draw((A, F))
-    sizes = jnp.array(SIZES[A])
-    group = np.repeat(np.arange(E), SIZES[A])
+    sizes = jnp.array(counts)
+    group = np.repeat(np.arange(E), counts)
     n = len(group)
 
     def scored(rows: Array, kernel: Array) -> Array:
@@ -75,14 +85,15 @@ def in_int4(is_ordered: bool) -> tuple[Kernels, np.ndarray]:
     return Kernels(*map(jnp.asarray, parts)), floats
 
 
-@pytest.mark.parametrize("A", SIZES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("form", ["int8", "int4", "int4 in an order"])
 def test_quantised_kernels_are_the_floats_they_stand_for(
-    form: str, A: int, product: Callable
+    form: str, case: str, product: Callable
 ) -> None:
+    A, counts = CASES[case]
     kernels, floats = in_int8() if form == "int8" else in_int4(form == "int4 in an order")
     rows = np.random.default_rng(A).standard_normal((A, D)).astype(np.float32)
-    sizes, n = jnp.array(SIZES[A]), sum(SIZES[A])
+    sizes, n = jnp.array(counts), sum(counts)
 
     def scored(rows: Array, kernels: Kernels) -> tuple[Array, Array]:
         y = product(rows, kernels, sizes)[:n]
@@ -95,12 +106,13 @@ def test_quantised_kernels_are_the_floats_they_stand_for(
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("A", SIZES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("product", ["whole", "blocks"], indirect=True)  # bits are for a CPU alone
-def test_the_bits_of_bfloat16_are_its_numbers(A: int, product: Callable) -> None:
+def test_the_bits_of_bfloat16_are_its_numbers(case: str, product: Callable) -> None:
+    A, counts = CASES[case]
     kernel = in_int8()[1].astype(ml_dtypes.bfloat16)
     rows = np.random.default_rng(A).standard_normal((A, D)).astype(np.float32)
-    sizes, n = jnp.array(SIZES[A]), sum(SIZES[A])
+    sizes, n = jnp.array(counts), sum(counts)
     expected = np.asarray(product(rows, Kernels(jnp.asarray(kernel, jnp.float32)), sizes))[:n]
     found = product(rows, Kernels(jnp.asarray(kernel.view(np.uint16))), sizes)[:n]
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
