@@ -12,6 +12,7 @@ from rich.console import Console
 from lechat_jax.config import MistralConfig
 from lechat_jax.data import Batches
 from lechat_jax.errors import BadInput
+from lechat_jax.flops import flops_per_token, peak_flops
 from parity.learners import AdamW, LechatAdamW, Lesson, initial_weights
 from parity.measure import machine_line, read_speed, wait_until_idle
 from parity.peer import load_peer
@@ -64,7 +65,7 @@ class Moe:
             BadInput: PyTorch is missing.
         """
         peer: Any = load_peer("lechat_jax.train")
-        read = read_speed(self.read_gb)
+        read, peak = read_speed(self.read_gb), peak_flops("float32")
         report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
         adamw = AdamW(rate=3e-4)
         lesson = self.lesson(self.n_experts)
@@ -73,18 +74,19 @@ class Moe:
             make = functools.partial(peer.Peer, lesson, adamw, "sdpa", False, experts)
             runners.append(Runner(f"transformers-{experts}", make, lesson))
         self.in_turn(runners, console)
+        peak = peak and max(peak, peak_flops("float32") or 0.0)
         ours = runners[0].times
         for runner in runners:
             pairs = zip(runner.times, ours, strict=True)
             ratio = statistics.median(theirs / own for theirs, own in pairs)
-            report.rows.append(self.row(runner, {"ratio": ratio}))
+            report.rows.append(self.row(runner, peak, ratio))
         del runners, lesson
         lessons = [self.lesson(n) for n in (self.n_experts, *self.others)]
         alone = [
             Runner("lechat_jax", functools.partial(LechatAdamW, one, adamw), one) for one in lessons
         ]
         self.in_turn(alone, console)
-        report.rows += [self.row(runner, {}) for runner in alone]
+        report.rows += [self.row(runner, peak) for runner in alone]
         report.show(console, figures(report.rows))
         return report
 
@@ -125,9 +127,10 @@ class Moe:
                     n = runner.lesson.config.n_experts
                     console.print(f"{runner.impl}, {n} experts: loss {runner.losses[0]:.5f}")
 
-    def row(self, runner: Runner, details: dict) -> Row:
-        """The figures of one."""
-        n_experts = runner.lesson.config.n_experts
+    def row(self, runner: Runner, peak: float | None, ratio: float | None = None) -> Row:
+        """The figures of one; of a device with `peak` FLOP/s, how much of it was used."""
+        config = runner.lesson.config
+        used = runner.tokens_per_s * flops_per_token(config, self.block)
         return Row(
             "moe",
             runner.impl,
@@ -137,19 +140,27 @@ class Moe:
             runner.tokens_per_s,
             runner.peak_bytes,
             losses=runner.losses,
-            details={"n_experts": n_experts, "seconds": runner.times} | details,
+            details={
+                "n_experts": config.n_experts,
+                "seconds": runner.times,
+                "mfu": used / peak if peak else None,
+                "ratio": ratio,
+            },
         )
 
 
 def figures(rows: list[Row]) -> TableText:
     """The rows of the report in words."""
-    lines = [
-        [
-            row.impl,
-            str(row.details["n_experts"]),
-            f"{row.tokens_per_s:,.0f}",
-            f"{row.details['ratio']:.2f}" if "ratio" in row.details else "",
-        ]
-        for row in rows
-    ]
-    return TableText(["training", "experts", "tokens/s", "of lechat's time"], lines)
+    lines = []
+    for row in rows:
+        ratio, mfu = row.details["ratio"], row.details["mfu"]
+        lines.append(
+            [
+                row.impl,
+                str(row.details["n_experts"]),
+                f"{row.tokens_per_s:,.0f}",
+                "" if mfu is None else f"{100 * mfu:.0f} %",
+                "" if ratio is None else f"{ratio:.2f}",
+            ]
+        )
+    return TableText(["training", "experts", "tokens/s", "MFU", "of lechat's time"], lines)

@@ -193,6 +193,8 @@ def test_a_mixture_is_the_same_whoever_trains_it(bench: Bench) -> None:
     assert ours == pytest.approx(grouped, rel=1e-5)
     assert ours == again
     assert ours[0] != fewer[0]
+    assert [row["ratio"] is None for row in rows] == [False, False, False, True, True]
+    assert all(0 < row["mfu"] < 1 for row in rows)
 
 
 def test_where_torch_cannot_compile_a_row_says_so(
