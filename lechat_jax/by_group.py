@@ -186,7 +186,7 @@ def gradient_of_kernels(
     """
     dy, rows = _wide(dy), _wide(rows)
     (T, F), D, E = dy.shape, rows.shape[1], len(sizes)
-    slots = jnp.arange(16 * -(-17 * T // (256 * E)))
+    slots = jnp.arange(16 * -(-17 * T // (256 * E)))  # 17/16 of it, in whole sixteens
     work = E * len(slots) + _work_in_tiles(sizes - len(slots), T)
     is_worth = work < _work_in_tiles(sizes, T)
 
