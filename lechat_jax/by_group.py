@@ -194,7 +194,7 @@ def gradient_of_kernels(
         start = (jnp.cumsum(sizes) - sizes)[:, None]
         at = jnp.minimum(start + slots, T - 1)
         own = jnp.where((slots < sizes[:, None])[..., None], dy[at], 0)
-        return jnp.einsum("EsF,EsD->EFD", own, rows[at])
+        return jnp.einsum("ETF,ETD->EFD", own, rows[at])
 
     total = jax.lax.cond(is_worth, in_slots, lambda: zeros_after(dy, (E, F, D), dy.dtype))
     groups = Groups.of(sizes, jnp.where(is_worth, len(slots), 0))
