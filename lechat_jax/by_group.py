@@ -62,6 +62,21 @@ class Groups(NamedTuple):
         is_empty = start == end
         return cls(jnp.sum(~is_empty), jnp.argsort(is_empty, stable=True), start, end)
 
+    def by_blocks(
+        self, F: int, n: int, each: Callable[[Array, Array, Array], Array], y: Array
+    ) -> Array:
+        """What becomes of y when `each` has had the kernels of the groups, a block at a time.
+
+        It gets the group and where in its F outputs a block of n begins, of which the last may be
+        less than n before their end.
+        """
+        n_blocks = -(-F // n)
+
+        def turn(j: Array, y: Array) -> Array:
+            return each(self.which[j // n_blocks], j % n_blocks * n, y)
+
+        return jax.lax.fori_loop(0, self.n * n_blocks, turn, y)
+
     def by_tiles(self, e: Array, T: int, each: Callable[[Tile, Array], Array], y: Array) -> Array:
         """What becomes of y when `each` has had the rows of a group, a tile at a time."""
         first, end = self.start[e], self.end[e]
@@ -109,12 +124,10 @@ def product(
     T, (_, F, D) = len(rows), kernels.shape
     if T <= ALONE:
         return _each_alone(rows, kernels, sizes)
-    n = _rows_of_block(F, D)
-    n_blocks = -(-F // n)
-    groups = Groups.of(sizes)
+    n, groups = _rows_of_block(F, D), Groups.of(sizes)
 
-    def block(j: Array, y: Array) -> Array:
-        e, first = groups.which[j // n_blocks], jnp.minimum(j % n_blocks * n, F - n)
+    def block(e: Array, begin: Array, y: Array) -> Array:
+        first = jnp.minimum(begin, F - n)
         part = kernels.block((e, first), n, rows.dtype)
 
         def multiply(tile: Tile, y: Array) -> Array:
@@ -124,8 +137,7 @@ def product(
 
         return groups.by_tiles(e, T, multiply, y)
 
-    y = zeros_after(rows, (T, F), rows.dtype)
-    return jax.lax.fori_loop(0, groups.n * n_blocks, block, y)
+    return groups.by_blocks(F, n, block, zeros_after(rows, (T, F), rows.dtype))
 
 
 def _each_alone(
@@ -153,16 +165,13 @@ def gradient_of_rows(
     """The product with the kernels themselves, nought for a row beyond all groups."""
     dy = _wide(dy)
     T, (_, F, D) = len(dy), kernels.shape
-    n = _rows_of_block(F, D)
-    n_blocks = -(-F // n)
-    groups = Groups.of(sizes)
+    n, groups = _rows_of_block(F, D), Groups.of(sizes)
 
-    def block(j: Array, total: Array) -> Array:
-        e, b = groups.which[j // n_blocks], j % n_blocks
-        first = jnp.minimum(b * n, F - n)
+    def block(e: Array, begin: Array, total: Array) -> Array:
+        first = jnp.minimum(begin, F - n)
         part = kernels.block((e, first), n, dy.dtype)
         if F % n:  # what the last block shares with the one before counts once
-            part = jnp.where((first + jnp.arange(n) >= b * n)[:, None], part, 0)
+            part = jnp.where((first + jnp.arange(n) >= begin)[:, None], part, 0)
 
         def add(tile: Tile, total: Array) -> Array:
             made = cut(dy, (tile.at, first), (tile.size, n)) @ part
@@ -171,8 +180,7 @@ def gradient_of_rows(
 
         return groups.by_tiles(e, T, add, total)
 
-    total = zeros_after(dy, (T, D), dy.dtype)
-    return jax.lax.fori_loop(0, groups.n * n_blocks, block, total)
+    return groups.by_blocks(F, n, block, zeros_after(dy, (T, D), dy.dtype))
 
 
 def gradient_of_kernels(
@@ -199,10 +207,9 @@ def gradient_of_kernels(
     total = jax.lax.cond(is_worth, in_slots, lambda: zeros_after(dy, (E, F, D), dy.dtype))
     groups = Groups.of(sizes, jnp.where(is_worth, len(slots), 0))
     n = _rows_of_block(F, D)
-    n_blocks = -(-F // n)
 
-    def block(j: Array, total: Array) -> Array:
-        e, first = groups.which[j // n_blocks], jnp.minimum(j % n_blocks * n, F - n)
+    def block(e: Array, begin: Array, total: Array) -> Array:
+        first = jnp.minimum(begin, F - n)
 
         def add(tile: Tile, part: Array) -> Array:
             dy_tile = jnp.where(tile.is_own, cut(dy, (tile.at, first), (tile.size, n)), 0)
@@ -212,7 +219,7 @@ def gradient_of_kernels(
         part = groups.by_tiles(e, T, add, before)
         return put(total, part[None], (e, first, 0))
 
-    return jax.lax.fori_loop(0, groups.n * n_blocks, block, total)
+    return groups.by_blocks(F, n, block, total)
 
 
 def _work_in_tiles(sizes: Int[Array, " E"], T: int) -> Int[Array, ""]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from lechat_jax.config import MistralConfig
 from lechat_jax.data import Batches
 from lechat_jax.errors import BadInput
-from lechat_jax.flops import flops_per_token, peak_flops
+from lechat_jax.flops import peak_flops
 from parity.learners import AdamW, LechatAdamW, Lesson, initial_weights
 from parity.measure import machine_line, read_speed, wait_until_idle
 from parity.peer import load_peer
@@ -129,8 +129,6 @@ class Moe:
 
     def row(self, runner: Runner, peak: float | None, ratio: float | None = None) -> Row:
         """The figures of one; of a device with `peak` FLOP/s, how much of it was used."""
-        config = runner.lesson.config
-        used = runner.tokens_per_s * flops_per_token(config, self.block)
         return Row(
             "moe",
             runner.impl,
@@ -141,9 +139,9 @@ class Moe:
             runner.peak_bytes,
             losses=runner.losses,
             details={
-                "n_experts": config.n_experts,
+                "n_experts": runner.lesson.config.n_experts,
                 "seconds": runner.times,
-                "mfu": used / peak if peak else None,
+                "mfu": runner.mfu(peak),
                 "ratio": ratio,
             },
         )

@@ -18,7 +18,7 @@ from lechat_jax.config import MistralConfig, preset
 from lechat_jax.corpus import load_corpus
 from lechat_jax.data import Batches, Tokens, load_tokens
 from lechat_jax.errors import BadInput
-from lechat_jax.flops import flops_per_token, peak_flops
+from lechat_jax.flops import peak_flops
 from lechat_jax.options import Dtype
 from lechat_jax.tokenizer import Tokenizer
 from parity.apart import measured_apart
@@ -288,7 +288,6 @@ class Train:
     def row(self, runner: Runner, peak: float | None) -> Row:
         """The figures of one learner; of a device with `peak` FLOP/s, how much of it was used."""
         lesson, seconds = runner.lesson, statistics.median(runner.times or [0.0])
-        flops = flops_per_token(lesson.config, lesson.batches.block)
         return Row(
             work="train",
             impl=runner.impl,
@@ -299,10 +298,7 @@ class Train:
             peak_bytes=runner.peak_bytes,
             losses=runner.losses[: self.steps],
             note=runner.learner.note if runner.learner else "",
-            details={
-                "step_s": seconds or None,
-                "mfu": runner.tokens_per_s * flops / peak if seconds and peak else None,
-            },
+            details={"step_s": seconds or None, "mfu": runner.mfu(peak)},
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lechat_jax import moe
+from lechat_jax.by_group import group_of_each
 from lechat_jax.config import MistralConfig
 from lechat_jax.stacked import Kernels
 from parity.planting import Change, Weights, in_code, in_weights
@@ -69,12 +70,11 @@ def _best_alone(right: Callable) -> Callable:
 
 
 def _dropping(right: Callable) -> Callable:
-    """Of an expert's rows those beyond twice its fair part are dropped."""
+    """Of an expert's rows those beyond its fair part are dropped."""
 
     def grouped(rows: Array, kernels: Kernels, sizes: Array) -> Array:
         start = jnp.cumsum(sizes) - sizes
-        group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
-        place = jnp.arange(len(rows)) - start[jnp.minimum(group, len(sizes) - 1)]
+        place = jnp.arange(len(rows)) - start[group_of_each(len(rows), sizes)]
         kept = place < -(-len(rows) // len(sizes))
         return jnp.where(kept[:, None], right(rows, kernels, sizes), 0)
 

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Integer
 
 from lechat_jax.data import Tokens, interim_rows, score_blocks
 from lechat_jax.errors import BadInput
+from lechat_jax.flops import flops_per_token
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.validation import BLOCK, Score
 from parity.learners import FOREVER, Learner, Lesson
@@ -107,6 +108,13 @@ class Runner:
     def tokens_per_s(self) -> float:
         """The median over its calls, without the first, which compiles."""
         return self.lesson.tokens_per_step / statistics.median(self.times)
+
+    def mfu(self, peak: float | None) -> float | None:
+        """The part of a device's `peak` FLOP/s that its model needs at this speed, if known."""
+        if not self.times or not peak:
+            return None
+        config, block = self.lesson.config, self.lesson.batches.block
+        return self.tokens_per_s * flops_per_token(config, block) / peak
 
 
 class HeldOut(NamedTuple):
