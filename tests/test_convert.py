@@ -9,84 +9,42 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jaxtyping import Shaped
-from safetensors.numpy import load_file, save_file
 
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
-from lechat_jax.quantize import Form, dequantize, quantized
 from lechat_jax.run import Run
 from lechat_jax.tensors import TensorFiles
 from lechat_jax.tokenizer import Tokenizer
-from lechat_jax.trained import Trained
-from lechat_jax.weights import load_weights, weight_shapes
+from lechat_jax.weights import load_weights
 from parity import convert as module
 from parity.architectures import ARCHITECTURES, SMALL_MIXTURE
-from parity.check import main as check
 from parity.convert import main
 from parity.finite import is_finite
-from parity.formats import taken_apart
 from parity.make_checkpoint import main as make
-from parity.names import FORMATS, Format, names, shapes
+from parity.names import FORMATS, Format, names
 from parity.sources import open_source
-from tests.tokenizers import small_tekken
-from tests.tokenizers import tokenizer as load_tokenizer
+from tests.converting import (
+    BF16,
+    Weights,
+    assert_equal,
+    convert,
+    random_weights,
+    spoil,
+    write_torch,
+)
 
-Weights = dict[str, Shaped[np.ndarray, "..."]]
-BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (BF16, np.dtype(np.float16), np.dtype(np.float32))
-
-
-def convert(src: Path | str, dst: Path, to: Format, *flags: str) -> Path:
-    assert main([str(src), str(dst), "--to", to, *flags]) == 0
-    return dst
-
-
-def random_weights(config: MistralConfig, dtype: np.dtype = BF16) -> Weights:
-    rng = np.random.default_rng(0)
-    return {
-        name: (rng.standard_normal(shape) * 0.3).astype(dtype)
-        for name, shape in shapes(config, "lechat").items()
-    }
-
-
-def write_torch(folder: Path, config: MistralConfig, weights: Weights) -> Path:
-    """A folder as lechat_torch has it, made with nothing but PyTorch."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    state = {}
-    parts = taken_apart(config, weights)
-    for ours, theirs in names(config, "torch").items():
-        flat = parts[ours].reshape(shapes(config, "torch")[ours])
-        state[theirs] = (
-            torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16)
-            if flat.dtype == BF16
-            else torch.from_numpy(flat)
-        )
-    if config.tied_embeddings:
-        state["head.weight"] = state["embed.weight"]
-    torch.save(state, folder / "model.pt")
-    return folder
-
-
-def assert_equal(folder: Path, weights: Weights) -> None:
-    source = open_source(folder)
-    assert set(source.names) == set(weights)
-    for name, array in weights.items():
-        np.testing.assert_array_equal(source.read(name), array, strict=True)
 
 
 @pytest.fixture
@@ -332,13 +290,6 @@ def test_weights_are_cast_when_asked(start: Path, weights: Weights, tmp_path: Pa
     assert (fields["dtype"], fields["torch_dtype"]) == ("float16", "float16")
 
 
-def spoil(folder: Path, key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Changes one tensor of a folder of lechat_torch."""
-    state = torch.load(folder / "model.pt", weights_only=True)
-    state[key] = change(state[key].clone())
-    torch.save(state, folder / "model.pt")
-
-
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("to", FORMATS)
 def test_weights_that_are_no_numbers_are_refused(value: str, to: Format, start: Path) -> None:
@@ -369,113 +320,6 @@ def test_numbers_are_told_from_what_is_none(data: st.DataObject) -> None:
     bits = data.draw(st.lists(st.integers(0, 2 ** (8 * dtype.itemsize) - 1), max_size=8))
     array = np.array(bits, f"u{dtype.itemsize}").view(dtype)
     assert is_finite(array) == bool(np.isfinite(array.astype(np.float64)).all())
-
-
-TEXTS = (
-    "The cat sat on the mat.",
-    "",
-    " leading",
-    "   three",
-    "\nfirst\n\n  second\r\n\ttab",
-    "😀 emoji 👩‍👩‍👧, é, e\u0301, 日本語, \u2581, \u00a0",
-    "<s> and </s>, <unk> and [INST] as text",
-    "<0x0A>",
-    " ",
-)
-
-
-def speaking(folder: Path, tiny: MistralConfig, tokenizer: Tokenizer) -> Path:
-    """A model in lechat_torch's format with that tokenizer."""
-    config = dataclasses.replace(tiny, vocab_size=tokenizer.vocab_size, n_layers=1)
-    write_torch(folder, config, random_weights(config))
-    tokenizer.save(folder)
-    return folder
-
-
-@pytest.fixture
-def with_tokenizer(tiny: MistralConfig, tmp_path: Path) -> Path:
-    return speaking(tmp_path / "start", tiny, Tokenizer.mistral_v1())
-
-
-@pytest.mark.parametrize("version", ["v1", "v3", "v7"])
-def test_transformers_tokenizer_gives_the_same_ids(
-    version: str, tiny: MistralConfig, tmp_path: Path
-) -> None:
-    ours = load_tokenizer(version)
-    hf = convert(speaking(tmp_path / "start", tiny, ours), tmp_path / "hf", "hf")
-    theirs = transformers.AutoTokenizer.from_pretrained(hf)
-
-    def check(text: str) -> None:
-        ids = [ours.bos_id, *ours.encode(text)]
-        assert theirs(text)["input_ids"] == ids
-        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
-
-    for text in TEXTS:
-        check(text)
-    settings(max_examples=60)(given(st.text(max_size=30))(check))()
-    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (1, 2, ours.vocab_size)
-
-
-@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v7"])
-def test_the_name_of_a_tokenizer_says_its_version(
-    version: str, tiny: MistralConfig, tmp_path: Path
-) -> None:
-    ours, name = load_tokenizer(version), f"tokenizer.model.{version}"
-    start = speaking(tmp_path / "start", tiny, ours)
-    hf = convert(start, tmp_path / "hf", "hf")
-    assert (hf / "tokenizer.model").read_bytes() == ours.path.read_bytes()
-    ways: list[tuple[Path, Format]] = [(start, "mistral"), (hf, "mistral"), (hf, "lechat")]
-    for source, to in ways:
-        made = convert(source, tmp_path / f"{source.name}-{to}", to)
-        assert [path.name for path in made.glob("tokenizer.model*")] == [name]
-        assert (made / name).read_bytes() == ours.path.read_bytes()
-    found = Trained.open(tmp_path / "hf-lechat").tokenizer
-    assert found
-    assert (found.version, found.sha256) == (version, ours.sha256)
-
-
-def test_a_name_that_says_another_version_is_put_right(tiny: MistralConfig, tmp_path: Path) -> None:
-    start = speaking(tmp_path / "start", tiny, load_tokenizer("v3"))
-    (start / "tokenizer.model.v3").rename(start / "tokenizer.model.v1")
-    made = convert(start, tmp_path / "lechat", "lechat")
-    assert [path.name for path in made.glob("tokenizer.model*")] == ["tokenizer.model.v3"]
-
-
-def test_tekken_keeps_its_name_everywhere(tiny: MistralConfig, tmp_path: Path) -> None:
-    tekken = Tokenizer.from_file(small_tekken(tmp_path / "tekken.json", "v7"))
-    source = speaking(tmp_path / "start", tiny, tekken)
-    for to in FORMATS:
-        source = convert(source, tmp_path / to, to)
-        assert (source / "tekken.json").read_bytes() == tekken.path.read_bytes()
-        assert not list(source.glob("tokenizer*"))
-    found = Trained.open(tmp_path / "lechat").tokenizer
-    assert found
-    assert found.sha256 == tekken.sha256
-
-
-def test_of_several_tokenizers_the_folder_says_which(tiny: MistralConfig, tmp_path: Path) -> None:
-    tekken = Tokenizer.from_file(small_tekken(tmp_path / "tekken.json", "v7"))
-    start = speaking(tmp_path / "start", tiny, tekken)
-    load_tokenizer("v1").save(start)
-    load_tokenizer("v3").save(start)
-    made = convert(start, tmp_path / "lechat", "lechat")
-    names = {path.name for path in made.iterdir() if path.name.startswith("t")}
-    assert names == {"tekken.json", "tokenizer.model.v3"}
-    found = Trained.open(made).tokenizer
-    assert found
-    assert found.version == "v7"
-
-
-def test_tokenizer_files_keep_their_content(with_tokenizer: Path, tmp_path: Path) -> None:
-    hf = convert(with_tokenizer, tmp_path / "hf", "hf")
-    (hf / "tokenizer_config.json").write_text('{"their": "own"}')
-    (hf / "tokenizer.json").write_text("{}")
-    lechat = convert(hf, tmp_path / "lechat", "lechat")
-    assert Tokenizer.from_file(lechat / "tokenizer.model.v1").encode("a") == [264]
-    again = convert(lechat, tmp_path / "again", "hf")
-    assert (again / "tokenizer_config.json").read_text() == '{"their": "own"}'
-    assert (again / "tokenizer.json").read_text() == "{}"
-    assert (again / "tokenizer.model").read_bytes() == (hf / "tokenizer.model").read_bytes()
 
 
 def test_the_longest_position_travels_along(hf: Path, tmp_path: Path) -> None:
@@ -621,112 +465,6 @@ def test_progress_is_plain_lines_without_a_terminal(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 30
     assert all("GB/s" in line and "left" in line for line in lines)
-
-
-# --- int8 ---
-
-INT8 = ("--quantize", "int8")
-
-
-@pytest.fixture
-def int8(start: Path, tmp_path: Path) -> Path:
-    return convert(start, tmp_path / "int8", "lechat", *INT8)
-
-
-@pytest.mark.parametrize("first", ["torch", "hf", "mistral", "lechat"])
-def test_int8_is_the_same_from_any_format(
-    first: Format, start: Path, weights: Weights, tiny: MistralConfig, tmp_path: Path
-) -> None:
-    made = convert(convert(start, tmp_path / "one", first), tmp_path / "x", "lechat", *INT8)
-    config, found = load_weights(made)
-    assert config == tiny
-    assert json.loads((made / "config.json").read_text())["quantization"] == {"format": "int8"}
-    assert set(found) == set(weight_shapes(tiny, Form("int8")))
-    for name, array in weights.items():
-        if name.endswith("kernel"):
-            expected = quantized(name, array)
-            np.testing.assert_array_equal(found[name], expected.kernel, strict=True)
-            np.testing.assert_array_equal(found[f"{name}.scale"], expected.scale, strict=True)
-        else:
-            np.testing.assert_array_equal(found[name], array, strict=True)
-
-
-def test_a_conversion_to_int8_is_what_loading_as_int8_makes(start: Path, tmp_path: Path) -> None:
-    floats = convert(start, tmp_path / "floats", "lechat")
-    made = convert(floats, tmp_path / "int8", "lechat", *INT8, "--dtype", "float32")
-    stored = TensorFiles.open(made)
-    _, loaded = load_weights(floats, dtype="float32", quantize="int8")
-    assert set(stored) == set(loaded)
-    for name, leaf in loaded.items():
-        np.testing.assert_array_equal(stored.read(name), leaf, strict=True)
-    files = [name.removesuffix(".scale") for name in stored if name.endswith("kernel.scale")]
-    assert files == [name for name in stored if name.endswith("kernel")]
-
-
-@pytest.mark.parametrize("to", FORMATS)
-def test_int8_is_converted_as_the_numbers_it_stands_for(
-    to: Format, int8: Path, weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    back = convert(int8, tmp_path / "back", to)
-    assert f"{int8} is int8: these are the numbers it stands for" in capsys.readouterr().out
-    assert_equal(
-        back,
-        {
-            name: dequantize(*quantized(name, array), BF16) if name.endswith("kernel") else array
-            for name, array in weights.items()
-        },
-    )
-
-
-def test_what_comes_after_int8_is_to_measure_it(
-    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = convert(start, tmp_path / "a", "lechat", *INT8)
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"{made}: 30 tensors, 0.00 GB of int8 in ")
-    assert said[2].startswith(f"measure:   python -m parity.quality FOLDER --against {made}, where")
-    lechat = convert(start, tmp_path / "b", "lechat")
-    made = convert(lechat, tmp_path / "c", "lechat", *INT8)
-    said = capsys.readouterr().out.splitlines()
-    assert said[-1] == f"measure:   python -m parity.quality {lechat} --against {made}"
-
-
-def test_int8_is_lechats_own_and_made_once(start: Path, int8: Path, tmp_path: Path) -> None:
-    for src, to, flags, message in (
-        (start, "hf", INT8, "--quantize int8 is for lechat's own format"),
-        (start, "lechat", (*INT8, "--allow-nonfinite"), "int8 has no infinite numbers"),
-        (int8, "lechat", INT8, "is int8 already; copy the folder"),
-    ):
-        with pytest.raises(BadInput, match=message):
-            convert(src, tmp_path / "out", cast(Format, to), *flags)
-    assert sorted(os.listdir(tmp_path)) == ["int8", "start"]
-
-
-def test_int8_of_what_is_no_number_is_refused(start: Path, tmp_path: Path) -> None:
-    spoil(start, "blocks.1.mlp.down.weight", lambda x: x.index_fill(1, torch.tensor(3), torch.inf))
-    where = r"^blocks\.1\.mlp\.down\.weight in .*model\.pt is not finite, so it has no int8 form"
-    with pytest.raises(BadInput, match=where):
-        convert(start, tmp_path / "int8", "lechat", *INT8)
-    assert sorted(os.listdir(tmp_path)) == ["start"]
-
-
-def test_int8_that_lacks_a_scale_is_refused(int8: Path, tmp_path: Path) -> None:
-    path = int8 / "model.safetensors"
-    arrays = load_file(path)
-    del arrays["head.kernel.scale"]
-    save_file(arrays, path)
-    with pytest.raises(BadInput, match=r"head\.kernel in .* is not int8 with head\.kernel\.scale"):
-        convert(int8, tmp_path / "out", "hf")
-    assert sorted(os.listdir(tmp_path)) == ["int8", "start"]
-
-
-def test_the_check_refuses_int8_and_says_what_measures_it(start: Path, int8: Path) -> None:
-    for flags in (
-        ["--checkpoint", str(int8)],
-        ["--checkpoint", str(start), "--against", str(int8)],
-    ):
-        with pytest.raises(BadInput, match=r"int8 is int8, which differs .*parity\.quality$"):
-            check([*flags])
 
 
 def test_a_mixture_goes_through_all_formats_and_transformers(tmp_path: Path) -> None:

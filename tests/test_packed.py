@@ -27,7 +27,7 @@ from parity.architectures import SMALL, SMALL_MIXTURE
 from parity.convert import main
 from parity.names import names, parts, shapes
 from parity.sources import open_source
-from tests.test_convert import random_weights, write_torch
+from tests.converting import random_weights, write_torch
 
 Arrays = dict[str, np.ndarray]
 

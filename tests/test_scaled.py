@@ -23,7 +23,7 @@ from lechat_jax.weights import load_weights
 from parity.convert import main
 from parity.names import names
 from parity.sources import open_source
-from tests.test_convert import random_weights, write_torch
+from tests.converting import random_weights, write_torch
 
 State = dict[str, torch.Tensor]
 
