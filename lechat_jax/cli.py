@@ -1,5 +1,6 @@
 """How every command line of lechat reads its flags and reports what is wrong with them."""
 
+import errno
 import inspect
 import os
 import sys
@@ -10,8 +11,13 @@ import tyro
 
 from lechat_jax.errors import BadInput
 from lechat_jax.recipe import with_recipe
+from lechat_jax.room import exhausted
 
 Args = TypeVar("Args")
+
+# Of an `OSError` that is no mistake of the program. (Windows lacks EDQUOT.)
+OF_THE_DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+OF_THE_DISK |= {getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def parse(options: type[Args], prog: str, description: str, argv: Sequence[str] | None) -> Args:
@@ -44,8 +50,9 @@ def parse(options: type[Args], prog: str, description: str, argv: Sequence[str] 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Exits with what `main` returns, and without a traceback for what is no fault of ours.
 
-    Bad input is one line and exit code 2. Ctrl-C and a reader that has gone (as `head`
-    does) end it quietly, with what a shell makes of SIGINT and SIGPIPE.
+    Bad input is one line and exit code 2, and so is memory that runs out, and a disk that is
+    full or refuses, where nobody has said it better. Ctrl-C and a reader that has gone (as
+    `head` does) end it quietly, with what a shell makes of SIGINT and SIGPIPE.
     """
     try:
         code = main() or 0
@@ -57,4 +64,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
         code = 141
+    except (MemoryError, RuntimeError, OSError) as error:
+        if why := exhausted(error):
+            print(f"error: {why}; ask for less at a time, or free some", file=sys.stderr)
+        elif isinstance(error, OSError) and error.errno in OF_THE_DISK:
+            where = error.filename or "a file"
+            print(f"error: {where} cannot be used: {error.strerror}", file=sys.stderr)
+        else:
+            raise
+        code = 2
     sys.exit(code)

@@ -20,6 +20,7 @@ from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.projection import as_bits
 from lechat_jax.quantize import Format
 from lechat_jax.reading import CacheSize, best_chunk, cache_size, left_padded
+from lechat_jax.room import check_fits
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
@@ -290,11 +291,8 @@ class Generator:
         """Raises `BadInput` when the cache for so many rows would not fit."""
         needed = cache_bytes(*self._cache_size(batch, draft))
         free = free_bytes(self.weights["norm.scale"])
-        if free is not None and needed > free:
-            raise BadInput(
-                f"the cache takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
-                "ask for a shorter context or fewer samples"
-            )
+        remedy = "ask for a shorter context or fewer samples"
+        check_fits("the cache takes", needed, free, remedy)
 
     def _cache_size(self, batch: int, draft: int) -> CacheSize:
         return cache_size(self.config, self.weights, batch, self.chunk, self.context, draft)

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -15,6 +14,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.lora import is_adapter
 from lechat_jax.model import Weights
 from lechat_jax.quantize import Format, is_part
+from lechat_jax.room import available_bytes
 from lechat_jax.tensors import TensorFiles
 from lechat_jax.trained import Trained
 from lechat_jax.weights import weight_shapes
@@ -64,7 +64,7 @@ def free_bytes(beside: Array) -> int | None:
     """Memory left where this array lies, in bytes; `None` if the device does not say."""
     device = next(iter(beside.devices()))
     if device.platform == "cpu":
-        return psutil.virtual_memory().available
+        return available_bytes()
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return None

@@ -1,6 +1,8 @@
 """A command line reads a dataclass; what is wrong with it is one line and exit code 2."""
 
 import dataclasses
+import errno
+import os
 from collections.abc import Callable
 
 import pytest
@@ -88,6 +90,26 @@ def test_bad_input_at_work_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
 
     assert exit_code(lambda: cli.run(main)) == 2
     assert capsys.readouterr() == ("", "error: the tank is empty; fill it\n")
+
+
+def test_memory_that_runs_out_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 640000000000 bytes.")
+
+    assert exit_code(lambda: cli.run(main)) == 2
+    assert capsys.readouterr().err == (
+        "error: out of memory: there was no room for another 640.00 GB; ask for less at a time, "
+        "or free some\n"
+    )
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_refuses_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise OSError(number, os.strerror(number), "beans.txt")
+
+    assert exit_code(lambda: cli.run(main)) == 2
+    assert capsys.readouterr().err == f"error: beans.txt cannot be used: {os.strerror(number)}\n"
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (3, 3)])

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from jax import monitoring
 
-from lechat_jax import generator, loading
+from lechat_jax import generator, room
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.continuation import Sample
@@ -279,7 +279,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = psutil.virtual_memory()._replace(available=16 * 10**9)
-    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: memory)
     (folder / "config.json").write_text(json.dumps(preset("mistral-7b-v0.1").to_dict()))
     with pytest.raises(BadInput, match=r"take 28\.97 GB in float32 and 16\.00 GB are free; choose"):
         Generator.from_checkpoint(folder, dtype="float32")
@@ -292,7 +292,7 @@ def test_weights_stay_as_they_are_stored_where_float32_would_not_fit(
 ) -> None:
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     memory = psutil.virtual_memory()._replace(available=int(1.5 * stored))
-    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: memory)
     made = Generator.from_checkpoint(folder)
     assert {str(leaf.dtype) for leaf in made.weights.values()} == {"bfloat16"}
     assert "so they stay in the type that is stored" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""Room in memory: how much is left, whether something fits, and running out in one sentence.
+
+A process that takes more than there is is killed by the system without a word, often after
+minutes. So whoever needs much asks first.
+"""
+
+import contextlib
+import errno
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from lechat_jax.errors import BadInput
+
+GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+# What XLA, CUDA, numpy and PyTorch say. A kernel whose own fast memory is too small for it
+# (`shared memory`, `vmem`) is a mistake of ours, and says so in a traceback.
+EXHAUSTED = r"out.of.memory|(can ?not|can't|unable to|failed to) allocate"
+OTHER_MEMORY = r"shared memory|vmem"
+
+
+def available_bytes() -> int:
+    """Main memory that this process may still take: the system's, within its control groups.
+
+    A container, a Slurm job and a service are killed at the limit of their group, however much
+    the machine has.
+    """
+    return max(0, min([psutil.virtual_memory().available, *_left_in_groups()]))
+
+
+def check_fits(what: str, needed: int, free: int | None, remedy: str) -> None:
+    """Raises `BadInput` for more bytes than are free; what is `None` is not known.
+
+    >>> check_fits("the cache takes", 3 * 10**9, 2 * 10**9, "ask for less")
+    Traceback (most recent call last):
+    lechat_jax.errors.BadInput: the cache takes 3.00 GB and 2.00 GB are free; ask for less
+    """
+    if free is not None and needed > free:
+        raise BadInput(f"{what} {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; {remedy}")
+
+
+@contextlib.contextmanager
+def running_out(remedy: str) -> Iterator[None]:
+    """Within it, memory that runs out is bad input, whoever ran out of it: see `exhausted`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if why := exhausted(error):
+            raise BadInput(f"{why}; {remedy}") from error
+        raise
+
+
+def exhausted(error: BaseException) -> str | None:
+    """What to say of an error that tells that memory ran out, on the host or on a device.
+
+    >>> exhausted(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3000000000 bytes."))
+    'out of memory: there was no room for another 3.00 GB'
+    >>> exhausted(MemoryError()), exhausted(RuntimeError("shapes do not agree"))
+    ('out of memory', None)
+    """
+    said = str(error)
+    ran_out = re.search(EXHAUSTED, said, re.IGNORECASE) and not re.search(OTHER_MEMORY, said)
+    if not (ran_out or isinstance(error, MemoryError) or _is_nomem(error)):
+        return None
+    asked = re.search(r"allocat\w+ (?:of )?(\d+) bytes", said)
+    more = f": there was no room for another {int(asked[1]) / 1e9:.2f} GB" if asked else ""
+    return f"out of memory{more}"
+
+
+def _is_nomem(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENOMEM
+
+
+def _left_in_groups(groups: Path = GROUPS, own: Path = OWN) -> Iterator[int]:
+    """What the limit of each group around this process leaves, with the files it could drop.
+
+    A container often sees its own group as the root, whatever `own` calls it.
+    """
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, taken, prefix = groups, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            root, prefix = groups / "memory", "total_"
+            limit, taken = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(root):
+                break
+            with contextlib.suppress(OSError, ValueError):  # no limit there, or "max"
+                most = int((group / limit).read_text())
+                used = int((group / taken).read_text())
+                stat = dict(map(str.split, (group / "memory.stat").read_text().splitlines()))
+                files = (
+                    int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active")
+                )
+                yield most - used + sum(files)
