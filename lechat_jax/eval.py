@@ -33,7 +33,7 @@ from lechat_jax.texts import find_texts
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
 from lechat_jax.validation import HeldOut, Score, Validator
-from lechat_jax.whole import write_whole
+from lechat_jax.whole import check_writable, write_whole
 
 ANY = 1 << 40  # tokens of a row that holds any example
 
@@ -72,10 +72,7 @@ class EvalConfig:
             raise BadInput(
                 f"--stride must be from 1 to the {self.block} of --block, not {self.stride}"
             )
-        if self.json and not self.json.absolute().parent.is_dir():
-            raise BadInput(
-                f"there is no folder {self.json.absolute().parent} to write {self.json.name} to"
-            )
+        check_writable(self.json)
 
 
 class Text(NamedTuple):

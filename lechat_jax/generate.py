@@ -23,7 +23,7 @@ from lechat_jax.generator import CONTEXT, Generator
 from lechat_jax.prompts import read_prompts
 from lechat_jax.quantize import Format
 from lechat_jax.sampling import Sampling
-from lechat_jax.whole import write_whole
+from lechat_jax.whole import check_writable, write_whole
 
 RULE = "-" * 72  # between two samples
 
@@ -120,8 +120,7 @@ def _check(options: GenerateConfig) -> None:
             raise BadInput(f"--{name} must be at least 1, not {getattr(options, name)}")
     if options.speculate and options.draft < 1:
         raise BadInput(f"--draft must be at least 1 token, not {options.draft}")
-    if options.json and not options.json.absolute().parent.is_dir():
-        raise BadInput(f"there is no folder {options.json.absolute().parent} to write --json to")
+    check_writable(options.json)
 
 
 def _batches(

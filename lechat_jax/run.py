@@ -10,6 +10,8 @@ runs/<name>/
   tokenizer.model.v1 the tokenizer, whichever of Mistral's it is: the folder is enough to generate
 """
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -20,6 +22,7 @@ from typing import Any
 from lechat_jax.distributed import is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.mirrors import Mirror, TensorBoard, WeightsAndBiases
+from lechat_jax.whole import check_new_folder, told, write_whole
 
 CONFIG, METRICS, CURVE = "config.json", "metrics.jsonl", "loss.png"
 RECIPE = "config.yaml"
@@ -42,24 +45,26 @@ class Run:
         """A new, empty run.
 
         Raises:
-            BadInput: there is a run in the folder already, or it cannot be written.
+            BadInput: as `check_new`.
+        """
+        cls.check_new(folder)
+        run = cls(folder)
+        with run._writing(run.samples):
+            run.samples.mkdir(parents=True, exist_ok=True)
+        return run
+
+    @staticmethod
+    def check_new(folder: Path, n_bytes: int = 0) -> None:
+        """Raises `BadInput` for the folder of a run that cannot be begun there.
+
+        There is one already, or the folder cannot be written, or has no room for so much.
         """
         if os.path.exists(folder / CONFIG):  # False, not an error, where one may not look
             raise BadInput(
                 f"{folder} holds a run already; continue it with --resume {folder}, "
                 "or name another folder with --out"
             )
-        run = cls(folder)
-        try:
-            run.samples.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise BadInput(
-                f"cannot write to {folder}: {error.strerror}; choose another --out"
-            ) from None
-        return run
+        check_new_folder(folder, n_bytes)
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
@@ -95,11 +100,17 @@ class Run:
         path = self.folder / name
         if not is_first():
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.partial")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        with self._writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text, self._remedy)
         return path
+
+    @property
+    def _remedy(self) -> str:
+        return f"make room for {self.folder}, and go on with --resume"
+
+    def _writing(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        return told(path, self._remedy)
 
     def mirror_to_tensorboard(self) -> None:
         """From now on `log` also writes TensorBoard events to the folder `tensorboard`.
@@ -128,7 +139,8 @@ class Run:
         """
         if not is_first():
             return
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+        path = self.folder / METRICS
+        with self._writing(path), path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         for mirror in self._mirrors:
             mirror.log(rows)
@@ -179,7 +191,7 @@ class Run:
         path = self.folder / CURVE
         if not is_first():
             return path
-        beside = path.with_name(f".{CURVE}.partial")
-        figure.savefig(beside, format="png")
-        os.replace(beside, path)
+        content = io.BytesIO()
+        figure.savefig(content, format="png")
+        write_whole(path, content.getvalue(), self._remedy)
         return path

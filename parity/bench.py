@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from lechat_jax import cli
-from lechat_jax.errors import BadInput
+from lechat_jax.whole import check_writable
 from parity.bench_attention import Attention
 from parity.bench_card import Card
 from parity.bench_convert import Convert
@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = tyro.extras.subcommand_cli_from_dict(
         WORKS, prog="python -m parity.bench", description=__doc__, args=argv
     )
-    if work.json and not work.json.absolute().parent.is_dir():
-        raise BadInput(f"there is no folder {work.json.absolute().parent} to write --json to")
+    check_writable(work.json, getattr(work, "plot", None))
     # JAX would take most of a GPU's memory at its first use, and leave none for the peer.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     console = Console(highlight=False)

@@ -19,7 +19,6 @@ from parity.contestants import (
     Models,
     check_numbers,
     check_packages,
-    check_plot,
     compare,
     contestant_of,
     contestants,
@@ -97,7 +96,6 @@ class Decode:
             raise BadInput(
                 "int8 and int4 are lechat's alone: name it in --impl, or another --dtype"
             )
-        check_plot(self.plot)
 
     def run(self, console: Console) -> Report:
         """Measures, telling what it is about, and prints a table.

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lechat_jax import cli
 from lechat_jax.display import Display
+from lechat_jax.whole import check_writable
 from parity import reports
 from parity.check_options import CheckConfig
 from parity.peer import need
@@ -22,6 +23,7 @@ from parity.verdict import FaultReport
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`. Returns 0 for equal and 1 for different."""
     options = cli.parse(CheckConfig, "python -m parity.check", __doc__ or "", argv)
+    check_writable(options.json, options.junit, options.markdown, options.html)
     need("torch", "transformers", "xformers")
     # JAX would take most of a GPU's memory at its first use, and leave none for PyTorch.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

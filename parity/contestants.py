@@ -3,7 +3,6 @@
 import importlib
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, cast
 
@@ -169,13 +168,3 @@ def check_numbers(flags: dict[str, Sequence[float]]) -> None:
     for name, numbers in flags.items():
         if not numbers or min(numbers) < 1:
             raise BadInput(f"--{name} must be at least 1, not {', '.join(map(str, numbers))}")
-
-
-def check_plot(path: Path | None) -> None:
-    """Nothing, if the folder of the picture is there.
-
-    Raises:
-        BadInput: it is not.
-    """
-    if path and not path.absolute().parent.is_dir():
-        raise BadInput(f"there is no folder {path.absolute().parent} to write --plot to")

@@ -7,6 +7,7 @@ size of the model, and DST appears when it is complete, or not at all.
 
 import dataclasses
 import itertools
+import os
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from lechat_jax.manifest import sync, write_manifest
 from lechat_jax.quantize import Form, asked, in_parts
 from lechat_jax.quantize import Format as Quantization
 from lechat_jax.tensors import Wanted, write_tensors
+from lechat_jax.whole import check_new_folder
 from parity.finite import is_finite
 from parity.formats import to_format
 from parity.names import Format, names, parts, rows, shapes, tied_head
@@ -298,7 +300,8 @@ def _complaint(source: Source, name: str, dtype: np.dtype) -> str:
 def check_destination(options: Convert) -> None:
     """Raises `BadInput` for a place that must not be written to."""
     dst, src = options.dst.absolute(), Path(options.src).absolute()
-    if not dst.exists():
+    if not os.path.exists(dst):
+        check_new_folder(dst)
         return
     if dst.resolve() == src.resolve() or src.resolve().is_relative_to(dst.resolve()):
         raise BadInput(f"{options.dst} is the source, or around it; name another folder")
@@ -307,6 +310,7 @@ def check_destination(options: Convert) -> None:
     is_checkpoint = any((dst / name).is_file() for name in ("config.json", "params.json"))
     if not dst.is_dir() or (any(dst.iterdir()) and not is_checkpoint):
         raise BadInput(f"{options.dst} is no checkpoint, so it is not overwritten")
+    check_new_folder(dst.parent)
 
 
 def _appear(new: Path, dst: Path, old: Path) -> None:

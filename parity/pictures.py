@@ -1,8 +1,9 @@
 """Pictures of benchmarks, to be read on a light page and on a dark one."""
 
-import os
+import io
 from pathlib import Path
 
+from lechat_jax.whole import write_whole
 from parity.report import Report
 
 GREY = "#808080"  # seen on white and on black
@@ -13,7 +14,7 @@ def draw_bars(report: Report, path: Path) -> None:
     """Tokens a second as bars, and what reading the memory would allow as a line over each.
 
     Raises:
-        OSError: the folder cannot be written.
+        BadInput: it cannot be written there.
     """
     from matplotlib.figure import Figure  # half a second, and only needed here
 
@@ -40,6 +41,6 @@ def draw_bars(report: Report, path: Path) -> None:
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=GREY)
     axes.xaxis.label.set_color(GREY)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", transparent=True)
-    os.replace(partial, path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", transparent=True)
+    write_whole(path, content.getvalue())

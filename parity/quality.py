@@ -28,7 +28,7 @@ from lechat_jax.model import Weights, bind
 from lechat_jax.projection import project
 from lechat_jax.quantize import INT8, Format, asked, form_of, quantize_weights
 from lechat_jax.trained import Trained
-from lechat_jax.whole import write_whole
+from lechat_jax.whole import check_writable, write_whole
 from parity.held_out import Text, held_out
 from parity.measure import machine_line
 from parity.report import TableText
@@ -64,10 +64,7 @@ class Quality:
             raise BadInput("--quantize and --against are two ways to say the same; leave out one")
         if self.tokens < 1:
             raise BadInput(f"--tokens must be at least 1, not {self.tokens}")
-        if self.json and not self.json.absolute().parent.is_dir():
-            raise BadInput(
-                f"there is no folder {self.json.absolute().parent} to write {self.json.name} to"
-            )
+        check_writable(self.json)
 
 
 class Tokens(NamedTuple):

@@ -1,8 +1,8 @@
 """Learners side by side: each on a clock of its own that runs only while it learns."""
 
 import dataclasses
+import io
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.flops import flops_per_token
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.validation import BLOCK, Score
+from lechat_jax.whole import write_whole
 from parity.learners import FOREVER, Learner, Lesson
 from parity.measure import PeakMemory, wait_until_idle
 from parity.report import TableText
@@ -201,7 +202,7 @@ def draw(points: list[Point], machine: str, path: Path) -> None:
     """The curves as a PNG file: bits per byte over each one's own seconds.
 
     Raises:
-        OSError: the folder cannot be written.
+        BadInput: it cannot be written there.
     """
     from matplotlib.figure import Figure  # half a second, and only needed here
 
@@ -218,6 +219,6 @@ def draw(points: list[Point], machine: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend()
-    beside = path.with_name(f".{path.name}.partial")
-    figure.savefig(beside, format="png")
-    os.replace(beside, path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_whole(path, content.getvalue())

@@ -68,7 +68,7 @@ def test_a_run_is_not_begun_over_another(run: Run) -> None:
 @pytest.mark.parametrize("name", ["file", "file/run", "x" * 300])
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(BadInput, match=r"^cannot write to .*; choose another --out$"):
+    with pytest.raises(BadInput, match=r"^cannot write to .*; name another folder$"):
         Run.create(tmp_path / name)
     assert (tmp_path / "file").read_text() == "in the way"
 
