@@ -1,11 +1,12 @@
 """How every command line of lechat reads its flags and reports what is wrong with them."""
 
+import dataclasses
 import errno
 import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
@@ -34,8 +35,8 @@ def parse(options: type[Args], prog: str, description: str, argv: Sequence[str] 
     if "config" in fields:
         switches = {name for name, field in fields.items() if isinstance(field.default, bool)}
         argv = with_recipe(argv, [*fields], switches)
-    return tyro.cli(
-        options,
+    read = tyro.cli(
+        without_empty_defaults(options),
         prog=prog,
         description=description,
         args=argv,
@@ -45,6 +46,22 @@ def parse(options: type[Args], prog: str, description: str, argv: Sequence[str] 
             tyro.conf.AvoidSubcommands,
         ),
     )
+    return options(**{name: getattr(read, name) for name in fields})
+
+
+def without_empty_defaults(options: type[Args]) -> type[Args]:
+    """The same flags, whose help names a default only where that is a value one could give.
+
+    "(default: None)" tells nobody what happens without the flag, which its own text does.
+    """
+    hints = get_type_hints(options, include_extras=True)
+    silent = tyro.conf.arg(help_behavior_hint="")
+    changed = [
+        (field.name, Annotated[hints[field.name], silent], dataclasses.field(default=field.default))
+        for field in inspect.signature(options).parameters.values()
+        if any(field.default is empty for empty in (None, False, "", ()))
+    ]
+    return dataclasses.make_dataclass(options.__name__, changed, bases=(options,), frozen=True)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

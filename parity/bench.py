@@ -5,7 +5,7 @@ drift. --json writes the figures for a script.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -37,7 +37,7 @@ class Work(Protocol):
         ...
 
 
-WORKS: dict[str, Callable[..., Work]] = {
+WORKS: dict[str, type[Work]] = {
     "train": Train,
     "attention": Attention,
     "convert": Convert,
@@ -51,7 +51,11 @@ WORKS: dict[str, Callable[..., Work]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`."""
     work = tyro.extras.subcommand_cli_from_dict(
-        WORKS, prog="python -m parity.bench", description=__doc__, args=argv
+        {name: cli.without_empty_defaults(work) for name, work in WORKS.items()},
+        prog="python -m parity.bench",
+        description=__doc__,
+        args=argv,
+        config=(tyro.conf.DisallowNone,),
     )
     check_writable(work.json, getattr(work, "plot", None))
     # JAX would take most of a GPU's memory at its first use, and leave none for the peer.

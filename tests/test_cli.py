@@ -2,13 +2,21 @@
 
 import dataclasses
 import errno
+import importlib
 import os
+import re
 from collections.abc import Callable
 
 import pytest
 
 from lechat_jax import cli
 from lechat_jax.errors import BadInput
+
+COMMANDS = [
+    *(f"lechat_jax.{name}" for name in ("train", "generate", "chat", "eval")),
+    *(f"parity.{name}" for name in ("check", "convert", "quality", "make_checkpoint")),
+    *(f"parity.bench {work}" for work in ("train", "decode", "prefill", "convert")),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +72,24 @@ def test_help_says_what_each_flag_does_and_exits_with_0(
     for part in ("usage: python -m coffee", "Makes coffee.", "--n-cups", "Cups of coffee", "1)"):
         assert part in said.out
     assert said.err == ""
+
+
+def test_help_names_no_default_where_there_is_no_value(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of cups there is one; of no beans, no guests and "False" nobody could make anything."""
+    exit_code(lambda: parse("--help"))
+    assert re.findall(r"\(.*?\)", capsys.readouterr().out) == ["(default: 1)"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_has_none_for_a_default(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *work = command.split()
+    main = importlib.import_module(name).main
+    assert exit_code(lambda: main([*work, "--help"])) == 0
+    assert not re.search(r"None|default:[\s│]+(False|\)|'')", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("argv", [("--sugar", "2"), ("--n-cups", "two"), ("--n-cups",)])
