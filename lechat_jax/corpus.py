@@ -37,6 +37,8 @@ class Corpus:
         n_bytes: length of the whole text in UTF-8.
         sha256: of the whole text in its order, without separators: what `sha256sum` says
             of a text file, or of the sorted text files of a folder through `cat`.
+        n_files: that it lies in, if it does.
+        notes: what the user should know of it, a sentence each.
     """
 
     name: str
@@ -44,6 +46,24 @@ class Corpus:
     val: tuple[Document, ...]
     n_bytes: int
     sha256: str
+    n_files: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> str:
+        """Its files, documents and bytes, in words."""
+        n = sum(piece.ends for piece in (*self.train, *self.val))
+        return in_words(self.n_files, n, "document", self.n_bytes)
+
+
+def in_words(n_files: int, n: int, what: str, n_bytes: int) -> str:
+    """How much there is of what is learned from.
+
+    >>> in_words(1, 1200, "document", 345678), in_words(0, 1, "document", 9)
+    ('1 file, 1,200 documents, 345,678 bytes', '1 document, 9 bytes')
+    """
+    counted = [f"{k:,} {noun}{'' if k == 1 else 's'}" for k, noun in ((n_files, "file"), (n, what))]
+    return ", ".join([*counted[not n_files :], f"{n_bytes:,} bytes"])
 
 
 def load_corpus(data: str | None) -> Corpus:
@@ -54,10 +74,10 @@ def load_corpus(data: str | None) -> Corpus:
     Raises:
         BadInput: there is no such text, or it is unreadable, not UTF-8 or empty.
     """
-    name, texts = find_texts(data)
-    texts = [text for text in texts if text]
+    found = find_texts(data)
+    texts = [text for text in found.documents if text]
     if not any(text.strip() for text in texts):
-        raise BadInput(f"{name} is empty; give --data a text to learn from")
+        raise BadInput(f"{found.name} is empty; give --data a text to learn from")
     digest, n_bytes = hashlib.sha256(), 0
     for text in texts:
         raw = text.encode()
@@ -65,11 +85,13 @@ def load_corpus(data: str | None) -> Corpus:
         n_bytes += len(raw)
     pieces = split(texts)
     return Corpus(
-        name=name,
+        name=found.name,
         train=tuple(piece for piece, held_out in pieces if not held_out),
         val=tuple(piece for piece, held_out in pieces if held_out),
         n_bytes=n_bytes,
         sha256=digest.hexdigest(),
+        n_files=found.n_files,
+        notes=found.notes,
     )
 
 

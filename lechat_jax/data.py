@@ -11,12 +11,11 @@ from jaxtyping import Bool, Integer
 
 from lechat_jax.corpus import Corpus, Document
 from lechat_jax.errors import BadInput
-from lechat_jax.paths import cache_home
 from lechat_jax.rows import Rows
-from lechat_jax.token_cache import DamagedCache, Streams, read_streams, write_streams
+from lechat_jax.token_cache import Streams, kept
 from lechat_jax.tokenizer import Tokenizer
 
-FORMAT = 1  # of the streams and of the cache file; a new number makes every cache anew
+FORMAT = 2  # of the streams and of the cache file; a new number makes every cache anew
 GROUP = 1 << 20  # characters tokenised between two reports of progress
 
 Progress = Callable[[int, int], None]
@@ -33,16 +32,18 @@ class Tokens:
             costs nats but stands for no byte, so bits per byte err on the high side.
         val_bytes: UTF-8 bytes of the text of `val`.
         name: of the corpus.
+        size: of the corpus, in words.
         n_bytes: of the corpus, both parts.
         sha256: of the corpus.
         cached: the tokens were found, not made.
-        note: what the user should know of the cache (damaged, not writable), or nothing.
+        note: what the user should know of the text or the cache, or nothing.
     """
 
     train: Integer[np.ndarray, " train"]
     val: Integer[np.ndarray, " val"]
     val_bytes: int
     name: str
+    size: str
     n_bytes: int
     sha256: str
     cached: bool
@@ -72,34 +73,29 @@ def load_tokens(
             f"{corpus.name} is too short or repeats itself: {len(corpus.train)} pieces to learn "
             f"from and {len(corpus.val)} to validate on; give a longer text"
         )
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    streams, path, notes = None, None, []
-    try:
-        path = (cache_dir or cache_home() / "tokens") / f"{_key(corpus, tokenizer)}.tokens"
-        streams = read_streams(path, dtype)
-    except DamagedCache as error:
-        notes.append(f"the cached tokens were damaged ({error}) and have been made again")
-    except OSError as error:
-        notes.append(f"no cached tokens could be read ({error})")
-    cached = streams is not None
-    if streams is None:
+    dtype = dtype_of(tokenizer)
+
+    def make() -> dict[str, np.ndarray]:
         streams = _tokenise(corpus, tokenizer, dtype, on_progress)
-        try:
-            if path:
-                write_streams(path, streams)
-                streams = read_streams(path, dtype) or streams
-        except (DamagedCache, OSError) as error:
-            notes.append(f"the tokens could not be kept for the next run ({error})")
+        return dict(zip(("train", "val"), streams, strict=True))
+
+    found = kept(_key(corpus, tokenizer), {"train": dtype, "val": dtype}, make, cache_dir)
     return Tokens(
-        train=streams[0],
-        val=streams[1],
+        train=found.arrays["train"],
+        val=found.arrays["val"],
         val_bytes=sum(len(piece.text.encode()) for piece in corpus.val),
         name=corpus.name,
+        size=corpus.size,
         n_bytes=corpus.n_bytes,
         sha256=corpus.sha256,
-        cached=cached,
-        note="; ".join(notes),
+        cached=found.cached,
+        note="; ".join(filter(None, [*corpus.notes, found.note])),
     )
+
+
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest type that holds the ids."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 def _tokenise(

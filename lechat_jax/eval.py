@@ -24,12 +24,12 @@ from lechat_jax.corpus import load_corpus
 from lechat_jax.data import load_tokens
 from lechat_jax.display import Display, clock
 from lechat_jax.errors import BadInput
-from lechat_jax.examples import form_of, load_examples
+from lechat_jax.examples import load_examples
 from lechat_jax.loading import load_to_compute
 from lechat_jax.packing import Documents, Packed
 from lechat_jax.quantize import Format
 from lechat_jax.step import StepOptions
-from lechat_jax.texts import find_texts
+from lechat_jax.texts import find_texts, form_of
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
 from lechat_jax.validation import HeldOut, Score, Validator
@@ -82,11 +82,13 @@ class Text(NamedTuple):
         name: of it, for people.
         documents: each on its own.
         n_bytes: of UTF-8 that the counted tokens stand for.
+        notes: what a reader of the figures should know, a sentence each.
     """
 
     name: str
     documents: Documents
     n_bytes: int
+    notes: tuple[str, ...]
 
 
 def windows(documents: Documents, block: int, stride: int) -> Documents:
@@ -138,28 +140,37 @@ def load_text(options: EvalConfig, trained: Trained, display: Display) -> Text:
 
     if data is not None and (form := form_of(data)):
         examples = load_examples(data, form, tokenizer, ANY, progress)
+        notes = _notes(examples.note)
         if part == "held-out":
-            return Text(data, examples.val, sum(examples.val_bytes))
+            notes += _notes(trained.not_trained_on(options.data, data, examples.sha256))
+            return Text(data, examples.val, sum(examples.val_bytes), notes)
         both = _joined(examples.train, examples.val)
-        return Text(data, both, sum(examples.train_bytes) + sum(examples.val_bytes))
+        return Text(data, both, sum(examples.train_bytes) + sum(examples.val_bytes), notes)
     if part == "held-out":
         tokens = load_tokens(load_corpus(data), tokenizer, on_progress=progress)
         documents = Documents.of_stream(tokens.val, tokenizer.bos_id, ANY)
-        return Text(tokens.name, _but_bos(documents), tokens.val_bytes)
+        changed = trained.not_trained_on(options.data, tokens.name, tokens.sha256)
+        notes = _notes(tokens.note, changed)
+        return Text(tokens.name, _but_bos(documents), tokens.val_bytes, notes)
     return _whole(data, tokenizer)
+
+
+def _notes(*sentences: str) -> tuple[str, ...]:
+    return tuple(filter(None, sentences))
 
 
 def _whole(data: str | None, tokenizer: Tokenizer) -> Text:
     """All of the text that `data` names."""
-    name, texts = find_texts(data)
-    texts = [text for text in texts if text]
+    found = find_texts(data)
+    texts = [text for text in found.documents if text]
     if not texts:
-        raise BadInput(f"{name} is empty; give --data a text to score")
+        raise BadInput(f"{found.name} is empty; give --data a text to score")
     ends = [tokenizer.bos_id], [tokenizer.eos_id]
     each = [np.concatenate([ends[0], ids, ends[1]]) for ids in tokenizer.encode_batch(texts)]
     ids = np.concatenate(each).astype(np.int32)
     documents = Documents(ids, np.ones(len(ids), bool), np.cumsum([0, *map(len, each)]))
-    return Text(name, _but_bos(documents), sum(len(text.encode()) for text in texts))
+    n_bytes = sum(len(text.encode()) for text in texts)
+    return Text(found.name, _but_bos(documents), n_bytes, found.notes)
 
 
 def _but_bos(documents: Documents) -> Documents:
@@ -185,6 +196,8 @@ def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
     """
     trained = Trained.open(options.dir)
     text = load_text(options, trained, display)
+    for note in text.notes:
+        display.say(f"note: {note}")
     stride = options.stride or -(-options.block // 2)
     pieces = windows(text.documents, options.block, stride)
     packed = Packed(pieces, min(options.block, int(pieces.lengths.max()) - 1), batch=1, seed=0)
@@ -231,6 +244,7 @@ def _figures(
         "block": options.block,
         "stride": stride,
         "dtype": dtype,
+        "notes": [*text.notes],
     }
 
 

@@ -5,36 +5,30 @@ What is asked is read, and what is answered is learned. Each example is a docume
 
 import dataclasses
 import hashlib
+import importlib.metadata
+import itertools
 import json
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Integer
 
-from lechat_jax.corpus import EVERY
+from lechat_jax.corpus import EVERY, in_words
+from lechat_jax.data import dtype_of
+from lechat_jax.dialects import FIELDS, Form, conversation, fields_told, form_of_fields
 from lechat_jax.errors import BadInput
+from lechat_jax.finding import LeftOut, NoRecords, find_files
 from lechat_jax.packing import Documents
-from lechat_jax.records import Complaints, Record, half_pair, json_lines
-from lechat_jax.texts import find_files, load_dataset
+from lechat_jax.records import Complaints, Record, holds_records, json_records
+from lechat_jax.scribes import CHUNK, answer_bytes, pages
+from lechat_jax.textfile import plain_name, read_bytes
+from lechat_jax.texts import first_record, load_dataset
+from lechat_jax.token_cache import Arrays, kept
 from lechat_jax.tokenizer import Tokenizer
-from lechat_jax.transcript import Transcripts, Unusable
 
-Form = Literal["messages", "completion"]
-FIELDS: dict[Form, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "completion": ("prompt", "completion"),
-}
-
-
-class Example(NamedTuple):
-    """One document: its ids from BOS on, and which of them are learned."""
-
-    ids: list[int]
-    counted: list[bool]
-
-    def cut(self, room: int) -> "Example":
-        """The first `room` tokens of it."""
-        return Example(self.ids[:room], self.counted[:room])
+FORMAT = 1  # of what is cached; a new number makes every cache anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +44,7 @@ class Examples:
         val_bytes: likewise.
         n_bytes: of the files.
         sha256: of the files, in their order.
+        n_files: there are; 0 for a dataset.
         opening: the first question or prompt held out.
         note: what the user should know of them (cut, left out), or nothing.
     """
@@ -62,37 +57,41 @@ class Examples:
     val_bytes: tuple[int, ...]
     n_bytes: int
     sha256: str
+    n_files: int
     opening: str
     note: str
 
+    @property
+    def size(self) -> str:
+        """Files, examples and bytes, in words."""
+        n = len(self.train.lengths) + len(self.val.lengths)
+        return in_words(self.n_files, n, "example", self.n_bytes)
+
 
 class Source(NamedTuple):
-    """Records, and how many bytes with which digest they come from."""
+    """Records, to be read when they are needed, and how many bytes with which digest they are.
 
-    records: list[Record]
+    Attributes:
+        records: reads them, from the first on; what is none is complained of.
+        n_files: that they lie in.
+        n_bytes: of those.
+        sha256: likewise.
+        note: what was left out, if anything.
+    """
+
+    records: Callable[[Complaints], Iterator[Record]]
+    n_files: int
     n_bytes: int
     sha256: str
+    note: str = ""
 
 
-def form_of(data: str | None) -> Form | None:
-    """How the examples that `data` names are written; `None` if it names text.
+class Span(NamedTuple):
+    """An example among all: which one it is, where it begins, and where it ends or is cut."""
 
-    The first record that can be read decides.
-
-    Raises:
-        BadInput: there are no such files, or no such dataset.
-    """
-    if data is None:
-        return None
-    files = find_files(data)
-    if files is None:
-        return _form(load_dataset(data).column_names)
-    for file in files:
-        if file.suffix == ".jsonl":
-            first = next(json_lines(file, Complaints("")), None)
-            if first and (form := _form(first.fields)):
-                return form
-    return None
+    number: int
+    begin: int
+    end: int
 
 
 def load_examples(
@@ -101,143 +100,185 @@ def load_examples(
     tokenizer: Tokenizer,
     block: int,
     on_progress: Callable[[int, int], None],
+    cache_dir: Path | None = None,
 ) -> Examples:
     """The examples that `data` names, each cut to the `block + 1` tokens that a row holds.
 
-    Every tenth is held out, or the last of fewer, and with it every copy of it.
+    Every tenth is held out, or the last of fewer, and with it every copy of it. The ids are
+    cached as those of text are; see `token_cache`.
 
     Raises:
         BadInput: some cannot be used, and the message says which and why; or there are not two.
     """
-    complaints = Complaints(data)
-    source = _read(data, form, complaints)
-    write = _writer(form, tokenizer)
-    found: list[tuple[Record, Example]] = []
-    for number, record in enumerate(source.records, start=1):
-        try:
-            found.append((record, write(record.fields)))
-        except Unusable as error:
-            complaints.add(record.where, str(error))
-        on_progress(number, len(source.records))
-    complaints.raise_any()
-    kept = [(record, example.cut(block + 1)) for record, example in found]
-    kept = [(record, example) for record, example in kept if any(example.counted[1:])]
-    train, val = _split([example for _, example in kept])
+    source = _source(data, form)
+    dtype = dtype_of(tokenizer)
+    types = {"begins": np.dtype(np.int64), "n_bytes": np.dtype(np.int64)}
+    types |= {"ids": dtype, "counted": np.dtype(bool)}
+    key = _key(source, form, tokenizer)
+    found = kept(
+        key, types, lambda: _written(data, source, form, tokenizer, on_progress), cache_dir
+    )
+    written = found.arrays
+    begins = written["begins"].tolist()
+    spans = [
+        Span(number, begin, min(end, begin + block + 1))
+        for number, (begin, end) in enumerate(itertools.pairwise(begins))
+    ]
+    usable = [span for span in spans if written["counted"][span.begin + 1 : span.end].any()]
+    train, val = _split(written, usable)
     if not train or not val:
         raise BadInput(
-            f"{data} has {len(found)} examples, of which {len(train)} are to learn from and "
+            f"{data} has {len(spans)} examples, of which {len(train)} are to learn from and "
             f"{len(val)} to validate on; give at least two different ones that fit into a "
             f"--block of {block}"
         )
-    first = next(record for record, example in kept if example == val[0])
+    first = next(itertools.islice(source.records(Complaints(data)), val[0].number, None))
+    long = _note(np.diff(written["begins"]), len(usable), block)
     return Examples(
         name=data,
         form=form,
-        train=Documents.of(train),
-        val=Documents.of(val),
-        train_bytes=tuple(_scored_bytes(tokenizer, example) for example in train),
-        val_bytes=tuple(_scored_bytes(tokenizer, example) for example in val),
+        train=_documents(written, train),
+        val=_documents(written, val),
+        train_bytes=_answers(written, train, tokenizer),
+        val_bytes=_answers(written, val, tokenizer),
         n_bytes=source.n_bytes,
         sha256=source.sha256,
+        n_files=source.n_files,
         opening=_opening(form, first.fields),
-        note=_note([example for _, example in found], len(kept), block),
+        note="; ".join(filter(None, [source.note, long, found.note])),
     )
 
 
-def write_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
-    """A prompt as it is when a model is given it, and the completion that it is to say.
-
-    Raises:
-        Unusable: there is nothing to complete it with, or it is not Unicode.
-    """
-    if not completion:
-        raise Unusable("has an empty `completion`")
-    if bad := half_pair(prompt + completion):
-        raise Unusable(bad)
-    given = [tokenizer.bos_id, *(tokenizer.encode(prompt) if prompt else [])]
-    said = tokenizer.encode_after(completion) if prompt else tokenizer.encode(completion)
-    said = [*said, tokenizer.eos_id]
-    return Example([*given, *said], [False] * len(given) + [True] * len(said))
-
-
-def _form(fields: Any) -> Form | None:
-    for form, needed in FIELDS.items():
-        if all(name in fields for name in needed):
-            return form
-    return None
-
-
-def _writer(form: Form, tokenizer: Tokenizer) -> Callable[[dict[str, Any]], Example]:
-    """From the fields of a record to its example."""
-    if form == "messages":
-        transcripts = Transcripts(tokenizer)
-        return lambda fields: Example(
-            *transcripts.write(fields.get("messages"), fields.get("tools"))
-        )
-
-    def completion(fields: dict[str, Any]) -> Example:
-        for name in FIELDS["completion"]:
-            if not isinstance(fields.get(name), str):
-                raise Unusable(f"has no text in its `{name}` field")
-        return write_completion(tokenizer, fields["prompt"], fields["completion"])
-
-    return completion
-
-
-def _read(data: str, form: Form, complaints: Complaints) -> Source:
-    """All records of the files or of the dataset, of which some may be of another form."""
-    files = find_files(data)
-    digest, n_bytes, records = hashlib.sha256(), 0, []
-    if files is None:
-        wanted = [*FIELDS[form], *(["tools"] if form == "messages" else [])]
-        for number, row in enumerate(load_dataset(data)):
-            fields = {name: row[name] for name in wanted if name in row}
-            raw = json.dumps(fields).encode()
+def _source(data: str, form: Form) -> Source:
+    """The files or the dataset; of a folder, those that hold records."""
+    found = find_files(data)
+    digest, n_bytes = hashlib.sha256(), 0
+    if found is None:
+        for record in _rows(data):
+            raw = json.dumps(record.fields, default=str).encode()
             digest.update(raw)
             n_bytes += len(raw)
-            records.append(Record(f"row {number}", fields))
-        return Source(records, n_bytes, digest.hexdigest())
-    for file in files:
-        raw = file.read_bytes()
-        digest.update(raw)
-        n_bytes += len(raw)
-        if file.suffix != ".jsonl":
-            raise BadInput(f"{file} is no .jsonl file, and others here hold examples; name those")
-        records += json_lines(file, complaints, named=len(files) > 1)
-    return Source(records, n_bytes, digest.hexdigest())
+        return Source(lambda complaints: _rows(data), 0, n_bytes, digest.hexdigest())
+    files: list[Path] = []
+    left = LeftOut(found)
+    for file in found.files:
+        if not holds_records(file):
+            if not found.in_folder or plain_name(file).endswith(".txt"):
+                raise BadInput(
+                    f"{file} is no .jsonl file, and others here hold examples; name those"
+                )
+            left.add("no examples", file)
+            continue
+        with left.unless_fit(file):
+            first = first_record(file)
+            if first and form_of_fields(first.fields) is None and "text" not in first.fields:
+                raise NoRecords(f"{file}, {first.where}, {fields_told(first.fields)}")
+            files.append(file)
+            raw = read_bytes(file)
+            digest.update(raw)
+            n_bytes += len(raw)
+
+    def records(complaints: Complaints) -> Iterator[Record]:
+        return (r for f in files for r in json_records(f, complaints, named=len(files) > 1))
+
+    note = "; ".join(left.notes(data))
+    return Source(records, len(files), n_bytes, digest.hexdigest(), note)
 
 
-def _split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+def _rows(name: str) -> Iterator[Record]:
+    """The rows of a dataset, as far as they are examples."""
+    for number, row in enumerate(load_dataset(name)):
+        yield Record(f"row {number}", {field: row[field] for field in FIELDS if field in row})
+
+
+def _key(source: Source, form: Form, tokenizer: Tokenizer) -> str:
+    """SHA-256 of all that the ids of examples depend on."""
+    template = importlib.metadata.version("mistral-common")
+    said = f"examples {FORMAT} {form} {tokenizer.sha256} {template}\n"
+    return hashlib.sha256(
+        f"{said}{source.n_files} {source.n_bytes} {source.sha256}".encode()
+    ).hexdigest()
+
+
+def _written(
+    data: str,
+    source: Source,
+    form: Form,
+    tokenizer: Tokenizer,
+    on_progress: Callable[[int, int], None],
+) -> Arrays:
+    """All examples end to end, uncut."""
+    complaints = Complaints(data)
+    records = [*source.records(complaints)]
+    fields = [record.fields for record in records]
+    written = []
+    for number, page in enumerate(pages(form, tokenizer, fields, on_progress)):
+        for place, why in page.faults:
+            complaints.add(records[number * CHUNK + place].where, why)
+        written.append(page)
+    complaints.raise_any()
+    if not written:
+        raise BadInput(f"{data} is empty; give at least two examples")
+    lengths = [n for page in written for n in page.lengths]
+    return {
+        "begins": np.cumsum([0, *lengths], dtype=np.int64),
+        "n_bytes": np.array([n for page in written for n in page.n_bytes], np.int64),
+        "ids": np.concatenate([page.ids for page in written]).astype(dtype_of(tokenizer)),
+        "counted": np.concatenate([page.counted for page in written]),
+    }
+
+
+def _split(written: Arrays, spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
     """Those to learn from, and those held out, no one of which is among them."""
-    every = min(EVERY, max(1, len(examples)))
-    held = {tuple(example.ids) for example in examples[every - 1 :: every]}
-    train = [example for example in examples if tuple(example.ids) not in held]
-    return train, [example for example in examples if tuple(example.ids) in held]
+    every = min(EVERY, max(1, len(spans)))
+    digests = [
+        hashlib.blake2b(written["ids"][span.begin : span.end].data, digest_size=16).digest()
+        for span in spans
+    ]
+    held = set(digests[every - 1 :: every])
+    parts: tuple[list[Span], list[Span]] = ([], [])
+    for span, digest in zip(spans, digests, strict=True):
+        parts[digest in held].append(span)
+    return parts
 
 
-def _scored_bytes(tokenizer: Tokenizer, example: Example) -> int:
-    """UTF-8 bytes of the answers, each decoded by itself."""
-    edges = np.flatnonzero(np.diff([0, *example.counted, 0])).reshape(-1, 2).tolist()
-    return sum(len(tokenizer.decode(example.ids[a:b]).encode()) for a, b in edges)
+def _documents(written: Arrays, spans: Sequence[Span]) -> Documents:
+    """These examples alone, end to end."""
+    ids, counted = (
+        np.concatenate([written[name][span.begin : span.end] for span in spans])
+        for name in ("ids", "counted")
+    )
+    return Documents(ids, counted, np.cumsum([0, *(span.end - span.begin for span in spans)]))
+
+
+def _answers(written: Arrays, spans: Sequence[Span], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """UTF-8 bytes of the answers of each, which are fewer where it is cut."""
+    begins, whole = written["begins"], written["n_bytes"]
+    return tuple(
+        int(whole[number])
+        if end == begins[number + 1]
+        else answer_bytes(tokenizer, written["ids"][begin:end], written["counted"][begin:end])
+        for number, begin, end in spans
+    )
 
 
 def _opening(form: Form, fields: dict[str, Any]) -> str:
     """What is asked first."""
     if form == "completion":
         return fields["prompt"]
-    asked = next(m["content"] for m in fields["messages"] if m["role"] == "user")
+    messages, _ = conversation(fields)
+    asked = next(m["content"] for m in messages if m["role"] == "user")
     return asked if isinstance(asked, str) else "Hello"
 
 
-def _note(examples: Sequence[Example], n_kept: int, block: int) -> str:
+def _note(lengths: Integer[np.ndarray, " examples"], n_kept: int, block: int) -> str:
     """What does not fit, if anything."""
-    longest = max(len(example.ids) for example in examples)
-    n_long = sum(len(example.ids) > block + 1 for example in examples)
+    n_long = int((lengths > block + 1).sum())
     if not n_long:
         return ""
-    lost = len(examples) - n_kept
+    lost = len(lengths) - n_kept
     return (
-        f"{n_long} of {len(examples)} examples are longer than the {block + 1} tokens of a row "
+        f"{n_long} of {len(lengths)} examples are longer than the {block + 1} tokens of a row "
         f"and are cut there; {lost} of them have no answer before and are left out; --block "
-        f"{longest - 1} would hold all"
+        f"{lengths.max() - 1} would hold all"
     )

@@ -4,10 +4,11 @@ from typing import Literal, Protocol, runtime_checkable
 
 from lechat_jax.corpus import load_corpus
 from lechat_jax.data import Batches, Progress, Tokens, interim_rows, load_tokens
-from lechat_jax.examples import Examples, form_of, load_examples
+from lechat_jax.examples import Examples, load_examples
 from lechat_jax.packing import Documents, Packed
 from lechat_jax.rows import Rows
 from lechat_jax.template import Conversation
+from lechat_jax.texts import form_of
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.validation import INTERIM_ROWS, HeldOut
 
@@ -24,6 +25,7 @@ class Lessons(Protocol):
 
     Attributes:
         name: of the data, for people.
+        size: of the data, in words.
         n_bytes: of the data.
         sha256: of the data.
         notes: what the user should know, a sentence each.
@@ -33,6 +35,7 @@ class Lessons(Protocol):
     """
 
     name: str
+    size: str
     n_bytes: int
     sha256: str
     notes: list[str]
@@ -61,7 +64,8 @@ class TextLessons:
     def __init__(
         self, tokens: Tokens, tokenizer: Tokenizer, block: int, batch: int, seed: int, packed: bool
     ) -> None:
-        self.name, self.n_bytes, self.sha256 = tokens.name, tokens.n_bytes, tokens.sha256
+        self.name, self.size = tokens.name, tokens.size
+        self.n_bytes, self.sha256 = tokens.n_bytes, tokens.sha256
         self.notes = [tokens.note] if tokens.note else []
         self._tokens, self._tokenizer = tokens, tokenizer
         self._packed: Packed | None = None
@@ -100,7 +104,8 @@ class ExampleLessons:
         seed: int,
         packed: bool,
     ) -> None:
-        self.name, self.n_bytes, self.sha256 = examples.name, examples.n_bytes, examples.sha256
+        self.name, self.size = examples.name, examples.size
+        self.n_bytes, self.sha256 = examples.n_bytes, examples.sha256
         self.opening, self.chat = examples.opening, examples.form == "messages"
         self._examples, self._tokenizer = examples, tokenizer
         reader = Packed(examples.train, block, batch, seed, together=packed)

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from lechat_jax.errors import BadInput
+from lechat_jax.textfile import read_text
 
 
 def with_recipe(argv: Sequence[str], names: Sequence[str], switches: Set[str]) -> list[str]:
@@ -50,10 +51,10 @@ def _value(flag: str, argv: Sequence[str]) -> str | None:
 
 def _flags_of(path: Path, names: Sequence[str], switches: Set[str]) -> list[str]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"cannot read --config {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = yaml.safe_load(read_text(path))
+    except RecursionError:
+        raise BadInput(f"--config {path} is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date may have no such day
         raise BadInput(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise BadInput(f"--config {path} is no list of options such as `steps: 100`, one a line")

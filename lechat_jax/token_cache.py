@@ -1,17 +1,22 @@
-"""The file that keeps the tokens of a corpus: written whole or not at all, checked when read."""
+"""The file that keeps tokens for the next run: written whole or not at all, checked when read."""
 
 import hashlib
 import json
 import operator
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Integer
 
-HEADER = 256  # bytes of JSON and spaces before the tokens, so that these are aligned
+from lechat_jax.paths import cache_home
 
+HEADER = 256  # bytes of JSON and spaces before the arrays, so that these are aligned
+
+Arrays = dict[str, np.ndarray]
 Streams = tuple[Integer[np.ndarray, " train"], Integer[np.ndarray, " val"]]
 
 
@@ -19,30 +24,78 @@ class DamagedCache(Exception):
     """The file is not as it was written; the message names it and says what is wrong."""
 
 
-def write_streams(path: Path, streams: Streams) -> None:
-    """One file with a header, the training stream and the validation stream.
+class Kept(NamedTuple):
+    """Arrays from the cache, or made for it.
+
+    Attributes:
+        arrays: memory-mapped when they lie in the cache.
+        cached: they were found, not made.
+        note: what the user should know of the cache (damaged, not writable), or nothing.
+    """
+
+    arrays: Arrays
+    cached: bool
+    note: str
+
+
+def kept(
+    key: str, types: Mapping[str, np.dtype], make: Callable[[], Arrays], folder: Path | None = None
+) -> Kept:
+    """What was made for this key before, or else is made now and kept for the next time.
+
+    Where it cannot be kept it stays in memory, and the note says so.
+
+    Args:
+        key: of all that the arrays depend on.
+        types: of the arrays, those of the largest numbers first.
+        make: makes them.
+        folder: of the cache; by default `tokens` below `cache_home()`.
+    """
+    arrays, path, notes = None, None, []
+    try:
+        path = (folder or cache_home() / "tokens") / f"{key}.tokens"
+        arrays = read_arrays(path, types)
+    except DamagedCache as error:
+        notes.append(f"the cached tokens were damaged ({error}) and have been made again")
+    except OSError as error:
+        notes.append(f"no cached tokens could be read ({error})")
+    cached = arrays is not None
+    if arrays is None:
+        arrays = make()
+        try:
+            if path:
+                write_arrays(path, arrays)
+                arrays = read_arrays(path, types) or arrays
+        except (DamagedCache, OSError) as error:
+            notes.append(f"the tokens could not be kept for the next run ({error})")
+    return Kept(arrays, cached, "; ".join(notes))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """One file with a header and the arrays, one behind the other.
 
     Readers see the old file or the new one, whoever else writes at the same time.
 
     Raises:
         OSError: the folder cannot be made or written.
     """
-    train, val = streams
-    header = {"train": len(train), "val": len(val), "sha256": _sha256(train, val)}
+    sizes = {name: len(array) for name, array in arrays.items()}
+    header = json.dumps(sizes | {"sha256": _sha256(arrays)}).encode()
+    assert len(header) <= HEADER
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".tokens-")
     try:
         with open(handle, "wb") as file:
-            file.write(json.dumps(header).encode().ljust(HEADER))
-            file.write(train.data)
-            file.write(val.data)
+            file.write(header.ljust(HEADER))
+            for array in arrays.values():
+                file.write(array.data)
         os.replace(beside, path)
     finally:
         Path(beside).unlink(missing_ok=True)
 
 
-def read_streams(path: Path, dtype: np.dtype) -> Streams | None:
-    """The streams in the file, memory-mapped; `None` when there is no such file.
+def read_arrays(path: Path, types: Mapping[str, np.dtype]) -> Arrays | None:
+    """The arrays in the file, memory-mapped; `None` when there is no such file.
 
     Raises:
         OSError: the file cannot be read.
@@ -56,23 +109,39 @@ def read_streams(path: Path, dtype: np.dtype) -> Streams | None:
         return None
     try:
         header = json.loads(raw)
-        n_train, n_val = operator.index(header["train"]), operator.index(header["val"])
+        lengths = {name: operator.index(header[name]) for name in types}
         sha256 = header["sha256"]
-        expected = HEADER + (n_train + n_val) * dtype.itemsize
+        expected = HEADER + sum(n * types[name].itemsize for name, n in lengths.items())
     except (ValueError, LookupError, TypeError) as error:
         raise DamagedCache(f"{path}: unreadable header") from error
-    if size != expected:
+    if size != expected or min(lengths.values()) < 0:
         raise DamagedCache(f"{path}: {size} bytes instead of {expected}")
-    tokens = np.memmap(path, dtype, mode="r", offset=HEADER)
-    train, val = tokens[:n_train], tokens[n_train:]
-    if _sha256(train, val) != sha256:
+    found, at = {}, HEADER
+    whole = np.memmap(path, np.uint8, mode="r")
+    for name, n in lengths.items():
+        end = at + n * types[name].itemsize
+        found[name] = whole[at:end].view(types[name])
+        at = end
+    if _sha256(found) != sha256:
         raise DamagedCache(f"{path}: wrong checksum")
-    return train, val
+    return found
 
 
-def _sha256(train: Integer[np.ndarray, " train"], val: Integer[np.ndarray, " val"]) -> str:
-    """The digest of both streams and of where one ends and the other begins."""
-    digest = hashlib.sha256(f"{len(train)} {len(val)} {train.dtype}\n".encode())
-    digest.update(train.data)
-    digest.update(val.data)
+def write_streams(path: Path, streams: Streams) -> None:
+    """The two streams of a corpus; see `write_arrays`."""
+    write_arrays(path, dict(zip(("train", "val"), streams, strict=True)))
+
+
+def read_streams(path: Path, dtype: np.dtype) -> Streams | None:
+    """The streams in the file; see `read_arrays`."""
+    found = read_arrays(path, {"train": dtype, "val": dtype})
+    return (found["train"], found["val"]) if found else None
+
+
+def _sha256(arrays: Mapping[str, np.ndarray]) -> str:
+    """The digest of the arrays and of where one ends and the other begins."""
+    shapes = " ".join(f"{len(array)} {array.dtype}" for array in arrays.values())
+    digest = hashlib.sha256(f"{shapes}\n".encode())
+    for array in arrays.values():
+        digest.update(array.data)
     return digest.hexdigest()

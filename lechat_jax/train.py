@@ -75,7 +75,7 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
         options.packing,
         lambda done, of: display.work("tokenising", done, of),
     )
-    display.say(f"text:  {lessons.name}, {lessons.n_bytes:,} bytes, SHA-256 {lessons.sha256}")
+    display.say(f"text:  {lessons.name}, {lessons.size}, SHA-256 {lessons.sha256}")
     for note in lessons.notes:
         display.say(f"note: {note}")
     if start.run and start.corpus_sha256 != lessons.sha256:

@@ -82,6 +82,24 @@ class Trained:
         path = preferred(self.folder.iterdir())
         return Tokenizer.from_file(path) if path else None
 
+    def not_trained_on(self, data: str | None, name: str, sha256: str) -> str:
+        """That a text is not the one of the run, in a sentence; nothing, if it is or there is none.
+
+        What would be held out of it may have been learned.
+
+        Args:
+            data: as the text was asked for; `None` for that of the run.
+            name: of the text, for people.
+            sha256: of the text.
+        """
+        asked = self.run.config["train"] if self.run else {}
+        if asked.get("corpus_sha256", sha256) == sha256:
+            return ""
+        sentence = f"{name} is not the text that {self.folder} was trained on"
+        if data is not None and data != asked.get("data"):
+            return sentence
+        return f"{sentence} any more: some of what is held out of it now was learned"
+
     @property
     def base(self) -> "Trained":
         """The model beside which this one learned its adapters, or itself.

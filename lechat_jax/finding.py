@@ -1,0 +1,121 @@
+"""Which files a path, a folder or a glob names, and which of a folder are left out, and why.
+
+Standard library only.
+"""
+
+import contextlib
+import glob
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lechat_jax.errors import BadInput
+from lechat_jax.textfile import NotText, plain_name
+
+_DATASET_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[A-Za-z0-9_-][\w.-]*", re.ASCII)
+_FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*$", re.ASCII)  # .txt, but not the .1 of a version
+_GLOB_CHARACTERS = re.compile(r"[*?[]")
+# Names of files that are meant to be text: in a folder they are read, or else refused.
+_MEANT = (".txt", ".md", ".rst", ".jsonl", ".ndjson")
+
+
+class NoRecords(NotText):
+    """A file of JSON holds neither examples nor texts."""
+
+
+class Found(NamedTuple):
+    """Files to read.
+
+    Attributes:
+        files: in order.
+        hidden: what was passed over because its name begins with a dot.
+        in_folder: they are whatever lies in a folder, and were not named.
+    """
+
+    files: list[Path]
+    hidden: list[Path]
+    in_folder: bool
+
+
+def find_files(data: str) -> Found | None:
+    """The files that `data` names; `None` if it is the id of a dataset.
+
+    Raises:
+        BadInput: there are none.
+    """
+    path = os.path.expanduser(data)
+    if os.path.isdir(path):
+        return _below(Path(path))
+    if os.path.exists(path):
+        return Found([Path(path)], [], False)
+    if _GLOB_CHARACTERS.search(path):
+        files = sorted(Path(f) for f in glob.glob(path, recursive=True) if not os.path.isdir(f))
+        if not files:
+            raise BadInput(f"no file matches {data}")
+        return Found(files, [], False)
+    if _DATASET_ID.fullmatch(data) and not _FILE_SUFFIX.search(data):
+        return None
+    raise BadInput(
+        f"there is no file or folder {data!r}; --data takes a text file, a folder, a glob "
+        "or a Hugging Face dataset id (owner/name)"
+    )
+
+
+def _below(top: Path) -> Found:
+    """All files below a folder but hidden ones, and sockets and the like."""
+
+    def refuse(error: OSError) -> None:
+        raise BadInput(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    files, hidden = [], []
+    for folder, folders, names in os.walk(top, onerror=refuse):
+        hidden += [Path(folder, name) for name in sorted([*folders, *names]) if name[0] == "."]
+        folders[:] = [name for name in folders if name[0] != "."]
+        shown = [Path(folder, name) for name in names if name[0] != "."]
+        files += [file for file in shown if file.is_file() or file.is_symlink()]
+    return Found(sorted(files), sorted(hidden), True)
+
+
+class LeftOut:
+    """What of a folder is not read, and why."""
+
+    def __init__(self, found: Found) -> None:
+        self.n_read = 0
+        self._found = found
+        self._why: dict[str, list[Path]] = {"hidden": found.hidden} if found.hidden else {}
+
+    def add(self, why: str, file: Path) -> None:
+        """One more."""
+        self._why.setdefault(why, []).append(file)
+
+    @contextlib.contextmanager
+    def unless_fit(self, file: Path) -> Iterator[None]:
+        """Leaves out a file that turns out to be no text, unless it was named or is meant to be."""
+        try:
+            yield
+        except NoRecords:
+            if not self._found.in_folder:
+                raise
+            self.add("without examples or texts", file)
+        except NotText:
+            if not self._found.in_folder or plain_name(file).endswith(_MEANT):
+                raise
+            self.add("no UTF-8 text", file)
+        else:
+            self.n_read += 1
+
+    def told(self) -> str:
+        """The files by what they are, as the end of a sentence; nothing, if all were read."""
+        parts = []
+        for why, files in self._why.items():
+            names = ", ".join(file.name for file in files[:3])
+            parts.append(f"{len(files)} {why} ({names}{', …' if len(files) > 3 else ''})")
+        return f"; left out: {', '.join(parts)}" if parts else ""
+
+    def notes(self, data: str) -> tuple[str, ...]:
+        """One sentence, if anything was left out."""
+        told = self.told()
+        files = "1 file" if self.n_read == 1 else f"{self.n_read:,} files"
+        return (f"read {files} below {data}{told}",) if told else ()
