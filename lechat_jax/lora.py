@@ -26,9 +26,14 @@ class Adapter(nnx.Module):
         self.scale = nnx.Param(jnp.ones(()))
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
-        """What is to be added to the kernel's product with `x`, in the type of `x`."""
+        """What is to be added to the kernel's product with `x`, in the type of `x`.
+
+        Scaled before it is rounded, by a number of float32: rounded to bfloat16, a scale of 5/3
+        would be wrong by 0.2 % in all that the adapter does.
+        """
         a, b = self.a[...], self.b[...]
-        low = project(x, a.reshape(a.shape[0], -1)) * self.scale[...]
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        low = project(x, a.reshape(a.shape[0], -1), dtype=wide) * self.scale[...]
         return project(low.astype(x.dtype), b.reshape(-1, b.shape[-1]))
 
 

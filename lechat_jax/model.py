@@ -14,7 +14,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from lechat_jax.attention import Backend, attend_cached, training_attention
 from lechat_jax.cache import Cache, Ring, distinct_windows, places
@@ -190,7 +190,7 @@ class Table(nnx.Module):
         if self.kernel_scale is not None:
             scale = self.kernel_scale[...][tokens][..., None]
             return (self.kernel[...][tokens] * scale).astype(self.dtype)
-        return from_bits(self.kernel[...][tokens])
+        return from_bits(_looked_up(self.kernel[...], tokens))
 
     def matrix(self) -> Float[Array, "V D"]:
         """All vectors; those of an int8 table are made, and are whole in memory."""
@@ -205,6 +205,29 @@ class Table(nnx.Module):
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         flat = hidden.reshape(-1, kernel.shape[1])
         return project(flat, kernel, scale, wide).reshape(*hidden.shape[:-1], kernel.shape[0])
+
+
+@jax.custom_vjp
+def _looked_up(kernel: Shaped[Array, "V D"], tokens: Int[Array, "B T"]) -> Shaped[Array, "B T D"]:
+    """`kernel[tokens]`, whose gradient is added up in at least float32 and rounded once.
+
+    A token may come thousands of times in a batch, and a sum in bfloat16 stops to grow when it
+    has some hundred terms.
+    """
+    return kernel[tokens]
+
+
+def _slope_of_table(kept: tuple[Array, Array], dy: Float[Array, "B T D"]) -> tuple[Array, None]:
+    kernel, tokens = kept
+    wide = jnp.promote_types(dy.dtype, jnp.float32)
+    total = jnp.zeros(kernel.shape, wide).at[tokens].add(dy.astype(wide))
+    return total.astype(kernel.dtype), None
+
+
+_looked_up.defvjp(
+    lambda kernel, tokens: (kernel[tokens], (kernel, tokens)),
+    _slope_of_table,
+)
 
 
 class Mistral(nnx.Module):

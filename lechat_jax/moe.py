@@ -127,9 +127,10 @@ def _mixed(
     order = jnp.argsort(flat, stable=True)
     back = jnp.argsort(order)
     sizes = jnp.bincount(flat, length=E)
-    rows = permuted(jnp.repeat(x, n_chosen, axis=0), order, back)
-    hidden = grouped(rows, gate, sizes)
     wide = jnp.promote_types(x.dtype, jnp.float32)
+    repeated = jnp.repeat(x.astype(wide), n_chosen, axis=0)  # so gradients are added up wide
+    rows = permuted(repeated.astype(x.dtype), order, back)
+    hidden = grouped(rows, gate, sizes)
     hidden = jax.nn.silu(hidden.astype(wide)).astype(x.dtype)
     hidden = hidden * grouped(rows, up, sizes)
     made = permuted(grouped(hidden, down, sizes), back, order)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.attention import Backend
 from lechat_jax.config import MistralConfig
+from lechat_jax.lora import SCALE
 from lechat_jax.loss import cross_entropy
 from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.moe import Load, imbalance
@@ -141,7 +142,7 @@ def _part_of_imbalance(options: StepOptions, load: Load) -> Float[Array, ""]:
 
 
 def _cast(name: str, leaf: Array, options: StepOptions) -> Array:
-    is_fixed = jnp.issubdtype(leaf.dtype, jnp.integer) or is_part(name)
+    is_fixed = jnp.issubdtype(leaf.dtype, jnp.integer) or is_part(name) or name.endswith(SCALE)
     return leaf if is_fixed else leaf.astype(options.dtype)
 
 

@@ -325,6 +325,38 @@ def test_a_named_kernel_that_cannot_do_it_is_refused(
         training_attention(q, k, v, window, backend)
 
 
+def test_cudnn_is_given_no_row_of_several_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would let them see each other, and say nothing."""
+    given: list[str] = []
+
+    def cudnn(q: Any, k: Any, v: Any, documents: Any, window: Any) -> Any:
+        given.append("cudnn")
+        return q
+
+    monkeypatch.setitem(attention.KERNELS, "cudnn", cudnn)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "cudnn_works", lambda *kind: True)
+    q, k, v, _ = draw(33, 2, 1, 8, "bfloat16", B=1)
+    documents = jnp.zeros((1, 33), jnp.int32)
+
+    def ours(documents: Any, window: int | None, backend: Any = None) -> None:
+        jax.eval_shape(lambda: training_attention(q, k, v, window, backend, documents))
+
+    for window in (7, None):
+        ours(None, window)
+        assert given.pop() == "cudnn"
+        ours(documents, window)
+        assert given == []
+    reason = "cudnn attention cannot keep the documents of a row apart; use dense or banded"
+    for window in (7, None):
+        with pytest.raises(BadInput, match=reason):
+            ours(documents, window, "cudnn")
+    for platform, packed in (("cuda", "banded"), ("tpu", "splash"), ("cpu", "banded")):
+        assert choose_backend(platform, "bfloat16", 4096, 64, 24, packed=True) == packed
+    for backend in ("dense", "banded", "splash"):
+        assert unsupported(backend, "bfloat16", 64, 24, packed=True) is None
+
+
 def test_an_unknown_kernel_is_refused_with_those_there_are() -> None:
     reason = unsupported("flash", "float32", window=7, head_dim=8)
     assert reason == "unknown attention 'flash'; choose one of dense, banded, cudnn, splash"

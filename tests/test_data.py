@@ -131,15 +131,19 @@ def test_calls_at_the_same_time_agree_and_the_next_uses_the_cache(
             CORPUS, train=(Document("Hell", ends=False), Document("oworld caf\u00e9\n"))
         ),
         dataclasses.replace(CORPUS, val=CORPUS.val[:1]),
+        dataclasses.replace(CORPUS, train=CORPUS.train[:1], val=(CORPUS.train[1], *CORPUS.val)),
     ],
-    ids=["other split", "ends elsewhere", "cut elsewhere", "shorter"],
+    ids=["other split", "ends elsewhere", "cut elsewhere", "shorter", "other border"],
 )
 def test_another_corpus_has_another_cache(tmp_path: Path, changed: Corpus) -> None:
-    load_tokens(CORPUS, TOKENIZER, tmp_path)
-    tokens = load_tokens(changed, TOKENIZER, tmp_path)
+    load_tokens(CORPUS, TOKENIZER, tmp_path / "one")
+    tokens = load_tokens(changed, TOKENIZER, tmp_path / "one")
     assert not tokens.cached
     assert tokens.note == ""
-    assert load_tokens(CORPUS, TOKENIZER, tmp_path).cached
+    alone = load_tokens(changed, TOKENIZER, tmp_path / "other")
+    assert tokens.train.tolist() == alone.train.tolist()
+    assert tokens.val.tolist() == alone.val.tolist()
+    assert load_tokens(CORPUS, TOKENIZER, tmp_path / "one").cached
 
 
 def test_another_tokenizer_has_another_cache(

@@ -34,6 +34,12 @@ def test_sixteen_numbers_lie_between_the_extremes_and_nought_is_one_of_them() ->
     assert group(1e-38, -1e-38, 0, 0) == ([0, 0, 0, 0], 1.0, 0)
 
 
+def test_the_largest_weight_is_fifteen_where_rounding_would_make_it_sixteen() -> None:
+    """Of -3 to 3 a step is 0.4, nought is 7.5 of them, and both halves are rounded up to 8."""
+    assert group(3, -3, 0, 2.8) == ([15, 0, 8, 15], pytest.approx(0.4), 8)
+    assert group(-6, 6, 6, -5.6) == ([0, 15, 15, 1], pytest.approx(0.8), 8)
+
+
 @given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=8, max_size=8))
 def test_no_weight_is_off_by_more_than_a_scale(weights: list[float]) -> None:
     """By half, and by what the rounding of the zero moves the end of the range."""
@@ -163,6 +169,10 @@ def test_a_model_in_int4_is_saved_loaded_and_computes_what_its_numbers_do(
 def test_groups_divide_the_widths_or_int4_is_refused(small: MistralConfig) -> None:
     found = asked("int4", preset("mistral-7b-v0.1"))
     assert found == Form("int4", 128)
+    # Attention's output reads three heads of eight, the other maps 64 and 128.
+    narrow = {"dim": 64, "hidden_dim": 128, "n_heads": 3, "n_kv_heads": 1, "head_dim": 8}
+    form = asked("int4", MistralConfig.from_dict(small.to_dict() | narrow))
+    assert form == Form("int4", 8)
     odd = MistralConfig.from_dict(small.to_dict() | {"hidden_dim": 44})
     with pytest.raises(BadInput, match=r"int4 has groups of 8 .* widths of this model, 40, 48 and"):
         asked("int4", odd)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
@@ -223,12 +224,38 @@ def test_targets_are_maps_of_every_layer_or_single_ones(small: MistralConfig) ->
 
 
 def test_rank_stabilised_adapters_are_divided_by_the_root(small: MistralConfig) -> None:
-    parts = Adapters(4, 6.0, targets=("o",), rslora=True).parts(small)
-    assert parts["blocks.0.attn.o"].scale == 3.0
+    first, second = "blocks.0.attn.o", "blocks.1.attn.o"
+    adapters = Adapters(4, 6.0, ("o",), ranks={second: 9}, alphas={second: 12.0}, rslora=True)
+    scales = {name: part.scale for name, part in adapters.parts(small).items()}
+    assert scales == {first: 6 / 2, second: 12 / 3}
+    divided = dataclasses.replace(adapters, rslora=False).parts(small)
+    assert {name: part.scale for name, part in divided.items()} == {first: 6 / 4, second: 12 / 9}
 
 
-def test_what_describes_them_can_be_stored(small: MistralConfig) -> None:
-    assert Adapters.from_dict(ADAPTERS.to_dict()) == ADAPTERS
+def test_a_fresh_a_is_uniform_within_the_root_of_its_inputs_and_b_is_zero(
+    small: MistralConfig,
+) -> None:
+    """Inputs are all axes that a map reads: of attention's output heads times their width."""
+    inputs = {"q": 40, "k": 40, "v": 40, "o": 6 * 8, "gate": 40, "up": 40, "down": 56}
+    drawn = Adapters(rank=16, alpha=16.0).draw(small, seed=0)
+    for name, leaf in drawn.items():
+        word, _, half = name.split(".")[-3:]
+        if half == "b":
+            assert not leaf.any()
+            continue
+        bound = inputs[word] ** -0.5
+        assert 0.98 * bound < np.abs(leaf).max() <= bound, name
+        assert abs(float(leaf.mean())) < 0.1 * bound, name
+        assert float(leaf.std()) == pytest.approx(bound / 3**0.5, rel=0.1), name
+    assert len({leaf.tobytes() for leaf in map(np.asarray, drawn.values()) if leaf.any()}) == 14
+    other = Adapters(rank=16, alpha=16.0).draw(small, seed=1)["blocks.0.attn.q.lora.a"]
+    assert not np.array_equal(other, drawn["blocks.0.attn.q.lora.a"])
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_describes_them_can_be_stored(rslora: bool) -> None:
+    adapters = dataclasses.replace(ADAPTERS, targets=("q", "blocks.1.mlp.up"), rslora=rslora)
+    assert Adapters.from_dict(json.loads(json.dumps(adapters.to_dict()))) == adapters
 
 
 def test_what_cannot_be_adapted_is_refused(small: MistralConfig) -> None:

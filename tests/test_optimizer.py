@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lechat_jax.config import MistralConfig
 from lechat_jax.model import Weights, shapes_of
 from lechat_jax.optimizer import (
+    Kind,
     Optimizer,
     Rates,
     group,
@@ -241,3 +242,49 @@ def test_adamw_is_that_of_pytorch_and_only_matrices_decay() -> None:
     for name, parameter in theirs.items():
         np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=1e-6, atol=1e-7)
         assert np.abs(ours[name] - weights[name]).max() > 5e-4
+
+
+def test_muon_takes_part_of_the_matrices_off_and_of_nothing_else() -> None:
+    """In a step the rate times the decay of what was there, beside the turn of the gradient."""
+    rng = np.random.default_rng(0)
+    shapes = {"blocks.0.attn.q.kernel": (2, 3, 4), "norm.scale": (4,), "head.kernel": (5, 4)}
+    weights, grads = (
+        {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+        for _ in range(2)
+    )
+
+    def moved(weight_decay: float) -> Weights:
+        optimizer = Optimizer(0.5, usual_rule("muon", "random", weight_decay))
+        return optimizer.update(grads, optimizer.init(weights), weights)[0]
+
+    plain, decayed = moved(0.0), moved(0.3)
+    for name, leaf in weights.items():
+        off = 0.5 * Rates().matrix * 0.3 * leaf if name.startswith("blocks.") else 0 * leaf
+        np.testing.assert_allclose(decayed[name], plain[name] - off, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_momentum_and_moments_are_float32_and_nothing_else_is_kept(
+    tiny: MistralConfig, kind: Kind
+) -> None:
+    state = jax.eval_shape(Optimizer(1.0, usual_rule(kind, "random")).init, shapes_of(tiny))
+    # But for counts of steps, and the three coefficients of Newton and Schulz.
+    leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.shape not in ((), (3,))]
+    assert {leaf.dtype.name for leaf in leaves} == {"float32"}
+    n = {name: leaf.size for name, leaf in shapes_of(tiny).items()}
+    matrices = sum(size for name, size in n.items() if group(name) == "matrix")
+    moments = 2 * sum(n.values()) - (matrices if kind == "muon" else 0)
+    assert sum(leaf.size for leaf in leaves) == moments
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "rates"),
+    [
+        ("muon", "random", (0.02, 0.01, 0.006, 0.01)),
+        ("adamw", "random", (3e-3,) * 4),
+        ("adamw", "trained", (2e-5,) * 4),
+        ("adamw", "adapters", (2e-4,) * 4),
+    ],
+)
+def test_each_start_has_its_usual_rates(kind: Kind, start: Any, rates: tuple) -> None:
+    assert usual_rule(kind, start) == (kind, rates, 0.0)

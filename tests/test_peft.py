@@ -83,6 +83,35 @@ def test_peft_computes_what_lechat_does(hf: Path, adapter: Path, expected: np.nd
     close(theirs(model), expected)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_every_word_that_is_written_is_read_again(
+    small: MistralConfig, tmp_path: Path, rslora: bool
+) -> None:
+    adapters = dataclasses.replace(ADAPTERS, targets=("q", "blocks.0.mlp.down"), rslora=rslora)
+    for ranks, alphas in ((ADAPTERS.ranks, ADAPTERS.alphas), ({}, {"blocks.1.attn.q": 0.5})):
+        asked = dataclasses.replace(adapters, ranks=ranks, alphas=alphas)
+        shapes = asked.shapes(small)
+        arrays = {name: jnp.full(shape, i + 1.0) for i, (name, shape) in enumerate(shapes.items())}
+        peft.write_adapter(tmp_path / "adapter", small, asked, arrays, base="a/base")
+        again, weights = peft.read_adapter(tmp_path / "adapter", small)
+        assert again == asked
+        assert again.parts(small) == asked.parts(small)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(weights[name], array)
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == "a/base"
+
+
+def test_peft_divides_by_the_root_of_the_rank_that_a_map_has(
+    small: MistralConfig, hf: Path, tmp_path: Path
+) -> None:
+    adapters = dataclasses.replace(ADAPTERS, rslora=True)
+    peft.write_adapter(tmp_path / "adapter", small, adapters, trained(small))
+    base = weights_of(lively(small)) | trained(small) | adapters.scales(small)
+    model = PeftModel.from_pretrained(transformers_model(hf), tmp_path / "adapter")
+    close(theirs(model), logits(small, base, TOKENS))
+
+
 def test_names_are_those_of_the_weights(small: MistralConfig) -> None:
     table = names.rows(small)
     for name in ADAPTERS.parts(small):

@@ -1,12 +1,15 @@
 """Rotary embeddings against complex multiplication, which they are, written in NumPy."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax.rope import rotate, rotation
+from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
+from lechat_jax.rope import rotate, rotation, turns
 
 HEAD_DIM, THETA = 8, 1e4
 POSITION = st.integers(0, 5000)
@@ -96,3 +99,55 @@ def test_every_head_at_a_position_is_turned_alike() -> None:
     y = rotate(x, rotation(jnp.array([[3, 4]]), HEAD_DIM, THETA, jnp.float32))
     np.testing.assert_array_equal(y[:, :, 0], y[:, :, 2])
     assert not np.array_equal(y[:, 0], y[:, 1])
+
+
+# Speeds of some pairs, as `ROPE_INIT_FUNCTIONS["yarn"]` of transformers 5.24 makes them.
+YARNS: dict[str, tuple[int, float, Yarn, dict[int, float]]] = {
+    "some are between": (
+        *(8, 16.0, Yarn(4.0, 64, 7.2, 1.8, apply_scale=True)),
+        {0: 1.0, 1: 0.375, 2: 0.125, 3: 0.03125},
+    ),
+    "the fastest is not fast enough": (
+        *(8, 5.0, Yarn(16.0, 9, 4.0, 0.45, apply_scale=True)),
+        {0: 1.0, 1: 0.4597589, 2: 0.1677051, 3: 0.01869186},
+    ),
+    "all are kept": (
+        *(8, 16.0, Yarn(4.0, 64, 1.0, 0.5, apply_scale=False)),
+        {0: 1.0, 1: 0.5, 2: 0.25, 3: 0.125},
+    ),
+    "the slowest is not slow enough": (
+        *(8, 16.0, Yarn(4.0, 64, 7.2, 0.02, apply_scale=True)),
+        {0: 1.0, 1: 0.4464286, 2: 0.1964286, 3: 0.08482143},
+    ),
+    "between two neighbours": (
+        *(8, 16.0, Yarn(4.0, 64, 10.2, 10.1, apply_scale=True)),
+        {0: 1.0, 1: 0.125, 2: 0.0625, 3: 0.03125},
+    ),
+    "Devstral 2": (
+        *(128, 1e6, Yarn(64.0, 4096, 4.0, 1.0, apply_scale=True)),
+        {22: 8.659643e-3, 23: 6.978306e-3, 24: 4.931469e-3, 30: 2.135445e-4, 31: 1.938965e-5},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", YARNS)
+def test_stretched_speeds_are_those_of_transformers(name: str) -> None:
+    head_dim, theta, yarn, speeds = YARNS[name]
+    turn = rotation(jnp.array([[0, 1]]), head_dim, theta, jnp.float32, yarn)
+    found = np.arctan2(turn.sin[0, 1], turn.cos[0, 1])
+    np.testing.assert_allclose(found[list(speeds)], list(speeds.values()), rtol=2e-6)
+    length = {1.0: 1.0, 4.0: 1.1386294, 16.0: 1.2772589, 64.0: 1.4158883}
+    expected = length[yarn.factor if yarn.apply_scale else 1.0]
+    np.testing.assert_allclose(np.hypot(turn.sin, turn.cos), expected, rtol=1e-6)
+
+
+def test_queries_alone_grow_by_steps_of_the_original_length(tiny: MistralConfig) -> None:
+    """By 1 + 0.5 ln 1, ln 2, ln 3 at positions 0, 4, 8; padding as the first."""
+    positions = jnp.array([[-1, 0, 3, 4, 7, 8]])
+    config = dataclasses.replace(tiny, llama_4_scaling=Llama4Scaling(0.5, 4))
+    plain = rotation(positions, tiny.head_dim, tiny.rope_theta, jnp.bfloat16)
+    found = turns(positions, config, jnp.bfloat16)
+    growth = np.array([1, 1, 1, 1.3465736, 1.3465736, 1.5493061])[:, None]
+    for grown, one, other in zip(found.q, found.k, plain, strict=True):
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(grown[0], other[0] * growth, rtol=1e-6)

@@ -17,6 +17,7 @@ from lechat_jax import validation
 from lechat_jax.config import MistralConfig
 from lechat_jax.data import Tokens
 from lechat_jax.model import Weights, bind, shapes_of
+from lechat_jax.sharding import ROWS, make_mesh, settled
 from lechat_jax.step import StepOptions
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.validation import HeldOut, Score, Validator
@@ -145,3 +146,22 @@ def test_the_interim_score_takes_the_same_rows_of_any_model(small: MistralConfig
 def test_of_a_short_text_the_interim_score_is_the_full_one(small: MistralConfig) -> None:
     short = validator(small, 100)
     assert short.interim(weights(small)) == full(short, weights(small))
+
+
+# --- on many devices ---
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=2,tp=2"])
+def test_more_devices_than_rows_score_what_one_does(small: MistralConfig, mesh: str) -> None:
+    """A batch is filled up until each has a row, however few there are."""
+    config = dataclasses.replace(small, vocab_size=98)
+    where = make_mesh(mesh)
+    held = HeldOut.of_text(held_out(41), TOKENIZER)  # three rows
+    options = dataclasses.replace(OPTIONS, mesh=where)
+    spread = Validator(config, options, held)
+    assert spread.batch % where.shape[ROWS] == 0
+    assert spread.batch >= max(4, where.shape[ROWS])
+    found = full(spread, settled(where, weights(config)))
+    expected = full(Validator(config, OPTIONS, held), weights(config))
+    assert (found.tokens, found.n_bytes) == (expected.tokens, expected.n_bytes)
+    assert found.nats == pytest.approx(expected.nats, rel=1e-6)

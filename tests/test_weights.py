@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -404,6 +405,47 @@ def test_a_flipped_bit_is_refused_unless_nobody_looks(folder: Path, weights: Wei
         load_weights(folder)
     _, loaded = load_weights(folder, check=False)
     assert bits(loaded) != bits(weights)
+
+
+@pytest.mark.parametrize("how", ["as it is", "cast", "quantised", "spread", "by name"])
+def test_a_flipped_bit_is_refused_however_weights_are_read(
+    folder: Path, config: MistralConfig, how: str
+) -> None:
+    sharding = split_along_the_width(config)
+    asked: dict[str, Any] = {
+        "as it is": {},
+        "cast": {"dtype": "bfloat16"},
+        "quantised": {"quantize": "int8"},
+        "spread": {"shardings": sharding},
+        "by name": {"shardings": {name: sharding(name) for name in NAMES}, "dtype": "float16"},
+    }[how]
+    load_weights(folder, **asked)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(BadInput, match=r"model\.safetensors is not what was saved .*SHA-256"):
+        load_weights(folder, **asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_read"),
+    [
+        *((name, True) for name in ("tokenizer.model.v3", "tokenizer.json", "tekken.json")),
+        ("model-00001-of-00002.safetensors", True),
+        ("model.safetensors.index.json", True),
+        *((name, False) for name in ("NOTES.md", "my tokenizer.model", "config.json.bak")),
+    ],
+)
+def test_only_what_would_be_read_of_a_folder_must_have_a_checksum(
+    folder: Path, name: str, is_read: bool
+) -> None:
+    """A foreign tokenizer beside good weights makes other words of their ids."""
+    (folder / name).write_bytes(b"foreign")
+    if not is_read:
+        load_weights(folder)
+        return
+    with pytest.raises(BadInput, match=f"{re.escape(name)} is not in SHA256SUMS"):
+        load_weights(folder)
 
 
 def test_a_folder_without_checksums_is_refused_unless_nobody_looks(
