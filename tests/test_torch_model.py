@@ -15,13 +15,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("xformers", reason="lechat_torch takes its masks from xformers")
 
-from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
+from lechat_jax.config import Llama4Scaling, MistralConfig
 from lechat_torch.cache import empty_cache
 from lechat_torch.model import Mistral, RMSNorm
-from tests.test_model import oracle
+from tests.test_model import STRETCHED, oracle
 
 T = 33  # more than twice the window of the tiny model
 EXACT = 1e-11  # of the largest number, in float64; measured 2e-15
@@ -116,8 +117,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "heads as wide as the model": {"n_heads": 4, "head_dim": 10},
     "another theta and epsilon": {"rope_theta": 1e6, "norm_eps": 1e-2},
     "stretched and growing": {
-        "rope_theta": 5.0,
-        "yarn": Yarn(16.0, 16, 1.5, 0.8, apply_scale=True),
+        "rope_theta": 16.0,
+        "yarn": STRETCHED,
         "llama_4_scaling": Llama4Scaling(0.3, 9),
     },
 }
@@ -222,6 +223,56 @@ def test_the_model_computes_in_the_dtype_of_its_weights(
     with torch.no_grad():
         assert model(tokens).dtype == model.loss(tokens).dtype == wide
     assert dtypes == {dtype}
+
+
+class Types(TorchDispatchMode):
+    """Notes of every operation the types of the floats it takes and makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...], set[torch.dtype]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            floats = {x.dtype for x in (*args, made) if isinstance(x, Tensor)}
+            floats = {dtype for dtype in floats if dtype.is_floating_point or dtype.is_complex}
+            self.seen.append((func.__name__.split(".")[0], tuple(made.shape), floats))
+        return made
+
+
+@pytest.mark.parametrize("n_experts", [0, 5])
+def test_scores_softmax_norms_turns_and_the_router_are_float32(
+    tiny: MistralConfig, n_experts: int
+) -> None:
+    """In bfloat16, whole and from the cache; maps and what attention gathers are not."""
+    chosen = min(2, n_experts)
+    config = dataclasses.replace(
+        tiny, n_layers=1, n_experts=n_experts, n_experts_per_token=chosen, sliding_window=7
+    )
+    model = Mistral(config).bfloat16()
+    tokens = torch.zeros(4, 10, dtype=torch.long)
+    positions = torch.arange(10).expand(4, 10)
+    cache = empty_cache(config, 4, 10, 10, torch.bfloat16, "cpu")
+    wide = "_softmax _log_softmax rsqrt mean polar pow exp complex native_layer_norm topk"
+    with torch.no_grad(), Types() as types:
+        model(tokens)
+        model.extend(tokens, positions, cache)
+        model.loss(tokens)
+    names = {name for name, _, _ in types.seen}
+    assert {"_softmax", "polar", "complex"} <= names
+    for name, _, floats in types.seen:
+        if name in wide.split():
+            assert floats <= {torch.float32, torch.complex64}, name
+    scores = [floats for name, shape, floats in types.seen if name == "bmm" and shape[-1] != 8]
+    mixed = [floats for name, shape, floats in types.seen if name == "bmm" and shape[-1] == 8]
+    assert all(floats == {torch.float32} for floats in scores)
+    assert all(floats == {torch.bfloat16} for floats in mixed)
+    assert len(scores) == len(mixed) == 3
+    routed = [floats for name, shape, floats in types.seen if name == "mm" and shape[-1] == 5]
+    assert routed == [{torch.float32}] * (3 if n_experts else 0)
 
 
 def test_bfloat16_is_off_by_what_rounding_costs(tiny: MistralConfig) -> None:
