@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
+from lechat_jax.paths import fault_of_name
 from lechat_jax.quantize import Format
 from lechat_jax.remat import Remat
 
@@ -181,6 +182,11 @@ class TrainConfig:
                 )
         if not 0 <= self.weight_decay < math.inf:
             raise BadInput(f"--weight-decay must be 0 or more, not {self.weight_decay}")
+        if self.name is not None and (fault := fault_of_name(self.name)):
+            raise BadInput(
+                f"--name {self.name!r} {fault}; choose a plain name for the folder runs/NAME, or "
+                "say --out FOLDER"
+            )
         self._check_adapters()
         if not 0 <= self.router_aux_loss < math.inf:
             raise BadInput(f"--router-aux-loss must be 0 or more, not {self.router_aux_loss}")

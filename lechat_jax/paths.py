@@ -1,7 +1,18 @@
-"""Where lechat keeps what it can make again: tokens and compiled programs."""
+"""Where lechat keeps what it can make again, and which names are those of one folder anywhere."""
 
 import os
+import re
 from pathlib import Path
+
+# Windows opens a device for these, whatever the suffix.
+DEVICES = {
+    "CON",
+    "PRN",
+    "AUX",
+    "NUL",
+    *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10)),
+}
+LONGEST = 200  # bytes; file systems take 255, and a suffix may be put behind it
 
 
 def cache_home() -> Path:
@@ -26,3 +37,26 @@ def cache_home() -> Path:
         raise FileNotFoundError("there is no home folder; set LECHAT_CACHE") from error
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def fault_of_name(name: str) -> str | None:
+    """What keeps a text from being the name of one file or folder on every system, or `None`.
+
+    A name from outside must not lead elsewhere, as `../x`, `/x`, `C:x` and a device would.
+
+    >>> fault_of_name("../x"), fault_of_name("x-1.2")
+    ("has a '/' in it", None)
+    """
+    if not name.strip(" ."):  # also . and ..
+        return "is empty or dots alone"
+    if bad := re.search(r'[/\\:*?"<>|]', name):
+        return f"has a {bad[0]!r} in it"
+    if bad := re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", name):
+        return f"has a character in it that cannot be printed, {bad[0]!r}"
+    if name != name.strip(" ").rstrip("."):
+        return "begins with a space, or ends with one or a dot"
+    if name.partition(".")[0].strip().upper() in DEVICES:
+        return "is a device's on Windows"
+    if len(name.encode()) > LONGEST:
+        return f"is longer than {LONGEST} bytes"
+    return None

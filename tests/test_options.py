@@ -146,6 +146,18 @@ def test_a_bad_value_is_refused_before_anything_is_done(name: str, value: Any) -
     assert re.fullmatch(sentence, str(error.value))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x", "a/b", "/x", "a\\b", "C:x", "x\0", "x\n", "nul", "x " * 99, "x."],
+)
+def test_a_name_is_one_folder_of_runs_and_no_path(name: str) -> None:
+    assert TrainConfig(name="lechat-15m v1.2").name == "lechat-15m v1.2"
+    with pytest.raises(
+        BadInput, match=r"^--name '.*' .*; choose a plain name .* say --out FOLDER$"
+    ):
+        TrainConfig(name=name)
+
+
 def test_on_the_command_line_a_bad_value_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: parse("--block", "1") and None)

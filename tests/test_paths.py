@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lechat_jax.paths import cache_home
+from lechat_jax.paths import cache_home, fault_of_name
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +55,35 @@ def test_a_file_in_its_place_is_an_os_error(
     monkeypatch.setenv("LECHAT_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(OSError, match="below"):
         cache_home()
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "a b", "-a", "a..b", ".a", "_", "caf\u00e9", "console", "x" * 200]
+)
+def test_a_plain_name_is_one_folder_anywhere(name: str) -> None:
+    assert fault_of_name(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("", "is empty or dots alone"),
+        ("..", "is empty or dots alone"),
+        (" . ", "is empty or dots alone"),
+        ("../x", "has a '/' in it"),
+        ("..\\x", r"has a '\\' in it"),
+        ("C:x", "has a ':' in it"),
+        ("a\tb", r"has a character in it that cannot be printed, '\t'"),
+        ("a\udcff", r"has a character in it that cannot be printed, '\udcff'"),
+        ("a.", "begins with a space, or ends with one or a dot"),
+        (" a", "begins with a space, or ends with one or a dot"),
+        ("NUL", "is a device's on Windows"),
+        ("com1.tar.gz", "is a device's on Windows"),
+        ("\u00e9" * 101, "is longer than 200 bytes"),
+    ],
+)
+def test_a_name_that_leads_elsewhere_or_nowhere_is_told(name: str, fault: str) -> None:
+    assert fault_of_name(name) == fault
 
 
 def test_no_home_is_an_os_error_that_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
