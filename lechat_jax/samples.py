@@ -1,11 +1,13 @@
 """What a model that is being trained writes: its prompts continued, printed and kept."""
 
+import jax
 from jax.sharding import Mesh
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.display import Display
 from lechat_jax.distributed import from_first, is_first
-from lechat_jax.generator import Generator
+from lechat_jax.errors import BadInput
+from lechat_jax.generator import CONTEXT, Generator
 from lechat_jax.lessons import Lessons
 from lechat_jax.loading import free_bytes
 from lechat_jax.model import Weights, bind
@@ -16,9 +18,16 @@ from lechat_jax.sharding import on_one_device
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.weights import weights_bytes
 
+SHOWN = 500  # characters of a prompt that are printed; all of it is in the file
+# Too little memory, a full disk, a prompt that is no text: of JAX, the system and lechat.
+FAILURES = (BadInput, OSError, MemoryError, RuntimeError, ValueError)
+
 
 class Samples:
     """The samples of a run, each of every prompt.
+
+    Attributes:
+        longest: tokens of a prompt that are read; of a longer one the last.
 
     Args:
         mesh: what the weights are on.
@@ -39,32 +48,57 @@ class Samples:
         self.run, self.config, self.options = run, config, options
         self.lessons, self.tokenizer, self.display = lessons, tokenizer, display
         self.mesh, self.dtype = mesh, dtype
+        self.longest = max(CONTEXT, options.shape(jax.default_backend()).block)
 
     def take(self, step: int, weights: Weights) -> None:
         """Continues every prompt, prints the texts and keeps them in the run's folder.
 
         Of a mesh the first device alone continues them, if the whole model fits into its
-        memory beside its part of the training state. Every process has to call it.
+        memory beside its part of the training state. Every process has to call it. What fails in
+        it is said and ends nothing: no sample is worth a run.
         """
-        gathered = self._on_one_device(weights)
-        if gathered is None or not is_first():
+        try:
+            gathered = self._on_one_device(weights)
+            if gathered is not None and is_first():
+                self._continue(step, gathered)
+        except FAILURES as error:
+            reason = (str(error) or type(error).__name__).partition("\n")[0]
+            self.display.say(f"no sample at step {step}: {reason}", style="yellow")
+
+    def _continue(self, step: int, weights: Weights) -> None:
+        prompts = self._prompts(step)
+        if not prompts:
             return
-        prompts = [self.lessons.opening, *self.options.prompt]
-        generator = Generator(bind(self.config, gathered), self.tokenizer)
-        samples = generator.generate(
-            [self.lessons.asked(prompt) for prompt in prompts],
-            max_tokens=self.options.max_tokens,
-            sampling=Sampling(
-                temperature=self.options.temperature,
-                top_p=self.options.top_p,
-                seed=self.options.seed,
-            ),
-        )
+        options = self.options
+        longest = max(map(len, prompts.values()))
+        context = longest + min(options.max_tokens, self.longest)
+        generator = Generator(bind(self.config, weights), self.tokenizer, context=context)
+        sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
+        samples = generator.generate([*prompts.values()], options.max_tokens, sampling)
         texts = [p + s.text for p, s in zip(prompts, samples, strict=True)]
         self.run.write(f"samples/step-{step:06}.txt", "\n\n---\n\n".join(texts) + "\n")
-        for prompt, whole in zip(prompts, texts, strict=True):
+        for prompt, sample in zip(prompts, samples, strict=True):
+            shown = prompt if len(prompt) <= SHOWN else f"\u2026{prompt[-SHOWN:]}"
             self.display.say(f"--- sample at step {step} ---", style="dim")
-            self.display.say(f"[{prompt}]{whole.removeprefix(prompt)}\n")
+            self.display.say(f"[{shown}]{sample.text}\n")
+
+    def _prompts(self, step: int) -> dict[str, list[int]]:
+        """The ids of every prompt that can be continued; what cannot, or is cut, is said."""
+        found: dict[str, list[int]] = {}
+        for prompt in (self.lessons.opening, *self.options.prompt):
+            try:
+                ids = self.lessons.asked(prompt)
+            except FAILURES as error:
+                self.display.say(f"no sample at step {step} of {prompt[:40]!r}: {error}")
+                continue
+            if len(ids) > self.longest:
+                self.display.say(
+                    f"the prompt of {len(ids):,} tokens is cut to BOS and its last "
+                    f"{self.longest - 1:,} for the sample at step {step}"
+                )
+                ids = [ids[0], *ids[1 - self.longest :]]
+            found[prompt] = ids
+        return found
 
     def _on_one_device(self, weights: Weights) -> Weights | None:
         """The weights to sample from; where they do not fit, none, and it is said."""
