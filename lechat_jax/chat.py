@@ -29,7 +29,7 @@ from lechat_jax.stop import Stop
 from lechat_jax.tokenizer import preferred
 from lechat_jax.trained import Trained
 
-SIGTERM = 143  # what a shell makes of it
+ENDS = {"SIGTERM": 143, "SIGHUP": 129}  # signals that end it, and what a shell makes of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +135,8 @@ def talk(dialogue: Dialogue, verbose: bool = False) -> int:
 
     At a terminal Ctrl-C stops an answer, and never the program.
     """
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)  # undecodable bytes are refused, but not by a crash
+    if isinstance(sys.stdin, io.TextIOWrapper):  # undecodable bytes are refused, not by a crash
+        sys.stdin.reconfigure(errors="surrogateescape")
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
         with contextlib.suppress(ImportError):
@@ -153,8 +152,8 @@ def talk(dialogue: Dialogue, verbose: bool = False) -> int:
                 note(said)
             elif line.strip():
                 stopped = tell(dialogue, commands.unescaped(line), at_terminal, verbose)
-                if stopped == "SIGTERM":
-                    return SIGTERM
+                if stopped in ENDS:
+                    return ENDS[stopped]
         except BadInput as error:
             note(f"error: {error}")
         except KeyboardInterrupt:

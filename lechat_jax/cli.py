@@ -1,8 +1,10 @@
 """How every command line of lechat reads its flags and reports what is wrong with them."""
 
+import contextlib
 import dataclasses
 import errno
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,9 +17,10 @@ from lechat_jax.recipe import with_recipe
 from lechat_jax.room import exhausted
 
 Args = TypeVar("Args")
+SIGPIPE = 141  # what a shell makes of it
 
 # Of an `OSError` that is no mistake of the program. (Windows lacks EDQUOT.)
-OF_THE_DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+OF_THE_DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 OF_THE_DISK |= {getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -69,25 +72,46 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     Bad input is one line and exit code 2, and so is memory that runs out, and a disk that is
     full or refuses, where nobody has said it better. Ctrl-C and a reader that has gone (as
-    `head` does) end it quietly, with what a shell makes of SIGINT and SIGPIPE.
+    `head` does) end it quietly, with what a shell makes of SIGINT and SIGPIPE. A letter that
+    stdout or stderr cannot encode becomes a question mark.
     """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started it
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):  # of cp1252, for example, as Windows' pipes are
+            stream.reconfigure(errors="replace")
     try:
         code = main() or 0
+        sys.stdout.flush()
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = _refuse(str(error))
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
-        code = 141
+        code = SIGPIPE
     except (MemoryError, RuntimeError, OSError) as error:
         if why := exhausted(error):
-            print(f"error: {why}; ask for less at a time, or free some", file=sys.stderr)
+            code = _refuse(f"{why}; ask for less at a time, or free some")
         elif isinstance(error, OSError) and error.errno in OF_THE_DISK:
-            where = error.filename or "a file"
-            print(f"error: {where} cannot be used: {error.strerror}", file=sys.stderr)
+            code = _refuse(f"{error.filename or 'a file'} cannot be used: {error.strerror}")
         else:
             raise
-        code = 2
+    if code == SIGPIPE or not _is_flushed():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
     sys.exit(code)
+
+
+def _refuse(sentence: str) -> int:
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _is_flushed() -> bool:
+    """Whether nothing is left that Python would fail to write when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True

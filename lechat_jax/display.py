@@ -1,7 +1,11 @@
 """What a person sees while it trains: a live bar in a terminal, plain lines elsewhere."""
 
+import errno
+import os
+import sys
 import time
 from types import TracebackType
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -10,17 +14,69 @@ CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(cod
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
+class Lasting:
+    """A stream whose end does not end the work: what cannot be written any more is dropped.
+
+    A terminal that was closed gives EIO, a reader that has gone EPIPE, a full disk ENOSPC, all
+    of them in the middle of a step, or in the thread that draws the bar.
+
+    Attributes:
+        has_no_reader: it was a pipe, and nobody is at its other end any more.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.has_no_reader = False
+
+    @property
+    def encoding(self) -> str:
+        """Of the stream."""
+        return self._stream.encoding or "utf-8"
+
+    def fileno(self) -> int:
+        """Of the stream."""
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        """Whether a person may be there."""
+        return self._stream.isatty()
+
+    def write(self, text: str) -> int:
+        """Writes it, or tries to."""
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._lost(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hands on what was written, or tries to."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        if error.errno in (errno.EIO, errno.EPIPE):  # for good, so that what is left goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        self.has_no_reader |= error.errno == errno.EPIPE
+
+
 class Display:
     """Progress of one run, with its loss, its rate and the time left.
 
     Use it as a context. `total` steps may be unknown at first; `say` prints a line of
-    its own, above the bar where there is one. What is not `audible` prints nothing.
+    its own, above the bar where there is one. What is not `audible` prints nothing. It does not
+    fail if stdout does.
     """
 
     def __init__(
         self, total: int | None, console: Console | None = None, audible: bool = True
     ) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True, quiet=not audible)
+        self._out = Lasting(sys.stdout)
+        self.console = console or Console(
+            file=cast("IO[str]", self._out), highlight=False, soft_wrap=True, quiet=not audible
+        )
         self.total = total
         self._last = -PLAIN_SECONDS
         self._bar = Progress(
@@ -44,6 +100,11 @@ class Display:
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+    @property
+    def has_no_reader(self) -> bool:
+        """Whether stdout was a pipe to a program that has ended, as `head` does."""
+        return self._out.has_no_reader
 
     def say(self, text: str = "", style: str | None = None) -> None:
         """Prints text as it is, even what looks like markup, but without control characters.

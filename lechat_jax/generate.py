@@ -5,7 +5,6 @@ not grow with the text: each layer keeps its `sliding_window` tokens and no more
 """
 
 import dataclasses
-import io
 import json
 import sys
 import time
@@ -90,8 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.temperature, options.top_k, options.top_p, options.min_p, options.seed
     )
     _check(options)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where a terminal lacks a letter
     enable_compilation_cache()
     asked = _prompts(options)
     generator = Generator.from_checkpoint(

@@ -1,12 +1,20 @@
-"""Ctrl-C and SIGTERM as a wish, granted when the work in hand is done."""
+"""Ctrl-C, SIGTERM and a terminal that closes as a wish, granted when the work in hand is done."""
 
 import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+# A terminal that is closed, or an ssh that is lost: SIGHUP, which Windows has no word for and
+# calls SIGBREAK. It comes several times, from the shell and from the system.
+LOST = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name))
+WISHES = (signal.SIGINT, signal.SIGTERM, *LOST)
+
 
 class Stop:
-    """Within it, the first SIGINT or SIGTERM is only noted; a second one has its old effect.
+    """Within it, the first SIGINT, SIGTERM or SIGHUP is only noted; then Ctrl-C acts as ever.
+
+    So does SIGTERM, while a second SIGHUP is still no more than a wish: nobody is there to be
+    impatient. What was ignored stays ignored, as under `nohup`.
 
     `asked` names the signal that came, or is empty. Enter it on the main thread.
     """
@@ -16,8 +24,8 @@ class Stop:
         self._old: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stop":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as under nohup
+        for number in WISHES:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._old[number] = signal.signal(number, self._note)
         return self
 
@@ -27,12 +35,11 @@ class Stop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
         for number, old in self._old.items():
             signal.signal(number, old)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = self.asked or signal.Signals(number).name
+        for wish, old in self._old.items():
+            if wish not in LOST:
+                signal.signal(wish, old)

@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             finish(trainer, display)
         else:
             pause(trainer, stop.asked, display)
-    return 0
+    return cli.SIGPIPE if display.has_no_reader else 0
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ class Trainer:
         return f"{last}; try a new run with --learning-rate {self.options.learning_rate / 2:g}"
 
     def train(self, stop: Stop) -> None:
-        """Steps until the run's length is reached or a signal asks to stop.
+        """Steps until the run's length is reached, a signal asks to stop or no reader is left.
 
         Raises:
             Diverged: the loss is NaN or infinite.
@@ -228,7 +228,7 @@ class Trainer:
         self.speed.look_at_the_device()
         self.upcoming = self.rows_to_send()
         while True:
-            while not anywhere(bool(stop.asked)) and self.may_send(waiting=len(calls)):
+            while not anywhere(self.is_unwanted(stop)) and self.may_send(waiting=len(calls)):
                 began = began if calls else time.perf_counter()
                 calls.append(self.send())
             if not calls:
@@ -246,6 +246,10 @@ class Trainer:
             if not calls and self.step != self.total:
                 self.events()
         self.save()
+
+    def is_unwanted(self, stop: Stop) -> bool:
+        """Whether it is to be saved and left: by a signal, or since nobody reads what it says."""
+        return bool(stop.asked) or self.display.has_no_reader
 
     def may_send(self, waiting: int) -> bool:
         """Whether more steps may begin before the losses of so many calls are read.
@@ -323,7 +327,10 @@ class Trainer:
         self.display.advance(self.step, loss, self.speed.rate, left, mfu)
 
     def events(self) -> None:
-        """Validates, samples and saves if it is time; after the last step that comes later."""
+        """Validates, saves and samples if it is time; after the last step that comes later.
+
+        Saves before it samples: what takes memory that nobody foretold may be killed.
+        """
         if self.timetable.due("eval", self.step):
             self.speed.look_at_the_device()
             score = self.validator.interim(self.weights)
@@ -332,10 +339,10 @@ class Trainer:
                 f"step {self.step} · {clock(elapsed())} · validation loss {score.loss:.3f} · "
                 f"{score.bits_per_byte:.3f} bits per byte (on {score.tokens:,} tokens)"
             )
-        if self.timetable.due("sample", self.step):
-            self.sample()
         if self.timetable.due("checkpoint", self.step):
             self.save()
+        if self.timetable.due("sample", self.step):
+            self.sample()
 
     def sample(self) -> None:
         """Samples the model as it is."""

@@ -31,7 +31,9 @@ def measured_apart(asked: dict[str, Any], console: Console) -> list[tuple[Row, f
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"
             whole = [sys.executable, "-m", "parity.bench", *command, "--json", str(report)]
-            done = subprocess.run(whole, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                whole, capture_output=True, encoding="utf-8", errors="replace", check=False
+            )
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
                 raise BadInput(f"parity.bench {' '.join(command)} failed: {said}")

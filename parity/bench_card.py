@@ -150,14 +150,15 @@ def lines_of(job: dict[str, Any], until: float) -> Iterator[str]:
 
     If it fails, the last line has the reason as `error`.
     """
-    with tempfile.TemporaryFile("w+") as told:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as told:
         process = subprocess.Popen(
             [sys.executable, "-m", "parity.card_part"],
             env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=told,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
         assert process.stdin is not None
         assert process.stdout is not None

@@ -78,7 +78,8 @@ def peak_bytes(
         input=json.dumps(job),
         env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if made.returncode:
         raise BadInput(f"{who.impl} in {who.dtype} did not run: {_last(made.stderr)}")
@@ -117,7 +118,12 @@ def _first_token(
     env |= {"LECHAT_CACHE": cache, "PYTHONUNBUFFERED": "1"}
     began = time.perf_counter()
     with subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None

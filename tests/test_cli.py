@@ -3,8 +3,10 @@
 import dataclasses
 import errno
 import importlib
+import io
 import os
 import re
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -141,6 +143,43 @@ def test_a_disk_that_refuses_is_one_line(number: int, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (3, 3)])
 def test_the_exit_code_is_what_the_work_returns(returned: int | None, code: int) -> None:
     assert exit_code(lambda: cli.run(lambda: returned)) == code
+
+
+@pytest.mark.parametrize(
+    ("encoding", "told"),
+    [("utf-8", "caf\u00e9 \u2192 ?"), ("cp1252", "caf\u00e9 ? ?"), ("ascii", "caf? ? ?")],
+)
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_letter_that_a_stream_lacks_is_a_question_mark(
+    name: str, encoding: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows in a pipe; half a pair of UTF-16, or a byte of a path, is none in any."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, name, io.TextIOWrapper(raw, encoding=encoding, newline="\n"))
+    text = "caf\u00e9 \u2192 \udcff"
+    assert exit_code(lambda: cli.run(lambda: print(text, file=getattr(sys, name), flush=True))) == 0
+    assert raw.getvalue().decode(encoding) == told + "\n"
+
+
+def test_without_any_stream_the_work_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)  # as for a service on Windows, or with >&-
+    assert exit_code(lambda: cli.run(lambda: print("hello", file=sys.stderr) or 3)) == 3
+    sys.stdout.close()
+    sys.stderr.close()
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_full_disk_is_one_line(
+    flush: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no disk that is always full")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert exit_code(lambda: cli.run(lambda: print("hello", flush=flush))) == 2
+    said = "error: a file cannot be used: No space left on device\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_fault_of_the_program_is_no_bad_input() -> None:

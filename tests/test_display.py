@@ -1,7 +1,11 @@
 """Plain lines, not too many, without a terminal; a live bar with one; texts as they are."""
 
+import errno
 import io
+import os
+import sys
 import types
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -123,6 +127,37 @@ def test_the_bar_is_taken_down_when_the_work_fails(terminal: Console) -> None:
     with pytest.raises(RuntimeError, match="no"), Display(9, terminal):
         raise RuntimeError("no")
     assert "\x1b[?25h" in shown(terminal)
+
+
+# --- with nobody there any more ---
+
+
+@pytest.mark.parametrize(
+    ("number", "is_pipe"), [(errno.EIO, False), (errno.ENOSPC, False), (errno.EPIPE, True)]
+)
+def test_what_cannot_be_shown_ends_nothing(
+    number: int, is_pipe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A closed terminal, a full disk, and a pipe to a program that has ended."""
+    path = tmp_path / "out.txt"
+
+    class Failing(io.StringIO):
+        def fileno(self) -> int:
+            return there.fileno()
+
+        def write(self, text: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+    with path.open("w") as there:
+        monkeypatch.setattr(sys, "stdout", Failing())
+        with Display(9) as display:
+            assert not display.has_no_reader
+            for step in (1, 2):
+                display.say("hello")
+                display.advance(step, 2.0, 10.0, None)
+            assert display.has_no_reader == is_pipe
+        there.write("more")  # of what is gone for good, nothing is written in vain at the end
+    assert path.read_text() == ("more" if number == errno.ENOSPC else "")
 
 
 # --- texts ---

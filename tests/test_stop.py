@@ -1,4 +1,4 @@
-"""The first signal is a wish; the second one is an order."""
+"""The first signal is a wish; the second one is an order, unless a terminal has closed again."""
 
 import signal
 from collections.abc import Iterator
@@ -7,7 +7,8 @@ import pytest
 
 from lechat_jax.stop import Stop
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ORDERS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (*ORDERS, signal.SIGHUP)
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_the_first_signal_is_noted_by_name(number: signal.Signals, old_effect: l
 
 
 @pytest.mark.parametrize("first", SIGNALS)
-@pytest.mark.parametrize("second", SIGNALS)
+@pytest.mark.parametrize("second", ORDERS)
 def test_the_second_has_its_old_effect(
     first: signal.Signals, second: signal.Signals, old_effect: list[int]
 ) -> None:
@@ -45,6 +46,29 @@ def test_the_second_has_its_old_effect(
         signal.raise_signal(second)
     assert old_effect == [second]
     assert stop.asked == first.name
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+def test_a_terminal_that_closes_is_a_wish_however_often_one_is_told(
+    first: signal.Signals, old_effect: list[int]
+) -> None:
+    """The shell sends SIGHUP to its jobs, and then the system to what runs in the foreground."""
+    with Stop() as stop:
+        for number in (first, signal.SIGHUP, signal.SIGHUP):
+            signal.raise_signal(number)
+    assert old_effect == []
+    assert stop.asked == first.name
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_is_ignored_stays_ignored_as_under_nohup(
+    number: signal.Signals, old_effect: list[int]
+) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    with Stop() as stop:
+        signal.raise_signal(number)
+        assert stop.asked == ""
+    assert signal.getsignal(number) == signal.SIG_IGN
 
 
 def test_a_second_ctrl_c_interrupts_as_ever(old_effect: list[int]) -> None:
