@@ -129,6 +129,15 @@ class Cache(NamedTuple):
             )
         )
 
+    def spare(self, config: MistralConfig) -> int | None:
+        """Tokens that may be taken back from the end; `None` is any number.
+
+        What so many have overwritten no later query needs, and what they left in the ring is
+        overwritten in turn before a query comes that could see it.
+        """
+        pairs = zip(self.rings, distinct_windows(config), strict=True)
+        return min((ring.capacity - w + 1 for ring, w in pairs if w is not None), default=None)
+
     def layer(self, place: "Place") -> Ring:
         """The ring of a layer as if it were alone in it."""
         ring = self.rings[place.ring]

@@ -20,8 +20,9 @@ from lechat_jax import cli
 from lechat_jax.commands import Commands
 from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.dialogue import Dialogue
+from lechat_jax.display import Reading, Visible
 from lechat_jax.errors import BadInput
-from lechat_jax.generator import CONTEXT, Generator
+from lechat_jax.generator import CONTEXT, Generator, stop_texts
 from lechat_jax.quantize import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.session import Session
@@ -57,6 +58,7 @@ class ChatConfig:
         speculate: Guess ahead from the conversation itself: the same answers, sooner where they
             repeat what was said.
         draft: Tokens that --speculate guesses at a time.
+        stop: Text that ends an answer, which is cut before it; may be given several times.
         verbose: Say after each answer how long it took.
     """
 
@@ -73,6 +75,7 @@ class ChatConfig:
     quantize: Format | None = None
     speculate: bool = False
     draft: int = 7
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     verbose: bool = False
 
 
@@ -94,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quantize=options.quantize,
         batch=1,
         draft=draft,
+        on_read=Reading(),
     )
     tokenizer = generator.tokenizer
     assert tokenizer  # there is a file
@@ -103,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         system=options.system,
         max_tokens=options.max_tokens,
         sampling=sampling,
+        stop=options.stop,
     )
     note(f"ready after {time.perf_counter() - began:.1f} s; /help lists the commands")
     return talk(dialogue, options.verbose)
@@ -111,8 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(options: ChatConfig) -> None:
     """Raises `BadInput` for what can be known to be wrong before anything is loaded.
 
-    A training run is warned about, since only its owner knows what it was trained on.
+    A training run is warned about, unless it was trained on conversations.
     """
+    stop_texts(options.stop)
     if options.max_tokens < 1:
         raise BadInput(f"--max-tokens must be at least 1, not {options.max_tokens}")
     if options.speculate and options.draft < 1:
@@ -123,7 +129,7 @@ def _check(options: ChatConfig) -> None:
             f"{options.folder} has no tokenizer, without which there is no chat; put the model's "
             "own into it (tokenizer.model.v3, tekken.json or as it is called)"
         )
-    if trained.run:
+    if trained.run and not trained.run.config["train"].get("chat"):
         note(
             f"warning: {options.folder} is a training run; unless it was trained on conversations, "
             "it continues text rather than answers"
@@ -183,6 +189,7 @@ def tell(dialogue: Dialogue, question: str, at_terminal: bool, verbose: bool) ->
     """Prints the answer to a question as it comes; the signal that stopped it, if one did."""
     began = time.perf_counter()
     first = began
+    visible = Visible()
     with (
         Stop() if at_terminal else contextlib.nullcontext() as stop,
         contextlib.closing(dialogue.answer(question)) as pieces,
@@ -190,7 +197,7 @@ def tell(dialogue: Dialogue, question: str, at_terminal: bool, verbose: bool) ->
         for text in pieces:
             if len(dialogue.last) == 1:
                 first = time.perf_counter()
-            print(text, end="", flush=True)
+            print(visible.show(text) if at_terminal else text, end="", flush=True)
             if stop and stop.asked:
                 break
     print(flush=True)

@@ -1,13 +1,14 @@
 """A conversation, and the text in which a model reads and continues it."""
 
+import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-from lechat_jax.continuation import Sample
+from lechat_jax.continuation import Sample, UntilStop
 from lechat_jax.errors import BadInput
 from lechat_jax.sampling import Sampling
 from lechat_jax.template import Conversation
-from lechat_jax.tokenizer import StreamDecoder, Tokenizer
+from lechat_jax.tokenizer import Tokenizer
 
 
 @runtime_checkable
@@ -20,8 +21,8 @@ class Text(Protocol):
     def room(self) -> int | None:
         """Tokens that still fit; `None` is without end."""
 
-    def reset(self) -> None:
-        """From here on the text is empty."""
+    def reset(self, length: int = 0) -> None:
+        """From here on the text is its first `length` tokens."""
 
     def feed(self, ids: Sequence[int]) -> None:
         """Appends tokens."""
@@ -47,11 +48,13 @@ class Dialogue:
         system: str = "",
         max_tokens: int = 1024,
         sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
     ) -> None:
         self.conversation = Conversation(tokenizer, system)
         self.last: list[Sample] = []
         self._text, self._tokenizer = text, tokenizer
         self._max_tokens, self._sampling = max_tokens, sampling or Sampling(temperature=0.7)
+        self._stop = stop
 
     def answer(self, question: str) -> Generator[str, None, None]:
         """The answer, piece by piece; whoever stops asking has cut it short.
@@ -64,17 +67,30 @@ class Dialogue:
         """
         self._read(self.conversation.ask(question))
         self.last = []
-        decoder = StreamDecoder(self._tokenizer)  # without what came before, as Mistral does it
+        asked = len(self._text.ids)
+        # Decoded without what came before, as Mistral does it.
+        heard = UntilStop(self._tokenizer, stop=self._stop)
+        said: list[int] = []
         try:
             for piece in self._text.stream(self._max_tokens, self._sampling):
-                self.last.append(piece)
-                yield decoder.push(piece.ids)
-            yield decoder.flush()
+                ids, _, text = heard.push(piece.ids, piece.logprobs)
+                said += ids
+                self.last.append(
+                    dataclasses.replace(piece, stopped="stop") if heard.found else piece
+                )
+                yield text
+                if heard.found:
+                    break
+            ids, _, text = heard.flush()
+            said += ids
+            yield text
         except KeyboardInterrupt:
             self._text.reset()  # it may have come amid a change of the text's state
             raise
         finally:
-            if said := [id_ for piece in self.last for id_ in piece.ids]:
+            if len(self._text.ids) > asked + len(said):  # a stop text, or what may become one
+                self._text.reset(asked + len(said))
+            if said:
                 self.conversation.add(question, said)
 
     def reset(self) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -12,6 +13,63 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+PATIENCE = 1.0  # seconds without a word, while a prompt is read
+
+
+class Visible:
+    r"""Text as a terminal can show it, piece by piece, without what would drive the terminal.
+
+    Line ends of Windows and of old Macs are line ends, also where one piece ends within one;
+    any other control character is U+FFFD.
+
+    >>> visible = Visible()
+    >>> [visible.show(piece) for piece in ("one\r", "\ntwo\rthree\n")]
+    ['one\n', 'two\nthree\n']
+    """
+
+    def __init__(self) -> None:
+        self._after_return = False
+
+    def show(self, text: str) -> str:
+        """The next piece."""
+        if not text:
+            return ""
+        rest = text[1:] if self._after_return and text[0] == "\n" else text
+        self._after_return = text[-1] == "\r"
+        return rest.replace("\r\n", "\n").replace("\r", "\n").translate(CONTROLS)
+
+
+class Reading:
+    """How far a prompt is read, its rate and the time left, for whoever waits a second for it.
+
+    On stderr: in a terminal a line that is replaced and goes, elsewhere one every ten seconds.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._last = 0.0
+        self._shown = False
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many tokens of a prompt are read; 0 begins a prompt."""
+        now = time.monotonic()
+        if done == 0:
+            self._began, self._last, self._shown = now, -PLAIN_SECONDS, False
+        at_terminal = sys.stderr.isatty()
+        width = shutil.get_terminal_size().columns - 1
+        if done == total and self._shown and at_terminal:
+            print("\r" + " " * width, end="\r", file=sys.stderr, flush=True)
+        seconds = now - self._began
+        is_due = at_terminal or now - self._last >= PLAIN_SECONDS
+        if done == 0 or done == total or seconds < PATIENCE or not is_due:
+            return
+        rate = done / seconds
+        left = clock((total - done) / rate)
+        line = f"reading {done:,} of {total:,} tokens · {rate:,.0f} tokens/s · {left} left"
+        self._shown, self._last = True, now
+        if at_terminal:
+            print("\r" + line[:width].ljust(width), end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 class Lasting:
@@ -111,7 +169,7 @@ class Display:
 
         A young model writes any byte, and some bytes would drive the terminal.
         """
-        self.console.print(text.translate(CONTROLS), style=style, markup=False, emoji=False)
+        self.console.print(Visible().show(text), style=style, markup=False, emoji=False)
 
     def advance(
         self,

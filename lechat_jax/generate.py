@@ -17,9 +17,10 @@ import tyro
 from lechat_jax import cli
 from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.continuation import Sample, join
+from lechat_jax.display import Reading, Visible
 from lechat_jax.errors import BadInput
-from lechat_jax.generator import CONTEXT, Generator
-from lechat_jax.prompts import read_prompts
+from lechat_jax.generator import CONTEXT, Generator, stop_texts
+from lechat_jax.prompts import Prompt, read_prompts
 from lechat_jax.quantize import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.whole import check_writable, write_whole
@@ -34,11 +35,13 @@ class GenerateConfig:
     Attributes:
         folder: Folder of a training run, such as runs/NAME, or of weights in lechat's format, as
             python -m parity.convert writes it.
-        prompt: Text to continue. Empty: the model begins a text of its own.
-        prompt_ids: Token ids to continue instead of a text, such as 1,415,2936. Nothing is put
-            before them, so begin with BOS; no tokenizer is needed.
+        prompt: Text to continue; may be given several times, and each is continued as if alone.
+            Empty, or without any prompt, the model begins a text of its own.
+        prompt_ids: Token ids to continue instead of a text, such as 1,415,2936; may be given
+            several times. Nothing is put before them, so begin with BOS; no tokenizer is needed.
         prompts_file: File of prompts instead, a line each, or .jsonl with objects that have
-            `prompt` (a text) or `ids`; "-" reads lines from stdin. Each is continued as if alone.
+            `prompt` (a text) or `ids`; "-" reads lines from stdin. Each is continued as if alone;
+            an empty line is an empty prompt.
         max_tokens: Most new tokens in each sample.
         temperature: What logits are divided by before a draw: 1 is the model's own distribution,
             less is safer, 0 takes the likeliest token always.
@@ -49,6 +52,8 @@ class GenerateConfig:
         seed: Of the draws: the same seed gives the same text.
         samples: How many continuations of each prompt.
         batch: Most continuations made at once. Each takes a cache of its own.
+        stop: Text that ends a continuation, which is cut before it, wherever the borders of
+            tokens are; may be given several times.
         ignore_eos: Go on when the model ends its text.
         context: Tokens that layers without a sliding window can hold, prompt included. Memory for
             all is taken at once, and generation stops there. Other models have no such limit.
@@ -58,12 +63,13 @@ class GenerateConfig:
             parity.quality tells what that costs. A model stored like that stays so.
         speculate: Guess ahead from the text itself: the same text, sooner where it repeats itself.
         draft: Tokens that --speculate guesses at a time.
-        json: File for ids, log-probabilities in nats, texts and tokens per second.
+        json: File for the samples, each with its prompt, the index of that and the number of the
+            sample, ids, log-probabilities in nats, text and why it stopped; and the speed.
     """
 
     folder: tyro.conf.Positional[Path]
-    prompt: str = ""
-    prompt_ids: str = ""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    prompt_ids: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     prompts_file: Path | None = None
     max_tokens: int = 200
     temperature: float = 0.8
@@ -73,6 +79,7 @@ class GenerateConfig:
     seed: int = 0
     samples: int = 1
     batch: int = 16
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     ignore_eos: bool = False
     context: int = CONTEXT
     dtype: Literal["bfloat16", "float32"] | None = None
@@ -98,15 +105,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         quantize=options.quantize,
         batch=min(options.batch, len(asked) * options.samples),
         draft=options.draft if options.speculate else 0,
+        on_read=Reading(),
     )
-    prompts = [prompt if isinstance(prompt, list) else generator.encode(prompt) for prompt in asked]
-    rows = [prompt for prompt in prompts for _ in range(options.samples)]
+    rows = [ids for ids in generator.ids_of(asked) for _ in range(options.samples)]
     generator.check(rows, options.max_tokens)
-    timed = Timed()
-    samples = _tell(generator, rows, _batches(generator, rows, options, sampling, timed))
+    timed, samples = Timed(), list[Sample]()
+    try:
+        _tell(generator, rows, _batches(generator, rows, options, sampling, timed), samples)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        samples += [Sample([], [], "", "interrupted")] * (len(rows) - len(samples))
+        if options.json:
+            _write(options.json, asked, samples, timed.tokens_per_s)
+        raise
     _report(options, timed, samples)
     if options.json:
-        _write(options.json, samples, timed.tokens_per_s)
+        _write(options.json, asked, samples, timed.tokens_per_s)
     return 0
 
 
@@ -117,12 +131,13 @@ def _check(options: GenerateConfig) -> None:
             raise BadInput(f"--{name} must be at least 1, not {getattr(options, name)}")
     if options.speculate and options.draft < 1:
         raise BadInput(f"--draft must be at least 1 token, not {options.draft}")
+    stop_texts(options.stop)
     check_writable(options.json)
 
 
 def _batches(
     generator: Generator,
-    rows: list[list[int]],
+    rows: list[Sequence[int]],
     options: GenerateConfig,
     sampling: Sampling,
     timed: "Timed",
@@ -137,6 +152,7 @@ def _batches(
                 eos_ids=() if options.ignore_eos else None,
                 draft=options.draft if options.speculate else 0,
                 first_row=first,
+                stop=options.stop,
             )
         )
 
@@ -177,57 +193,82 @@ class Timed:
             began = time.perf_counter() if number else now
 
 
-def _prompts(options: GenerateConfig) -> list[str | list[int]]:
+def _prompts(options: GenerateConfig) -> list[Prompt]:
     """What is to be continued, as text or ids.
 
     Raises:
-        BadInput: it was said twice, or is no prompt.
+        BadInput: it was said in two ways, or is no prompt.
     """
     said = [name for name in ("prompt", "prompt_ids", "prompts_file") if getattr(options, name)]
     if len(said) > 1:
         raise BadInput(f"give {' or '.join('--' + n.replace('_', '-') for n in said)}, not both")
     if options.prompts_file:
-        return read_prompts(options.prompts_file)
-    if not options.prompt_ids:
-        return [options.prompt]
+        prompts = read_prompts(options.prompts_file)
+        if n_empty := prompts.count(""):
+            print(
+                f"{n_empty} of {len(prompts)} prompts in {options.prompts_file} are empty: there "
+                "the model begins texts of its own",
+                file=sys.stderr,
+            )
+        return prompts
+    if options.prompt_ids:
+        return [_ids(said) for said in options.prompt_ids]
+    return [*options.prompt] or [""]
+
+
+def _ids(said: str) -> list[int]:
     try:
-        return [[int(id_) for id_ in options.prompt_ids.split(",")]]
+        return [int(id_) for id_ in said.split(",")]
     except ValueError:
         raise BadInput(
-            f"--prompt-ids must be numbers with commas between them, not {options.prompt_ids!r}"
+            f"--prompt-ids must be numbers with commas between them, not {said!r}"
         ) from None
 
 
 def _tell(
-    generator: Generator, rows: list[list[int]], batches: Iterable[Iterator[list[Sample]]]
-) -> list[Sample]:
-    """All samples, printed after their prompts: one alone as it comes, several when complete."""
+    generator: Generator,
+    rows: list[Sequence[int]],
+    batches: Iterable[Iterator[list[Sample]]],
+    samples: list[Sample],
+) -> None:
+    """Prints all samples after their prompts: one alone as it comes, several when complete.
 
-    def shown(ids: list[int], text: str) -> str:
-        return text if generator.tokenizer else "".join(f"{id_} " for id_ in ids)
+    They are appended to `samples`, interrupted ones too.
+    """
+    alone = len(rows) == 1
+    visible = Visible().show if sys.stdout.isatty() else str
 
     def say(text: str, end: str = "") -> None:
-        print(text, end=end, flush=True)
+        print(visible(text), end=end, flush=True)
 
-    alone = len(rows) == 1
-    heads = [
-        shown(row, generator.tokenizer.decode(row) if generator.tokenizer else "") for row in rows
-    ]
-    samples: list[Sample] = []
-    say(heads[0] if alone else "")
+    def shown(ids: Sequence[int], text: str) -> str:
+        return text if generator.tokenizer else "".join(f"{id_} " for id_ in ids)
+
+    def head(row: Sequence[int]) -> str:
+        return shown(row, generator.tokenizer.decode(row) if generator.tokenizer else "")
+
     for rounds in batches:
-        kept = []
-        for pieces in rounds:
-            kept.append(pieces)
-            if alone:
-                say(shown(pieces[0].ids, pieces[0].text))
+        kept: list[list[Sample]] = []
+        try:
+            for pieces in rounds:
+                if alone:  # after it was read, which may have taken a line of its own
+                    say((head(rows[0]) if not kept else "") + shown(pieces[0].ids, pieces[0].text))
+                kept.append(pieces)
+        except KeyboardInterrupt:
+            samples += [_interrupted(join(pieces)) for pieces in zip(*kept, strict=True)]
+            raise
         for sample in (join(pieces) for pieces in zip(*kept, strict=True)):
             if not alone:
                 rule = f"{RULE}\n" if samples else ""
-                say(rule + heads[len(samples)] + shown(sample.ids, sample.text), end="\n")
+                row = rows[len(samples)]
+                say(rule + head(row) + shown(sample.ids, sample.text), end="\n")
             samples.append(sample)
     say("", end="\n" if alone else "")
-    return samples
+
+
+def _interrupted(sample: Sample) -> Sample:
+    """The sample as far as it came, unless it had ended by itself."""
+    return dataclasses.replace(sample, stopped=sample.stopped or "interrupted")
 
 
 def _report(options: GenerateConfig, timed: Timed, samples: list[Sample]) -> None:
@@ -241,16 +282,24 @@ def _report(options: GenerateConfig, timed: Timed, samples: list[Sample]) -> Non
         )
 
 
-def _write(path: Path, samples: list[Sample], tokens_per_s: float | None) -> None:
-    """The samples as JSON, all of them or none.
+def _write(
+    path: Path, prompts: Sequence[Prompt], samples: list[Sample], tokens_per_s: float | None
+) -> None:
+    """The samples as JSON, all of them or none, those of each prompt in a row.
 
     Raises:
         BadInput: the file cannot be written.
     """
+    of_each = len(samples) // len(prompts)
     found = {
         "samples": [
-            {"ids": sample.ids, "logprobs": sample.logprobs, "text": sample.text}
-            for sample in samples
+            {
+                "prompt": prompts[number // of_each],
+                "index": number // of_each,
+                "sample": number % of_each,
+                **dataclasses.asdict(sample),
+            }
+            for number, sample in enumerate(samples)
         ],
         "tokens_per_s": tokens_per_s,
     }

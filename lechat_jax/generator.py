@@ -1,8 +1,9 @@
 """A model ready to continue prompts: what the command line, training and servers hold."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,11 @@ MOST_DRAFT = 32  # tokens that may be guessed ahead
 CONTEXT = 4096  # positions of a layer without a window, unless told otherwise
 PATIENCE = 0.1  # seconds of decoding until a stream shows something
 
+# What can be continued: a text, or the ids of one, BOS included.
+Prompt = str | Sequence[int]
+# Is told how many tokens of the longest prompt are read, and of how many; at first of none.
+OnRead = Callable[[int, int], None]
+
 
 class Generator:
     """A model, and how to feed it.
@@ -42,6 +48,7 @@ class Generator:
         tokenizer: makes text of ids; without one there are only ids.
         chunk: tokens of a prompt that are read at once.
         context: positions that a layer without a window can hold, prompt included.
+        on_read: is told how far prompts are read, after each chunk, for which it waits.
 
     Raises:
         BadInput: chunk or context is below 1, or the tokenizer is another model's.
@@ -54,6 +61,7 @@ class Generator:
         *,
         chunk: int | None = None,
         context: int = CONTEXT,
+        on_read: OnRead | None = None,
     ) -> None:
         self.config: MistralConfig = model.config
         self.weights = weights_of(model)
@@ -61,6 +69,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.chunk = best_chunk() if chunk is None else chunk
         self.context = context
+        self.on_read = on_read
         if self.chunk < 1 or context < 1:
             raise BadInput(f"chunk ({self.chunk}) and context ({context}) must be at least 1")
         if tokenizer and tokenizer.vocab_size != self.config.vocab_size:
@@ -72,13 +81,14 @@ class Generator:
     @classmethod
     def from_checkpoint(
         cls,
-        folder: Path,
+        folder: Path | str,
         *,
         context: int = CONTEXT,
         dtype: DTypeLike | None = None,
         quantize: Format | None = None,
         batch: int | None = None,
         draft: int = 0,
+        on_read: OnRead | None = None,
     ) -> "Generator":
         """The model of a training run's last good checkpoint, or of lechat's weight format.
 
@@ -94,20 +104,23 @@ class Generator:
             batch: prompts to compile for while the weights are read, so that the first token
                 comes sooner; by default nothing is compiled before it is needed.
             draft: as for `stream`, for what is compiled.
+            on_read: as for the class.
 
         Raises:
             BadInput: the folder is neither, is damaged, or has no good checkpoint yet; the
                 weights do not fit into memory; or they are stored in several types and none
                 was chosen.
         """
-        trained = Trained.open(folder)
+        trained = Trained.open(Path(folder))
 
         def compile_ahead(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
             if batch is not None:
                 compile_for(trained.config, shapes, batch, best_chunk(), context, draft)
 
         weights = load_to_compute(trained, dtype, quantize, compile_ahead)
-        return cls(bind(trained.config, weights), trained.tokenizer, context=context)
+        return cls(
+            bind(trained.config, weights), trained.tokenizer, context=context, on_read=on_read
+        )
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt: BOS, and those of the text.
@@ -119,27 +132,41 @@ class Generator:
             raise BadInput("there is no tokenizer beside the weights; give the prompt as ids")
         return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
+    def ids_of(self, prompts: Prompt | Sequence[Prompt]) -> list[Sequence[int]]:
+        """The ids of each prompt; one alone is a list of one.
+
+        Raises:
+            BadInput: there is no tokenizer for a text.
+        """
+        is_one = isinstance(prompts, str) or any(isinstance(p, int | np.integer) for p in prompts)
+        all_prompts = cast(Sequence[Prompt], [prompts] if is_one else prompts)
+        return [
+            self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in all_prompts
+        ]
+
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompt | Sequence[Prompt],
         max_tokens: int = 200,
         sampling: Sampling | None = None,
         eos_ids: Collection[int] | None = None,
         draft: int = 0,
         first_row: int = 0,
+        stop: str | Sequence[str] = (),
     ) -> list[Sample]:
         """What follows each prompt, all made in one batch; the arguments are `stream`'s."""
-        rounds = self.stream(prompts, max_tokens, sampling, eos_ids, draft, first_row)
+        rounds = self.stream(prompts, max_tokens, sampling, eos_ids, draft, first_row, stop)
         return [join(pieces) for pieces in zip(*rounds, strict=True)]
 
     def stream(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompt | Sequence[Prompt],
         max_tokens: int = 200,
         sampling: Sampling | None = None,
         eos_ids: Collection[int] | None = None,
         draft: int = 0,
         first_row: int = 0,
+        stop: str | Sequence[str] = (),
     ) -> Iterator[list[Sample]]:
         """The next piece for each prompt, again and again until all have stopped.
 
@@ -148,23 +175,28 @@ class Generator:
         on the model, the row's prompt and number, and `sampling`.
 
         Args:
-            prompts: the ids of each, BOS included; at least one.
+            prompts: texts, or the ids of each, BOS included; at least one, or one alone.
             max_tokens: new tokens for each prompt, or fewer.
             sampling: how tokens are chosen; by default as `Sampling()`.
             eos_ids: tokens that end a text; by default the tokenizer's EOS. Empty: none.
             draft: tokens to guess ahead from the text itself, as `decode` does it: the same
                 text sooner, if it repeats itself.
             first_row: number of the first prompt, for draws that differ from batch to batch.
+            stop: texts that end a continuation, over all borders of tokens; it is cut before the
+                one that is complete first. A text alone is one.
 
         Raises:
             BadInput: a prompt is empty, longer than the context or not of this vocabulary,
-                `max_tokens` or `draft` is out of range, or the cache does not fit into memory.
+                `max_tokens` or `draft` is out of range, a stop text is empty or there is no
+                tokenizer for it, or the cache does not fit into memory.
         """
+        prompts = self.ids_of(prompts)
         self.check(prompts, max_tokens, draft)
         eos_ids = self.eos_ids if eos_ids is None else eos_ids
         self.check_memory(len(prompts), draft)
+        stop, tokenizer = stop_texts(stop), self.tokenizer
         rows = [
-            Continuation(prompt, max_tokens, self.room(len(prompt)), eos_ids, self.tokenizer)
+            Continuation(prompt, max_tokens, self.room(len(prompt)), eos_ids, tokenizer, stop)
             for prompt in prompts
         ]
         request = self.request(sampling, eos_ids, len(rows), first_row)
@@ -186,9 +218,16 @@ class Generator:
         """
         tokens, positions = left_padded(prompts, self.chunk, start)
         weights = self._for(len(prompts) * self.chunk)
+        longest = max(map(len, prompts)) - 1
+        padding = tokens.shape[1] - longest
+        if self.on_read:
+            self.on_read(0, longest)
         for begin in range(0, tokens.shape[1], self.chunk):
             part = slice(begin, begin + self.chunk)
             cache = prefill(self.config, weights, cache, tokens[:, part], positions[:, part])
+            if self.on_read:
+                jax.block_until_ready(cache)
+                self.on_read(part.stop - padding, longest)
         return cache
 
     def request(
@@ -223,13 +262,15 @@ class Generator:
             ids, logprobs, lengths = jax.device_get((out.ids, out.logprobs, out.length))
             quick = time.perf_counter() - began < PATIENCE
             n = min(MOST, 2 * n) if quick else max(1, n // 2)
-            yield (
-                state,
-                [
-                    row.take(ids[b, :length].tolist(), logprobs[b, :length].tolist())
-                    for b, (row, length) in enumerate(zip(rows, lengths, strict=True))
-                ],
-            )
+            pieces = [
+                row.take(ids[b, :length].tolist(), logprobs[b, :length].tolist())
+                for b, (row, length) in enumerate(zip(rows, lengths, strict=True))
+            ]
+            if any(row.stopped == "stop" for row in rows):  # of which the loop knows nothing
+                is_over = np.array([row.stopped is not None for row in rows])
+                left = np.where(is_over, np.int32(0), np.asarray(state.left))
+                state = state._replace(left=jnp.asarray(left))
+            yield state, pieces
 
     def room(self, length: int) -> int | None:
         """Tokens that fit behind so many; without end when every layer has a window."""
@@ -296,3 +337,15 @@ class Generator:
 
     def _cache_size(self, batch: int, draft: int) -> CacheSize:
         return cache_size(self.config, self.weights, batch, self.chunk, self.context, draft)
+
+
+def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """The texts that end a continuation, of which a text alone is one.
+
+    Raises:
+        BadInput: one is empty.
+    """
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in texts:
+        raise BadInput("a stop text is empty; give at least a character to stop at")
+    return texts

@@ -1,11 +1,12 @@
 """Prompts from a file: a text a line, or JSON objects."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from lechat_jax.errors import BadInput
 from lechat_jax.records import Complaints, holds_records, json_records
-from lechat_jax.textfile import lines_of, read_stdin, read_text
+from lechat_jax.textfile import read_stdin, read_text
 
 Prompt = str | list[int]
 
@@ -14,7 +15,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file, in order: texts, or token ids; `-` is stdin.
 
     Of a file of JSON (see `json_records`) each object has `prompt`, a text, or `ids`. Of any other
-    file each line is a text, without its end; an empty line is none.
+    file each line is a text, without its end, and an empty line an empty text: prompt number i is
+    line number i, so that answers can be matched.
 
     Raises:
         BadInput: the file cannot be read or holds no prompt, or a line is not as it must be; its
@@ -22,9 +24,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     if str(path) == "-":
-        prompts += [line for _, line in lines_of(read_stdin())]
+        prompts += _lines(read_stdin())
     elif not holds_records(path):
-        prompts += [line for _, line in lines_of(read_text(path))]
+        prompts += _lines(read_text(path))
     else:
         complaints = Complaints(str(path))
         for record in json_records(path, complaints):
@@ -36,6 +38,12 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise BadInput(f"there is no prompt in {path}")
     return prompts
+
+
+def _lines(text: str) -> list[str]:
+    """All lines, or none if all are blank; they end in LF, CR LF or CR."""
+    lines = re.split(r"\r\n|\n|\r", re.sub(r"(\r\n|\n|\r)\Z", "", text))
+    return lines if text.strip() else []
 
 
 def _prompt(fields: dict[str, Any]) -> Prompt | None:

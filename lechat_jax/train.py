@@ -172,7 +172,7 @@ def _new_run(start: Start, lessons: Lessons, loaded: Loaded | None) -> Path:
     start.tokenizer.save(run.folder)
     found: dict[str, Any] = options.shape(jax.default_backend())._asdict()
     found |= {"corpus": lessons.name, "corpus_bytes": lessons.n_bytes}
-    found |= {"corpus_sha256": lessons.sha256}
+    found |= {"corpus_sha256": lessons.sha256, "chat": lessons.chat}
     if loaded:
         found |= {"init_from_sha256": loaded.sha256}
     fields = {"model": start.model.to_dict(), "train": options.to_dict() | found}

@@ -57,9 +57,9 @@ class Script:
     def room(self) -> int | None:
         return None if self._context is None else self._context - len(self.ids)
 
-    def reset(self) -> None:
-        self.ids = []
-        self.resets += 1
+    def reset(self, length: int = 0) -> None:
+        self.ids = self.ids[:length]
+        self.resets += not length
 
     def feed(self, ids: Sequence[int]) -> None:
         self.ids += ids
@@ -147,6 +147,21 @@ def test_an_answer_cut_short_is_closed_and_stays() -> None:
     start = len(Conversation(tokenizer).ask("Count"))
     inst = 3
     assert text.ids[start : start + 3] == [*tokenizer.encode("one"), tokenizer.eos_id, inst]
+
+
+@pytest.mark.parametrize("name", ["v1", "v3", "v3-tekken"])
+def test_an_answer_ends_before_a_stop_text_and_what_is_behind_was_never_said(name: str) -> None:
+    tokenizer = load(name)
+    text = Script(tokenizer, "one two three", "four")
+    dialogue = Dialogue(text, tokenizer, stop=["o thr"])
+    assert said(dialogue, "Count") == "one tw"
+    assert dialogue.last[-1].stopped == "stop"
+    asked = Conversation(tokenizer).ask("Count")
+    kept = tokenizer.encode("one two")
+    assert text.ids == asked + kept, "the last token begins before the stop text"
+    assert said(dialogue, "Go on") == "four"
+    assert text.resets == 0
+    assert dialogue.conversation.exchanges[0].answer == [*kept, tokenizer.eos_id]
 
 
 def test_a_question_without_an_answer_was_never_asked() -> None:
@@ -433,6 +448,9 @@ def test_a_training_run_is_warned_about(
     assert main([str(run.folder)]) == 0
     first = capsys.readouterr().err.splitlines()[0]
     assert first.startswith(f"warning: {run.folder} is a training run; unless it was trained on")
+    run.config = {"model": config.to_dict(), "train": {"chat": True}}
+    assert main([str(run.folder)]) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_bad_flags_are_one_clear_line(
@@ -444,6 +462,7 @@ def test_bad_flags_are_one_clear_line(
         ([str(tmp_path / "mute")], "has no tokenizer, without which there is no chat"),
         ([str(folder), "--max-tokens", "0"], "--max-tokens must be at least 1"),
         ([str(folder), "--temperature", "-1"], "temperature must be"),
+        ([str(folder), "--stop", ""], "a stop text is empty"),
         ([str(folder), "--speculate", "--draft", "0"], "--draft must be at least 1 token"),
         ([str(folder), "--speculate", "--draft", "99"], "draft must be from 0"),
     ):

@@ -47,6 +47,46 @@ def shown(console: Console) -> str:
     return console.file.getvalue()
 
 
+# --- while a prompt is read ---
+
+
+def read(time: Clock, seconds: list[float], done: list[int]) -> None:
+    reading = display.Reading()
+    for time.now, n in zip(seconds, done, strict=True):
+        reading(n, 32_000)
+
+
+def test_a_long_prompt_is_told_of_every_ten_seconds(
+    time: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds, done = [5.0, 5.5, 7.0, 8.0, 17.0, 20.0], [0, 500, 2000, 3000, 12_000, 32_000]
+    read(time, seconds, done)
+    assert capsys.readouterr().err == (
+        "reading 2,000 of 32,000 tokens \u00b7 1,000 tokens/s \u00b7 0:30 left\n"
+        "reading 12,000 of 32,000 tokens \u00b7 1,000 tokens/s \u00b7 0:20 left\n"
+    )
+
+
+def test_at_a_terminal_it_is_one_line_that_goes(
+    time: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", "31")
+    read(time, [0.0, 0.9, 2.0, 3.0, 4.0], [0, 900, 2000, 3000, 32_000])
+    assert screen.getvalue().split("\r") == [
+        *("", "reading 2,000 of 32,000 tokens", "reading 3,000 of 32,000 tokens", " " * 30, ""),
+    ]
+
+
+def test_a_short_prompt_is_not_worth_a_word(
+    time: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read(time, [0.0, 0.9, 1.1], [0, 16_000, 32_000])
+    assert capsys.readouterr() == ("", "")
+
+
 # --- without a terminal ---
 
 

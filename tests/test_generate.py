@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from lechat_jax import cli, generate
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
+from lechat_jax.continuation import Sample
 from lechat_jax.errors import BadInput
 from lechat_jax.generate import RULE, main
 from lechat_jax.generator import Generator
@@ -86,7 +89,9 @@ def test_samples_are_printed_with_a_rule_between_and_written_as_json(
     written = json.loads(file.read_text())
     assert set(written) == {"samples", "tokens_per_s"}
     assert written["tokens_per_s"] > 0
-    assert [set(sample) for sample in written["samples"]] == [{"ids", "logprobs", "text"}] * 3
+    keys = {"prompt", "index", "sample", "ids", "logprobs", "text", "stopped"}
+    assert [set(sample) for sample in written["samples"]] == [keys] * 3
+    assert [sample["sample"] for sample in written["samples"]] == [0, 1, 2]
     assert [len(sample["ids"]) for sample in written["samples"]] == [9, 9, 9]
     assert all(logprob < 0 for sample in written["samples"] for logprob in sample["logprobs"])
     assert len({sample["text"] for sample in written["samples"]}) == 3
@@ -107,7 +112,17 @@ def test_no_tokens_are_no_speed(run: str, tmp_path: Path, capsys: Output) -> Non
     out, err = said(capsys, run, "--prompt", "The cat", "--max-tokens", "0", "--json", str(file))
     assert (out, err[:9]) == ("The cat\n", "0 tokens:")
     assert json.loads(file.read_text()) == {
-        "samples": [{"ids": [], "logprobs": [], "text": ""}],
+        "samples": [
+            {
+                "prompt": "The cat",
+                "index": 0,
+                "sample": 0,
+                "ids": [],
+                "logprobs": [],
+                "text": "",
+                "stopped": "length",
+            }
+        ],
         "tokens_per_s": None,
     }
 
@@ -149,8 +164,9 @@ def test_weights_without_a_tokenizer_continue_ids_in_the_type_asked_for(
     for dtype, asked in (("float32", []), ("bfloat16", ["--dtype", "bfloat16"])):
         said(capsys, str(tmp_path / "m"), *flags, *asked)
         (sample,) = Generator(lively(tiny, dtype)).generate([[1, 5]], 9, Sampling(temperature=0))
-        written = json.loads(file.read_text())["samples"]
-        assert written == [{"ids": sample.ids, "logprobs": sample.logprobs, "text": ""}]
+        (written,) = json.loads(file.read_text())["samples"]
+        expected = {"prompt": [1, 5], "ids": sample.ids, "logprobs": sample.logprobs, "text": ""}
+        assert {key: written[key] for key in expected} == expected
     with pytest.raises(SystemExit):
         main([str(tmp_path / "m"), "--dtype", "float16"])  # activations would overflow
 
@@ -191,6 +207,7 @@ def test_eos_ends_a_text_unless_it_is_to_be_ignored(
         ("--temperature -1", "temperature must be"),
         ("--top-p 0", "top_p must be"),
         ("--context 0", "must be at least 1"),
+        ("--stop=", "a stop text is empty"),
         ("--json nowhere/out.json", "there is no folder .*nowhere"),
     ],
 )
@@ -256,7 +273,7 @@ def test_each_prompt_of_a_file_is_continued_as_if_alone(
     run: str, capsys: Output, tmp_path: Path
 ) -> None:
     lines, objects = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
-    lines.write_text("The cat\n\nOnce upon a time\n", encoding="utf-8")
+    lines.write_text("The cat\r\nOnce upon a time\n", encoding="utf-8")
     ids = Tokenizer.mistral_v1().encode("Once upon a time")
     objects.write_text(
         json.dumps({"prompt": "The cat"}) + "\n" + json.dumps({"ids": [1, *ids]}), encoding="utf-8"
@@ -266,6 +283,78 @@ def test_each_prompt_of_a_file_is_continued_as_if_alone(
     for path in (lines, objects):
         together = said(capsys, *flags, "--prompts-file", str(path))[0]
         assert together == f"{RULE}\n".join(alone)
+
+
+def test_several_prompts_are_given_one_by_one(run: str, capsys: Output, tmp_path: Path) -> None:
+    flags, file = (run, "--max-tokens", "4", "--temperature", "0"), tmp_path / "out.json"
+    texts = ["The cat", "", "Once"]
+    alone = [said(capsys, *flags, "--prompt", text)[0] for text in texts]
+    asked = [part for text in texts for part in ("--prompt", text)]
+    assert said(capsys, *flags, *asked)[0] == f"{RULE}\n".join(alone)
+    ids = ("--prompt-ids", "1,5", "--prompt-ids", "1")
+    said(capsys, *flags, *ids, "--samples", "2", "--json", str(file))
+    written = json.loads(file.read_text())["samples"]
+    matched = [(sample["prompt"], sample["index"], sample["sample"]) for sample in written]
+    assert matched == [([1, 5], 0, 0), ([1, 5], 0, 1), ([1], 1, 0), ([1], 1, 1)]
+
+
+def test_samples_of_a_file_are_matched_by_its_lines(
+    run: str, capsys: Output, tmp_path: Path
+) -> None:
+    prompts, file = tmp_path / "prompts.txt", tmp_path / "out.json"
+    prompts.write_text("The cat\n\n  a b\n", encoding="utf-8")
+    flags = ("--max-tokens", "2", "--prompts-file", str(prompts), "--json", str(file))
+    _, err = said(capsys, run, *flags)
+    assert err.startswith(f"1 of 3 prompts in {prompts} are empty: there the model")
+    written = json.loads(file.read_text())["samples"]
+    assert [(sample["index"], sample["prompt"]) for sample in written] == [
+        (0, "The cat"),
+        (1, ""),
+        (2, "  a b"),
+    ]
+
+
+def test_a_stop_text_ends_a_sample(run: str, capsys: Output, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    flags = (run, "--prompt", "The cat", "--max-tokens", "30", "--temperature", "0")
+    whole = said(capsys, *flags)[0].removeprefix("The cat").removesuffix("\n")
+    stop = whole[25:29]
+    out, _ = said(capsys, *flags, "--stop", "not there", "--stop", stop, "--json", str(file))
+    assert out == "The cat" + whole.partition(stop)[0] + "\n"
+    (sample,) = json.loads(file.read_text())["samples"]
+    assert (sample["text"], sample["stopped"]) == (whole.partition(stop)[0], "stop")
+
+
+def test_what_was_made_until_ctrl_c_is_written(
+    run: str, capsys: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, file = Generator.stream, tmp_path / "out.json"
+
+    def interrupted(self: Generator, *args: Any, **asked: Any) -> Iterator[list[Sample]]:
+        rounds = right(self, *args, **asked)
+        yield next(rounds)
+        if asked["first_row"]:
+            raise KeyboardInterrupt
+        yield from rounds
+
+    monkeypatch.setattr(Generator, "stream", interrupted)
+    asked = [part for text in "abc" for part in ("--prompt", text)]
+    with pytest.raises(KeyboardInterrupt):
+        main([run, *asked, "--batch", "1", "--max-tokens", "3", "--json", str(file)])
+    written = json.loads(file.read_text())["samples"]
+    found = [(sample["index"], len(sample["ids"]), sample["stopped"]) for sample in written]
+    assert found == [(0, 3, "length"), (1, 1, "interrupted"), (2, 0, "interrupted")]
+
+
+def test_a_terminal_gets_line_ends_and_no_codes(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    main([run, "--prompt", "a\r\nb\rc\x1b[2J", "--max-tokens", "0"])
+    assert screen.getvalue() == "a\nb\nc\ufffd[2J\n"
 
 
 def test_batches_do_not_change_what_is_drawn(run: str, capsys: Output, tmp_path: Path) -> None:
@@ -311,9 +400,9 @@ def test_prompts_are_the_same_in_any_encoding_with_any_ends(
 ) -> None:
     raw = end.join(["caf\u00e9", "", "a\u2028b ", ""]).encode(encoding)
     (tmp_path / "p.txt").write_bytes(raw)
-    assert read_prompts(tmp_path / "p.txt") == ["caf\u00e9", "a\u2028b "]
+    assert read_prompts(tmp_path / "p.txt") == ["caf\u00e9", "", "a\u2028b "]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), "ascii"))
-    assert read_prompts(Path("-")) == ["caf\u00e9", "a\u2028b "]
+    assert read_prompts(Path("-")) == ["caf\u00e9", "", "a\u2028b "]
     objects = end.join(['{"prompt": "caf\u00e9", "ids": null}', '{"prompt": null, "ids": [1]}'])
     (tmp_path / "p.NDJSON").write_bytes(objects.encode(encoding))
     assert read_prompts(tmp_path / "p.NDJSON") == ["caf\u00e9", [1]]

@@ -381,6 +381,69 @@ def test_a_guess_stops_where_the_text_does(made: Generator) -> None:
     assert ahead.stopped == "eos"
 
 
+@pytest.fixture(scope="module")
+def counting(tiny: MistralConfig) -> Generator:
+    """Says after each id the next one, whatever came before."""
+    weights = weights_of(lively(tiny))
+    for name, leaf in weights.items():
+        if name.endswith(("o.kernel", "down.kernel")):
+            weights[name] = jnp.zeros_like(leaf)
+    weights["norm.scale"] = jnp.ones_like(weights["norm.scale"])
+    embedding = weights["embed.kernel"]
+    lengths = jnp.linalg.norm(embedding, axis=1, keepdims=True)
+    weights["embed.kernel"] = 3 * embedding / lengths
+    weights["head.kernel"] = jnp.roll(embedding / lengths, 1, axis=0)
+    return Generator(bind(tiny, weights), chunk=4)
+
+
+@pytest.mark.parametrize("draft", [0, 5])
+def test_an_eos_among_right_guesses_is_the_last_token(counting: Generator, draft: int) -> None:
+    """Each prompt has the EOS 8 and what it will be followed by, so all guesses are right."""
+    known = [*range(20), 3, 4]
+    rows = [known, [*known, 5, 6, 7], [9, 10, 11]]
+
+    def counted(n: int) -> list[tuple[list[int], str | None]]:
+        samples = counting.generate(rows, n, GREEDY, [8, 96], draft=draft)
+        return [(sample.ids, sample.stopped) for sample in samples]
+
+    assert counted(9) == [([5, 6, 7, 8], "eos"), ([8], "eos"), ([*range(12, 21)], "length")]
+    assert counted(4) == [([5, 6, 7, 8], "eos"), ([8], "eos"), ([*range(12, 16)], "length")]
+    assert counted(3) == [([5, 6, 7], "length"), ([8], "eos"), ([*range(12, 15)], "length")]
+
+
+def test_rows_end_at_their_own_stop_texts(run: Run) -> None:
+    made = Generator.from_checkpoint(str(run.folder))
+    prompts = ["The cat", "Once upon a time", "x"]
+    whole = made.generate(prompts, 40, GREEDY)
+    stop = [whole[0].text[20:24], whole[1].text[50:55]]
+    cut = made.generate(prompts, 40, GREEDY, stop=stop)
+    assert {sample.stopped for sample in cut} <= {"stop", "length"}
+    for one, all_ in zip(cut, whole, strict=True):
+        places = [all_.text.find(text) for text in stop if text in all_.text]
+        assert one.text == all_.text[: min(places)] if places else all_.text
+        assert one.ids == all_.ids[: len(one.ids)]
+        assert one.logprobs == all_.logprobs[: len(one.ids)]
+    pieces = made.stream(prompts[:1], 40, GREEDY, stop=stop[0])
+    assert "".join(piece.text for (piece,) in pieces) == whole[0].text.partition(stop[0])[0]
+
+
+def test_a_prompt_may_be_a_text_and_one_alone_is_one(run: Run) -> None:
+    made = Generator.from_checkpoint(run.folder)
+    both = made.generate(["The cat", [1, 415, 5255]], 5, GREEDY)
+    assert both[0].ids == both[1].ids
+    assert [sample.ids for sample in made.generate("The cat", 5, GREEDY)] == [both[0].ids]
+    assert [sample.ids for sample in made.generate([1, 415, 5255], 5, GREEDY)] == [both[0].ids]
+    with pytest.raises(BadInput, match="a stop text is empty"):
+        made.generate("The cat", stop=["a", ""])
+
+
+def test_whoever_asks_is_told_how_far_the_prompts_are_read(tiny: MistralConfig) -> None:
+    told: list[tuple[int, int]] = []
+    made = Generator(lively(tiny), chunk=4, on_read=lambda *place: told.append(place))
+    made.generate([prompt_of(11), prompt_of(2)], 1)
+    assert told == [(0, 10), (2, 10), (6, 10), (10, 10)]
+
+
 @pytest.mark.parametrize("draft", [-1, 33])
 def test_a_draft_out_of_range_is_refused(made: Generator, draft: int) -> None:
     with pytest.raises(BadInput, match=f"draft must be from 0 .off. to 32 tokens, not {draft}"):

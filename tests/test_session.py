@@ -8,10 +8,13 @@ import pytest
 
 from lechat_jax import generator
 from lechat_jax.config import MistralConfig
+from lechat_jax.continuation import join
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
+from lechat_jax.model import bind
 from lechat_jax.sampling import Sampling
 from lechat_jax.session import Session
+from lechat_jax.tokenizer import Tokenizer
 from parity.lively import lively
 
 SAMPLINGS = {"greedy": Sampling(temperature=0), "drawn": Sampling(temperature=0.9, seed=3)}
@@ -109,3 +112,42 @@ def test_nothing_can_be_said_before_anything_was_fed(made: Generator) -> None:
         next(session.stream(4))
     with pytest.raises(BadInput, match="97 is not an id"):
         session.feed([97])
+
+
+@pytest.fixture(scope="module")
+def talking(tiny: MistralConfig) -> Generator:
+    config = dataclasses.replace(tiny, vocab_size=32_000, n_layers=1)
+    return Generator(lively(config), Tokenizer.mistral_v1(), chunk=16)
+
+
+@pytest.mark.parametrize(("chunk", "draft"), [(16, 0), (4, 0), (16, 3)])
+def test_after_a_stop_text_the_text_goes_on_as_if_nothing_had_followed(
+    talking: Generator, chunk: int, draft: int
+) -> None:
+    """Whether the cache can take back what was read too much, or has to be made anew."""
+    greedy, made = (
+        SAMPLINGS["greedy"],
+        Generator(bind(talking.config, talking.weights), talking.tokenizer, chunk=chunk),
+    )
+    (whole,) = made.generate([ids_of(5)], 40, greedy, ())
+    stop = whole.text[30:34]
+    session = Session(made, draft)
+    session.feed(ids_of(5))
+    answer = join(list(session.stream(40, greedy, (), stop)))
+    assert (answer.text, answer.stopped) == (whole.text.partition(stop)[0], "stop")
+    assert session.ids == ids_of(5) + answer.ids
+    text = session.ids + ids_of(3)
+    session.feed(ids_of(3))
+    assert said(session, 9, greedy) == made.generate([text], 9, greedy, ())[0].ids
+
+
+def test_a_text_is_taken_back_to_a_length(made: Generator) -> None:
+    greedy = SAMPLINGS["greedy"]
+    session = Session(made)
+    session.feed(ids_of(9))
+    said(session, 30, greedy)
+    for length in (37, 12):  # a little, and more than the ring remembers
+        session.reset(length)
+        assert len(session.ids) == length
+        text = [*session.ids]
+        assert said(session, 9, greedy) == made.generate([text], 9, greedy, ())[0].ids
