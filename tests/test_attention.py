@@ -357,6 +357,14 @@ def test_cudnn_is_given_no_row_of_several_documents(monkeypatch: pytest.MonkeyPa
         assert unsupported(backend, "bfloat16", 64, 24, packed=True) is None
 
 
+@pytest.mark.parametrize("H", [8, 16, 128, 256])
+def test_cudnn_takes_heads_of_whole_eights_up_to_256(H: int) -> None:
+    for dtype in ("bfloat16", "float16"):
+        assert unsupported("cudnn", dtype, 64, H) is None
+        assert unsupported("cudnn", dtype, None, H) is None
+        assert choose_backend("gpu", dtype, T=17, window=64, head_dim=H) == "cudnn"
+
+
 def test_an_unknown_kernel_is_refused_with_those_there_are() -> None:
     reason = unsupported("flash", "float32", window=7, head_dim=8)
     assert reason == "unknown attention 'flash'; choose one of dense, banded, cudnn, splash"

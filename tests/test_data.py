@@ -154,6 +154,12 @@ def test_another_tokenizer_has_another_cache(
     assert not load_tokens(CORPUS, TOKENIZER, tmp_path).cached
 
 
+def test_another_format_has_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_tokens(CORPUS, TOKENIZER, tmp_path)
+    monkeypatch.setattr(data, "FORMAT", data.FORMAT + 1)
+    assert not load_tokens(CORPUS, TOKENIZER, tmp_path).cached
+
+
 def test_a_damaged_cache_is_made_again_and_the_fact_is_told(tmp_path: Path) -> None:
     good = load_tokens(CORPUS, TOKENIZER, tmp_path).train.tolist()
     (file,) = tmp_path.iterdir()

@@ -217,6 +217,43 @@ def test_the_learning_rate_scales_every_update(tiny: MistralConfig) -> None:
 # --- trained weights ---
 
 
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_tables_and_norms_take_the_steps_of_pytorchs_adam(kind: Kind) -> None:
+    """Beside matrices of either kind, whose decay is none of theirs; rows without a slope too."""
+    rng = np.random.default_rng(0)
+    shapes = {"embed.kernel": (6, 3), "head.kernel": (6, 3), "norm.scale": (3,)}
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    theirs = {name: torch.nn.Parameter(torch.tensor(leaf)) for name, leaf in weights.items()}
+    rule = usual_rule(kind, "random", weight_decay=0.3)
+    groups = [{"params": [theirs[n]], "lr": 0.5 * getattr(rule.rates, group(n))} for n in shapes]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-10)
+    optimizer = Optimizer(0.5, rule)
+    ours = {name: jnp.asarray(leaf) for name, leaf in weights.items()}
+    state = optimizer.init(ours)
+    for step in range(4):
+        grads = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        grads["embed.kernel"][step:] = 0
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(grads[name])
+        adam.step()
+        moved, state = optimizer.update(jax.tree.map(jnp.asarray, grads), state, ours)
+        ours = jax.tree.map(jnp.add, ours, moved)
+    for name, parameter in theirs.items():
+        np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_muon_turns_the_mean_of_the_last_gradients_with_more_of_the_newest() -> None:
+    """Of two that share no direction, the update has some of the first as well."""
+    first, second = jnp.eye(4)[:2].T, jnp.eye(4)[2:].T
+    name = "blocks.0.mlp.up.kernel"
+    weights = {name: jnp.zeros((4, 2))}
+    optimizer = Optimizer()
+    _, state = optimizer.update({name: first}, optimizer.init(weights), weights)
+    moved, _ = optimizer.update({name: second}, state, weights)
+    old, new = (-float((moved[name] * part).sum()) for part in (first, second))
+    assert 0.2 * new < old < new
+
+
 def test_adamw_is_that_of_pytorch_and_only_matrices_decay() -> None:
     rng = np.random.default_rng(0)
     shapes = {

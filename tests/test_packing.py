@@ -100,3 +100,24 @@ def test_a_long_text_is_cut_so_that_each_token_is_a_target_once() -> None:
 def test_a_document_that_no_row_holds_is_refused() -> None:
     with pytest.raises(BadInput, match="has 34 tokens and a block of 32 holds 33"):
         Packed(documents([34]), ROOM - 1, batch=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "block", "batch", "seed", "said"),
+    [
+        ([], 4, 1, 0, r"the number of documents \(0\)"),
+        ([3], 0, 1, 0, r"block \(0\)"),
+        ([3], 4, 0, 0, r"batch \(0\)"),
+        ([3], 4, 1, -1, r"seed \(-1\)"),
+    ],
+)
+def test_what_gives_no_rows_is_refused(
+    lengths: list[int], block: int, batch: int, seed: int, said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        Packed(documents(lengths), block, batch, seed)
+
+
+def test_padding_is_the_share_of_tokens_that_are_no_document_s() -> None:
+    assert Packed(documents([5, 3, 7]), 7, batch=1, seed=0).padding == 1 / 16
+    assert Packed(documents([8, 8]), 7, batch=1, seed=0).padding == 0

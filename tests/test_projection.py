@@ -109,3 +109,24 @@ def test_the_gradient_is_that_of_the_product() -> None:
     plain = jax.grad(lambda kernel, x: jnp.sum(jnp.sin(x @ kernel.T)), (0, 1))(kernel, x)
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_in_float64_an_int8_kernel_is_exact(x64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of float64 are never rounded to integers of three bytes."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    kernel, scale = kernel_of("int8"), jnp.linspace(0.01, 0.02, F, dtype=jnp.float64)
+    for T in (1, 3, FEW + 1):
+        x = jax.random.normal(jax.random.key(2), (T, D), jnp.float64)
+        exact = np.asarray(x) @ np.asarray(kernel, np.float64).T * np.asarray(scale)
+        np.testing.assert_allclose(project(x, kernel, scale), exact, rtol=0, atol=1e-13)
+
+
+def test_more_products_than_an_integer_can_hold_are_not_added_up_in_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the largest bytes 132,105 products are less than 2**31 and 140,000 are more."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    kernel = jnp.full((2, 140_000), 127, jnp.int8)
+    found = project(jnp.ones((1, 140_000)), kernel, jnp.ones(2))
+    np.testing.assert_allclose(found, 140_000 * 127.0, rtol=1e-5)
+    assert 128 * 127 * projection.MOST_INTEGERS < 2**31

@@ -324,6 +324,8 @@ def test_a_stream_depends_on_seed_row_and_position_alone() -> None:
         return jax.random.key_data(made).tolist()
 
     assert bits(3, 1, 5) == bits(3, 4, 5)[:1]
+    later = Sampling(seed=3).streams(2, first_row=2)
+    assert later.tolist() == Sampling(seed=3).streams(4)[2:].tolist() == [[2, 3], [3, 3]]
     everything = [
         tuple(k) for seed in (0, 1, 2**32 - 1) for p in (0, 1, 9) for k in bits(seed, 4, p)
     ]

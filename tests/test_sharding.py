@@ -198,6 +198,27 @@ def test_what_is_not_divided_is_named(
         check_divides(make_mesh(mesh), small, batch)
 
 
+@pytest.mark.parametrize(
+    ("change", "mesh", "batch", "words"),
+    [
+        ({"dim": 42}, "fsdp=4", 8, "42 model width"),
+        ({"hidden_dim": 57}, "tp=2", 8, "57 feed-forward width"),
+        ({"vocab_size": 97}, "tp=2", 8, "97 token ids"),
+        ({"n_experts": 3, "n_experts_per_token": 2}, "tp=2", 8, "3 experts"),
+        ({"n_kv_heads": 3}, "tp=2", 8, "3 key-value heads"),
+        ({}, "fsdp=2,tp=2", 7, "7 rows of a batch"),
+    ],
+)
+def test_every_axis_that_is_split_has_to_be_divided(
+    change: dict, mesh: str, batch: int, words: str, small: MistralConfig
+) -> None:
+    with pytest.raises(BadInput, match=f"does not divide the {words}"):
+        check_divides(make_mesh(mesh), dataclasses.replace(small, **change), batch)
+    check_divides(make_mesh("tp=1"), dataclasses.replace(small, **change), batch)
+    split = {"n_experts": 2, "n_experts_per_token": 2, "hidden_dim": 57}  # F is whole then
+    check_divides(make_mesh("fsdp=4,tp=2"), dataclasses.replace(small, **split), 8)
+
+
 def test_simulated_devices_are_used_only_when_asked_for() -> None:
     assert usual_mesh() is None
 

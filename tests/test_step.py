@@ -14,11 +14,13 @@ import pytest
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model import Weights, bind
+from lechat_jax.optimizer import Optimizer
 from lechat_jax.remat import Remat, recomputing
 from lechat_jax.rows import Rows
 from lechat_jax.step import (
     StepOptions,
     TrainState,
+    all_finite,
     gradient,
     init_state,
     score,
@@ -295,6 +297,45 @@ def test_half_precision_multiplies_in_half_and_keeps_its_state_in_single(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
     assert {leaf.dtype.name for leaf in after.weights.values()} == {"float32"}
+
+
+def test_steps_are_gradient_rule_and_schedule_one_after_the_other(small: MistralConfig) -> None:
+    """Written out: what the rule remembers of one step it has in the next."""
+    state, losses = train(small, fresh(small), 3, total=12)
+    optimizer = Optimizer(OPTIONS.learning_rate, OPTIONS.rule)
+    slope = jax.jit(functools.partial(gradient, small, OPTIONS))
+    weights, inner = fresh(small).weights, fresh(small).optimizer
+    for step, tokens in enumerate(rows_of().tokens[:3]):
+        loss, grads = slope(weights, {}, Rows(jnp.asarray(tokens)))
+        assert losses[step] == pytest.approx(float(loss), rel=1e-5)
+        moves, inner = jax.jit(optimizer.update)(grads, inner, weights)
+        factor = min((step + 1) / 10, (12 - step) / (0.6 * 12))
+        weights = {name: leaf + factor * moves[name] for name, leaf in weights.items()}
+    for name, leaf in weights.items():
+        moved = np.abs(leaf - first_state(small).weights[name]).max()
+        np.testing.assert_allclose(state.weights[name], leaf, rtol=0, atol=2e-3 * moved)
+    for found, expected in zip(
+        jax.tree.leaves(state.optimizer), jax.tree.leaves(inner), strict=True
+    ):
+        scale = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3 * scale)
+
+
+def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_slope(small: MistralConfig) -> None:
+    rows = Rows(FIRST_BATCH, jnp.zeros(FIRST_BATCH.shape, bool))
+    loss, grads = jax.jit(functools.partial(gradient, small, OPTIONS))(
+        first_state(small).weights, {}, rows
+    )
+    assert float(loss) == 0
+    assert not any(leaf.any() for leaf in grads.values())
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_one_number_that_is_none_is_noticed_in_any_weight(bad: float) -> None:
+    weights = {"a.kernel": jnp.ones((3, 4)), "norm.scale": jnp.zeros(3)}
+    assert bool(all_finite(weights))
+    for name, leaf in weights.items():
+        assert not bool(all_finite(weights | {name: leaf.at[-1].set(bad)}))
 
 
 # --- scoring ---

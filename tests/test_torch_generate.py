@@ -227,6 +227,14 @@ def test_tokens_are_drawn_as_often_as_they_should(
     assert [share == 0 for share in shares.tolist()] == [share == 0 for share in expected]
 
 
+@pytest.mark.parametrize(("top_p", "n"), [(0.24, 1), (0.25, 2), (0.5, 3), (0.75, 4), (1.0, 4)])
+def test_what_has_just_p_before_it_stays(top_p: float, n: int) -> None:
+    """Quarters are exact in floating point; of equals the lower id is first."""
+    draws = torch.Generator().manual_seed(0)
+    drawn = choose(torch.zeros(400, 4), 1.0, 0, top_p, draws)
+    assert sorted(set(drawn.flatten().tolist())) == list(range(n))
+
+
 def test_what_is_drawn_follows_from_the_seed_and_is_scored_by_the_model(
     tiny: MistralConfig,
 ) -> None:

@@ -120,6 +120,17 @@ def test_weights_are_cast_on_the_way(folder: Path, weights: Weights, dtype: str)
     assert bits(loaded) == bits({name: leaf.astype(dtype) for name, leaf in weights.items()})
 
 
+@pytest.mark.parametrize("piece", [4, 100, 4096])
+def test_a_tensor_that_comes_in_pieces_is_whole(
+    folder: Path, weights: Weights, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of one row, of some rows with a rest, and of nearly all."""
+    monkeypatch.setattr(module, "PIECE", piece)
+    assert bits(load_weights(folder)[1]) == bits(weights)
+    _, cast = load_weights(folder, dtype="float16")
+    assert bits(cast) == bits({name: leaf.astype("float16") for name, leaf in weights.items()})
+
+
 def test_double_precision_needs_to_be_enabled(folder: Path, weights: Weights) -> None:
     with pytest.raises(BadInput, match=r"^\S+ in .*model is float64, which needs jax_enable_x64$"):
         load_weights(folder, dtype="float64")
