@@ -31,6 +31,7 @@ class Tekken:
             self.bos_id, self.eos_id = self.model.bos_id, self.model.eos_id
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             raise BadInput(f"{path} is not a tekken tokenizer of Mistral's") from error
+        self.model.encode = self._encode  # for mistral-common's templates, too
         self.version = str(self.model.version.value)
         self.vocab_size = self.model.n_words
         self._n_control = self.model.num_special_tokens
@@ -38,7 +39,22 @@ class Tekken:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
-        return self.model.encode(text, bos=False, eos=False)
+        return self._encode(text, bos=False, eos=False)
+
+    def _encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+        """What mistral-common's method of that name does, for any text.
+
+        tiktoken's engine of regular expressions ends at a run of about a million blanks, for
+        which it remembers each place that it might go back to. Its slower way, which splits the
+        text into words by the library `regex`, has no limit and finds the same words.
+        """
+        tiktoken = self.model._model
+        try:
+            ids = tiktoken.encode(s)
+        except ValueError:
+            ids = tiktoken._encode_only_native_bpe(s)
+        ids = [id_ + self._n_control for id_ in ids]
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_after(self, text: str) -> list[int]:
         """The ids of a text before which there is another."""

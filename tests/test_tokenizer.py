@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lechat_jax import spm
 from lechat_jax import tokenizer as module
 from lechat_jax.errors import BadInput
+from lechat_jax.template import Conversation
 from lechat_jax.tokenizer import StreamDecoder, Tokenizer, preferred
 from tests.tokenizers import SHIPPED, shipped, small_tekken
 from tests.tokenizers import tokenizer as load
@@ -293,6 +294,31 @@ def test_each_is_streamed_as_it_is_decoded(name: str) -> None:
         assert after.push(parts[1]) == pushes[1]
 
     given(st.lists(some, max_size=12), st.integers(0, 12))(check)()
+
+
+def test_a_text_may_have_a_run_of_blanks_of_any_length() -> None:
+    long = 1_000_000  # more than tiktoken's regular expressions can look back over
+    ours = load("v3-tekken")
+    ids = ours.encode(f"a{' ' * long}b")
+    assert ours.decode(ids) == f"a{' ' * long}b"
+    assert ids[-1:] == ours.encode(" b"), "the last blank is the next word's"
+    assert len(set(ids[1:-2])) <= 2, "the others are one word, merged as far as there are ids"
+
+
+@pytest.mark.parametrize("text", [*SAMPLES, "it's 123 \n\n  A\u0301b\u2028 /x\r\n"])
+def test_the_way_without_a_limit_finds_the_ids_of_the_quick_one(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    ours = load("v3-tekken")
+    quick, asked = ours.encode(text), Conversation(ours).ask(text)
+
+    def limited(self: object, text: str) -> list[int]:
+        raise ValueError("Max stack size exceeded for backtracking")
+
+    monkeypatch.setattr("tiktoken.Encoding.encode", limited)
+    assert ours.encode(text) == quick
+    assert [ids.tolist() for ids in ours.encode_batch([text])] == [quick]
+    assert Conversation(ours).ask(text) == asked, "in mistral-common's templates, too"
 
 
 def test_tekken_holds_bytes_until_they_are_a_character() -> None:

@@ -45,7 +45,7 @@ def held_out(n_tokens: int) -> Tokens:
     ids = [id_ for i in range(0, len(letters), 38) for id_ in (BOS, *letters[i : i + 38], EOS)]
     val = np.array(ids[:n_tokens], np.uint16)
     n_bytes = int((val >= FIRST_BYTE).sum())
-    return Tokens(val[:1], val, n_bytes, "Hamlet", n_bytes, "not looked at", False, "")
+    return Tokens(val[:1], val, n_bytes, "Hamlet", "1 file", n_bytes, "not looked at", False, "")
 
 
 def validator(config: MistralConfig, n_tokens: int) -> Validator:
