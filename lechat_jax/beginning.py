@@ -14,6 +14,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.model import Weights
 from lechat_jax.options import Dtype, TrainConfig
 from lechat_jax.peft import read_adapter
+from lechat_jax.shell import command
 from lechat_jax.trained import Loaded, Trained
 
 
@@ -54,10 +55,12 @@ def adapters_asked(options: TrainConfig, config: MistralConfig) -> Asked | None:
 def check_source(source: Trained, options: TrainConfig) -> None:
     """Raises `BadInput` for weights that cannot learn, or have nothing beside them that could."""
     if source.adapters is not None:
+        merge = command("parity.convert", source.folder, f"{source.folder}-merged", to="lechat")
+        adapter = source.folder / "adapter"
+        alone = command("lechat_jax.train", init_from=source.base.folder, lora_from=adapter)
         raise BadInput(
-            f"{source.folder} holds adapters beside other weights; merge them first with "
-            f"python -m parity.convert {source.folder} NEW --to lechat, or go on with them alone: "
-            f"--init-from {source.base.folder} --lora-from {source.folder / 'adapter'}"
+            f"{source.folder} holds adapters beside other weights; merge them first with: {merge}, "
+            f"or go on with them alone: {alone}"
         )
     if source.quantization and not options.learns_adapters:
         raise BadInput(

@@ -29,6 +29,7 @@ from lechat_jax.session import Session
 from lechat_jax.stop import Stop
 from lechat_jax.tokenizer import preferred
 from lechat_jax.trained import Trained
+from lechat_jax.vocabulary import no_tokenizer
 
 ENDS = {"SIGTERM": 143, "SIGHUP": 129}  # signals that end it, and what a shell makes of them
 
@@ -125,10 +126,7 @@ def _check(options: ChatConfig) -> None:
         raise BadInput(f"--draft must be at least 1 token, not {options.draft}")
     trained = Trained.open(options.folder)
     if preferred(options.folder.iterdir()) is None:
-        raise BadInput(
-            f"{options.folder} has no tokenizer, without which there is no chat; put the model's "
-            "own into it (tokenizer.model.v3, tekken.json or as it is called)"
-        )
+        raise BadInput(no_tokenizer(options.folder, "there is no chat"))
     if trained.run and not trained.run.config["train"].get("chat"):
         note(
             f"warning: {options.folder} is a training run; unless it was trained on conversations, "

@@ -35,6 +35,8 @@ from lechat_jax.manifest import MANIFEST, fault, sync, write_manifest
 
 META = "meta.json"
 PARTIAL = ".partial"
+# What is read of a checkpoint, so that none of it may be missing in the manifest.
+READ = re.compile(r"meta\.json|(.+/)?(_[A-Z_]+|_sharding|manifest\.ocdbt|d/[0-9a-f]{32})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Checkpoints:
         """The folder is there, without what a killed save left."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"[0-9]*{PARTIAL}"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _complete(self, step: int, meta: dict[str, Any]) -> None:
         """The arrays of a step become a checkpoint, which appears by one rename."""
@@ -162,7 +164,7 @@ class Checkpoints:
             raise BadInput(f"there is no checkpoint {step} in {self.folder}; there is {have}")
         refused: list[str] = []
         for candidate in reversed(found) if step is None else (step,):
-            reason = fault(self._at(candidate), items)
+            reason = _fault(self._at(candidate), items)
             if reason is None:
                 return candidate, refused
             refused.append(f"checkpoint {candidate} in {self.folder} is damaged: {reason}")
@@ -185,9 +187,15 @@ class Checkpoints:
         good = 1
         for step in reversed([step for step in self._folders() if step < newest]):
             if good < self.keep:
-                good += fault(self._at(step)) is None
+                good += _fault(self._at(step)) is None
             else:  # renamed first, so that half a deletion does not look like damage
-                shutil.rmtree(self._at(step).rename(self.folder / f"{step}{PARTIAL}"))
+                old = self._at(step).rename(self.folder / f"{step}{PARTIAL}")
+                shutil.rmtree(old, ignore_errors=True)  # NFS keeps what somebody has open
+
+
+def _fault(whole: Path, items: Collection[str] | None = None) -> str | None:
+    """The first thing wrong with these items of a checkpoint, or None; see `manifest.fault`."""
+    return fault(whole, items, is_read=lambda name, _: READ.fullmatch(name) is not None)
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:

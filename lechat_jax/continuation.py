@@ -19,7 +19,8 @@ class Sample:
         ids: the new tokens, an EOS that ended the text included. Of a text that was cut before a
             stop text those that begin before it; the last may go on into it.
         logprobs: nats that the model itself gave each, at temperature 1 and unfiltered.
-        text: of the new tokens, as it continues the prompt's; empty without a tokenizer.
+        text: of the new tokens but for an EOS, as it continues the prompt's; empty without a
+            tokenizer.
         stopped: why nothing follows: the model ended the text, there are `max_tokens`, a stop
             text came, the context of a layer without a window is full, or somebody interrupted
             it. `None` when more is to come.
@@ -65,9 +66,14 @@ class UntilStop:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prefix_ids: Sequence[int] = (), stop: Sequence[str] = ()
+        self,
+        tokenizer: Tokenizer,
+        prefix_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        eos_ids: Collection[int] = (),
     ) -> None:
         self.found = False
+        self._eos_ids = eos_ids  # not told, though a token that was added to the model has a text
         self._decoder = StreamDecoder(tokenizer, prefix_ids)
         self._stop = stop
         self._text = ""  # what is held back
@@ -80,7 +86,7 @@ class UntilStop:
             if self.found:
                 break
             self._tokens.append((len(self._text), id_, logprob))
-            self._text += self._decoder.push([id_])
+            self._text += "" if id_ in self._eos_ids else self._decoder.push([id_])
             begins = self._look()
         if not self._stop:
             return self._pop(len(self._text), all_tokens=True)
@@ -142,7 +148,7 @@ class Continuation:
         self.stopped: Stopped | None = None
         self._at_limit: Stopped = "length" if self.limit == max_tokens else "context"
         self._eos_ids = eos_ids
-        self._heard = UntilStop(tokenizer, prompt, stop) if tokenizer else None
+        self._heard = UntilStop(tokenizer, prompt, stop, eos_ids) if tokenizer else None
         self._produced = 0
         self._note([])
 

@@ -73,7 +73,7 @@ class Dialogue:
         said: list[int] = []
         try:
             for piece in self._text.stream(self._max_tokens, self._sampling):
-                ids, _, text = heard.push(piece.ids, piece.logprobs)
+                ids, _, text = heard.push(*self._own(piece))
                 said += ids
                 self.last.append(
                     dataclasses.replace(piece, stopped="stop") if heard.found else piece
@@ -92,6 +92,12 @@ class Dialogue:
                 self._text.reset(asked + len(said))
             if said:
                 self.conversation.add(question, said)
+
+    def _own(self, piece: Sample) -> tuple[list[int], list[float]]:
+        """The tokens of a piece but for an end that is not the template's, which closes it."""
+        foreign = piece.stopped == "eos" and piece.ids[-1] != self._tokenizer.eos_id
+        kept = slice(-1 if foreign else None)
+        return piece.ids[kept], piece.logprobs[kept]
 
     def reset(self) -> None:
         """From here on nothing was said; the system prompt stays."""

@@ -33,6 +33,7 @@ from lechat_jax.texts import find_texts, form_of
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
 from lechat_jax.validation import HeldOut, Score, Validator
+from lechat_jax.vocabulary import no_tokenizer
 from lechat_jax.whole import check_writable, write_whole
 
 ANY = 1 << 40  # tokens of a row that holds any example
@@ -125,12 +126,7 @@ def load_text(options: EvalConfig, trained: Trained, display: Display) -> Text:
     """
     tokenizer = trained.tokenizer
     if tokenizer is None:
-        raise BadInput(f"there is no tokenizer in {options.dir} to read a text with")
-    if tokenizer.vocab_size != trained.config.vocab_size:
-        raise BadInput(
-            f"{tokenizer.path} has {tokenizer.vocab_size} tokens and the model "
-            f"{trained.config.vocab_size}"
-        )
+        raise BadInput(no_tokenizer(options.dir, "no text can be read"))
     asked = trained.run.config["train"].get("data") if trained.run else None
     data = options.data if options.data is not None else asked
     part = options.part or ("all" if options.data is not None else "held-out")

@@ -3,15 +3,23 @@
 Told by its config alone, without JAX and without a look at the weights.
 """
 
-import shlex
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.headers import parse_json
+from lechat_jax.manifest import fault
 from lechat_jax.quantize import Form, pop_format
 from lechat_jax.run import CONFIG
+from lechat_jax.shell import command
+from lechat_jax.tokenizer import FILES
+from lechat_jax.vocabulary import BESIDE
+
+OF_WEIGHTS = re.compile(r"config\.json|model.*\.safetensors(\.index\.json)?")
+OF_TEXT = re.compile(rf"{FILES.pattern}|{BESIDE.pattern}")
 
 
 def kind_of(folder: Path) -> Literal["run", "weights"]:
@@ -45,8 +53,22 @@ def kind_of(folder: Path) -> Literal["run", "weights"]:
 def _conversion(folder: Path) -> str:
     """The command that makes lechat's weights of a folder in another format, for a shell."""
     named = folder if folder.name.strip(".") else folder.resolve()  # `.` and `..` have no name
-    words = "python -m parity.convert".split()
-    return shlex.join([*words, str(named), f"{named}-lechat", "--to", "lechat"])
+    return command("parity.convert", named, f"{named}-lechat", to="lechat")
+
+
+def fault_of(folder: Path) -> str | None:
+    """The first thing wrong with the files of lechat's weights, or None; see `manifest.fault`.
+
+    Where no tokenizer was saved, one may be put in.
+    """
+    return fault(folder, folders=(), is_read=_is_read)
+
+
+def _is_read(name: str, saved: Collection[str]) -> bool:
+    """Whether a file that was not saved with a model would change what is read."""
+    if OF_TEXT.fullmatch(name):
+        return any(FILES.fullmatch(one) for one in saved)
+    return bool(OF_WEIGHTS.fullmatch(name))
 
 
 def read_config(folder: Path) -> MistralConfig:

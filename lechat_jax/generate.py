@@ -23,6 +23,8 @@ from lechat_jax.generator import CONTEXT, Generator, stop_texts
 from lechat_jax.prompts import Prompt, read_prompts
 from lechat_jax.quantize import Format
 from lechat_jax.sampling import Sampling
+from lechat_jax.trained import Trained
+from lechat_jax.vocabulary import no_tokenizer
 from lechat_jax.whole import check_writable, write_whole
 
 RULE = "-" * 72  # between two samples
@@ -98,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(options)
     enable_compilation_cache()
     asked = _prompts(options)
+    if any(isinstance(prompt, str) for prompt in asked):
+        check_tokenizer(options.folder)
     generator = Generator.from_checkpoint(
         options.folder,
         context=options.context,
@@ -133,6 +137,12 @@ def _check(options: GenerateConfig) -> None:
         raise BadInput(f"--draft must be at least 1 token, not {options.draft}")
     stop_texts(options.stop)
     check_writable(options.json)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises `BadInput` for a model without a tokenizer, before its weights are read."""
+    if Trained.open(folder).tokenizer is None:
+        raise BadInput(f"{no_tokenizer(folder, 'a prompt cannot be read')}, or give --prompt-ids")
 
 
 def _batches(

@@ -46,6 +46,7 @@ class Generator:
         config: the model's.
         weights: the model's, by name; the dtype of the norms is what is computed in.
         tokenizer: makes text of ids; without one there are only ids.
+        eos_ids: tokens that end a text, unless told otherwise: those given and the tokenizer's.
         chunk: tokens of a prompt that are read at once.
         context: positions that a layer without a window can hold, prompt included.
         on_read: is told how far prompts are read, after each chunk, for which it waits.
@@ -62,11 +63,13 @@ class Generator:
         chunk: int | None = None,
         context: int = CONTEXT,
         on_read: OnRead | None = None,
+        eos_ids: Collection[int] = (),
     ) -> None:
         self.config: MistralConfig = model.config
         self.weights = weights_of(model)
         self._for_one, self._for_more = (as_bits(self.weights, positions) for positions in (1, 2))
         self.tokenizer = tokenizer
+        self.eos_ids = {*eos_ids, *([tokenizer.eos_id] if tokenizer else [])}
         self.chunk = best_chunk() if chunk is None else chunk
         self.context = context
         self.on_read = on_read
@@ -112,6 +115,7 @@ class Generator:
                 was chosen.
         """
         trained = Trained.open(Path(folder))
+        tokenizer = trained.tokenizer
 
         def compile_ahead(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
             if batch is not None:
@@ -119,7 +123,11 @@ class Generator:
 
         weights = load_to_compute(trained, dtype, quantize, compile_ahead)
         return cls(
-            bind(trained.config, weights), trained.tokenizer, context=context, on_read=on_read
+            bind(trained.config, weights),
+            tokenizer,
+            context=context,
+            on_read=on_read,
+            eos_ids=trained.eos_ids,
         )
 
     def encode(self, text: str) -> list[int]:
@@ -178,7 +186,7 @@ class Generator:
             prompts: texts, or the ids of each, BOS included; at least one, or one alone.
             max_tokens: new tokens for each prompt, or fewer.
             sampling: how tokens are chosen; by default as `Sampling()`.
-            eos_ids: tokens that end a text; by default the tokenizer's EOS. Empty: none.
+            eos_ids: tokens that end a text; by default those of the model. Empty: none.
             draft: tokens to guess ahead from the text itself, as `decode` does it: the same
                 text sooner, if it repeats itself.
             first_row: number of the first prompt, for draws that differ from batch to batch.
@@ -201,11 +209,6 @@ class Generator:
         ]
         request = self.request(sampling, eos_ids, len(rows), first_row)
         return self._rounds(prompts, rows, request, draft)
-
-    @property
-    def eos_ids(self) -> set[int]:
-        """The tokens that end a text, unless told otherwise."""
-        return {self.tokenizer.eos_id} if self.tokenizer else set()
 
     def empty_cache(self, batch: int, draft: int) -> Cache:
         """A cache for so many rows and for guesses of up to `draft` tokens."""

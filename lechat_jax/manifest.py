@@ -3,14 +3,14 @@
 import hashlib
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MANIFEST = "SHA256SUMS"
 
-# What is read of a folder of weights; a user may put a note beside it.
-OF_A_MODEL = r"config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|tekken.*"
+# What systems leave in any folder, and change or take away as they like: .DS_Store, .nfs0012.
+LITTER = re.compile(r"(.*/)?(\..*|Thumbs\.db|desktop\.ini)", re.IGNORECASE)
 
 
 def write_manifest(whole: Path, known: Mapping[str, str] | None = None) -> None:
@@ -26,12 +26,15 @@ def write_manifest(whole: Path, known: Mapping[str, str] | None = None) -> None:
 
 
 def fault(
-    whole: Path, folders: Collection[str] | None = None, *, must_list: str = ".*"
+    whole: Path,
+    folders: Collection[str] | None = None,
+    *,
+    is_read: Callable[[str, Collection[str]], bool] | None = None,
 ) -> str | None:
     """The first thing wrong with the files of these folders (by default all), or None.
 
-    Files beside the folders in it are always among them. A file whose name matches the
-    regular expression `must_list` must be in the manifest; others may be as they like.
+    Files beside the folders in it are always among them. What was not saved may be there, unless
+    it `is_read`: told by its name, and by those of the files that were saved.
     """
 
     def wanted(name: str) -> bool:
@@ -44,11 +47,12 @@ def fault(
         if lines[-1] or not all(entries):
             return f"{MANIFEST} has a line that is no checksum"
         listed = {os.fsdecode(entry[2]): entry[1].decode() for entry in entries if entry}
+        listed = {name: digest for name, digest in listed.items() if not LITTER.fullmatch(name)}
         found = [name for name in _files(whole) if wanted(name)]
         if missing := sorted({name for name in listed if wanted(name)}.difference(found)):
             return f"{missing[0]} is missing"
         extra = [name for name in found if name not in listed]
-        if strangers := [name for name in extra if re.fullmatch(must_list, name)]:
+        if strangers := [name for name in extra if is_read and is_read(name, listed)]:
             return f"{strangers[0]} is not in {MANIFEST}"
         for name, digest in _digests(whole, set(found).difference(extra)).items():
             if digest != listed[name]:
@@ -61,9 +65,10 @@ def fault(
 
 
 def _files(whole: Path) -> list[str]:
-    """Every file of the folder but its manifest, relative to it, sorted."""
+    """Every file of the folder but its manifest and litter, relative to it, sorted."""
     paths = (Path(folder, name) for folder, _, names in os.walk(whole) for name in names)
-    return sorted({path.relative_to(whole).as_posix() for path in paths} - {MANIFEST})
+    names = {path.relative_to(whole).as_posix() for path in paths} - {MANIFEST}
+    return sorted(name for name in names if not LITTER.fullmatch(name))
 
 
 def _digests(whole: Path, names: Collection[str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from typing import Any
 from lechat_jax.distributed import is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.mirrors import Mirror, TensorBoard, WeightsAndBiases
+from lechat_jax.shell import command
 from lechat_jax.whole import check_new_folder, told, write_whole
 
 CONFIG, METRICS, CURVE = "config.json", "metrics.jsonl", "loss.png"
@@ -61,8 +62,8 @@ class Run:
         """
         if os.path.exists(folder / CONFIG):  # False, not an error, where one may not look
             raise BadInput(
-                f"{folder} holds a run already; continue it with --resume {folder}, "
-                "or name another folder with --out"
+                f"{folder} holds a run already; continue it with: "
+                f"{command('lechat_jax.train', resume=folder)}, or name another folder with --out"
             )
         check_new_folder(folder, n_bytes)
 

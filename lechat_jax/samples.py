@@ -16,6 +16,7 @@ from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.sharding import on_one_device
 from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.vocabulary import ends
 from lechat_jax.weights import weights_bytes
 
 SHOWN = 500  # characters of a prompt that are printed; all of it is in the file
@@ -72,7 +73,12 @@ class Samples:
         options = self.options
         longest = max(map(len, prompts.values()))
         context = longest + min(options.max_tokens, self.longest)
-        generator = Generator(bind(self.config, weights), self.tokenizer, context=context)
+        generator = Generator(
+            bind(self.config, weights),
+            self.tokenizer,
+            context=context,
+            eos_ids=ends(self.run.folder),
+        )
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
         samples = generator.generate([*prompts.values()], options.max_tokens, sampling)
         texts = [p + s.text for p, s in zip(prompts, samples, strict=True)]

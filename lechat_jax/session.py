@@ -76,7 +76,7 @@ class Session:
             max_tokens: most new tokens.
             sampling: how tokens are chosen; a token depends on its seed and position, so
                 the same seed will do for all turns.
-            eos_ids: tokens that end the turn; by default the tokenizer's EOS.
+            eos_ids: tokens that end the turn; by default those of the model.
             stop: texts that end it, as for `Generator.stream`.
 
         Raises:

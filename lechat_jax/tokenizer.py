@@ -3,10 +3,11 @@
 import codecs
 import hashlib
 import importlib.util
+import json
 import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -16,9 +17,13 @@ from jaxtyping import Int32
 from lechat_jax.errors import BadInput
 from lechat_jax.spm import SentencePiece
 from lechat_jax.tekken import Tekken
+from lechat_jax.vocabulary import Vocabulary, read_vocabulary
 
 FILE_NAME = "tokenizer.model.v1"
 FILES = re.compile(r"tekken\.json|tokenizer\.model(?:\.v(\d+)(?:m(\d+))?)?")
+# Rows of an embedding that nothing explains, for which a tokenizer is still the model's own: it
+# is padded to a multiple of some power of two. From v1 to v3 it is 768.
+PADDING = 512
 
 
 def preferred(paths: Iterable[Path]) -> Path | None:
@@ -45,13 +50,17 @@ class Tokenizer:
     `decode(encode(s))` is `s`. SentencePiece puts a space before a text, which `decode`
     takes away again, and loses U+2581, the sign it writes for a space; tekken does neither.
 
+    A model may have more ids, see `beside`. Tokens that were added to it are found in a text, and
+    ids that are neither theirs nor the tokenizer's have no text.
+
     Attributes:
         path: the file it was read from.
         codec: what does the work.
-        sha256: of that file.
+        sha256: of that file, and of the added tokens if there are any.
         version: Mistral's, such as "v3", which says how a conversation is written down.
         file_name: Mistral's name for such a file.
         vocab_size: number of ids V.
+        starts_anew: whether the text behind an added token is encoded as one of its own.
         bos_id: id that starts a document.
         eos_id: id that ends one.
         byte_of: the byte that an id stands for, for the 256 ids that stand for one.
@@ -75,6 +84,10 @@ class Tokenizer:
         self.vocab_size = codec.vocab_size
         self.bos_id, self.eos_id = codec.bos_id, codec.eos_id
         self.byte_of, self.broken = codec.byte_of, codec.broken
+        self.starts_anew = True
+        self._added: dict[int, str] = {}  # text of each id beyond the tokenizer's
+        self._ids: dict[str, int] = {}
+        self._cut = re.compile("(?!)")
 
     @classmethod
     def mistral_v1(cls) -> "Tokenizer":
@@ -100,8 +113,40 @@ class Tokenizer:
         """
         return cls(Path(path))
 
+    @classmethod
+    def beside(cls, folder: Path, vocab_size: int) -> "Tokenizer | None":
+        """The tokenizer in a model's folder, with the tokens that were added; `None` without one.
+
+        Of several it is the `preferred` one.
+
+        Args:
+            folder: of the model.
+            vocab_size: ids of the model, which may be more than the tokenizer's.
+
+        Raises:
+            BadInput: the file is no tokenizer, or another model's.
+        """
+        path = preferred(folder.iterdir())
+        if path is None:
+            return None
+        tokenizer = cls(path)
+        own = tokenizer.vocab_size
+        if own == vocab_size:
+            return tokenizer
+        vocabulary = read_vocabulary(folder, vocab_size)
+        is_explained = any(id_ >= own for id_ in vocabulary.added)
+        if own > vocab_size or (vocab_size - own >= PADDING and not is_explained):
+            raise BadInput(
+                f"{path} has {own} tokens and the model {vocab_size}; use the tokenizer that the "
+                "model was trained with"
+            )
+        tokenizer._grow(vocabulary)
+        return tokenizer
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without BOS and EOS; control tokens spelled in it stay text.
+
+        Tokens that were added to the model are those tokens, as transformers reads them.
 
         Raises:
             BadInput: the text holds half a character pair, as undecodable bytes become.
@@ -110,7 +155,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise BadInput(f"character {error.start} of the text is not Unicode") from error
-        return self.codec.encode(text)
+        return self._encode(text, self.codec.encode)
 
     def encode_after(self, text: str) -> list[int]:
         """The ids with which a model goes on to say this text after another one.
@@ -123,21 +168,40 @@ class Tokenizer:
         >>> tokenizer.decode(tokenizer.encode("1 + 1 =") + tokenizer.encode_after(" 2"))
         '1 + 1 = 2'
         """
-        return self.codec.encode_after(text)
+        return self._encode(text, self.codec.encode_after)
 
     def encode_batch(
         self, texts: Sequence[str], num_threads: int = 0
     ) -> list[Int32[np.ndarray, "..."]]:
         """The ids of each text, equal to `encode`, on `num_threads` threads (0: all cores)."""
-        return self.codec.encode_batch(texts, num_threads)
+        if not self._added:
+            return self.codec.encode_batch(texts, num_threads)
+        if not self.starts_anew:  # the parts of a text depend on their place
+            return [np.array(self.encode(text), np.int32) for text in texts]
+        parts = [self._cut.split(text) for text in texts]  # of texts, and between them tokens
+        flat = [part for group in parts for part in group[::2]]
+        encoded = iter(self.codec.encode_batch(flat, num_threads))
+        return [
+            np.concatenate(
+                [
+                    np.array([self._ids[part]], np.int32) if i % 2 else next(encoded)
+                    for i, part in enumerate(group)
+                ]
+            )
+            for group in parts
+        ]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text of the ids; control ids have none, a broken byte is U+FFFD.
+        """The text of the ids; control ids and padding have none, a broken byte is U+FFFD.
 
         Raises:
             BadInput: an id is not in the vocabulary.
         """
-        return self.codec.decode([self._known(id_) for id_ in ids])
+        known = [self._known(id_) for id_ in ids]
+        if not self.is_own(max(known, default=0)):
+            stream = StreamDecoder(self)
+            return stream.push(known) + stream.flush()
+        return self.codec.decode(known)
 
     def raw(self, id_: SupportsIndex) -> bytes | None:
         """The bytes of an id that may hold a part of a character; `None` for any other.
@@ -145,7 +209,8 @@ class Tokenizer:
         Raises:
             BadInput: the id is not in the vocabulary.
         """
-        return self.codec.raw(self._known(id_))
+        known = self._known(id_)
+        return self.codec.raw(known) if self.is_own(known) else None
 
     def piece_text(self, id_: SupportsIndex, first: bool) -> str:
         """The text of one id; as the `first` of a text it may lack a space put before that.
@@ -153,7 +218,8 @@ class Tokenizer:
         Raises:
             BadInput: the id is not in the vocabulary.
         """
-        return self.codec.text(self._known(id_), first)
+        known = self._known(id_)
+        return self.codec.text(known, first) if self.is_own(known) else self._added.get(known, "")
 
     def is_control(self, id_: SupportsIndex) -> bool:
         """Whether the id has no text and leaves the next one first (BOS, EOS).
@@ -161,7 +227,12 @@ class Tokenizer:
         Raises:
             BadInput: the id is not in the vocabulary.
         """
-        return self.codec.is_control(self._known(id_))
+        known = self._known(id_)
+        return self.codec.is_control(known) if self.is_own(known) else known not in self._added
+
+    def is_own(self, id_: SupportsIndex) -> bool:
+        """Whether the id is the tokenizer's, and neither added to the model nor padding."""
+        return operator.index(id_) < self.codec.vocab_size
 
     def save(self, folder: Path) -> Path:
         """The file, copied into the folder under Mistral's name for it.
@@ -177,6 +248,27 @@ class Tokenizer:
         finally:
             beside.unlink(missing_ok=True)
         return path
+
+    def _grow(self, vocabulary: Vocabulary) -> None:
+        """Has from here on the ids of a model that has more of them."""
+        self.vocab_size, self.starts_anew = vocabulary.size, vocabulary.starts_anew
+        self._added = {i: text for i, text in vocabulary.added.items() if not self.is_own(i)}
+        if self._added:
+            self._ids = {text: id_ for id_, text in self._added.items()}
+            longest_first = sorted(map(re.escape, self._ids), key=len, reverse=True)
+            self._cut = re.compile(f"({'|'.join(longest_first)})")
+            known = json.dumps([self.sha256, self._ids, self.starts_anew])
+            self.sha256 = hashlib.sha256(known.encode()).hexdigest()
+
+    def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """The ids of a text with added tokens in it, of which `encode` gives the first part's."""
+        if not self._added:
+            return encode(text)
+        ids: list[int] = []
+        for i, part in enumerate(self._cut.split(text)):
+            ids += [self._ids[part]] if i % 2 else encode(part) if part else []
+            encode = self.codec.encode if self.starts_anew else self.codec.encode_after
+        return ids
 
     def _known(self, id_: SupportsIndex) -> int:
         """The id as a plain integer, which must be in the vocabulary."""
@@ -230,5 +322,8 @@ class StreamDecoder:
             self._first = False
             return self._bytes.decode(raw)
         text = self.flush() + self._tokenizer.piece_text(id_, self._first)
-        self._first = self._first and self._tokenizer.is_control(id_)
+        if self._tokenizer.is_own(id_):
+            self._first = self._first and self._tokenizer.is_control(id_)
+        else:
+            self._first = self._tokenizer.starts_anew
         return text

@@ -1,7 +1,7 @@
 """Trains a Mistral on text and prints samples: `python -m lechat_jax.train`."""
 
 import dataclasses
-import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +23,13 @@ from lechat_jax.options import DEFAULT_PRESET, TrainConfig
 from lechat_jax.recipe import to_yaml
 from lechat_jax.run import RECIPE, Run
 from lechat_jax.sharding import check_divides, make_mesh, usual_mesh
+from lechat_jax.shell import command
 from lechat_jax.stop import Stop
 from lechat_jax.timetable import elapsed
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Loaded, Trained
 from lechat_jax.trainer import Diverged, Trainer, step_options
+from lechat_jax.vocabulary import beside, no_tokenizer
 
 
 class Start(NamedTuple):
@@ -113,23 +115,23 @@ def _started(asked: TrainConfig) -> Start:
     if asked.init_from is None:
         options = dataclasses.replace(asked, preset=asked.preset or DEFAULT_PRESET)
         model, tokenizer, source = asked.model(), Tokenizer.mistral_v1(), None
-        otherwise = "choose another preset"
+        if model.vocab_size != tokenizer.vocab_size:
+            raise BadInput(
+                f"the model has {model.vocab_size} token ids but the tokenizer {tokenizer.path} "
+                f"{tokenizer.vocab_size}; choose another preset"
+            )
     else:
         options = dataclasses.replace(asked, init_from=asked.init_from.absolute())
         source = Trained.open(asked.init_from)
         check_source(source, options)
-        model, tokenizer = source.config, source.tokenizer or Tokenizer.mistral_v1()
-        otherwise = f"put the model's own into {asked.init_from}"
+        model, tokenizer = source.config, source.tokenizer
+        if tokenizer is None:
+            raise BadInput(no_tokenizer(asked.init_from, "no text can be read"))
         if flags := asked.contradictions_to(model):
             raise BadInput(
                 f"--init-from takes the model from {asked.init_from}, which is another one; "
                 f"leave out {', '.join(flags)}"
             )
-    if model.vocab_size != tokenizer.vocab_size:
-        raise BadInput(
-            f"the model has {model.vocab_size} token ids but the tokenizer {tokenizer.path} "
-            f"{tokenizer.vocab_size}; {otherwise}"
-        )
     learning = adapters_asked(options, model)
     options = dataclasses.replace(options, optimizer=options.usual_optimizer)
     return Start(options, model, tokenizer, source, learning)
@@ -170,6 +172,8 @@ def _new_run(start: Start, lessons: Lessons, loaded: Loaded | None) -> Path:
     name = options.name or f"{options.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = Run.create(options.out or Path("runs") / name)
     start.tokenizer.save(run.folder)
+    for path in beside(start.source.folder) if start.source else []:
+        shutil.copyfile(path, run.folder / path.name)
     found: dict[str, Any] = options.shape(jax.default_backend())._asdict()
     found |= {"corpus": lessons.name, "corpus_bytes": lessons.n_bytes}
     found |= {"corpus_sha256": lessons.sha256, "chat": lessons.chat}
@@ -212,9 +216,9 @@ def finish(trainer: Trainer, display: Display) -> None:
 def _next_command(trainer: Trainer) -> str:
     """How to talk to what was trained."""
     if trainer.lessons.chat:
-        return f"  python -m lechat_jax.chat {trainer.run.folder}"
-    prompt = shlex.quote(trainer.lessons.opening)
-    return f"  python -m lechat_jax.generate {trainer.run.folder} --prompt {prompt}"
+        return f"  {command('lechat_jax.chat', trainer.run.folder)}"
+    opening = trainer.lessons.opening
+    return f"  {command('lechat_jax.generate', trainer.run.folder, prompt=opening)}"
 
 
 def pause(trainer: Trainer, signal: str, display: Display) -> None:
@@ -225,7 +229,7 @@ def pause(trainer: Trainer, signal: str, display: Display) -> None:
     display.say(
         f"stopped by {signal or 'a signal to another process'} after step {trainer.step}, saved; "
         "continue with\n"
-        f"  python -m lechat_jax.train --resume {trainer.run.folder}"
+        f"  {command('lechat_jax.train', resume=trainer.run.folder)}"
     )
 
 

@@ -19,7 +19,8 @@ from lechat_jax.quantize import Form, Format, asked, quantize_weights
 from lechat_jax.run import Run
 from lechat_jax.sharding import described, shardings
 from lechat_jax.tensors import TensorFiles
-from lechat_jax.tokenizer import Tokenizer, preferred
+from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.vocabulary import ends
 from lechat_jax.weights import load_weights, weight_shapes, weights_bytes
 
 
@@ -74,13 +75,21 @@ class Trained:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer kept with the model, if there is one; of several as `preferred` says.
+        """The tokenizer kept with the model, if there is one, and the tokens that were added.
 
         Raises:
-            BadInput: the file is none.
+            BadInput: the file is none, or of another model.
         """
-        path = preferred(self.folder.iterdir())
-        return Tokenizer.from_file(path) if path else None
+        return Tokenizer.beside(self.folder, self.config.vocab_size)
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """The ids that end a text, where the folder says more of them than its tokenizer does.
+
+        Raises:
+            BadInput: what it says is no id.
+        """
+        return set(ends(self.folder))
 
     def not_trained_on(self, data: str | None, name: str, sha256: str) -> str:
         """That a text is not the one of the run, in a sentence; nothing, if it is or there is none.

@@ -31,6 +31,7 @@ from lechat_jax.rows import Rows
 from lechat_jax.run import Run
 from lechat_jax.samples import Samples
 from lechat_jax.sharding import described, own_rows, placed, settled
+from lechat_jax.shell import quoted
 from lechat_jax.speed import Speed
 from lechat_jax.step import (
     StepOptions,
@@ -171,9 +172,10 @@ class Trainer:
                 f"resuming at step {self.step} of {self.total or 'a number to be measured'}"
             )
         elif self.options.init_from:
+            again = quoted(["--init-from", str(self.options.init_from)])
             raise BadInput(
                 f"{self.run.folder} was stopped before the weights it starts from were saved; "
-                f"delete it and start again with --init-from {self.options.init_from}"
+                f"delete it and start again with {again}"
             )
         else:
             self.display.say("no checkpoint was saved yet: starting again at step 0")

@@ -27,9 +27,9 @@ from jaxtyping import Array, Shaped
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.folder import read_config, stored_format
+from lechat_jax.folder import fault_of, read_config, stored_format
 from lechat_jax.host import host_empty
-from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault, sync, write_manifest
+from lechat_jax.manifest import MANIFEST, sync, write_manifest
 from lechat_jax.model import Weights, shapes_of
 from lechat_jax.quantize import (
     QUANTIZATION,
@@ -94,7 +94,7 @@ def load_weights(
     if not check:
         return config, load()
     with ThreadPoolExecutor(1) as thread:  # hashing keeps one core busy, and placing another
-        checked = thread.submit(fault, folder, folders=(), must_list=OF_A_MODEL)
+        checked = thread.submit(fault_of, folder)
         try:
             weights = load()
         finally:  # what is damaged may also be why it could not be read

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from lechat_jax.errors import BadInput
+from lechat_jax.shell import quoted
 from parity.report import Row
 
 PEERS = ("torch", "eager", "compile")
@@ -27,7 +28,8 @@ def measured_apart(asked: dict[str, Any], console: Console) -> list[tuple[Row, f
     """
     rows = []
     for command in commands(asked):
-        console.print(f"python -m parity.bench {' '.join(command)}", markup=False, soft_wrap=True)
+        shown = quoted(["python", "-m", "parity.bench", *command])
+        console.print(shown, markup=False, soft_wrap=True)
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"
             whole = [sys.executable, "-m", "parity.bench", *command, "--json", str(report)]
@@ -36,7 +38,7 @@ def measured_apart(asked: dict[str, Any], console: Console) -> list[tuple[Row, f
             )
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-                raise BadInput(f"parity.bench {' '.join(command)} failed: {said}")
+                raise BadInput(f"{shown} failed: {said}")
             found = json.loads(report.read_text(encoding="utf-8"))
         rows += [(_row(row), found["read_gb_s"]) for row in found["rows"]]
     return rows

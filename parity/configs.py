@@ -103,7 +103,7 @@ def from_hugging_face(fields: Fields, where: object) -> MistralConfig:
 
 
 def to_hugging_face(
-    config: MistralConfig, dtype: str, positions: int | None, bos_id: int, eos_id: int
+    config: MistralConfig, dtype: str, positions: int | None, bos_id: int, eos_id: int | list[int]
 ) -> dict[str, Any]:
     """A `config.json` that transformers 5 reads as this model, and 4 if it has such a model.
 

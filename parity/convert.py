@@ -8,7 +8,6 @@ size of the model, and DST appears when it is complete, or not at all.
 import dataclasses
 import itertools
 import os
-import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,10 @@ from lechat_jax.errors import BadInput
 from lechat_jax.manifest import sync, write_manifest
 from lechat_jax.quantize import Form, asked, in_parts
 from lechat_jax.quantize import Format as Quantization
+from lechat_jax.shell import command
 from lechat_jax.tensors import Wanted, write_tensors
+from lechat_jax.tokenizer import preferred
+from lechat_jax.vocabulary import control_ids, no_tokenizer
 from lechat_jax.whole import check_new_folder
 from parity.finite import is_finite
 from parity.formats import to_format
@@ -131,20 +133,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _what_next(source: Source, options: Convert) -> Iterator[str]:
     """The commands to use what was written, and to see whether it is right."""
-    src, dst = shlex.quote(options.src), shlex.quote(str(options.dst))
+    src, dst = options.src, options.dst
+    said = {"rope_theta": options.rope_theta, "revision": options.revision}
     if options.to == "lechat":
-        yield f"generate:  python -m lechat_jax.generate {dst} --prompt TEXT"
-    if options.adapter:
-        return
-    if not options.quantize and not source.quantization:
-        yield f"compare:   python -m parity.check --checkpoint {src} --against {dst}"
-    elif options.quantize and source.format in ("lechat", "run"):
-        yield f"measure:   python -m parity.quality {src} --against {dst}"
+        if preferred(dst.iterdir()):
+            yield f"generate:  {command('lechat_jax.generate', dst, prompt='TEXT')}"
+        else:
+            yield f"note:      {no_tokenizer(dst, 'it reads and writes ids alone')}"
+            bos_id = control_ids(dst).get("bos_token_id", 1)
+            yield f"generate:  {command('lechat_jax.generate', dst, prompt_ids=str(bos_id))}"
+    if options.quantize and source.format in ("lechat", "run") and not options.adapter:
+        yield f"measure:   {command('parity.quality', src, against=dst)}"
     elif options.quantize:
-        yield (
-            f"measure:   python -m parity.quality FOLDER --against {dst}, where FOLDER is "
-            f"{src} converted to lechat without --quantize"
-        )
+        whole = Path(f"{dst}-whole")
+        said |= {"adapter": options.adapter, "to": "lechat"}
+        yield f"measure:   {command('parity.convert', src, whole, **said)}"
+        yield f"and then:  {command('parity.quality', whole, against=dst)}"
+    elif not source.quantization and not options.adapter:
+        yield f"compare:   {command('parity.check', checkpoint=src, against=dst, **said)}"
 
 
 def convert(source: Source, options: Convert, console: Console) -> Meter:

@@ -10,9 +10,11 @@ from lechat_jax.corpus import load_corpus
 from lechat_jax.data import interim_rows, load_tokens, score_blocks
 from lechat_jax.display import Display
 from lechat_jax.errors import BadInput
+from lechat_jax.shell import command
 from lechat_jax.texts import form_of
 from lechat_jax.trained import Trained
 from lechat_jax.validation import BLOCK
+from lechat_jax.vocabulary import no_tokenizer
 
 
 class Text(NamedTuple):
@@ -51,19 +53,17 @@ def held_out(trained: Trained, data: str | None, n_tokens: int, display: Display
     n_rows = math.ceil(n_tokens / block)
     if (tokenizer := trained.tokenizer) is None:
         if data is not None:
-            raise BadInput(f"there is no tokenizer in {trained.folder} to read --data with")
+            raise BadInput(no_tokenizer(trained.folder, "--data cannot be read"))
         ids = np.random.default_rng(0).integers(vocab, size=(n_rows, block + 1))
         counted = np.ones((n_rows, block), bool)
         note = f"{trained.folder} has no tokenizer: the ids are random, no text that anyone wrote"
         return Text(ids[:, :-1], ids[:, 1:], counted, None, "random ids", note)
-    if tokenizer.vocab_size != vocab:
-        raise BadInput(f"{tokenizer.path} has {tokenizer.vocab_size} tokens and the model {vocab}")
     asked = trained.run.config["train"] if trained.run else {}
     named = data if data is not None else asked.get("data")
     if form_of(named):
         raise BadInput(
-            f"{named} holds examples and no text; name a text with --data, or measure with "
-            "python -m lechat_jax.eval"
+            f"{named} holds examples and no text; name a text with --data, or measure with: "
+            f"{command('lechat_jax.eval', trained.folder, data=named)}"
         )
     corpus = load_corpus(named)
     tokens = load_tokens(

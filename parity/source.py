@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Shaped
@@ -33,6 +33,7 @@ class Source:
             each expert has its own by that of the part; see `names`.
         store: gives back memory.
         quantization: how they are on the disk, if not as the numbers that they are read as.
+        control_ids: `bos_token_id` and `eos_token_id`, one or a list, where its files say them.
     """
 
     format: SourceFormat
@@ -43,6 +44,7 @@ class Source:
     stored: Mapping[str, Stored]
     store: Store
     quantization: str | None = None
+    control_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,8 +64,9 @@ class Source:
         if len(dtypes) > 1:
             a, b = list(dtypes.values())[:2]
             raise BadInput(
-                f"{a.where} is {a.dtype} and {b.where} is {b.dtype}; "
-                "make them one with python -m parity.convert --dtype"
+                f"{a.where} is {a.dtype} and {b.where} is {b.dtype}; make them one with --dtype, "
+                f"such as --dtype {max(a.dtype, b.dtype, key=lambda x: x.itemsize)}, of "
+                "parity.convert"
             )
         return next(iter(dtypes))
 

@@ -6,7 +6,6 @@ pattern, which would mix them.
 """
 
 import dataclasses
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +16,12 @@ import numpy as np
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.folder import OF_TEXT, fault_of
 from lechat_jax.headers import check_inside, parse_json
-from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault
+from lechat_jax.manifest import MANIFEST
 from lechat_jax.quantize import pop_format
 from lechat_jax.run import Run
+from lechat_jax.vocabulary import control_ids
 from parity import configs, first_mixtral, hub
 from parity.merging import Product, rounded
 from parity.multimodal import SEEING, without_vision
@@ -31,10 +32,6 @@ from parity.source import Source, SourceFormat, format_of
 from parity.stores import Store, Stored, array_store, dequantized_store, safetensors_store
 
 DTYPES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32), np.dtype(float))
-TOKENIZER = re.compile(
-    r"tokenizer\.model(\.v\d+(m\d+)?)?|tokenizer\.json|tokenizer_config\.json|tekken\.json|"
-    r"special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)"
-)
 POSITIONS = "max_position_embeddings"
 KEPT = ("source", "revision", "step", POSITIONS)  # of the metadata, from copy to copy
 SLAB = 1 << 22  # elements compared at once
@@ -139,7 +136,9 @@ def _hugging_face(folder: Path, fields: dict[str, Any], metadata: dict[str, str]
     if (params := folder / "params.json").is_file():
         said = configs.contradiction(config, parse_json(params.read_bytes(), params), params)
         store = dataclasses.replace(store, notes=(*store.notes, *([said] if said else ())))
-    return _source("hf", folder, config, _as_weights(store, quantization), metadata)
+    source = _source("hf", folder, config, _as_weights(store, quantization), metadata)
+    said = fields | {key: value for key, value in text.items() if value is not None}
+    return dataclasses.replace(source, control_ids=control_ids(folder, said))
 
 
 def _mistral(
@@ -178,7 +177,7 @@ def check_whole(folder: Path) -> None:
     Raises:
         BadInput: one is not; it is named.
     """
-    if reason := fault(folder, must_list=OF_A_MODEL):
+    if reason := fault_of(folder):
         raise BadInput(f"{folder} is damaged: {reason}; make or download it again")
 
 
@@ -288,12 +287,23 @@ def _source(
         _check_equal(head, store.tensors[names(config, fmt)["embed.kernel"]])
     tokenizer = _tokenizer(folder)
     metadata = {key: store.metadata[key] for key in KEPT if key in store.metadata} | metadata
-    return Source(kind, folder, config, tokenizer, metadata, stored, store, store.quantization)
+    return Source(
+        kind,
+        folder,
+        config,
+        tokenizer,
+        metadata,
+        stored,
+        store,
+        store.quantization,
+        control_ids(folder),
+    )
 
 
 def _tokenizer(folder: Path) -> tuple[Path, ...]:
     """The tokenizer's files beside the weights."""
-    found = tuple(sorted(path for path in folder.iterdir() if TOKENIZER.fullmatch(path.name)))
+    paths = folder.iterdir()
+    found = tuple(sorted(path for path in paths if OF_TEXT.fullmatch(path.name)))
     for path in found:
         check_inside(folder, path)
     return found

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from lechat_jax.headers import parse_json
 from lechat_jax.quantize import QUANTIZATION, Form
 from lechat_jax.tokenizer import Tokenizer, preferred
+from lechat_jax.vocabulary import GENERATION, SETTINGS
 from parity import configs
 from parity.names import Format
 from parity.source import Source
@@ -54,8 +56,6 @@ def write_config(
         bos_id, eos_id = _control_ids(source)
         fields = configs.to_hugging_face(source.config, dtype.name, positions, bos_id, eos_id)
         _write(folder / "config.json", fields)
-        ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
-        _write(folder / "generation_config.json", {"_from_model_config": True, **ids})
     else:
         said = {QUANTIZATION: form.to_dict()} if form else {}
         _write(folder / "config.json", source.config.to_dict() | said)
@@ -74,9 +74,25 @@ def write_tokenizer(folder: Path, fmt: Format, source: Source) -> None:
             shutil.copyfile(path, folder / name)
         elif not path.name.startswith("tokenizer.model"):
             shutil.copyfile(path, folder / path.name)
-    settings = folder / "tokenizer_config.json"
+    settings = folder / SETTINGS
     if fmt == "hf" and model and not settings.exists():
         _write(settings, TOKENIZER_CONFIG)
+    _write_generation(folder, fmt, source)
+
+
+def _write_generation(folder: Path, fmt: Format, source: Source) -> None:
+    """What starts and ends a text, if the format asks for it or the tokenizer says otherwise."""
+    path, said = folder / GENERATION, source.control_ids
+    own = _of_tokenizer(source)
+    bos_id, eos_id = _control_ids(source)
+    ids: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    usual: dict[str, Any] = {"bos_token_id": own[0], "eos_token_id": own[1]} if own else {}
+    if path.exists():
+        fields = parse_json(path.read_bytes(), path)
+        if any(fields.get(key, usual.get(key)) != ids[key] for key in said):
+            _write(path, fields | ids)
+    elif fmt == "hf" or any(usual.get(key) != ids[key] for key in said):
+        _write(path, {"_from_model_config": True, **ids})
 
 
 def sentencepiece_model(source: Source) -> Path | None:
@@ -84,12 +100,24 @@ def sentencepiece_model(source: Source) -> Path | None:
     return preferred(path for path in source.tokenizer_files if path.suffix != ".json")
 
 
-def _control_ids(source: Source) -> tuple[int, int]:
-    """The ids that start and end a document."""
-    model = sentencepiece_model(source)
-    if model is None:
-        return BOS, EOS
-    tokenizer = Tokenizer.from_file(model)
+def _control_ids(source: Source) -> tuple[int, int | list[int]]:
+    """The ids that start and end a document, as the source says or else as its tokenizer does.
+
+    What was trained here ends its texts as the tokenizer does, whatever its base did.
+    """
+    bos_id, own = _of_tokenizer(source) or (BOS, EOS)
+    eos_id = source.control_ids.get("eos_token_id", own)
+    if source.format == "run" and own not in (ends := eos_id if type(eos_id) is list else [eos_id]):
+        eos_id = [own, *ends]
+    return source.control_ids.get("bos_token_id", bos_id), eos_id
+
+
+def _of_tokenizer(source: Source) -> tuple[int, int] | None:
+    """The ids that start and end a document for the tokenizer that is read of the source."""
+    path = preferred(source.tokenizer_files)
+    if path is None or path.suffix == ".json":
+        return path and (BOS, EOS)
+    tokenizer = Tokenizer.from_file(path)
     return tokenizer.bos_id, tokenizer.eos_id
 
 

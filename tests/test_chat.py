@@ -459,7 +459,7 @@ def test_bad_flags_are_one_clear_line(
     weights = {name: jnp.asarray(leaf) for name, leaf in weights_of(lively(tiny)).items()}
     save_weights(tmp_path / "mute", tiny, weights, None)
     for argv, message in (
-        ([str(tmp_path / "mute")], "has no tokenizer, without which there is no chat"),
+        ([str(tmp_path / "mute")], "has no tokenizer of Mistral's, so there is no chat; put"),
         ([str(folder), "--max-tokens", "0"], "--max-tokens must be at least 1"),
         ([str(folder), "--temperature", "-1"], "temperature must be"),
         ([str(folder), "--stop", ""], "a stop text is empty"),

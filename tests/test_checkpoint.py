@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from lechat_jax import checkpoint
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.errors import BadInput
 
@@ -216,7 +217,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "emptied": (lambda step: os.truncate(step / "meta.json", 0), "meta.json is not what was"),
     "missing": (lambda step: biggest(step / "optimizer").unlink(), " is missing"),
     "without its item": (lambda step: shutil.rmtree(step / "model"), "is missing"),
-    "extra": (lambda step: (step / "model/1.0").touch(), "model/1.0 is not in SHA256SUMS"),
+    "extra": (
+        lambda step: (step / "model/d" / ("0" * 32)).touch(),
+        f"model/d/{'0' * 32} is not in SHA256SUMS",
+    ),
+    "manifest cut at a line end": (
+        lambda step: (step / "SHA256SUMS").write_bytes(
+            b"".join((step / "SHA256SUMS").read_bytes().splitlines(keepends=True)[:-1])
+        ),
+        "is not in SHA256SUMS",
+    ),
     "without manifest": (lambda step: (step / "SHA256SUMS").unlink(), "SHA256SUMS is missing"),
     "manifest cut": (lambda step: os.truncate(step / "SHA256SUMS", 99), "has a line that is no"),
     "manifest empty": (lambda step: os.truncate(step / "SHA256SUMS", 0), "is not in SHA256SUMS"),
@@ -239,6 +249,34 @@ def test_a_damaged_checkpoint_is_refused_and_left_where_it_is(
     assert len(restored.refused) == 1
     assert reason in restored.refused[0]
     assert files(two.folder) == before
+
+
+LITTER = ".DS_Store", "._meta.json", ".nfs000000000a1b2c3d", "Thumbs.db", "desktop.ini"
+
+
+@pytest.mark.parametrize("inside", [".", "model", "model/d"])
+def test_what_was_not_saved_is_passed_over(two: Checkpoints, inside: str) -> None:
+    for name in (*LITTER, "a note.txt"):
+        (two.folder / "2" / inside / name).write_text("of nobody's making")
+    (two.folder / "2" / inside / "lost+found").mkdir()
+    restored = two.restore(TEMPLATE)
+    assert (restored.step, restored.refused) == (2, ())
+    assert_same_bits(restored.items, state(2))
+
+
+def test_what_a_system_left_while_saving_may_go_again(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoint._write
+
+    def littered(whole: Path, items: Any) -> None:
+        real(whole, items)
+        (whole / "model" / ".nfs000000000a1b2c3d").touch()
+
+    monkeypatch.setattr(checkpoint, "_write", littered)
+    whole = two.save(3, state(3), {})
+    (whole / "model" / ".nfs000000000a1b2c3d").unlink()
+    assert two.restore(TEMPLATE).refused == ()
 
 
 def test_a_step_without_manifest_is_not_finished(two: Checkpoints) -> None:

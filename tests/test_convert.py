@@ -335,8 +335,8 @@ def test_it_says_what_it_did_and_what_comes_next(
     dst = convert(start, tmp_path / "lechat", "lechat")
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith(f"{dst}: 30 tensors, 0.00 GB of bfloat16 in ")
-    assert f"python -m lechat_jax.generate {dst} --prompt TEXT" in said[1]
-    assert f"python -m parity.check --checkpoint {start} --against {dst}" in said[2]
+    assert f"python -m lechat_jax.generate {dst} --prompt-ids 1" in said[2]
+    assert f"python -m parity.check --checkpoint {start} --against {dst}" in said[3]
 
 
 def test_a_folder_that_exists_is_left_alone(start: Path, hf: Path, tmp_path: Path) -> None:

@@ -1,14 +1,21 @@
 """A tokenizer travels with the weights, under the name that each format has for it."""
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lechat_jax import eval as evaluate
+from lechat_jax import generate, train
 from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
+from lechat_jax.generator import Generator
+from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
 from parity.names import FORMATS, Format
@@ -121,3 +128,125 @@ def test_tokenizer_files_keep_their_content(with_tokenizer: Path, tmp_path: Path
     assert (again / "tokenizer_config.json").read_text() == '{"their": "own"}'
     assert (again / "tokenizer.json").read_text() == "{}"
     assert (again / "tokenizer.model").read_bytes() == (hf / "tokenizer.model").read_bytes()
+
+
+# --- a vocabulary that was grown ---
+
+CHATML = {"<|im_end|>": 32000, "<|im_start|>": 32001}
+QUESTION = "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n"
+
+
+def resized(folder: Path, tiny: MistralConfig, rows: int, **config: Any) -> Path:
+    """A model of Hugging Face's with more rows than its tokenizer has ids."""
+    model = dataclasses.replace(tiny, vocab_size=rows, n_layers=1)
+    start = write_torch(folder / "start", model, random_weights(model))
+    Tokenizer.mistral_v1().save(start)
+    hf = convert(start, folder / "hf", "hf")
+    fields = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(fields | config))
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        (hf / name).unlink()
+    return hf
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"legacy": True}, {"legacy": False}])
+def test_added_tokens_have_the_ids_of_transformers(
+    settings: dict[str, Any] | None, tiny: MistralConfig, tmp_path: Path
+) -> None:
+    hf = resized(tmp_path, tiny, 32002)
+    (hf / "added_tokens.json").write_text(json.dumps(CHATML))
+    if settings is not None:
+        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **settings}
+        (hf / "tokenizer_config.json").write_text(json.dumps(settings))
+    lechat = convert(hf, tmp_path / "lechat", "lechat")
+    back = convert(lechat, tmp_path / "back", "hf")
+    ours = Trained.open(lechat).tokenizer
+    assert ours
+    for folder in (hf, back):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        for text in (QUESTION, "a <|im_end|> b<|im_end|><|im_end|>c  ", "no token"):
+            assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation", "expected"),
+    [
+        (32000, [2, 32000], [2, 32000]),
+        ([2, 32000], None, [2, 32000]),
+        (32000, None, 32000),
+        (None, [32000, 2], [32000, 2]),
+        (2, None, 2),
+    ],
+)
+def test_what_ends_a_text_survives_a_round_trip_and_ends_it(
+    in_config: object, in_generation: object, expected: object, tiny: MistralConfig, tmp_path: Path
+) -> None:
+    hf = resized(tmp_path, tiny, 32002, eos_token_id=in_config)
+    fields = {"bos_token_id": 1, "eos_token_id": in_generation, "temperature": 0.15}
+    if in_generation:
+        (hf / "generation_config.json").write_text(json.dumps(fields))
+    source = hf
+    for to in ("mistral", "torch", "lechat", "hf"):
+        source = convert(source, tmp_path / f"{to}-again", to)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((source / name).read_text())["eos_token_id"] == expected
+    if in_generation:
+        assert json.loads((source / "generation_config.json").read_text()) == fields
+    transformers.AutoConfig.from_pretrained(source)
+    said = expected if isinstance(expected, list) else [expected]
+    made = Generator.from_checkpoint(tmp_path / "lechat-again")
+    assert made.eos_ids == {2, *said}
+    (sample,) = made.generate([[1, 415]], 8, Sampling(temperature=0))
+    ended = made.generate([[1, 415]], 8, Sampling(temperature=0), eos_ids=sample.ids[:1])
+    assert (ended[0].ids, ended[0].text, ended[0].stopped) == (sample.ids[:1], "", "eos")
+
+
+@pytest.mark.parametrize("rows", [32002, 32064])
+def test_a_resized_model_is_used_as_any_other(
+    rows: int, tiny: MistralConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = resized(tmp_path, tiny, rows, eos_token_id=32000)
+    (hf / "added_tokens.json").write_text(json.dumps(CHATML))
+    lechat = convert(hf, tmp_path / "lechat", "lechat")
+    (tmp_path / "text.txt").write_text(QUESTION * 60)
+    run, data = tmp_path / "run", ["--data", str(tmp_path / "text.txt")]
+    few = ["--max-tokens", "3", "--temperature", "0"]
+    small = ["--steps", "2", "--batch", "1", "--block", "16", "--out", str(run)]
+    assert generate.main([str(lechat), "--prompt-ids", "1,415,32001", *few]) == 0
+    assert generate.main([str(lechat), "--prompt", QUESTION, *few]) == 0
+    assert capsys.readouterr().out.count(QUESTION) == 1
+    assert evaluate.main([str(lechat), *data, "--block", "16"]) == 0
+    assert train.main(["--init-from", str(lechat), *data, *small, "--lora-rank", "2", *few]) == 0
+    assert generate.main([str(run), "--prompt", QUESTION, *few]) == 0
+    back = convert(run, tmp_path / "back", "hf")
+    assert json.loads((back / "config.json").read_text())["eos_token_id"] == [2, 32000]
+    assert json.loads((back / "added_tokens.json").read_text()) == CHATML
+    assert len(transformers.AutoTokenizer.from_pretrained(back)) == 32002
+
+
+# --- a tokenizer that is not read here ---
+
+
+def test_a_conversion_says_what_to_do_without_a_tokenizer_and_that_works(
+    tiny: MistralConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(tiny, vocab_size=32000, n_layers=1)
+    start = write_torch(tmp_path / "start", config, random_weights(config))
+    (start / "tokenizer.json").write_text("{}")
+    lechat = convert(start, tmp_path / "my model", "lechat")
+    said = capsys.readouterr().out
+    assert (
+        f"note:      {lechat} has no tokenizer of Mistral's, and a tokenizer.json is none" in said
+    )
+    assert f"generate:  python -m lechat_jax.generate '{lechat}' --prompt-ids 1\n" in said
+    assert "--prompt " not in said
+    few = ["--max-tokens", "2"]
+    assert generate.main([str(lechat), "--prompt-ids", "1", *few]) == 0
+    with pytest.raises(BadInput, match="so a prompt cannot be read; put the model's own into it"):
+        generate.main([str(lechat), "--prompt", "Hi", *few])
+    Tokenizer.mistral_v1().save(lechat)
+    capsys.readouterr()
+    assert generate.main([str(lechat), "--prompt", "Hi", *few]) == 0
+    assert capsys.readouterr().out.startswith("Hi")
+    back = convert(lechat, tmp_path / "back", "hf")
+    assert (back / "tokenizer.model").read_bytes() == Tokenizer.mistral_v1().path.read_bytes()

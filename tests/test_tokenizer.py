@@ -1,10 +1,12 @@
 """Mistral's own ids, and a stream of text that is never broken."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from lechat_jax import tokenizer as module
 from lechat_jax.errors import BadInput
 from lechat_jax.template import Conversation
 from lechat_jax.tokenizer import StreamDecoder, Tokenizer, preferred
+from lechat_jax.vocabulary import ends
 from tests.tokenizers import SHIPPED, shipped, small_tekken
 from tests.tokenizers import tokenizer as load
 
@@ -413,3 +416,135 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install mistral-common"):
         Tokenizer.mistral_v1()
+
+
+# Tokens that were added to a model.
+
+CHATML = {"<|im_end|>": 32000, "<|im_start|>": 32001}
+QUESTION = "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n"
+
+
+def grown(folder: Path, vocab_size: int, files: dict[str, Any]) -> Tokenizer:
+    """Mistral's first tokenizer in a model's folder with these files beside it."""
+    folder.mkdir(exist_ok=True)
+    Tokenizer.mistral_v1().save(folder)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    found = Tokenizer.beside(folder, vocab_size)
+    assert found
+    return found
+
+
+def named(tokens: dict[str, int], **more: Any) -> list[dict[str, Any]]:
+    return [{"id": id_, "content": text, **more} for text, id_ in tokens.items()]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens.json": CHATML},
+        {"tokenizer.json": {"added_tokens": named(CHATML, special=True), "model": {}}},
+        {
+            "tokenizer_config.json": {
+                "added_tokens_decoder": {str(t["id"]): t for t in named(CHATML)},
+            }
+        },
+        {  # what transformers believes of two that differ
+            "added_tokens.json": {"<|old|>": 32000, "<|older|>": 32001},
+            "tokenizer_config.json": {"added_tokens_decoder": {"32000": "<|im_end|>"}},
+            "tokenizer.json": {"added_tokens": named(CHATML)},
+        },
+    ],
+)
+@pytest.mark.parametrize("vocab_size", [32002, 32064])
+def test_added_tokens_are_found_in_whichever_file_says_them(
+    files: dict[str, Any], vocab_size: int, tmp_path: Path
+) -> None:
+    found, plain = grown(tmp_path / "model", vocab_size, files), Tokenizer.mistral_v1()
+    ids = [32001, *plain.encode("user\nHi there"), 32000, *plain.encode("\n"), 32001]
+    ids += plain.encode("assistant\n")
+    assert found.vocab_size == vocab_size
+    assert found.encode(QUESTION) == ids
+    assert [x.tolist() for x in found.encode_batch([QUESTION, "", "Hi"])] == [
+        ids,
+        [],
+        plain.encode("Hi"),
+    ]
+    assert found.decode(ids) == QUESTION
+    assert found.decode([32000, *range(32002, vocab_size)]) == "<|im_end|>"
+    assert found.sha256 != plain.sha256
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_text_with_added_tokens_comes_back_whole_and_in_pieces(
+    legacy: bool, tmp_path: Path
+) -> None:
+    files = {"added_tokens.json": CHATML, "tokenizer_config.json": {"legacy": legacy}}
+    found = grown(tmp_path / "model", 32002, files)
+
+    @given(st.lists(st.sampled_from([*CHATML, "<|im", "Hi", " there", "\n", "é", "😀", " "])))
+    def check(words: list[str]) -> None:
+        text = "".join(words)
+        ids = found.encode(text)
+        assert found.decode(ids) == text
+        stream = StreamDecoder(found)
+        assert "".join(stream.push([id_]) for id_ in ids) + stream.flush() == text
+        assert [x.tolist() for x in found.encode_batch([text])] == [ids]
+
+    check()
+
+
+def test_a_token_that_the_model_has_no_row_for_is_text(tmp_path: Path) -> None:
+    """A padding token is often added and the embedding left as it is."""
+    found = grown(tmp_path / "model", 32001, {"added_tokens.json": CHATML})
+    assert found.encode("<|im_start|>") == Tokenizer.mistral_v1().encode("<|im_start|>")
+    assert found.encode("<|im_end|>") == [32000]
+    assert grown(tmp_path / "same", 32000, {"added_tokens.json": {"[PAD]": 32000}}).vocab_size
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "files", "message"),
+    [
+        (31999, {}, "has 32000 tokens and the model 31999; use the tokenizer that the model was"),
+        (32768, {}, "has 32000 tokens and the model 32768; use the tokenizer that the model was"),
+        (32002, {"added_tokens.json": {"x": "y"}}, "has an added token 'x' with the id 'y'"),
+        (32002, {"added_tokens.json": {"x": [1]}}, r"has an added token 'x' with the id \[1\]"),
+        (32002, {"tokenizer.json": {"added_tokens": {}, "model": {}}}, None),
+        (32002, {"tokenizer.json": {"added_tokens": {"a": 1}}}, "whose added tokens are none"),
+        (32002, {"tokenizer.json": {"added_tokens": ["x"]}}, "added token 'x' with the id None"),
+        (32002, {"tokenizer_config.json": {"added_tokens_decoder": {"a": {}}}}, "the id None"),
+        (32002, {"tokenizer_config.json": []}, r"tokenizer_config\.json is not a JSON object"),
+    ],
+)
+def test_a_tokenizer_that_is_another_models_is_refused(
+    vocab_size: int, files: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    if message is None:
+        assert grown(tmp_path / "model", vocab_size, files).vocab_size == vocab_size
+        return
+    with pytest.raises(BadInput, match=message):
+        grown(tmp_path / "model", vocab_size, files)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, ()),
+        ({"eos_token_id": 32000}, (32000,)),
+        ({"eos_token_id": [2, 32000]}, (2, 32000)),
+        ({"eos_token_id": None, "bos_token_id": None}, ()),
+        ({"eos_token_id": []}, ()),
+    ],
+)
+def test_what_ends_a_text_is_one_id_or_several(
+    files: dict[str, Any], expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(files))
+    assert ends(tmp_path) == expected
+
+
+@pytest.mark.parametrize("value", ["2", [2, "</s>"], -1, 2.0, True, {"id": 2}])
+def test_what_is_no_id_ends_nothing(value: object, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(BadInput, match=r"says eos_token_id .*, which is no id and no list of ids"):
+        ends(tmp_path)

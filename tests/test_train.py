@@ -315,13 +315,20 @@ def test_training_goes_on_from_another_run_as_from_its_weights(source: Path, tex
     assert stored["init_from_sha256"] == hashlib.sha256(manifest).hexdigest()
 
 
-def test_weights_without_a_tokenizer_are_taken_to_have_that_of_mistral(
+def test_weights_without_a_tokenizer_learn_nothing_until_theirs_is_put_in(
     tmp_path: Path, tiny: MistralConfig, text: Path
 ) -> None:
+    """That of another model of as many ids would be taken for it without a word."""
     config = dataclasses.replace(tiny, n_layers=1, vocab_size=32_000)
-    save_weights(tmp_path / "source", config, weights_of(lively(config)), None)
-    options = TrainConfig(init_from=tmp_path / "source", data=str(text), out=tmp_path / "run")
-    v1 = Tokenizer.mistral_v1()
+    source, v1 = tmp_path / "source", Tokenizer.mistral_v1()
+    save_weights(source, config, weights_of(lively(config)), None)
+    (source / "tokenizer.json").write_text("{}")
+    options = TrainConfig(init_from=source, data=str(text), out=tmp_path / "run")
+    words = r"and a tokenizer\.json is none that is read here, so no text can be read; put the "
+    with pytest.raises(BadInput, match=words):
+        set_up(options, Display(None))
+    assert not (tmp_path / "run").exists()
+    v1.save(source)
     assert set_up(options, Display(None)).tokenizer.sha256 == v1.sha256
     assert Tokenizer.from_file(tmp_path / "run" / "tokenizer.model.v1").sha256 == v1.sha256
 
@@ -348,9 +355,8 @@ def test_weights_that_cannot_be_trained_are_refused_and_nothing_is_written(
     for name, flags, words in (
         ("source", ["--preset", "lechat-15m"], "leave out --preset"),
         ("source", ["--dim", "8", "--n-heads", "6", "--n-layers", "2"], "out --dim, --n-layers"),
-        ("mute", [], f"has 97 token ids but the tokenizer {Tokenizer.mistral_v1().path} 32000"),
-        ("mute", [], f"put the model's own into {home / 'mute'}"),
-        ("mismatched", [], f"97 token ids but the tokenizer {home / 'mismatched'}"),
+        ("mute", [], f"{home / 'mute'} has no tokenizer of Mistral's, so no text can be read; put"),
+        ("mismatched", [], f"{vocab} tokens and the model 97; use the tokenizer that the model"),
         ("damaged", [], "damaged is not as it was saved: config.json is not in SHA256SUMS"),
         ("nan", [], f"weights of {home / 'nan'} are not finite, norm.scale, and no training"),
         ("theirs", [], f"parity.convert {home / 'theirs'} {home / 'theirs-lechat'} --to lechat"),

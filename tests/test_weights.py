@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from lechat_jax import weights as module
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.folder import kind_of
+from lechat_jax.folder import fault_of, kind_of
 from lechat_jax.manifest import write_manifest
 from lechat_jax.model import Weights, weights_of
 from lechat_jax.quantize import Form, quantize_weights
@@ -466,6 +466,37 @@ def test_a_folder_without_checksums_is_refused_unless_nobody_looks(
     with pytest.raises(BadInput, match="SHA256SUMS is missing"):
         load_weights(folder)
     assert bits(load_weights(folder, check=False)[1]) == bits(weights)
+
+
+@pytest.mark.parametrize(
+    ("saved", "added", "reason"),
+    [
+        (False, "tokenizer.model.v3", None),
+        (False, "tekken.json", None),
+        (False, "tokenizer_config.json", None),
+        (True, "tekken.json", "tekken.json is not in SHA256SUMS"),  # it would be preferred
+        (True, "tokenizer.model.v3", "tokenizer.model.v3 is not in SHA256SUMS"),
+        (True, "added_tokens.json", "added_tokens.json is not in SHA256SUMS"),
+        (True, "generation_config.json", "generation_config.json is not in SHA256SUMS"),
+        (True, ".DS_Store", None),
+        (True, "._tokenizer.model.v1", None),
+        (True, "._model.safetensors", None),
+        (True, "Thumbs.db", None),
+        (True, "a note.txt", None),
+        (True, "model.safetensors.index.json", "index.json is not in SHA256SUMS"),
+        (True, "model-00002-of-00002.safetensors", "00002.safetensors is not in SHA256SUMS"),
+    ],
+)
+def test_a_file_may_be_added_unless_it_would_change_what_is_read(
+    saved: bool, added: str, reason: str | None, config: MistralConfig, tmp_path: Path
+) -> None:
+    """A tokenizer may be put in where none was saved, as the commands advise it."""
+    tokenizer = Tokenizer.mistral_v1().path if saved else None
+    save_weights(tmp_path / "model", config, weights_of(lively(config)), tokenizer)
+    assert fault_of(tmp_path / "model") is None
+    (tmp_path / "model" / added).touch()
+    found = fault_of(tmp_path / "model")
+    assert found is None if reason is None else found is not None and found.endswith(reason)
 
 
 def test_every_tensor_that_does_not_fit_is_named(folder: Path, weights: Weights) -> None:

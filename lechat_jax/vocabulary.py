@@ -1,0 +1,122 @@
+"""Added tokens and ends of text: what a folder says of its ids beside the tokenizer.
+
+Fine-tunes grow the vocabulary (ChatML's `<|im_start|>`) and end their texts with what they added.
+Hugging Face's files say so, which keep their names and their content in every format.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lechat_jax.errors import BadInput
+from lechat_jax.headers import parse_json
+
+GENERATION = "generation_config.json"
+SETTINGS = "tokenizer_config.json"
+# All that is carried along: the tokenizer's own files, and those that are read here.
+BESIDE = re.compile(
+    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|"
+    r"generation_config\.json|chat_template\.(jinja|json)"
+)
+
+
+class Vocabulary(NamedTuple):
+    """What is known of a model's ids that its tokenizer does not say.
+
+    Attributes:
+        size: number of ids V, the rows of the embedding; more than the tokenizer has, if tokens
+            were added or the rows padded.
+        added: text of each id that has one beside the tokenizer's own.
+        starts_anew: whether the text behind an added token is encoded as one of its own, with the
+            space that SentencePiece puts before it; `legacy` in Hugging Face's settings.
+    """
+
+    size: int
+    added: Mapping[int, str]
+    starts_anew: bool = True
+
+
+def read_vocabulary(folder: Path, size: int) -> Vocabulary:
+    """The added tokens that the files of a folder name, as transformers reads them.
+
+    A token for which the model has no row cannot be given to it and is left out, as text.
+
+    Raises:
+        BadInput: a file is damaged.
+    """
+    settings, whole = _read(folder / SETTINGS), _read(folder / "tokenizer.json")
+    listed = whole.get("added_tokens") or []
+    decoder = settings.get("added_tokens_decoder") or {}
+    if not isinstance(listed, list) or not isinstance(decoder, dict):
+        raise BadInput(f"{folder} has a {SETTINGS} or tokenizer.json whose added tokens are none")
+    found: dict[int, str] = {}  # what comes later counts
+    for text, id_ in (
+        *_read(folder / "added_tokens.json").items(),
+        *((_text(one), one.get("id") if isinstance(one, dict) else None) for one in listed),
+        *((_text(one), int(id_) if id_.isdecimal() else None) for id_, one in decoder.items()),
+    ):
+        if type(id_) is not int or not isinstance(text, str) or not text:
+            raise BadInput(f"{folder} has an added token {text!r} with the id {id_!r}")
+        found[id_] = text
+    added = {id_: text for id_, text in sorted(found.items()) if 0 <= id_ < size}
+    return Vocabulary(size, added, settings.get("legacy") is not False)
+
+
+def control_ids(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`bos_token_id` and `eos_token_id`, one or a list, where `generation_config.json` says them.
+
+    Args:
+        folder: of the model.
+        config: Hugging Face's, which says what that file does not.
+
+    Raises:
+        BadInput: they are no ids.
+    """
+    said = _read(folder / GENERATION)
+    found = {}
+    for name in ("bos_token_id", "eos_token_id"):
+        value = said.get(name)
+        value = (config or {}).get(name) if value is None else value
+        if value is None or value == []:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(id_) is int and id_ >= 0 for id_ in ids):
+            raise BadInput(f"{folder} says {name} {value!r}, which is no id and no list of ids")
+        found[name] = value
+    return found
+
+
+def ends(folder: Path) -> tuple[int, ...]:
+    """The ids that end a text of the model in a folder; none where nothing is said.
+
+    Raises:
+        BadInput: they are no ids.
+    """
+    found = control_ids(folder).get("eos_token_id", [])
+    return tuple(found) if isinstance(found, list) else (found,)
+
+
+def beside(folder: Path) -> list[Path]:
+    """The files of a folder that say more of its ids than the tokenizer does."""
+    return sorted(path for path in folder.iterdir() if BESIDE.fullmatch(path.name))
+
+
+def no_tokenizer(folder: Path, so: str) -> str:
+    """A sentence on why there is no text with a folder, what follows, and what to do."""
+    theirs = (folder / "tokenizer.json").is_file()
+    why = ", and a tokenizer.json is none that is read here" if theirs else ""
+    return (
+        f"{folder} has no tokenizer of Mistral's{why}, so {so}; put the model's own into it, "
+        "tokenizer.model or tekken.json from where the model comes from"
+    )
+
+
+def _text(token: Any) -> Any:
+    """The text of an added token, which old files say without its properties."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, or an empty one where there is no file."""
+    return parse_json(path.read_bytes(), path) if path.is_file() else {}
