@@ -146,7 +146,7 @@ class MistralConfig:
             )
         if self.head_dim % 2:
             raise BadInput(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
-        if not min(1, self.n_experts) <= self.n_experts_per_token <= self.n_experts:
+        if not 0 <= min(1, self.n_experts) <= self.n_experts_per_token <= self.n_experts:
             raise BadInput(
                 f"n_experts_per_token must be between 1 and n_experts ({self.n_experts}), or both "
                 f"0 for a model without experts, not {self.n_experts_per_token}"

@@ -25,6 +25,8 @@ from jaxtyping import Array, PyTree
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.lora import SCALE
+from lechat_jax.quantize import is_part
 
 ROWS, HEADS = "fsdp", "tp"
 RULES = {"B": ROWS, "L": ROWS, "D": ROWS, "N": HEADS, "K": HEADS, "F": HEADS, "V": HEADS}
@@ -328,10 +330,19 @@ def _gathered(leaf: Array, axis: int, dtype: DTypeLike) -> Array:
     return gather(leaf)
 
 
+def keeps_its_type(name: str, leaf: Array) -> bool:
+    """Whether a weight is computed with as it is: a number that is none, or a scale of others.
+
+    Those of quantised kernels and of adapters are float32: rounded, they would be wrong in all
+    that they multiply.
+    """
+    is_number = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return not is_number or is_part(name) or name.endswith(SCALE)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _replicated(mesh: Mesh, dtype: DTypeLike, leaf: Array) -> Array:
-    wanted = dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype  # int8 kernels
-    return jax.lax.with_sharding_constraint(leaf.astype(wanted), NamedSharding(mesh, P()))
+    return jax.lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(mesh, P()))
 
 
 def on_one_device(mesh: Mesh, weights: Mapping[str, Array], dtype: DTypeLike) -> dict[str, Array]:
@@ -339,7 +350,8 @@ def on_one_device(mesh: Mesh, weights: Mapping[str, Array], dtype: DTypeLike) ->
 
     One weight after the other is for a moment on all devices. Every process has to call it.
     """
+    types = {n: leaf.dtype if keeps_its_type(n, leaf) else dtype for n, leaf in weights.items()}
     return {
-        name: jnp.asarray(_replicated(mesh, jnp.dtype(dtype), leaf).addressable_data(0))
+        name: jnp.asarray(_replicated(mesh, jnp.dtype(types[name]), leaf).addressable_data(0))
         for name, leaf in weights.items()
     }

@@ -14,15 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.attention import Backend
 from lechat_jax.config import MistralConfig
-from lechat_jax.lora import SCALE
 from lechat_jax.loss import cross_entropy
 from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.moe import Load, imbalance
 from lechat_jax.optimizer import MUON, Optimizer, Rule, warmup_then_cooldown
-from lechat_jax.quantize import is_part
 from lechat_jax.remat import KEPT_ON_A_CPU, Remat
 from lechat_jax.rows import Rows
-from lechat_jax.sharding import ROWS, made_sharded, pinned, sum_over_rows
+from lechat_jax.sharding import ROWS, keeps_its_type, made_sharded, pinned, sum_over_rows
 
 
 class TrainState(NamedTuple):
@@ -142,8 +140,7 @@ def _part_of_imbalance(options: StepOptions, load: Load) -> Float[Array, ""]:
 
 
 def _cast(name: str, leaf: Array, options: StepOptions) -> Array:
-    is_fixed = jnp.issubdtype(leaf.dtype, jnp.integer) or is_part(name) or name.endswith(SCALE)
-    return leaf if is_fixed else leaf.astype(options.dtype)
+    return leaf if keeps_its_type(name, leaf) else leaf.astype(options.dtype)
 
 
 def train_steps(

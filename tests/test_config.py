@@ -103,6 +103,22 @@ def test_a_window_is_whole_or_none(tiny: MistralConfig, window: object) -> None:
         ({"yarn": YARN_FIELDS | {"beta": "32"}}, "beta must be a number, not '32'"),
         ({"yarn": YARN_FIELDS | {"alpha": 32}}, "yarn needs 0 < alpha < beta, not 32.0 and 32.0"),
         ({"yarn": YARN_FIELDS | {"apply_scale": 0}}, "apply_scale must be true or false, not 0"),
+        ({"yarn": YARN_FIELDS | {"factor": float("inf")}}, "yarn must stretch some length"),
+        ({"yarn": YARN_FIELDS | {"original_max_position_embeddings": 0}}, "yarn must stretch some"),
+        ({"yarn": YARN_FIELDS | {"alpha": 0}}, "yarn needs 0 < alpha < beta, not 0.0 and 32.0"),
+        ({"yarn": YARN_FIELDS | {"beta": float("inf")}}, "yarn needs 0 < alpha < beta, not 1.0"),
+        (
+            {"llama_4_scaling": {"beta": float("inf"), "original_max_position_embeddings": 9}},
+            "llama_4_scaling needs a beta of at least 0",
+        ),
+        (
+            {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 0}},
+            "llama_4_scaling needs a beta of at least 0 and a positive original length",
+        ),
+        ({"n_experts": 4}, "n_experts_per_token must be between 1 and n_experts (4)"),
+        ({"n_experts": 4, "n_experts_per_token": 5}, "n_experts_per_token must be between 1 and"),
+        ({"n_experts_per_token": 1}, "n_experts_per_token must be between 1 and n_experts (0)"),
+        ({"n_experts": -1, "n_experts_per_token": -1}, "n_experts_per_token must be between"),
         ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling lacks original_max_position"),
         (
             {"llama_4_scaling": {"beta": -1, "original_max_position_embeddings": 9}},
@@ -120,6 +136,25 @@ def test_a_part_that_is_none_is_refused_with_a_sentence(
     with pytest.raises(BadInput) as error:
         MistralConfig.from_dict(tiny.to_dict() | part)
     assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"yarn": dataclasses.replace(YARN, factor=1.0)},
+        {"llama_4_scaling": Llama4Scaling(0.0, 1)},
+        {"n_experts": 4, "n_experts_per_token": 4},
+        {"n_experts": 1, "n_experts_per_token": 1},
+        {"sliding_window": 1, "n_kv_heads": 6, "head_dim": 2},
+        {"sliding_window": (1, None, 7)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_is_just_within_its_bounds_is_a_model_and_survives_json(
+    tiny: MistralConfig, change: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(tiny, **change)
+    assert MistralConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_a_part_that_a_model_has_not_goes_unsaid(tiny: MistralConfig) -> None:

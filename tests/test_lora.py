@@ -263,5 +263,12 @@ def test_what_cannot_be_adapted_is_refused(small: MistralConfig) -> None:
         Adapters(2, 2.0, targets=("q", "head", "qq")).parts(small)
     with pytest.raises(BadInput, match="rank of an adapter must be at least 1, not 0"):
         Adapters(2, 2.0, ranks={"blocks.0.attn.q": 0})
-    with pytest.raises(BadInput, match="alpha of an adapter must be a number above 0, not nan"):
-        Adapters(2, float("nan"))
+    for alpha in (float("nan"), float("inf"), 0.0, -1.0):
+        with pytest.raises(
+            BadInput, match=f"alpha of an adapter must be a number above 0, not {alpha}"
+        ):
+            Adapters(2, alpha)
+        with pytest.raises(BadInput, match="alpha of an adapter must be a number above 0"):
+            Adapters(2, 2.0, alphas={"blocks.0.attn.q": alpha})
+    with pytest.raises(BadInput, match="rank of an adapter must be at least 1, not -1"):
+        Adapters(-1, 2.0)

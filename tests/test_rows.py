@@ -16,6 +16,7 @@ from lechat_jax.kernels import splash_attention
 from lechat_jax.model import Weights, bind, weights_of
 from lechat_jax.rows import Rows
 from lechat_jax.step import StepOptions, shares, total_nats
+from lechat_jax.step import gradient as gradient_of
 from parity.architectures import ARCHITECTURES
 from parity.lively import lively
 
@@ -107,6 +108,19 @@ def test_a_packed_row_is_learned_as_each_document_alone(
         assert np.abs(leaf).max() > 0.1, name
         atol = budget(dtype, wanted)
         np.testing.assert_allclose(leaf, wanted, rtol=0, atol=atol, err_msg=name)
+
+
+def test_a_step_on_packed_rows_is_one_on_their_documents() -> None:
+    """Loss and gradient, each target with the document of what comes before it."""
+    config = dataclasses.replace(ARCHITECTURES["mistral"], n_layers=1)
+    options = StepOptions(block=ROW - 1, backend="dense")
+    weights = weights_of(lively(config))
+    slope = jax.jit(functools.partial(gradient_of, config, options))
+    (loss, grads), (expected, theirs) = (slope(weights, {}, of()) for of in (packed, apart))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    for name, wanted in theirs.items():
+        atol = 1e-5 * float(np.abs(wanted).max())
+        np.testing.assert_allclose(grads[name], wanted, rtol=0, atol=atol, err_msg=name)
 
 
 def test_the_share_of_a_target_is_the_same_for_all_that_count_and_one_in_sum() -> None:

@@ -11,13 +11,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from lechat_jax.adapters import Adapters
 from lechat_jax.attention import KERNELS, dense_attention
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.data import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.model import weights_of
-from lechat_jax.quantize import Form, quantize_weights
+from lechat_jax.quantize import INT8, Form, quantize_weights
 from lechat_jax.rows import Rows
 from lechat_jax.run import Run
 from lechat_jax.sharding import (
@@ -148,6 +149,19 @@ def test_bytes_that_a_mesh_does_not_divide_are_whole_on_every_device(small: Mist
         for where, of in ((mesh, on_mesh), (None, weights))
     )
     assert nats == pytest.approx(expected, rel=1e-6)
+
+
+def test_scales_are_not_rounded_where_weights_are_gathered(small: MistralConfig) -> None:
+    """As a sample during training in bfloat16 has them: those of kernels and of adapters."""
+    mesh = make_mesh("fsdp=4,tp=2")
+    one = dataclasses.replace(small, n_layers=1)
+    weights = quantize_weights(weights_of(lively(one)), INT8)
+    weights |= Adapters(rank=3, alpha=5.0, targets=("q",)).scales(one)
+    found = on_one_device(mesh, settled(mesh, weights), "bfloat16")
+    for name, leaf in weights.items():
+        is_norm = name.endswith("norm.scale")
+        expected = leaf.astype("bfloat16") if is_norm else leaf
+        np.testing.assert_array_equal(found[name], expected, strict=True)
 
 
 def test_every_weight_has_its_letters(small: MistralConfig) -> None:

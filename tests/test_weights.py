@@ -216,7 +216,14 @@ def test_int8_is_spread_over_devices(folder: Path, config: MistralConfig, in_int
 
 
 @pytest.mark.parametrize(
-    "quantization", ["int8", {"format": "int4"}, {}, {"format": "int4", "group": 7}]
+    "quantization",
+    [
+        "int8",
+        {"format": "int4"},
+        {},
+        {"format": "int4", "group": 7},
+        {"format": "int4", "group": 9},
+    ],
 )
 def test_another_quantization_is_refused(int8_folder: Path, quantization: object) -> None:
     path = int8_folder / "config.json"
