@@ -27,6 +27,7 @@ from lechat_jax.quantize import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.session import Session
 from lechat_jax.stop import Stop
+from lechat_jax.textfile import stdin_encoding
 from lechat_jax.tokenizer import preferred
 from lechat_jax.trained import Trained
 from lechat_jax.vocabulary import no_tokenizer
@@ -139,9 +140,11 @@ def talk(dialogue: Dialogue, verbose: bool = False) -> int:
 
     At a terminal Ctrl-C stops an answer, and never the program.
     """
-    if isinstance(sys.stdin, io.TextIOWrapper):  # undecodable bytes are refused, not by a crash
-        sys.stdin.reconfigure(errors="surrogateescape")
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # undecodable bytes are refused, not by a crash
+        sys.stdin.reconfigure(
+            encoding=None if sys.stdin.isatty() else stdin_encoding(), errors="surrogateescape"
+        )
     if at_terminal:
         with contextlib.suppress(ImportError):
             importlib.import_module("readline")  # gives `input` a history and its keys

@@ -106,6 +106,12 @@ def decoded(raw: bytes, name: str, numbered: bool = False) -> str:
     return text
 
 
+def stdin_encoding() -> str | None:
+    """The `encoding_of` what comes in on stdin, as soon as it does; `None` where none can tell."""
+    buffer = sys.stdin.buffer
+    return encoding_of(buffer.peek(4)) if isinstance(buffer, io.BufferedReader) else None
+
+
 def encoding_of(beginning: bytes) -> str:
     r"""Python's name for the encoding of a stream that begins so, which drops its mark.
 

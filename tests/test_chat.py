@@ -269,6 +269,19 @@ def test_why_an_answer_ends_early_is_told(monkeypatch: pytest.MonkeyPatch, capsy
     assert notes[2:] == ["a new conversation begins"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_questions_come_through_a_pipe_in_any_encoding_with_any_ends(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, end: str
+) -> None:
+    raw = end.join(["Na\u00efve?", "Why?", ""]).encode(encoding)
+    pipe = io.BufferedReader(io.BytesIO(raw))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(pipe, "latin-1"))
+    dialogue = Dialogue(Script(V1, "Hi", "Ho"), V1)
+    assert talk(dialogue) == 0
+    assert [asked for asked, _ in dialogue.conversation.exchanges] == ["Na\u00efve?", "Why?"]
+
+
 def test_bytes_that_are_no_text_are_refused_and_the_chat_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
