@@ -84,7 +84,7 @@ class Run:
         path = self.folder / CONFIG
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadInput(f"{path} is not valid JSON") from None
         parts = config if isinstance(config, dict) else {}
         if not all(isinstance(parts.get(part), dict) for part in ("model", "train")):

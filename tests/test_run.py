@@ -93,6 +93,7 @@ def test_what_is_no_run_cannot_be_opened(tmp_path: Path, name: str) -> None:
     [
         (b'{"model": {}, "tra', "is not valid JSON"),
         (b"\xff\xfe", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
         (b"[]", "must have the parts 'model' and 'train'"),
         (b'{"model": {}}', "must have the parts 'model' and 'train'"),
         (b'{"model": [], "train": 3}', "must have the parts 'model' and 'train'"),
