@@ -22,6 +22,7 @@ from lechat_jax.cache import (
 )
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.mask import window_mask
+from lechat_jax.reading import cache_size, left_padded
 
 
 def ring_of(slots: int, n_layers: int = 1, batch: int = 1) -> Ring:
@@ -158,3 +159,33 @@ def test_a_cache_is_a_pytree_that_jit_takes_and_returns(tiny: MistralConfig) -> 
     assert isinstance(same, Cache)
     assert same.rings[0].position[0, 4:7].tolist() == [EMPTY, 5, EMPTY]
     assert same.rings[0].capacity == 16
+
+
+# --- what a prompt asks of it ---
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "expected"),
+    [
+        ("cpu", "bfloat16", "float32"),  # which a CPU would convert, all of it, at every token
+        ("cpu", "float32", "float32"),
+        ("gpu", "bfloat16", "bfloat16"),
+        ("gpu", "float32", "float32"),
+    ],
+)
+def test_keys_are_kept_in_what_is_computed_in(
+    tiny: MistralConfig, platform: str, dtype: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    weights = {"norm.scale": jax.ShapeDtypeStruct((40,), dtype)}
+    for chunk, draft, wide in ((8, 3, 8), (2, 5, 6), (1, 0, 1)):
+        size = cache_size(tiny, weights, 2, chunk, 50, draft)
+        assert size == (tiny, 2, wide, 50 + draft, jnp.dtype(expected))
+
+
+def test_prompts_are_padded_in_front_to_whole_chunks_without_their_last_tokens() -> None:
+    tokens, positions = left_padded([[5, 6, 7, 8], [9], [1, 2]], chunk=2, start=10)
+    assert tokens.tolist() == [[0, 5, 6, 7], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert positions.tolist() == [[-1, 10, 11, 12], [-1, -1, -1, -1], [-1, -1, -1, 10]]
+    assert left_padded([[5]], chunk=2)[0].shape == (1, 0)
+    assert left_padded([[5, 6, 7]], chunk=2)[1].tolist() == [[0, 1]]

@@ -1,5 +1,6 @@
 """Matrices are turned orthogonal, tables and norms are left to Adam, one schedule rules all."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,6 +24,7 @@ from lechat_jax.optimizer import (
     usual_rule,
     warmup_then_cooldown,
 )
+from parity.architectures import SMALL_MIXTURE
 
 # A kernel is a map from what it reads (its last axes) to what it writes (its first): how
 # many axes it writes.
@@ -177,6 +179,20 @@ def test_it_is_the_newton_schulz_iteration_of_the_gradient(tiny: MistralConfig) 
         scale = Rates().matrix * max(1, fan_out / fan_in) ** 0.5
         update = as_matrix(name, first_update(tiny)[name])
         np.testing.assert_allclose(update, -scale * (left * s) @ right, atol=1e-4 * scale)
+
+
+def test_each_expert_and_each_router_is_a_map_of_its_own() -> None:
+    """Turned alone: neither the experts of a layer nor the routers of all are one matrix."""
+    config = dataclasses.replace(SMALL_MIXTURE, n_layers=2)
+    moved = first_update(config)
+    for name in ("mlp.experts.up", "mlp.experts.down", "mlp.router"):
+        whole = moved[f"blocks.1.{name}.kernel"].astype(np.float64)
+        for matrix in whole if whole.ndim == 3 else whole[None]:
+            fan_out, fan_in = matrix.shape
+            scale = Rates().matrix * max(1, fan_out / fan_in) ** 0.5
+            singular = np.linalg.svd(matrix / scale, compute_uv=False)
+            assert 0.5 < singular.min(), name
+            assert singular.max() < 1.3, name
 
 
 def test_layers_do_not_disturb_each_other(tiny: MistralConfig) -> None:

@@ -5,6 +5,7 @@ import json
 import mmap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -58,6 +59,29 @@ def test_what_is_written_is_read_again(
         np.testing.assert_array_equal(files.read(name), array, strict=True)
         assert (files[name].shape, files[name].dtype) == (array.shape, array.dtype)
         assert files[name].nbytes == array.nbytes
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (torch.float8_e4m3fn, ml_dtypes.float8_e4m3fn),
+        (torch.bfloat16, ml_dtypes.bfloat16),
+        *((getattr(torch, n), n) for n in ("float16", "float32", "float64", "bool")),
+        *((getattr(torch, n), n) for n in ("int8", "int16", "int32", "int64", "uint8")),
+        *((getattr(torch, n), n) for n in ("uint16", "uint32", "uint64")),
+    ],
+    ids=str,
+)
+def test_every_type_that_pytorch_writes_is_read_in_every_bit(
+    tmp_path: Path, theirs: torch.dtype, ours: Any
+) -> None:
+    width = torch.empty(0, dtype=theirs).element_size()
+    raw = torch.arange(6 * width, dtype=torch.uint8) % 2 if theirs == torch.bool else None
+    raw = torch.arange(77, 77 + 6 * width, dtype=torch.uint8) if raw is None else raw
+    save_torch({"x": raw.view(theirs).reshape(2, 3)}, tmp_path / "model.safetensors")
+    found = TensorFiles.open(tmp_path).read("x")
+    assert (found.dtype, found.shape) == (np.dtype(ours), (2, 3))
+    assert found.tobytes() == raw.numpy().tobytes()
 
 
 def test_other_libraries_read_what_is_written(arrays: Arrays, tmp_path: Path) -> None:
@@ -333,6 +357,21 @@ def test_a_link_out_of_the_folder_is_refused(sharded: Path) -> None:
     (sharded / SECOND).symlink_to(f"../{SECOND}")
     with pytest.raises(BadInput, match=f"{SECOND} is a link to .*, outside its folder"):
         TensorFiles.open(sharded)
+
+
+@pytest.mark.parametrize(("home", "store"), [("versions", "blobs"), ("snapshots", "secrets")])
+def test_links_out_of_what_is_no_cache_of_the_hub_are_refused(
+    sharded: Path, home: str, store: str
+) -> None:
+    folder = sharded.parent / home / "main"
+    outside = sharded.parent / store
+    folder.parent.mkdir()
+    outside.mkdir()
+    sharded.rename(folder)
+    (folder / SECOND).rename(outside / SECOND)
+    (folder / SECOND).symlink_to(f"../../{store}/{SECOND}")
+    with pytest.raises(BadInput, match=f"{SECOND} is a link to .*, outside its folder"):
+        TensorFiles.open(folder)
 
 
 def test_the_links_of_the_hubs_cache_are_followed(sharded: Path) -> None:
