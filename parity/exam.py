@@ -1,25 +1,20 @@
 """The questions that two implementations of one model are asked, and how answers are judged.
 
 `Exam.exact` asks in float64, where they must agree; `Exam.rounded` asks in another dtype,
-where each must be as close to the float64 truth as PyTorch's own rounding allows. Both
-yield one `Stage` after the other in the order of execution, so that whoever only wants to
-know where two models part can stop at the first that is not ok.
+where none may be more wrong than rounding makes the others. Both yield one `Stage` after the
+other in the order of execution, so that whoever only wants to know where two models part can
+stop at the first that is not ok.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from parity.answers import GREEDY, TOPICS, Answers, Item, Model, Task, Topic, padding, trajectory
-from parity.compare import (
-    CEILING,
-    EXACT,
-    FEW,
-    SAME_ROUNDING,
-    SLACK,
-    SLACK_OF_GRADIENTS,
-    relative,
-)
+from parity.answers import TOPICS, Answers, Item, Model, Task, Topic, padding, trajectory
+from parity.compare import EXACT, ROUNDINGS, SAME_ROUNDING, UNIT, flips, slack
 from parity.configs import to_hugging_face
 from parity.oracle_jax import JaxOracle
 from parity.oracle_torch import TorchOracle
@@ -32,15 +27,13 @@ class Exam:
     """Two models side by side: `ours` in lechat_jax, `theirs` in the PyTorch implementations.
 
     Usually they are the same weights. An existing conversion is on trial when they are what
-    it was made from and what it made.
+    it was made from and what it made. `known` is an exam of the same `theirs`, whose float64
+    answers are used again.
     """
 
-    def __init__(
-        self, ours: Model, theirs: Model, task: Task, truth: Answers | None = None
-    ) -> None:
+    def __init__(self, ours: Model, theirs: Model, task: Task, known: "Exam | None" = None) -> None:
         self.ours, self.theirs, self.task = ours, theirs, task
-        self._truth = truth
-        self._errors: dict[tuple[str, str], float] = {}  # of PyTorch in float32
+        self._known = known
         self.without = lacking(theirs.config)  # why transformers cannot run it, if so
         self._answers: dict[tuple[Implementation, Dtype], Answers] = {}
 
@@ -63,30 +56,42 @@ class Exam:
 
     @property
     def truth(self) -> Answers:
-        """What lechat_torch answers in float64, unless it was known before."""
-        return self._truth or self.answers("torch", "float64")
+        """What lechat_torch answers in float64."""
+        return self._known.truth if self._known else self.answers("torch", "float64")
+
+    @property
+    def moved(self) -> Answers:
+        """What lechat_torch answers in float64 when each weight is rounded once more."""
+        return self._known.moved if self._known else self._moved
+
+    @functools.cached_property
+    def _moved(self) -> Answers:
+        return Answers(TorchOracle(*rounded_once_more(self.theirs), "float64"), self.task)
 
     def exact(self, *, transformers: bool = True) -> Iterator[Stage]:
-        """Every stage in float64: lechat_jax, and transformers, against lechat_torch."""
-        for topic in TOPICS:
-            for item in topic(self.answers("jax", "float64"), self.truth):
-                yield item.stage("jax", "float64", "torch", EXACT)
-            if transformers and not self.without and topic not in (trajectory, padding):
-                yield from self._transformers(topic)
+        """Every stage in float64: lechat_jax, and transformers, against lechat_torch.
 
-    def _transformers(self, topic: Topic) -> Iterator[Stage]:
-        """Transformers in float64, with what PyTorch loses in float32 for a budget.
-
-        Whatever the dtype, its norms, rotations and softmax are float32. Its padding is no
-        number in float64, since what it adds to the scores of padding is not finite there.
+        Transformers' norms, rotations and softmax are float32 whatever the dtype, so it is held
+        to what PyTorch loses in float32. Its padding is no number in float64, since what it adds
+        to the scores of padding is not finite there.
         """
-        rounding = topic(self.answers("torch", "float32"), self.truth)
-        self._errors |= {item.key: item.rel for item in rounding}
-        for item in topic(self.answers("transformers", "float64"), self.truth):
-            yield item.stage("transformers", "float64", "torch", _allowed(item, self._errors))
+        errors, rounding = Errors("float64"), Errors("float32")
+        for topic in TOPICS:
+            moved = list(topic(self.moved, self.truth))
+            errors.note("moved", moved)
+            for item in topic(self.answers("jax", "float64"), self.truth):
+                yield item.stage("jax", "float64", "torch", errors.allowed("jax", item))
+            if transformers and not self.without and topic not in (trajectory, padding):
+                rounding.note("moved", moved)
+                rounding.note("torch", topic(self.answers("torch", "float32"), self.truth))
+                for item in topic(self.answers("transformers", "float64"), self.truth):
+                    budget = rounding.allowed("transformers", item)
+                    yield item.stage("transformers", "float64", "torch", budget)
 
     def rounded(self, dtype: Dtype, topics: Sequence[Topic] = TOPICS) -> Iterator[Stage]:
         """Every stage of the topics in `dtype`, each implementation against the float64 truth.
+
+        Each is judged by what rounding makes of the others, PyTorch's own among them.
 
         Raises:
             BadInput: `dtype` is float64, the truth itself.
@@ -96,19 +101,63 @@ class Exam:
         answers = {name: self.answers(name, dtype) for name in self.implementations}
         if dtype == "bfloat16":
             yield _norms(answers["jax"], answers["torch"])
-        errors: dict[tuple[str, str], float] = {}  # PyTorch's own, by which JAX is measured
+        errors = Errors(dtype)
         for topic in topics:
-            for name, found in answers.items():
-                if topic is trajectory and (dtype != "float32" or name == "transformers"):
-                    continue  # nobody trains weights that are kept in bfloat16
-                truth = self.answers("jax", "float64") if name == "torch" else self.truth
-                for item in topic(found, truth):
-                    budget = CEILING[dtype]
-                    if name == "torch":
-                        errors[item.key] = item.rel
-                    else:
-                        budget = min(budget, _allowed(item, errors))
-                    yield item.stage(name, dtype, truth.oracle.name, budget)
+            if topic is trajectory and dtype != "float32":
+                continue  # nobody trains weights that are kept in bfloat16
+            errors.note("moved", topic(self.moved, self.truth))
+            found: dict[Implementation, list[Item]] = {}
+            for name in self.implementations:
+                if topic is trajectory and name == "transformers":
+                    continue
+                found[name] = list(topic(answers[name], self._truth_of(name)))
+                errors.note(name, found[name])
+            for name, items in found.items():
+                for item in items:
+                    truth = self._truth_of(name).oracle.name
+                    yield item.stage(name, dtype, truth, errors.allowed(name, item))
+
+    def _truth_of(self, name: Implementation) -> Answers:
+        """The float64 answers of another than the one that is judged."""
+        return self.answers("jax", "float64") if name == "torch" else self.truth
+
+
+class Errors:
+    """Errors of several programs on the same questions, each the yardstick of the others.
+
+    `moved` is the reference in float64, its weights rounded once more. In another dtype that
+    has as much more effect as its rounding is coarser.
+    """
+
+    def __init__(self, dtype: Dtype) -> None:
+        self.dtype: Dtype = dtype
+        self._errors: dict[tuple[str, str], dict[str, float]] = {}
+
+    def note(self, name: str, items: Iterable[Item]) -> None:
+        """Remembers how wrong that one is."""
+        scale = UNIT[self.dtype] / UNIT["float64"] if name == "moved" else 1.0
+        for item in items:
+            self._errors.setdefault(item.key, {})[name] = scale * item.rel
+
+    def allowed(self, name: str, item: Item) -> float:
+        """How wrong that one may be: a little more than the worst of the others."""
+        errors = self._errors[item.yardstick]
+        others = max(error for other, error in errors.items() if other != name)
+        factor = EXACT if self.dtype == "float64" else slack(item.label, item.note)
+        least = ROUNDINGS * item.rounding * min(UNIT[self.dtype], UNIT["float32"])
+        return max(factor * others, least)
+
+
+def rounded_once_more(model: Model) -> Model:
+    """The model with each weight moved to the next larger or smaller float64 number."""
+    draw = np.random.default_rng(0)
+    return Model(
+        model.config,
+        {
+            name: leaf * (1 + 2 * UNIT["float64"] * draw.choice([-1.0, 1.0], size=leaf.shape))
+            for name, leaf in model.weights.items()
+        },
+    )
 
 
 def lacking(config: MistralConfig) -> str:
@@ -120,18 +169,8 @@ def lacking(config: MistralConfig) -> str:
     return ""
 
 
-def _allowed(item: Item, errors: dict[tuple[str, str], float]) -> float:
-    """What an implementation may be wrong by where PyTorch is wrong by so much."""
-    if item.label == "loss":  # one number may be right by luck; it is off by what logits are
-        return SLACK * errors["logits", ""]
-    if item.note == GREEDY:  # the worst of some tokens, in texts that need not be the same
-        return FEW * SLACK * errors["decode", ""]
-    slack = SLACK_OF_GRADIENTS if item.label.startswith("grad") else SLACK
-    return slack * errors[item.key]
-
-
 def _norms(found: Answers, other: Answers) -> Stage:
     """The first norm in both implementations, which read the very same numbers."""
     a, b = found.stages["norm.0"], other.stages["norm.0"]
-    item = Item("norm.0", relative(a, b), a, b, note="both in bfloat16")
+    item = Item("norm.0", flips(a, b), a, b, note="both in bfloat16")
     return item.stage(found.oracle.name, found.oracle.dtype, other.oracle.name, SAME_ROUNDING)

@@ -92,7 +92,7 @@ def suite(model: Model, task: Task) -> Iterator[Fault]:
 def first_divergence(right: Exam, fault: Planted) -> Stage | None:
     """The first stage that is not ok when lechat_jax has the fault; the rest is not computed."""
     with fault.plant(right.theirs, fault.layer) as wrong:
-        exam = Exam(wrong, right.theirs, right.task, truth=right.truth)
+        exam = Exam(wrong, right.theirs, right.task, known=right)
         is_exact = fault.dtype == "float64"
         stages = exam.exact(transformers=False) if is_exact else exam.rounded(fault.dtype)
         return next((stage for stage in stages if not stage.ok), None)

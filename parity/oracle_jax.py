@@ -1,7 +1,6 @@
 """lechat_jax as an oracle: the same functions that train and generate."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -44,6 +43,7 @@ class JaxOracle:
         self.dtype: Dtype = dtype
         self._stages = jax.jit(self._trace, static_argnums=2)
         self._extend = jax.jit(self._read)
+        self._loss_and_grad = jax.jit(jax.value_and_grad(self._loss))
         self.load(weights)
 
     def load(self, weights: Arrays) -> None:
@@ -66,8 +66,7 @@ class JaxOracle:
     def gradients(self, rows: Int[np.ndarray, "B row"]) -> Gradients:
         """See `Oracle.gradients`."""
         with self._arithmetic():
-            loss_and_grad = jax.jit(jax.value_and_grad(self._loss))
-            loss, grads = loss_and_grad(self.weights, jnp.asarray(rows, jnp.int32))
+            loss, grads = self._loss_and_grad(self.weights, jnp.asarray(rows, jnp.int32))
         return Gradients(float(loss), {name: _numpy(leaf) for name, leaf in grads.items()})
 
     def train(self, steps: Int[np.ndarray, "steps B row"], adamw: AdamW) -> Trajectory:
@@ -80,17 +79,19 @@ class JaxOracle:
             weight_decay=adamw.decay,
         )
 
-        def one(carry: tuple, rows: Int[Array, "B row"]) -> tuple[tuple, Array]:
-            weights, moments = carry
-            loss, grads = jax.value_and_grad(self._loss)(weights, rows)
+        @jax.jit
+        def updated(weights: Weights, moments: optax.OptState, grads: Weights) -> tuple:
             updates, moments = optimizer.update(grads, moments, weights)
-            return (optax.apply_updates(weights, updates), moments), loss
+            return optax.apply_updates(weights, updates), moments
 
+        losses = []
         with self._arithmetic():
-            run = jax.jit(functools.partial(jax.lax.scan, one))
-            start = (self.weights, optimizer.init(self.weights))
-            (weights, _), losses = run(start, jnp.asarray(steps, jnp.int32))
-        return Trajectory(_numpy(losses), {name: _numpy(leaf) for name, leaf in weights.items()})
+            weights, moments = self.weights, optimizer.init(self.weights)
+            for rows in steps:
+                loss, grads = self._loss_and_grad(weights, jnp.asarray(rows, jnp.int32))
+                weights, moments = updated(weights, moments, grads)
+                losses.append(float(loss))
+        return Trajectory(np.array(losses), {name: _numpy(leaf) for name, leaf in weights.items()})
 
     def cached(
         self, tokens: Int[np.ndarray, "B T"], prompt: int, chunk: int

@@ -81,7 +81,7 @@ def test_a_fault_is_gone_when_it_was_looked_for(exam: Exam) -> None:
         if not fault.base:  # the others are possible in another model only
             with fault.plant(exam.theirs, fault.layer):
                 pass
-    again = Exam(exam.theirs, exam.theirs, exam.task, truth=exam.truth)
+    again = Exam(exam.theirs, exam.theirs, exam.task, known=exam)
     assert all(stage.ok for stage in again.exact(transformers=False))
 
 
