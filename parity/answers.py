@@ -172,7 +172,8 @@ class Item:
         truth: what it was compared with.
         note: for the reader.
         rounding: what rounding its own numbers once does to `rel`, in units of that rounding,
-            where nothing averages: a loss, the log-probabilities of single tokens.
+            where nothing averages: a loss, the log-probabilities of single tokens; weights are
+            rounded at each step of an optimiser.
     """
 
     label: str
@@ -253,7 +254,7 @@ def trajectory(found: Answers, truth: Answers) -> Iterator[Item]:
     a, b = found.trajectory, truth.trajectory
     yield Item("trajectory", relative(a.losses, b.losses), note="losses", rounding=1.0)
     after = [np.concatenate([x.weights[name].ravel() for name in b.weights]) for x in (a, b)]
-    yield Item("trajectory", relative(*after), note="weights")
+    yield Item("trajectory", relative(*after), note="weights", rounding=len(b.losses))
 
 
 def prefill(found: Answers, truth: Answers) -> Iterator[Item]:

@@ -17,7 +17,10 @@ class CheckConfig:
             name of a model on the Hugging Face Hub. Without them, a random model.
         against: A conversion, export or merge of the checkpoint, to be put on trial: lechat_jax
             runs these weights and the PyTorch implementations those of --checkpoint.
-        faults: Plant known faults one by one and see that each is found.
+        weights_only: Compare the weights of --against with those of --checkpoint bit for bit, and
+            nothing else: seconds for a model of seven billion. Without it, both are run as well.
+        faults: Plant known faults one by one and see that each is found: in random models, or in
+            the model of --checkpoint, which may have 50 million parameters.
         models: Kinds of random model: one for each kind of block that Mistral has released.
         dtypes: Arithmetic to check, beside float64, which proves the function.
         seed: Of the random weights and texts.
@@ -35,11 +38,12 @@ class CheckConfig:
 
     checkpoint: str | None = None
     against: str | None = None
+    weights_only: bool = False
     faults: bool = False
     models: tuple[str, ...] = tuple(ARCHITECTURES)
     dtypes: tuple[Literal["float64", "float32", "bfloat16"], ...] = ("float32", "bfloat16")
     seed: int = 0
-    window: int = 64
+    window: int = 16
     tokens: int = 256
     last_position: int = 32767
     rope_theta: float | None = None
@@ -52,8 +56,10 @@ class CheckConfig:
     def __post_init__(self) -> None:
         if self.against and not self.checkpoint:
             raise BadInput("--against needs the --checkpoint that it was made from")
-        if self.faults and self.checkpoint:
-            raise BadInput("--faults plants faults in a random model; leave out --checkpoint")
+        if self.weights_only and not self.against:
+            raise BadInput("--weights-only compares the weights of --against and --checkpoint")
+        if self.faults and self.against:
+            raise BadInput("--faults plants faults in one model; leave out --against")
         if unknown := sorted(set(self.models) - ARCHITECTURES.keys()):
             raise BadInput(
                 f"--models has {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}"

@@ -16,7 +16,7 @@ from scipy.special import softmax
 
 from lechat_jax.config import MistralConfig
 from parity import names
-from parity.answers import Model, Task
+from parity.answers import TOPICS, Model, Task
 from parity.exam import Exam
 from parity.faults_in_code import CODE
 from parity.faults_in_experts import EXPERTS
@@ -78,15 +78,36 @@ def suite(model: Model, task: Task) -> Iterator[Fault]:
             right = Model(config, lively_weights(config)) if fault.base else model
             is_new = config.windows != model.config.windows
             exams[key] = Exam(right, right, Task.of(config) if is_new else task)
-        found = first_divergence(exams[key], fault)
-        yield Fault(
-            fault.name,
-            fault.where,
-            detected=found is not None,
-            expected_stage=fault.expected,
-            found_stage=found.label if found else None,
-            missed_by=fresh.content(fault),
-        )
+        yield _found(fault, first_divergence(exams[key], fault), fresh.content(fault))
+
+
+def suite_of_checkpoint(model: Model, task: Task) -> Iterator[Fault | str]:
+    """Each fault that a model can have, planted in it; of the others, their names.
+
+    A model can't have a fault that its shape has no place for, nor one that changes no bit of
+    what it computes: swapped norms that are both all ones, say.
+    """
+    right = Exam(model, model, task)
+    for fault in FAULTS:
+        if not fault.is_possible(model.config) or _changes_no_weight(fault, model):
+            yield fault.name
+            continue
+        found = first_divergence(right, fault)
+        if found is None and _changes_no_bit(right, fault):
+            yield fault.name
+        else:
+            yield _found(fault, found)
+
+
+def _found(fault: Planted, found: Stage | None, missed_by: tuple[str, ...] = ()) -> Fault:
+    return Fault(
+        fault.name,
+        fault.where,
+        detected=found is not None,
+        expected_stage=fault.expected,
+        found_stage=found.label if found else None,
+        missed_by=missed_by,
+    )
 
 
 def first_divergence(right: Exam, fault: Planted) -> Stage | None:
@@ -94,8 +115,28 @@ def first_divergence(right: Exam, fault: Planted) -> Stage | None:
     with fault.plant(right.theirs, fault.layer) as wrong:
         exam = Exam(wrong, right.theirs, right.task, known=right)
         is_exact = fault.dtype == "float64"
-        stages = exam.exact(transformers=False) if is_exact else exam.rounded(fault.dtype)
+        stages = exam.exact(transformers=False) if is_exact else exam.rounded(fault.dtype, ())
         return next((stage for stage in stages if not stage.ok), None)
+
+
+def _changes_no_weight(fault: Planted, right: Model) -> bool:
+    """Whether a fault of weights or config leaves both as they are."""
+    if fault.where == "code":
+        return False
+    with fault.plant(right, fault.layer) as wrong:
+        return wrong.config == right.config and all(
+            np.array_equal(leaf, right.weights[name]) for name, leaf in wrong.weights.items()
+        )
+
+
+def _changes_no_bit(right: Exam, fault: Planted) -> bool:
+    """Whether lechat_jax computes the same with the fault, to the last bit."""
+    before = right.answers("jax", fault.dtype)
+    with fault.plant(right.theirs, fault.layer) as wrong:
+        after = Exam(wrong, right.theirs, right.task).answers("jax", fault.dtype)
+        if fault.dtype != "float64":
+            return np.array_equal(after.stages["norm.0"], before.stages["norm.0"])
+        return all(item.rel == 0 for topic in TOPICS for item in topic(after, before))
 
 
 class _FreshModels:

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array
 
 from lechat_jax import attention, cache, decode, generator, model, rope, step
+from lechat_jax.config import MistralConfig
 from parity.planting import in_code
 
 
@@ -215,6 +216,11 @@ def _padding_seen(right: Callable) -> Callable:
     return left_padded
 
 
+def _wraps(config: MistralConfig) -> bool:
+    """Whether there is a ring that a text is longer than."""
+    return any(config.windows)
+
+
 CODE = (
     in_code(
         "rotary pairs are neighbours instead of half a head apart",
@@ -234,7 +240,12 @@ CODE = (
         (model.Attention, "__call__", _keys_one_late),
     ),
     in_code("angles are float32 in a float64 run", "attn.0", (model, "turns", _float32_angles)),
-    in_code("kv heads are tiled instead of grouped", "attn.0", *_attend(_tiled)),
+    in_code(
+        "kv heads are tiled instead of grouped",
+        "attn.0",
+        *_attend(_tiled),
+        needs=lambda c: 1 < c.n_kv_heads < c.n_heads,
+    ),
     in_code("scores are divided by H instead of its root", "attn.0", *_attend(_unscaled)),
     in_code("the softmax is bfloat16", "attn.0", (jax.nn, "softmax", _bf16_softmax)),
     in_code(
@@ -303,8 +314,11 @@ CODE = (
         "prefill",
         (cache, "capacity", _one_slot_short),
         (cache.Ring, "claim", _unguarded),
+        needs=_wraps,
     ),
-    in_code("the ring does not wrap", "prefill", (cache.Ring, "_slot", _clamped_slots)),
+    in_code(
+        "the ring does not wrap", "prefill", (cache.Ring, "_slot", _clamped_slots), needs=_wraps
+    ),
     in_code(
         "the mask of a chunk is aligned top-left", "prefill", (model, "window_mask", _top_left)
     ),

@@ -62,7 +62,8 @@ def _swapped_layers(config: MistralConfig, w: Weights, i: int) -> Weights:
 
 def _flipped_bit(_: MistralConfig, x: np.ndarray) -> np.ndarray:
     bits = np.array(x, np.float32)
-    bits.view(np.uint32).flat[bits.size // 2] ^= 1 << 16  # the last bit of a bfloat16
+    largest = np.argmax(np.abs(bits))
+    bits.view(np.uint32).flat[largest] ^= 1 << 16  # the last bit of a bfloat16
     return bits
 
 
@@ -73,6 +74,14 @@ def _transposed(_: MistralConfig, x: np.ndarray) -> np.ndarray:
 
 def _has_one_feed_forward(config: MistralConfig) -> bool:
     return not config.n_experts
+
+
+def _has_a_head(config: MistralConfig) -> bool:
+    return not config.tied_embeddings
+
+
+def _has_windows(config: MistralConfig) -> bool:
+    return any(config.windows)
 
 
 WEIGHTS = (
@@ -129,7 +138,13 @@ WEIGHTS = (
         needs=_has_one_feed_forward,
         layer=1,
     ),
-    in_weights("two layers are swapped", "attn.1", _swapped_layers, layer=1),
+    in_weights(
+        "two layers are swapped",
+        "attn.1",
+        _swapped_layers,
+        layer=1,
+        needs=lambda c: c.n_layers > 2,  # of two, the first would be another, too
+    ),
     in_weights(
         "one bit of one weight is flipped",
         "mlp.1",
@@ -144,11 +159,13 @@ WEIGHTS = (
         "the head is tied to the embedding",
         "logits",
         lambda _, w, i: {"head.kernel": w["embed.kernel"]},
+        needs=_has_a_head,
     ),
     in_weights(
         "ids are one too high in the head",
         "logits",
         _one("head.kernel", lambda _, x: np.roll(x, 1, 0)),
+        needs=_has_a_head,
     ),
 )
 
@@ -162,9 +179,9 @@ def _windows(change: Callable[[int], int | None]) -> Callable[[MistralConfig], d
 
 
 CONFIG = (
-    in_config("the window has one key more", _windows(lambda w: w + 1)),
-    in_config("the window has one key less", _windows(lambda w: max(1, w - 1))),
-    in_config("there is no window", _windows(lambda w: None)),
+    in_config("the window has one key more", _windows(lambda w: w + 1), needs=_has_windows),
+    in_config("the window has one key less", _windows(lambda w: max(1, w - 1)), needs=_has_windows),
+    in_config("there is no window", _windows(lambda w: None), needs=_has_windows),
     in_config("theta is 1e6 instead of 1e4", lambda c: {"rope_theta": c.rope_theta * 100}),
     in_config("theta is 1e4 instead of 1e6", lambda c: {"rope_theta": c.rope_theta / 100}),
     in_config("eps is 1e-6 instead of 1e-5", lambda c: {"norm_eps": c.norm_eps / 10}),

@@ -33,10 +33,6 @@ _MINISTRAL, _MINISTRAL_3, _DEVSTRAL = (
 )
 
 
-def _has_pattern(config: MistralConfig) -> bool:
-    return len(set(config.windows)) > 1
-
-
 def _has_yarn(config: MistralConfig) -> bool:
     return config.yarn is not None
 
@@ -112,10 +108,16 @@ def _from_the_first(right: Callable) -> Callable:
 
 POSITIONS = (
     in_config(
-        "the windows of the layers are one layer off", _shifted, base=_MINISTRAL, needs=_has_pattern
+        "the windows of the layers are one layer off",
+        _shifted,
+        base=_MINISTRAL,
+        needs=lambda c: c.windows[0] != c.windows[1 % c.n_layers],
     ),
     in_config(
-        "every layer has the window of some", _everywhere, base=_MINISTRAL, needs=_has_pattern
+        "every layer has the window of some",
+        _everywhere,
+        base=_MINISTRAL,
+        needs=lambda c: c.windows[0] is None and any(c.windows),
     ),
     in_config("there is no YaRN", lambda c: {"yarn": None}, base=_MINISTRAL_3, needs=_has_yarn),
     _yarn("YaRN's factor is halved", _MINISTRAL_3, lambda y: {"factor": y.factor / 2}),

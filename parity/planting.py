@@ -43,6 +43,10 @@ class Planted:
     dtype: Literal["float64", "bfloat16"] = "float64"
     needs: Needs = lambda _: True
 
+    def is_possible(self, config: MistralConfig) -> bool:
+        """Whether a model of that shape has a place for it."""
+        return self.layer < config.n_layers and bool(self.needs(config))
+
 
 def in_weights(
     name: str,

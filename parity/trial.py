@@ -7,23 +7,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.display import Display
+from lechat_jax.display import Display, clock
+from lechat_jax.errors import BadInput
 from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault
 from parity.against import rounded_as, same_weights
 from parity.answers import TOPICS, Model, Task, Topic, forward, shortened
 from parity.architectures import ARCHITECTURES, SMALL
 from parity.check_options import CheckConfig
-from parity.diagnosis import recognise
+from parity.diagnosis import FORWARD, recognise
 from parity.exam import Exam
-from parity.faults import CRITERIA, FAULTS, suite
+from parity.faults import CRITERIA, FAULTS, suite, suite_of_checkpoint
 from parity.lively import lively_weights
 from parity.measure import machine_line
 from parity.oracles import Dtype
 from parity.source import Source
 from parity.sources import open_source
 from parity.streamed import Streamed
-from parity.verdict import FaultReport, Stage, Verdict
-from parity.wording import Report
+from parity.verdict import Fault, FaultReport, Stage, Verdict
+from parity.wording import Report, describe
 
 WHOLE = 50_000_000  # parameters: larger models are checked a layer at a time
 SHOWN = 4  # weights that differ are named in the notes; the reports name all
@@ -47,12 +48,41 @@ def found(options: CheckConfig, display: Display) -> Report:
 
 
 def _planted(options: CheckConfig, display: Display) -> FaultReport:
+    if options.checkpoint:
+        return _planted_in(options.checkpoint, options, display)
     model = Model(SMALL, lively_weights(SMALL, options.seed))
     found = []
     for one in suite(model, Task.of(SMALL, options.seed)):
         found.append(one)
         display.work("faults", len(found), len(FAULTS))
     return FaultReport(tuple(found), tuple(criterion.name for criterion in CRITERIA))
+
+
+def _planted_in(checkpoint: str, options: CheckConfig, display: Display) -> FaultReport:
+    """The faults that the model of a checkpoint can have, planted in it."""
+    source = open_source(checkpoint, rope_theta=options.rope_theta, revision=options.revision)
+    if source.config.n_params > WHOLE:
+        raise BadInput(
+            f"{checkpoint} has {source.config.n_params:,} parameters; faults are planted in models "
+            f"of at most {WHOLE:,}. Its layers are checked without --faults"
+        )
+    notes = _shortening(source.config, options.window)
+    config = shortened(source.config, options.window)
+    model = Model(config, _read(source).weights)
+    found: list[Fault] = []
+    impossible: list[str] = []
+    for one in suite_of_checkpoint(model, Task.of(config, options.seed)):
+        if isinstance(one, Fault):
+            found.append(one)
+        else:
+            impossible.append(one)
+        display.work("faults", len(found) + len(impossible), len(FAULTS))
+    if impossible:
+        notes.append(
+            f"{len(impossible)} of {len(FAULTS)} faults cannot be in this model, or change no bit "
+            f"of what it computes: {', '.join(impossible)}"
+        )
+    return FaultReport(tuple(found), title=f"Faults planted in {checkpoint}", notes=tuple(notes))
 
 
 def _random(options: CheckConfig, display: Display) -> Verdict:
@@ -88,11 +118,21 @@ def _checkpoint(options: CheckConfig, display: Display) -> Verdict:
     if options.against:
         ours = open_source(options.against, rope_theta=options.rope_theta, verify=False)
         title = f"{options.against} against {options.checkpoint}"
-        notes += _differences(ours, theirs)
+        differences = _differences(ours, theirs)
+        notes += differences
         theirs = rounded_as(theirs, ours)
         stages = list(same_weights(ours, theirs, display.work))
-        notes += [f"other weights: {stage.note}" for stage in stages[:SHOWN]]
-        notes += [f"and in {len(stages) - SHOWN} more weights"] if len(stages) > SHOWN else []
+        different = [stage for stage in stages if not stage.ok]
+        if different:
+            notes += [f"other weights: {stage.note}" for stage in different[:SHOWN]]
+            more = len(different) - SHOWN
+            notes += [f"and in {more} more weights"] if more > 0 else []
+        else:
+            notes.append(f"all {len(stages)} tensors are equal, bit for bit")
+        display.say(notes[-1])
+        if options.weights_only:
+            return Verdict(title, (*stages, *_other_config(ours, theirs)), tuple(notes))
+        stages = different
     if theirs.config.n_params > WHOLE:
         verdict = _streamed(title, ours, theirs, options, display)
     else:
@@ -101,6 +141,14 @@ def _checkpoint(options: CheckConfig, display: Display) -> Verdict:
     return dataclasses.replace(
         verdict, stages=(*stages, *verdict.stages), notes=(*notes, *verdict.notes)
     )
+
+
+def _other_config(ours: Source, theirs: Source) -> list[Stage]:
+    """A stage where the configs differ, which no weight shows: they are other functions."""
+    if ours.config == theirs.config:
+        return []
+    note = "the configs differ"
+    return [Stage("attn", 0, "float64", ("jax", "torch"), float("inf"), 0.0, note=note)]
 
 
 def _read(source: Source) -> Model:
@@ -155,12 +203,11 @@ def _whole(
             "a model with experts is not judged in bfloat16: a token whose experts are nearly tied "
             "goes to one or the other, in any program, by how its scores were rounded"
         )
-    asked = [exam.exact(), *(exam.rounded(dtype, topics) for dtype in dtypes)]
-    for done, questions in enumerate(asked):
+    progress = _Progress(display, [("float64", TOPICS), *((dtype, topics) for dtype in dtypes)])
+    for questions in (exam.exact(), *(exam.rounded(dtype, topics) for dtype in dtypes)):
         for stage in questions:
             stages.append(stage)
-            display.work(f"{stage.dtype} {stage.label}", done, len(asked))
-    display.work("stages", len(asked), len(asked))
+            progress.show(stages)
     if exam.without:
         notes.append(f"transformers is left out: {exam.without}")
     verdict = Verdict(title, tuple(stages), tuple(notes))
@@ -175,6 +222,36 @@ def _whole(
         name = recognise(ours, theirs, first, task.tokens, "float64")
         verdict = dataclasses.replace(verdict, hint=_as_if(name))
     return verdict
+
+
+class _Progress:
+    """How far a check is, with the time left, and its first verdict as soon as there is one."""
+
+    def __init__(self, display: Display, asked: Sequence[tuple[Dtype, Sequence[Topic]]]) -> None:
+        self.display, self.began = display, time.monotonic()
+        # The stages of one pass are one question.
+        self.total = sum(len(topics) for _, topics in asked)
+        self.seen: dict[tuple[str, str], None] = {}
+
+    def show(self, stages: Sequence[Stage]) -> None:
+        """Tells what came last; what is asked next is not done yet."""
+        stage = stages[-1]
+        topic = "one pass" if stage.stage in FORWARD else stage.stage
+        if (stage.dtype, topic) in self.seen:
+            return
+        if self.seen and len({topic for _, topic in self.seen}) == 1:
+            self._first_verdict(stages[:-1])
+        self.seen[stage.dtype, topic] = None
+        done, seconds = len(self.seen), time.monotonic() - self.began
+        left = seconds / done * (self.total - done)
+        more = f" · about {clock(left)} left"
+        self.display.work(f"{stage.dtype} {topic}", done, self.total, more)
+
+    def _first_verdict(self, stages: Sequence[Stage]) -> None:
+        wrong = next((stage for stage in stages if not stage.ok), None)
+        seconds = f"after {time.monotonic() - self.began:.0f} s"
+        found = f"different: {describe(wrong)}" if wrong else f"equal in {len(stages)} comparisons"
+        self.display.say(f"first verdict, {seconds}: one pass in float64 is {found}")
 
 
 def _streamed(

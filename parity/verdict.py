@@ -186,12 +186,16 @@ class FaultReport:
     Attributes:
         faults: in the order they were planted.
         criteria: the published criteria that were tried on each.
+        title: in which model they were planted, in one line.
+        notes: sentences for the reader.
         seconds: how long it all took.
         machine: in one line.
     """
 
     faults: tuple[Fault, ...]
     criteria: tuple[str, ...] = ()
+    title: str = "Planted faults"
+    notes: tuple[str, ...] = ()
     seconds: float = 0.0
     machine: str = ""
 
@@ -203,9 +207,11 @@ class FaultReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as strict JSON."""
         return {
+            "title": self.title,
             "all_found": self.all_found,
             "faults": [fault.to_dict() for fault in self.faults],
             "criteria": list(self.criteria),
+            "notes": list(self.notes),
             "seconds": _number(self.seconds),
             "machine": self.machine,
         }

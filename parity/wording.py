@@ -107,6 +107,7 @@ def remarks(report: Report) -> list[str]:
         for name in report.criteria:
             missed = sum(name in fault.missed_by for fault in report.faults)
             lines.append(f"{name} would have missed {missed} of {n}")
+        lines += report.notes
     else:
         lines += [f"looks like: {report.hint}"] if report.hint else []
         if over := sum(not stage.ok for stage in report.stages):
@@ -151,4 +152,4 @@ def good(report: Report) -> bool:
 
 def title(report: Report) -> str:
     """What was checked."""
-    return "Planted faults" if isinstance(report, FaultReport) else report.title
+    return report.title
