@@ -14,7 +14,7 @@ from parity.compare import GREEDY, first_position, relative
 from parity.oracles import AdamW, Arrays, Gradients, Oracle, Stages, Text, Trajectory
 from parity.verdict import Stage
 
-STEPS = 12  # of the optimiser, in a trajectory: a wrong rule shows in the first few
+STEPS = 4  # of the optimiser, in a trajectory: a wrong rule shows in the first few
 
 
 class Model(NamedTuple):
@@ -125,7 +125,7 @@ class Answers:
 
     @functools.cached_property
     def trajectory(self) -> Trajectory:
-        """What fifty steps of AdamW make of the weights."""
+        """What some steps of AdamW make of the weights."""
         return self.oracle.train(self.task.steps, AdamW())
 
     @functools.cached_property

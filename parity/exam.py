@@ -91,7 +91,8 @@ class Exam:
     def rounded(self, dtype: Dtype, topics: Sequence[Topic] = TOPICS) -> Iterator[Stage]:
         """Every stage of the topics in `dtype`, each implementation against the float64 truth.
 
-        Each is judged by what rounding makes of the others, PyTorch's own among them.
+        Each is judged by what rounding makes of the others, PyTorch's own among them. Trajectories
+        are left to float64: what Adam makes of rounding differs thirtyfold between right programs.
 
         Raises:
             BadInput: `dtype` is float64, the truth itself.
@@ -103,13 +104,11 @@ class Exam:
             yield _norms(answers["jax"], answers["torch"])
         errors = Errors(dtype)
         for topic in topics:
-            if topic is trajectory and dtype != "float32":
-                continue  # nobody trains weights that are kept in bfloat16
+            if topic is trajectory:
+                continue  # each step multiplies rounding, in one program more than in another
             errors.note("moved", topic(self.moved, self.truth))
             found: dict[Implementation, list[Item]] = {}
             for name in self.implementations:
-                if topic is trajectory and name == "transformers":
-                    continue
                 found[name] = list(topic(answers[name], self._truth_of(name)))
                 errors.note(name, found[name])
             for name, items in found.items():

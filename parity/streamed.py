@@ -182,7 +182,7 @@ class Streamed:
             )
         }
         if is_sampled:
-            oracles["truth"] = lambda: self._truth(part)
+            oracles["truth"] = lambda: TorchOracle(*part.theirs, "float64")
         found: list[dict[str, Stages]] = [{} for _ in self.first_positions]
         for name, make in oracles.items():
             oracle = make()
@@ -191,8 +191,8 @@ class Streamed:
             oracle.drop()
         return found
 
-    def _truth(self, part: Part) -> Oracle:
-        return TorchOracle(*part.theirs, "float64")
+    def _truth_of(self, part: Part, ids: Int[np.ndarray, "T"], first: int) -> Stages:
+        return TorchOracle(*part.theirs, "float64").forward(ids[None], first)
 
     def _loaded(self, kind: Callable[..., Oracle], model: Model) -> Oracle:
         """An oracle of that kind with these weights; one of the same shape is used again."""
@@ -212,7 +212,7 @@ class Streamed:
                 stages = self._compared(texts, inner, label, first)
                 if "truth" not in texts and not all(stage.ok for stage in stages):
                     # This layer may round more than those that were sampled: it is now one of them.
-                    texts["truth"] = self._truth(part).forward(ids[None], first)
+                    texts["truth"] = self._truth_of(part, ids, first)
                     stages = self._compared(texts, inner, label, first)
                 for stage in stages:
                     if not (stage.ok or self.failed):

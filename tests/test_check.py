@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ pytest.importorskip("xformers", reason="the reference takes its masks from xform
 from lechat_jax.config import Llama4Scaling, MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.weights import save_weights
-from parity import answers, exam, trial
+from parity import against, answers, exam, trial
+from parity.against import same_weights
 from parity.answers import Model, Task, shortened
 from parity.architectures import ARCHITECTURES
 from parity.check import main
@@ -24,7 +26,9 @@ from parity.exam import Exam
 from parity.lively import lively_weights
 from parity.oracle_jax import JaxOracle
 from parity.oracle_torch import TorchOracle
-from parity.verdict import STAGES, Stage
+from parity.source import Source
+from parity.sources import open_source
+from parity.verdict import STAGES, Stage, Verdict
 
 Output = pytest.CaptureFixture[str]
 
@@ -93,6 +97,31 @@ def test_one_function_compared_with_itself_proves_nothing() -> None:
     assert not trial.is_too_equal([dataclasses.replace(same, pair=("transformers", "torch"))])
 
 
+def test_a_model_in_which_nothing_was_compared_spoils_the_verdict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Output
+) -> None:
+    """Whatever was found of the others."""
+    fine = (Stage("logits", None, "float64", ("jax", "torch"), 1e-16, 1e-15),)
+
+    def whole(kind: str, *_: object) -> Verdict:
+        return Verdict(kind, fine if kind == "mistral" else ())
+
+    monkeypatch.setattr(trial, "_whole", whole)
+    assert verdict(capsys, tmp_path, "--models", "mistral")["code"] == 0
+    assert verdict(capsys, tmp_path, "--models", "mistral", "mixtral")["code"] == 1
+
+
+def test_the_first_verdict_comes_as_soon_as_a_pass_was_compared(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exam, "TOPICS", (answers.forward, answers.prefill))
+    main(["--models", "mistral", "--dtypes", "float64"])
+    said = capsys.readouterr().out
+    # The embedding, three layers of two stages, the norm and the logits of lechat_jax.
+    assert re.search(r"first verdict, after \d+ s: one pass in float64 is equal in 9 comp", said)
+    assert said.index("first verdict") < said.index("random models: mistral")
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "a window a layer": {"sliding_window": (7, None)},
     "no window, a kv head each": {"sliding_window": None, "n_kv_heads": 6},
@@ -152,6 +181,7 @@ def test_a_wrong_conversion_is_red_and_what_is_wrong_with_it_is_said(
     assert (first["stage"], first["layer"], first["dtype"]) == ("mlp", 1, "float64")
     assert found["hint"] == "lechat_jax computes as if gate and up are swapped"
     named = [stage["note"] for stage in found["stages"] if stage["dtype"] == "bfloat16"]
+    assert not any(stage["ok"] for stage in found["stages"] if stage["note"] in named)
     assert [note.split(":")[0] for note in named] == [gate, up]
     assert found["notes"] == [f"other weights: {note}" for note in named]
 
@@ -209,6 +239,118 @@ def test_a_conversion_to_another_type_is_judged_by_what_rounding_makes_of_it(
     assert verdict(capsys, tmp_path, *flags, "--against", off)["code"] == 1
 
 
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.usefixtures("one_pass_only")
+def test_equal_weights_are_said_to_be_equal_before_anything_is_computed(
+    right: str, tmp_path: Path, capsys: Output, weights_only: bool
+) -> None:
+    flags = ["--checkpoint", right, "--against", right, "--dtypes", "float64"]
+    code = main([*flags, *(["--weights-only"] if weights_only else [])])
+    said = capsys.readouterr().out.splitlines()
+    line = min(n for n, text in enumerate(said) if text.startswith("all 21 tensors are equal"))
+    computed = [n for n, text in enumerate(said) if "one pass in float64 is equal" in text]
+    assert code == 0
+    assert computed == [] if weights_only else line < computed[0]
+
+
+def test_weights_alone_are_compared_to_the_last_bit(
+    small: MistralConfig,
+    weights: dict[str, np.ndarray],
+    right: str,
+    tmp_path: Path,
+    capsys: Output,
+) -> None:
+    up = "blocks.1.mlp.up.kernel"
+    nearly = {up: weights[up].copy()}
+    nearly[up][3, 5] *= 1 + 2**-7
+    wrong = saved(tmp_path / "wrong", small, weights | nearly)
+    found = verdict(capsys, tmp_path, "--checkpoint", right, "--against", wrong, "--weights-only")
+    assert (found["code"], found["equal"]) == (1, False)
+    assert [stage["note"] for stage in found["stages"] if not stage["ok"]] == [
+        f"{up}: 1 of 2,240 differ, the first at [3, 5]"
+    ]
+    assert len(found["stages"]) == len(weights)
+
+
+def test_equal_weights_of_another_config_are_another_model(
+    small: MistralConfig,
+    weights: dict[str, np.ndarray],
+    right: str,
+    tmp_path: Path,
+    capsys: Output,
+) -> None:
+    config = dataclasses.replace(small, norm_eps=1e-6)
+    other = saved(tmp_path / "other", config, weights)
+    found = verdict(capsys, tmp_path, "--checkpoint", right, "--against", other, "--weights-only")
+    assert (found["code"], found["equal"]) == (1, False)
+    assert f"norm_eps is 1e-06 in {other} and 1e-05 in {right}" in found["notes"]
+
+
+def one_weight(small: MistralConfig, folder: Path, value: float) -> Source:
+    """The small model in float32 whose final norm begins with that number."""
+    weights = {name: jnp.asarray(leaf) for name, leaf in lively_weights(small).items()}
+    weights["norm.scale"] = weights["norm.scale"].at[0].set(value)
+    save_weights(folder, small, weights, None)
+    return open_source(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "equal"),
+    [
+        (0.0, -0.0, False),
+        (-0.0, -0.0, True),
+        (1.0, 1.0 + 2**-23, False),
+        (1e-45, 0.0, False),  # the least number that there is
+    ],
+)
+def test_two_numbers_are_equal_if_their_bits_are(
+    small: MistralConfig, tmp_path: Path, ours: float, theirs: float, equal: bool
+) -> None:
+    a, b = one_weight(small, tmp_path / "a", ours), one_weight(small, tmp_path / "b", theirs)
+    different = [stage for stage in same_weights(a, b, lambda *_: None) if not stage.ok]
+    assert [stage.note for stage in different] == (
+        [] if equal else ["norm.scale: 1 of 40 differ, the first at [0]"]
+    )
+
+
+def test_the_same_nan_is_no_difference_and_another_is(small: MistralConfig, tmp_path: Path) -> None:
+    """No weight should be one, but a copy of it is a copy."""
+    a, b = (one_weight(small, tmp_path / name, 1.0) for name in "ab")
+
+    def with_nan(source: Source, bits: int) -> Source:
+        stored = dict(source.stored)
+        scale = np.array(stored["norm.scale"].read())
+        scale.view(np.uint32)[7] = bits
+        stored["norm.scale"] = dataclasses.replace(stored["norm.scale"], read=lambda: scale)
+        return dataclasses.replace(source, stored=stored)
+
+    def equal(one: int, other: int) -> bool:
+        pair = with_nan(a, one), with_nan(b, other)
+        return all(stage.ok for stage in same_weights(*pair, lambda *_: None))
+
+    assert equal(0x7FC00000, 0x7FC00000)
+    assert not equal(0x7FC00000, 0x7FC00001)
+    assert not equal(0x7FC00000, 0xFFC00000)
+
+
+def test_a_difference_is_found_in_every_slab(
+    small: MistralConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(against, "SLAB", 640)  # four rows of 40 numbers
+    a, b = (one_weight(small, tmp_path / name, 1.0) for name in "ab")
+    for row in (0, 3, 4, 96):
+        embed = np.array(b.stored["embed.kernel"].read())
+        embed[row, 1] += 1
+        stored = dict(b.stored)
+        stored["embed.kernel"] = dataclasses.replace(
+            stored["embed.kernel"], read=lambda embed=embed: embed
+        )
+        other = dataclasses.replace(b, stored=stored)
+        (wrong,) = (stage for stage in same_weights(a, other, lambda *_: None) if not stage.ok)
+        assert wrong.note == f"embed.kernel: 1 of 3,880 differ, the first at [{row}, 1]"
+        assert (wrong.stage, wrong.layer) == ("embed", None)
+
+
 @pytest.mark.usefixtures("one_pass_only")
 def test_models_that_differ_in_size_are_not_compared(
     small: MistralConfig, right: str, tmp_path: Path
@@ -223,7 +365,8 @@ def test_models_that_differ_in_size_are_not_compared(
     ("flags", "sentence"),
     [
         (["--against", "x"], "--against needs the --checkpoint"),
-        (["--faults", "--checkpoint", "x"], "leave out --checkpoint"),
+        (["--faults", "--checkpoint", "x", "--against", "y"], "leave out --against"),
+        (["--weights-only", "--checkpoint", "x"], "compares the weights of --against and"),
         (["--models", "mistral", "gpt"], "--models has gpt; there are mistral, ministral, "),
         (["--window", "1"], "--window must be at least 2, not 1"),
         (["--last-position", "9"], "--last-position must be at least --tokens"),
@@ -281,7 +424,6 @@ def test_a_large_model_is_checked_a_layer_at_a_time(
 def test_a_layer_on_its_own_is_that_layer_of_the_whole_model(
     small: MistralConfig, weights: dict[str, np.ndarray], right: str
 ) -> None:
-    from parity.sources import open_source
     from parity.streamed import Streamed
 
     tokens = np.random.default_rng(3).integers(small.vocab_size, size=24)

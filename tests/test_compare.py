@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from parity.compare import first_position, relative
+from parity.compare import first_position, flips, relative
 
 
 def test_an_error_is_relative_to_the_size_of_the_truth() -> None:
@@ -30,3 +30,13 @@ def test_the_first_position_over_budget_is_named() -> None:
     assert first_position(found, truth, 1e-6) == 3
     assert first_position(found[:, :3], truth[:, :3], 1e-6) is None
     assert first_position(found[:, 4:], truth[:, 4:], 1e-6) == 0, "no number is over any budget"
+
+
+def test_numbers_that_are_not_the_same_are_counted_whatever_their_size() -> None:
+    """So that a channel a hundred times the others does not hide what happens to these."""
+    a = np.array([1e4, 1.0, 2.0, 3.0])
+    assert flips(a, a) == 0
+    assert flips(a, np.array([1e4, 1.001, 2.0, 3.0])) == 0.25
+    assert flips(a, 2 * a) == 1
+    assert math.isnan(flips(a, np.array([math.inf, 1.0, 2.0, 3.0])))
+    assert math.isnan(flips(a, a[:3]))

@@ -1,14 +1,19 @@
 """That the check can fail: planted faults are found, placed, and gone when the context ends."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the reference is PyTorch's")
 pytest.importorskip("xformers", reason="the reference takes its masks from xformers")
 
+from lechat_jax.weights import save_weights
+from parity import answers, exam, faults
 from parity.answers import Model, Task
 from parity.architectures import ARCHITECTURES, SMALL
 from parity.check import main
@@ -54,7 +59,7 @@ EXAMS: dict[tuple, Exam] = {}
 
 
 @pytest.fixture
-def exam() -> Exam:
+def small() -> Exam:
     return exam_of({})
 
 
@@ -72,25 +77,33 @@ def test_a_fault_is_sought_in_models_that_can_have_it() -> None:
         for kind in ("mistral", "ministral-3")
     }
     assert can["ministral-3"] - can["mistral"] > {"there is no YaRN", "queries do not grow"}
-    assert can["mistral"] <= can["ministral-3"]
+    assert can["mistral"] - can["ministral-3"] == {  # which has no window, and is tied
+        "the window has one key more",
+        "the window has one key less",
+        "there is no window",
+        "the ring is one slot short",
+        "the ring does not wrap",
+        "the head is tied to the embedding",
+        "ids are one too high in the head",
+    }
     assert "every layer has the window of some" not in can["ministral-3"]
 
 
-def test_a_fault_is_gone_when_it_was_looked_for(exam: Exam) -> None:
+def test_a_fault_is_gone_when_it_was_looked_for(small: Exam) -> None:
     for fault in FAULTS:
         if not fault.base:  # the others are possible in another model only
-            with fault.plant(exam.theirs, fault.layer):
+            with fault.plant(small.theirs, fault.layer):
                 pass
-    again = Exam(exam.theirs, exam.theirs, exam.task, known=exam)
+    again = Exam(small.theirs, small.theirs, small.task, known=small)
     assert all(stage.ok for stage in again.exact(transformers=False))
 
 
 def test_a_fault_deep_inside_reaches_the_cached_passes_and_does_not_outlive_its_context(
-    exam: Exam,
+    small: Exam,
 ) -> None:
     """A layer over a ring is traced once for all programs: that must be forgotten, twice."""
     (softmax,) = (fault for fault in FAULTS if fault.name == "the softmax is bfloat16")
-    model, task = exam.theirs, exam.task
+    model, task = small.theirs, small.task
 
     def cached() -> np.ndarray:
         oracle = JaxOracle(model.config, model.weights, "float64")
@@ -110,6 +123,52 @@ def test_there_are_enough_of_them_and_all_are_named_once() -> None:
     assert {fault.where for fault in FAULTS} == {"weights", "config", "code"}
     stages = {fault.expected.split(".")[0] for fault in FAULTS}
     assert stages == set(STAGES), "each stage is the first to be red for some fault"
+
+
+def test_faults_are_planted_in_a_checkpoint_and_those_it_cannot_have_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Swapped norms that are both all ones are no fault, nor is a head that is the embedding."""
+    weights = lively_weights(config := dataclasses.replace(SMALL, n_layers=2, tied_embeddings=True))
+    ones = {name: np.ones_like(leaf) for name, leaf in weights.items() if "norm" in name}
+    arrays = {name: jnp.asarray(leaf) for name, leaf in (weights | ones).items()}
+    save_weights(tmp_path / "model", config, arrays, None)
+    names = (
+        "the two norms of a layer are swapped",
+        "norms scale before they round",
+        "the head is tied to the embedding",
+        "there is no YaRN",
+        "two layers are swapped",
+        "one bit of one weight is flipped",
+        "the window has one key more",
+    )
+    monkeypatch.setattr(faults, "FAULTS", [fault for fault in FAULTS if fault.name in names])
+    report = tmp_path / "report.json"
+    assert main(["--faults", "--checkpoint", str(tmp_path / "model"), "--json", str(report)]) == 0
+    found = json.loads(report.read_text())
+    assert [(fault["name"], fault["found_stage"]) for fault in found["faults"]] == [
+        ("one bit of one weight is flipped", "mlp.1"),
+        ("the window has one key more", "attn.0"),
+    ]
+    (note,) = (note for note in found["notes"] if "cannot be in this model" in note)
+    assert all(name in note for name in names[:5])
+    assert f"Faults planted in {tmp_path / 'model'}" in capsys.readouterr().out
+
+
+def test_a_fault_that_is_not_found_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 1, since a check that misses a fault proves nothing."""
+    config = dataclasses.replace(SMALL, n_layers=1)
+    arrays = {name: jnp.asarray(leaf) for name, leaf in lively_weights(config).items()}
+    save_weights(tmp_path / "model", config, arrays, None)
+    (fault,) = (fault for fault in FAULTS if fault.name == "keys and values are swapped")
+    monkeypatch.setattr(faults, "FAULTS", [fault])
+    monkeypatch.setattr(exam, "EXACT", 1e20)
+    monkeypatch.setattr(exam, "TOPICS", (answers.forward,))
+    monkeypatch.setattr(faults, "TOPICS", (answers.forward,))
+    assert main(["--faults", "--checkpoint", str(tmp_path / "model")]) == 1
+    assert "0 of 1 faults found" in capsys.readouterr().out
 
 
 @pytest.mark.slow
