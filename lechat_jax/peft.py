@@ -5,6 +5,8 @@
   adapter_model.safetensors   A [r, in] and B [out, r] of each, heads joined to one axis
 
 The rows of queries and keys are in Hugging Face's order, which is lechat's own.
+
+Read is also what mistral-finetune leaves, `lora.safetensors`, in Mistral's names and order of rows.
 """
 
 import json
@@ -12,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from jaxtyping import Array
 from lechat_jax.adapters import Adapters, in_short
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.headers import parse_json
+from lechat_jax.headers import TensorInfo, parse_json
 from lechat_jax.lora import A, B
 from lechat_jax.tensors import TensorFiles, write_tensors
 from lechat_jax.weights import FLOATS
@@ -33,7 +36,21 @@ MAPS = {
     **{f"mlp.{word}": f"mlp.{word}_proj" for word in ("gate", "up", "down")},
 }
 OURS = {theirs: ours for ours, theirs in MAPS.items()}
-KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.([\w.]+)\.lora_([AB])\.weight")
+# A map's name in the model that the adapter was trained on, which may be the text part of one that
+# sees (transformers 5 and 4 name it in two ways), or lack its head.
+KEY = re.compile(
+    r"(?:base_model\.model\.)?((?:model\.)?(?:language_model\.)?(?:model\.)?"
+    r"layers\.(\d+)\.([\w.]+))\.lora_([AB])(?:\.default)?\.weight"
+)
+VISION = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(vision_tower|multi_modal_projector)\.")
+MISTRALS = "lora"  # stem of mistral-finetune's file
+MISTRALS_KEY = re.compile(r"layers\.(\d+)\.([\w.]+)\.lora_([AB])\.weight")
+MISTRALS_MAPS = {
+    **{f"attention.w{word}": f"attn.{word}" for word in "qkvo"},
+    **{f"feed_forward.w{n}": f"mlp.{word}" for n, word in ((1, "gate"), (3, "up"), (2, "down"))},
+}
+SCALING = 2.0  # of mistral-finetune and mistral-inference, where nothing is said
+MERGE = "merge the adapter with peft (merge_and_unload) and convert the result"
 
 # What changes nothing in the function of an adapter, or is read below.
 UNDERSTOOD = set(
@@ -103,17 +120,94 @@ def read_adapter(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[st
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise BadInput(f"{folder} holds no adapter in PEFT's format: it has no {CONFIG}")
+        if (folder / f"{MISTRALS}.safetensors").is_file():
+            return _read_mistrals(folder, config)
+        raise BadInput(
+            f"{folder} holds no adapter: neither PEFT's {CONFIG} nor mistral-finetune's "
+            f"{MISTRALS}.safetensors"
+        )
     fields = parse_json(path.read_bytes(), path)
     _check(fields, path)
     if (folder / f"{STEM}.bin").is_file() and not (folder / f"{STEM}.safetensors").is_file():
         raise BadInput(f"{folder} has its adapter in a pickle; save it as {STEM}.safetensors")
     files = TensorFiles.open(folder, STEM)
-    found = {_ours(key, files[key].path): files[key] for key in files}
-    ranks = {
-        name.removesuffix(A): info.shape[0] for name, info in found.items() if name.endswith(A)
-    }
-    adapters = _adapters(fields, path, ranks, config)
+    if vision := [key for key in files if VISION.match(key)]:
+        said = f"only the text part is read; tensors of the adapter left out: {len(vision)}"
+        print(f"{folder}: {said}", file=sys.stderr)
+    found: dict[str, TensorInfo] = {}
+    theirs: dict[str, str] = {}  # the name that each map has in the model it was trained on
+    for key in (key for key in files if key not in vision):
+        name, module = _ours(key, files[key].path)
+        if name in found:
+            raise BadInput(f"{folder} has {name} twice: {found[name].name} and {key}")
+        found[name], theirs[_map_of(name)] = files[key], module
+    if not found:
+        raise BadInput(f"{folder} has no adapter of a model's text part, so it changes nothing")
+    adapters = _adapters(fields, path, _ranks(found), theirs, config)
+    return adapters, _weights(folder, files, found, adapters, config)
+
+
+def _read_mistrals(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[str, np.ndarray]]:
+    """The adapters of a `lora.safetensors`, whose scale is one number beside it or the usual one.
+
+    Raises:
+        BadInput: as `read_adapter` does.
+    """
+    files = TensorFiles.open(folder, MISTRALS)
+    found: dict[str, TensorInfo] = {}
+    for key in files:
+        match = MISTRALS_KEY.fullmatch(key)
+        if match is None or match[2] not in MISTRALS_MAPS:
+            raise BadInput(
+                f"{files[key].path} has {key}, and only lora_A and lora_B of the maps "
+                f"{', '.join(MISTRALS_MAPS)} are read here; let mistral-finetune merge it "
+                "(save_adapters: False) and convert the result"
+            )
+        name = f"blocks.{match[1]}.{MISTRALS_MAPS[match[2]]}"
+        found[name + (A if match[3] == "A" else B)] = files[key]
+    params = folder / "params.json"
+    said = parse_json(params.read_bytes(), params).get("lora") if params.is_file() else None
+    scaling = said.get("scaling", SCALING) if isinstance(said, dict) else SCALING
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float):
+        raise BadInput(f"{params} has a scaling of its lora that is no number: {scaling!r}")
+    ranks = _ranks(found)
+    if not ranks:
+        raise BadInput(f"{folder} has no adapter in its {MISTRALS}.safetensors; get it again")
+    rank = next(iter(ranks.values()))
+    others = {name: r for name, r in ranks.items() if r != rank}
+    alphas = {name: scaling * r for name, r in others.items()}
+    adapters = Adapters(rank, scaling * rank, in_short(ranks, config), others, alphas)
+    weights = _weights(folder, files, found, adapters, config)
+    for name in weights:
+        if name.endswith((f".q{B}", f".k{B}")):  # rotated pairs are neighbours in their rows
+            N, H, rank = weights[name].shape
+            pairs = weights[name].reshape(N, H // 2, 2, rank)
+            weights[name] = pairs.swapaxes(1, 2).reshape(N, H, rank)
+    return adapters, weights
+
+
+def _map_of(name: str) -> str:
+    """The map that A or B is of."""
+    return name.removesuffix(A).removesuffix(B)
+
+
+def _ranks(found: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """The rank of each map, by its name."""
+    return {_map_of(name): info.shape[0] for name, info in found.items() if name.endswith(A)}
+
+
+def _weights(
+    folder: Path,
+    files: TensorFiles,
+    found: Mapping[str, TensorInfo],
+    adapters: Adapters,
+    config: MistralConfig,
+) -> dict[str, np.ndarray]:
+    """A and B of each map in lechat's shapes, float32.
+
+    Raises:
+        BadInput: one is missing, does not fit or is not finite.
+    """
     shapes = adapters.shapes(config)
     if found.keys() != shapes.keys():
         raise BadInput(f"{folder} lacks the other half of {min(found.keys() ^ shapes.keys())}")
@@ -129,7 +223,7 @@ def read_adapter(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[st
         if info.dtype not in FLOATS or not np.isfinite(array).all():
             raise BadInput(f"{info.name} in {info.path} is not finite; get the adapter again")
         weights[name] = array.reshape(shape)
-    return adapters, weights
+    return weights
 
 
 def _flat(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -149,19 +243,19 @@ def _theirs(name: str) -> str:
     return f"model.layers.{layer}.{MAPS[word]}"
 
 
-def _ours(key: str, path: Path) -> str:
-    """Lechat's name of a tensor.
+def _ours(key: str, path: Path) -> tuple[str, str]:
+    """Lechat's name of a tensor, and the name of its map in the model it was trained on.
 
     >>> _ours("base_model.model.model.layers.3.mlp.up_proj.lora_B.weight", Path("x"))
-    'blocks.3.mlp.up.lora.b'
+    ('blocks.3.mlp.up.lora.b', 'model.layers.3.mlp.up_proj')
     """
     match = KEY.fullmatch(key)
-    if match is None or match[2] not in OURS:
+    if match is None or match[3] not in OURS:
         raise BadInput(
             f"{path} has {key}, and only lora_A and lora_B of the maps {', '.join(OURS)} are read "
-            "here; train an adapter of these alone"
+            f"here; {MERGE}"
         )
-    return f"blocks.{match[1]}.{OURS[match[2]]}{A if match[3] == 'A' else B}"
+    return f"blocks.{match[2]}.{OURS[match[3]]}{A if match[4] == 'A' else B}", match[1]
 
 
 def _fields(adapters: Adapters, base: str | None) -> dict[str, Any]:
@@ -200,21 +294,22 @@ def _check(fields: Mapping[str, Any], path: Path) -> None:
         strange["init_lora_weights"] = beginning
     if strange:
         said = ", ".join(f"{key} {json.dumps(value)}" for key, value in strange.items())
-        raise BadInput(
-            f"{path} asks for {said}, which is not done here; merge the adapter with peft "
-            "(merge_and_unload) and convert the result"
-        )
+        raise BadInput(f"{path} asks for {said}, which is not done here; {MERGE}")
 
 
 def _adapters(
-    fields: Mapping[str, Any], path: Path, ranks: Mapping[str, int], config: MistralConfig
+    fields: Mapping[str, Any],
+    path: Path,
+    ranks: Mapping[str, int],
+    theirs: Mapping[str, str],
+    config: MistralConfig,
 ) -> Adapters:
     """What the fields say of the maps that the file has adapters for, of these ranks."""
 
     def said(pattern: str, name: str, usual: Any) -> Any:
         """As PEFT does it: by the first regular expression that matches the end of the name."""
         for key, value in (fields.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", _theirs(name)):
+            if re.match(rf"(.*\.)?({key})$", theirs[name]):
                 return value
         return usual
 
@@ -226,7 +321,7 @@ def _adapters(
         raise BadInput(f"{path} does not say r, lora_alpha and their patterns ({error})") from None
     if wrong := [name for name in ranks if ranks[name] != expected[name]]:
         raise BadInput(
-            f"{path} gives {_theirs(wrong[0])} the rank {expected[wrong[0]]}, and the tensors have "
+            f"{path} gives {theirs[wrong[0]]} the rank {expected[wrong[0]]}, and the tensors have "
             f"{ranks[wrong[0]]}; get the adapter again"
         )
     return Adapters(

@@ -65,6 +65,7 @@ TOLERATED: dict[str, Callable[[Any], bool]] = {
     "max_position_embeddings": lambda value: True,
     "max_batch_size": lambda value: True,
     "dtype": lambda value: True,
+    "lora": lambda value: True,  # how mistral-finetune made it: its weights are merged
     "model_type": lambda value: value == "transformer",
     "activation": lambda value: value == "silu",
     "causal": lambda value: value is True,

@@ -61,8 +61,8 @@ class Convert:
         rope_theta: Base of the rotary frequencies, for a params.json that does not say it.
         revision: Branch, tag or commit of the model on the Hub.
         dtype: Type of the weights written; with --quantize, of the norms.
-        adapter: Folder of adapters in PEFT's format, which are merged into SRC. Those of a training
-            run are merged without it.
+        adapter: Folder of adapters in PEFT's format or mistral-finetune's (lora.safetensors), which
+            are merged into SRC. Those of a training run are merged without it.
         quantize: Write the kernels as int8 with a scale for each output channel, a quarter of
             float32, or as int4 with one for each group of 128 features, an eighth; there is no way
             back. In lechat's format only, where what is so already stays as it is.

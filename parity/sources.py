@@ -21,6 +21,7 @@ from lechat_jax.headers import check_inside, parse_json
 from lechat_jax.manifest import MANIFEST
 from lechat_jax.quantize import pop_format
 from lechat_jax.run import Run
+from lechat_jax.shell import command
 from lechat_jax.vocabulary import control_ids
 from parity import configs, first_mixtral, hub
 from parity.merging import Product, rounded
@@ -32,6 +33,7 @@ from parity.source import Source, SourceFormat, format_of
 from parity.stores import Store, Stored, array_store, dequantized_store, safetensors_store
 
 DTYPES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32), np.dtype(float))
+ADAPTERS = ("adapter_model.safetensors", "lora.safetensors")
 POSITIONS = "max_position_embeddings"
 KEPT = ("source", "revision", "step", POSITIONS)  # of the metadata, from copy to copy
 SLAB = 1 << 22  # elements compared at once
@@ -99,6 +101,7 @@ def _open(
     dtype: np.dtype | None,
 ) -> Source:
     """The checkpoint in a folder, by what its config looks like."""
+    _refuse_adapter(folder)
     config, params = folder / "config.json", folder / "params.json"
     fields = parse_json(config.read_bytes(), config) if config.is_file() else {}
     if "model" in fields and "train" in fields:
@@ -114,6 +117,18 @@ def _open(
         f"{folder} holds no checkpoint: neither a config.json of Hugging Face's or lechat's, "
         "nor Mistral's params.json"
     )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raises `BadInput` for a folder of adapters alone, with the command that merges them."""
+    found = [name for name in ADAPTERS if (folder / name).is_file()]
+    is_model = _has(folder, "model") or _has(folder, "consolidated")
+    if found and not is_model and not (folder / "consolidated.00.pth").is_file():
+        merge = command("parity.convert", "BASE", f"{folder}-merged", adapter=folder, to="lechat")
+        raise BadInput(
+            f"{folder} holds an adapter alone, {found[0]}; merge it into the model BASE that it "
+            f"was trained on with: {merge}"
+        )
 
 
 def _hugging_face(folder: Path, fields: dict[str, Any], metadata: dict[str, str]) -> Source:
@@ -161,6 +176,9 @@ def _mistral(
         store = pickle_store(old)
     if fields.get("vision_encoder"):
         store = without_vision(store, folder)
+    if (folder / ADAPTERS[1]).is_file():
+        said = f"{ADAPTERS[1]} beside it is not merged; for that say --adapter {folder}"
+        store = dataclasses.replace(store, notes=(*store.notes, said))
     return _source("mistral", folder, config, _as_weights(store, quantization), metadata)
 
 

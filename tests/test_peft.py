@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,98 @@ def test_what_peft_writes_is_read(
     weights = {name: jnp.asarray(array) for name, array in arrays.items()}
     found = bind(small, weights_of(lively(small)) | weights | adapters.scales(small))
     close(found(jnp.asarray(TOKENS)), theirs(model.eval()))
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "base_model.model.model.language_model.layers.",  # a model that sees, in transformers 5
+        "base_model.model.language_model.model.layers.",  # and 4
+        "base_model.model.layers.",  # a model without its head, as AutoModel loads it
+        "base_model.model.model.layers.",
+    ],
+)
+def test_an_adapter_is_the_same_whatever_its_model_was_called(
+    prefix: str, small: MistralConfig, adapter: Path, tmp_path: Path, capsys: Any
+) -> None:
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    shutil.copytree(adapter, path.parent)
+    arrays = load_file(path)
+    named = {k.replace("base_model.model.model.layers.", prefix): x for k, x in arrays.items()}
+    sees = "language_model" in prefix
+    if sees:
+        eye = "base_model.model.model.vision_tower.transformer.layers.0.attention.q_proj"
+        named |= {f"{eye}.lora_{letter}.weight": np.ones((4, 4), np.float32) for letter in "AB"}
+    save_file(named, path)
+    config = path.with_name("adapter_config.json")
+    module = prefix.removeprefix("base_model.model.")
+    config.write_text(config.read_text().replace("model.layers.", module))
+    found, expected = peft.read_adapter(path.parent, small), peft.read_adapter(adapter, small)
+    assert found[0] == expected[0]
+    assert found[1].keys() == expected[1].keys()
+    for name, array in expected[1].items():
+        np.testing.assert_array_equal(found[1][name], array)
+    assert ("tensors of the adapter left out: 2" in capsys.readouterr().err) == sees
+
+
+def test_patterns_are_of_the_names_that_the_model_had(
+    small: MistralConfig, adapter: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    old, new = "base_model.model.model.layers.", "base_model.model.model.language_model.layers."
+    save_file({key.replace(old, new): x for key, x in load_file(path).items()}, path)
+    said = {"alpha_pattern": {r"^model\.language_model\.layers\.0\.self_attn\.q_proj": 77}}
+    config = tmp_path / "adapter" / "adapter_config.json"
+    fields = config.read_text().replace("model.layers.", "model.language_model.layers.")
+    config.write_text(json.dumps(json.loads(fields) | said))
+    adapters, _ = peft.read_adapter(tmp_path / "adapter", small)
+    assert adapters.alphas["blocks.0.attn.q"] == 77
+
+
+@pytest.mark.parametrize("scaling", [None, 0.5])
+def test_what_mistral_finetune_leaves_is_merged_as_its_own_program_does(
+    scaling: float | None, small: MistralConfig, lechat: Path, tmp_path: Path
+) -> None:
+    """W + scaling B A in Mistral's names and order of rows; scaling is 2 where nothing is said."""
+    base, rng = tmp_path / "base", np.random.default_rng(0)
+    assert convert.main([str(lechat), str(base), "--to", "mistral"]) == 0
+    weights = load_file(base / "consolidated.safetensors")
+    lora: dict[str, np.ndarray] = {}
+    for map_ in ("attention.wq", "attention.wk", "attention.wo", "feed_forward.w2"):
+        kernel = weights[f"layers.1.{map_}.weight"]
+        a, b = (rng.standard_normal((3, n)).astype(np.float32) for n in kernel.shape[::-1])
+        lora[f"layers.1.{map_}.lora_A.weight"] = a
+        lora[f"layers.1.{map_}.lora_B.weight"] = np.ascontiguousarray(b.T)
+        weights[f"layers.1.{map_}.weight"] = kernel + (scaling or 2.0) * b.T @ a
+    (tmp_path / "lora").mkdir()
+    save_file(lora, tmp_path / "lora" / "lora.safetensors")
+    params = json.loads((base / "params.json").read_text())
+    if scaling:
+        params["lora"] = {"enable": True, "rank": 3, "scaling": scaling}
+        (tmp_path / "lora" / "params.json").write_text(json.dumps(params))
+    made = tmp_path / "made"
+    flags = ["--adapter", str(tmp_path / "lora"), "--to", "mistral"]
+    assert convert.main([str(lechat), str(made), *flags]) == 0
+    found = load_file(made / "consolidated.safetensors")
+    for name, array in weights.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5)
+    # What it has merged itself is read whatever params.json says of how it was made.
+    for lora_ in ({"enable": True, "rank": 3, "scaling": 2.0}, {"enable": False}, None):
+        (base / "params.json").write_text(json.dumps(params | {"lora": lora_, "moe": None}))
+        assert convert.main([str(base), str(made), "--to", "lechat", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "adapter_model.safetensors"])
+def test_an_adapter_alone_is_no_model_and_the_command_that_merges_it_is_told(
+    name: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "my adapter"
+    folder.mkdir()
+    save_file({"layers.0.attention.wq.lora_A.weight": np.zeros((1, 2))}, folder / name)
+    (folder / "params.json").write_text("{}")
+    with pytest.raises(BadInput, match=f"BASE '{folder}-merged' --adapter '{folder}' --to lechat"):
+        convert.main([str(folder), str(tmp_path / "out"), "--to", "lechat"])
 
 
 # --- refused ---
