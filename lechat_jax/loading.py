@@ -44,7 +44,7 @@ def load_to_compute(
             chosen, or as `Trained.load` does.
     """
     dtype = _to_compute_in(trained, dtype, quantize)
-    shapes = _shapes(trained, dtype, quantize)
+    shapes = shapes_to_compute(trained, dtype, quantize)
     types = sorted({str(leaf.dtype) for name, leaf in shapes.items() if _is_base(name, shapes)})
     if len(types) > 1:
         raise BadInput(
@@ -100,12 +100,12 @@ def _to_compute_in(
     )
 
 
-def _shapes(trained: Trained, dtype: DTypeLike | None, quantize: Format | None) -> Shapes:
+def shapes_to_compute(trained: Trained, dtype: DTypeLike | None, quantize: Format | None) -> Shapes:
     """What the weights will look like when they are loaded."""
     if trained.adapters is not None:
         how = trained.form(quantize)
         return {
-            **_shapes(trained.base, dtype, how.format if how else None),
+            **shapes_to_compute(trained.base, dtype, how.format if how else None),
             **trained.adapters.described(trained.config),
         }
     how = trained.form(quantize)

@@ -9,6 +9,7 @@ are all alike, so a deep model's need follows from those of two shallow ones.
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -19,19 +20,48 @@ from jaxtyping import PyTree
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.room import check_fits
 from lechat_jax.rows import Rows
 from lechat_jax.sharding import HEADS, ROWS, described, mesh_of, sizes_of
-from lechat_jax.step import StepOptions, init_state, jitted_steps
+from lechat_jax.step import StepOptions, TrainState, jitted_steps, state_of
+from lechat_jax.weights import weight_shapes
 
 USUAL = (8, 16, 24, 40, 48, 80, 96, 141, 192)  # GB of the devices that one can have
 SHALLOW = (2, 4)  # layers of the models that a deeper one is inferred from
+REMEDY = (
+    "take fewer rows (--batch), work through them in parts (--accumulate), or keep less of each "
+    "layer (--remat full)"
+)
+NO_STATE = (
+    "train a smaller model, adapters beside weights that stay (--lora-rank), or on more devices "
+    "(--mesh)"
+)
+
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+
+class Parts(NamedTuple):
+    """The weights of a model in training, by name.
+
+    Attributes:
+        learning: those that learn.
+        frozen: those beside which they do.
+    """
+
+    learning: Shapes
+    frozen: Shapes
+
+    def of_layers(self, depth: int) -> "Parts":
+        """Those of the same model with only its first layers."""
+        return Parts(*({n: x for n, x in part.items() if _is_within(n, depth)} for part in self))
 
 
 class Memory(NamedTuple):
     """Bytes on each device.
 
     Attributes:
-        parameters: in float32.
+        parameters: those that learn, in float32, and those beside which they do, as they are.
         optimizer: what it remembers of them.
         gradients: in float32, while a step makes and uses them.
         activations: all else that is in memory at the worst moment: what the backward pass
@@ -49,27 +79,93 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def needed(config: MistralConfig, options: StepOptions, batch: int) -> Memory:
+def check_memory(
+    config: MistralConfig,
+    options: StepOptions,
+    batch: int,
+    free: int | None,
+    parts: Parts | None = None,
+    asking: Callable[[], None] = lambda: None,
+) -> None:
+    """Raises `BadInput` for a step that would not fit into so many bytes of each device.
+
+    XLA is asked only where it is not plain anyway, since it compiles for that; `asking` is told.
+    """
+    if free is None:
+        return
+    state = _state(options, parts or Parts(weight_shapes(config), {}))
+    kept = state.parameters + state.optimizer + state.gradients
+    check_fits(
+        "the weights, their gradients and what the optimiser remembers take", kept, free, NO_STATE
+    )
+    least, most = (kept + extra for extra in _activations(config, options, batch, state))
+    check_fits("a training step takes at least", least, free, REMEDY)
+    if most > free:
+        asking()
+        total = needed(config, options, batch, parts).total
+        check_fits("a training step takes", total, free, REMEDY)
+
+
+def needed(
+    config: MistralConfig, options: StepOptions, batch: int, parts: Parts | None = None
+) -> Memory:
     """The memory of a step, of a deep model as shallow ones have it."""
+    parts = parts or Parts(weight_shapes(config), {})
     if config.n_layers <= SHALLOW[1]:
-        return compiled(config, options, batch)
-    low, high = (_windows_of(config, depth) for depth in SHALLOW)
-    few, more = (compiled(shallow, options, batch) for shallow in (low, high))
+        return compiled(config, options, batch, parts)
+    few, more = (
+        compiled(_of_layers(config, depth), options, batch, parts.of_layers(depth))
+        for depth in SHALLOW
+    )
     layers = (config.n_layers - SHALLOW[0]) / (SHALLOW[1] - SHALLOW[0])
     return Memory(*(round(a + (b - a) * layers) for a, b in zip(few, more, strict=True)))
 
 
-def compiled(config: MistralConfig, options: StepOptions, batch: int) -> Memory:
+def compiled(
+    config: MistralConfig, options: StepOptions, batch: int, parts: Parts | None = None
+) -> Memory:
     """The memory of a step as XLA has planned it."""
-    alone = dataclasses.replace(options, mesh=None)
-    state = described(options.mesh, jax.eval_shape(lambda: init_state(config, alone, seed=0)))
+    learning, frozen = parts or Parts(weight_shapes(config), {})
+    state, frozen = described(options.mesh, (_begun(learning, options), dict(frozen)))
     tokens = jax.ShapeDtypeStruct((1, batch, options.block + 1), jnp.int32)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    step = jitted_steps(options).lower(config, options, state, {}, Rows(tokens), number, number)
+    step = jitted_steps(options).lower(config, options, state, frozen, Rows(tokens), number, number)
     analysis = step.compile().memory_analysis()
     temporary = analysis.temp_size_in_bytes if analysis else 0
-    parameters = _bytes(state.weights)
-    return Memory(parameters, _bytes(state.optimizer), parameters, max(0, temporary - parameters))
+    memory = _state(options, Parts(learning, frozen))
+    return memory._replace(activations=max(0, temporary - memory.gradients))
+
+
+def _begun(learning: Shapes, options: StepOptions) -> TrainState:
+    alone = dataclasses.replace(options, mesh=None)
+    return jax.eval_shape(lambda weights: state_of(weights, alone), dict(learning))
+
+
+def _state(options: StepOptions, parts: Parts) -> Memory:
+    """The memory of what there is before anything is computed, and of the gradients."""
+    begun = _begun(parts.learning, options)
+    state, frozen = described(options.mesh, (begun, dict(parts.frozen)))
+    learning = _bytes(state.weights)
+    return Memory(learning + _bytes(frozen), _bytes(state.optimizer), learning, 0)
+
+
+def _activations(
+    config: MistralConfig, options: StepOptions, batch: int, state: Memory
+) -> tuple[int, int]:
+    """Bytes that a step certainly needs beside the state, and bytes that certainly do."""
+    ways = options.mesh.size if options.mesh else 1
+    tokens = batch * options.block / options.accumulate / ways
+    D, F, N = config.dim, config.hidden_dim, config.n_heads
+    experts = max(1, config.n_experts_per_token)
+    heads = (N + 2 * config.n_kv_heads) * config.head_dim
+    seen = sum(min(options.block, 2 * (window or options.block)) for window in config.windows)
+    width = config.n_layers * (8 * D + 4 * heads + 6 * experts * F) + 6 * N * seen
+    kept = config.n_layers * (D if options.remat == "full" else D + F)
+    itemsize = 2 if options.dtype == "bfloat16" else 4
+    logits = 4 * 4 * min(tokens, 8192) * config.vocab_size
+    # Twice the work of a layer beside what all keep: its backward pass, and room for doubt.
+    most = 4 * 2 * tokens * (1 + 2 / config.n_layers) * width + logits + 4 * state.gradients
+    return int(itemsize * tokens * kept), int(most)
 
 
 def simulated_mesh(asked: str) -> Mesh:
@@ -108,7 +204,13 @@ def _bytes(tree: PyTree) -> int:
     return sum(map(of, jax.tree.leaves(tree)))
 
 
-def _windows_of(config: MistralConfig, depth: int) -> MistralConfig:
+def _is_within(name: str, depth: int) -> bool:
+    """Whether the weight is of one of the first layers, or of none."""
+    first, _, rest = name.partition(".")
+    return first != "blocks" or int(rest.partition(".")[0]) < depth
+
+
+def _of_layers(config: MistralConfig, depth: int) -> MistralConfig:
     """The same model with fewer layers."""
     windows = config.sliding_window
     kept = windows[:depth] if isinstance(windows, tuple) else windows

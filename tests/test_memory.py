@@ -9,12 +9,15 @@ from pathlib import Path
 import jax
 import pytest
 
+from lechat_jax import memory
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
-from lechat_jax.memory import Memory, compiled, needed, simulated_mesh, told
+from lechat_jax.memory import Memory, Parts, check_memory, compiled, needed, simulated_mesh, told
+from lechat_jax.optimizer import usual_rule
 from lechat_jax.sharding import make_mesh
 from lechat_jax.step import StepOptions
 from lechat_jax.train import main
+from lechat_jax.weights import weight_shapes
 
 
 def test_the_default_job_is_foretold_from_shallow_models() -> None:
@@ -89,13 +92,70 @@ def test_a_dry_run_says_what_fits_and_writes_nothing(
         main(["--resume", "there", "--dry-run"])
 
 
-def test_what_a_remat_makes_again_is_not_counted(tiny: MistralConfig) -> None:
-    config = dataclasses.replace(tiny, n_layers=4)
-    none, full = (
-        compiled(config, StepOptions(block=256, remat=name), 16).activations
-        for name in ("none", "full")
-    )
+REMATS: list[StepOptions] = [StepOptions(block=256, remat=name) for name in ("none", "full")]
+
+
+@pytest.fixture(scope="module")
+def plans(tiny: MistralConfig) -> dict[StepOptions, Memory]:
+    """What XLA plans for 16 rows, and what they are rows of."""
+    return {options: compiled(deeper(tiny), options, 16) for options in REMATS}
+
+
+def deeper(tiny: MistralConfig) -> MistralConfig:
+    return dataclasses.replace(tiny, n_layers=4)
+
+
+def test_what_a_remat_makes_again_is_not_counted(plans: dict[StepOptions, Memory]) -> None:
+    none, full = (plans[options].activations for options in REMATS)
     assert full < 0.7 * none
+
+
+# --- before training ---
+
+
+@pytest.mark.parametrize("options", REMATS, ids=lambda options: options.remat)
+def test_xla_decides_wherever_it_is_not_plain(
+    options: StepOptions,
+    plans: dict[StepOptions, Memory],
+    tiny: MistralConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is certain without asking holds of what XLA plans, from both sides."""
+    plan, asked = plans[options], []
+    monkeypatch.setattr(memory, "needed", lambda *args: plan)
+
+    def check(free: int | None) -> None:
+        check_memory(deeper(tiny), options, 16, free, asking=lambda: asked.append(free))
+
+    check(plan.total)
+    with pytest.raises(BadInput, match=r"a training step takes .* GB and .*--remat full\)$"):
+        check(plan.total - 1)
+    assert asked == [plan.total, plan.total - 1]
+    check(100 * plan.total)
+    check(None)
+    assert len(asked) == 2, "there is plainly room, or nobody knows how much"
+
+
+def test_what_is_plain_is_refused_without_asking() -> None:
+    large, usual = preset("mistral-7b-v0.1"), preset("lechat-15m")
+    with pytest.raises(BadInput, match=r"remembers take 87\.95 GB and 24\.00 GB are free; train a"):
+        check_memory(large, StepOptions(block=128), 8, 24 * 10**9, asking=pytest.fail)
+    with pytest.raises(
+        BadInput, match=r"takes at least 265\.65 GB .*--batch.*--accumulate.*--remat"
+    ):
+        check_memory(usual, StepOptions(block=128), 100_000, 24 * 10**9, asking=pytest.fail)
+    check_memory(usual, StepOptions(block=128), 8, 2 * 10**9, asking=pytest.fail)
+
+
+def test_weights_that_stay_have_no_gradient_and_nothing_is_remembered_of_them() -> None:
+    config = preset("mistral-7b-v0.1")
+    frozen = {
+        n: jax.ShapeDtypeStruct(x.shape, "bfloat16") for n, x in weight_shapes(config).items()
+    }
+    learning = {"blocks.0.attn.q.kernel.lora_a": jax.ShapeDtypeStruct((16, 4096), "float32")}
+    options = StepOptions(block=128, rule=usual_rule("adamw", "adapters", 0.0))
+    with pytest.raises(BadInput, match=r"remembers take 14\.48 GB and 14\.00 GB are free"):
+        check_memory(config, options, 1, 14 * 10**9, Parts(learning, frozen), pytest.fail)
 
 
 def test_what_fits_nowhere_is_said() -> None:
