@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+LEAST_BAR = 6  # columns that the bar keeps in a narrow terminal
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 PATIENCE = 1.0  # seconds without a word, while a prompt is read
 
@@ -179,19 +180,17 @@ class Display:
         seconds_left: float | None,
         mfu: float | None = None,
     ) -> None:
-        """Shows where training is; without a terminal, a line every ten seconds or so."""
-        left = "" if seconds_left is None else f" · {clock(seconds_left)} left"
-        used = "" if mfu is None else f" · MFU {100 * mfu:.0f} %"
-        status = f"loss {loss:.3f} · {tokens_per_s:,.0f} tokens/s{used}{left}"
+        """Shows where training is; without a terminal, a line every ten seconds or so.
+
+        What matters most comes first, since a narrow terminal has no room for the rest.
+        """
+        parts = [] if seconds_left is None else [f"{clock(seconds_left)} left"]
+        parts += [f"loss {loss:.3f}", f"{tokens_per_s:,.0f} tokens/s"]
+        parts += [] if mfu is None else [f"MFU {100 * mfu:.0f} %"]
+        status = " · ".join(parts)
         of = "" if self.total is None else f"/{self.total}"
         if self.console.is_terminal:
-            self._bar.update(
-                self._task,
-                completed=step,
-                total=self.total,
-                description=f"step {step}{of}",
-                status=status,
-            )
+            self._move(f"step {step}{of}", step, self.total, status)
         elif time.monotonic() - self._last >= PLAIN_SECONDS or step == self.total:
             self._last = time.monotonic()
             self.say(f"step {step}{of} · {status}")
@@ -205,12 +204,19 @@ class Display:
         """Shows how far a part beside training is, such as the final evaluation."""
         status = f"{done}/{total}{more}"
         if self.console.is_terminal:
-            self._bar.update(
-                self._task, completed=done, total=total, description=what, status=status
-            )
+            self._move(what, done, total, status)
         elif done == total or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             self.say(f"{what} {status}")
+
+    def _move(self, what: str, done: int, total: int | None, status: str) -> None:
+        """Moves the bar; of the status what fits beside it, from the front, in whole parts."""
+        room = self.console.width - len(what) - LEAST_BAR - 2
+        parts = status.split(" · ")
+        while len(parts) > 1 and len(" · ".join(parts)) > room:
+            parts.pop()
+        status = " · ".join(parts)
+        self._bar.update(self._task, completed=done, total=total, description=what, status=status)
 
 
 def clock(seconds: float) -> str:

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from lechat_jax.config import MistralConfig
 
-SIZE, RUNS = 1024, 10  # of the product that a CPU is measured by
+SIZE, RUNS = 1024, 30  # of the product that a CPU is measured by
 
 
 class Peak(NamedTuple):
@@ -88,10 +88,10 @@ def _mean_keys(T: int, window: int) -> float:
 def peak_flops(dtype: str) -> float | None:
     """FLOP/s of one of these devices: what its vendor states, or on a CPU what was measured.
 
-    `None` for a device that nobody has looked up. A CPU's is measured anew each time, in a
-    tenth of a second, as the fastest of a few float32 products: clocks and vector units are
-    not what a table could tell, and XLA multiplies bfloat16 in float32 there. While other
-    programs run it may be too low, so of several the highest is meant.
+    `None` for a device that nobody has looked up. A CPU's is measured anew each time, in less
+    than a second, as the fastest of some float32 products: clocks and vector units are not
+    what a table could tell, and XLA multiplies bfloat16 in float32 there. Of so many one finds
+    a moment in which other programs rest.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":

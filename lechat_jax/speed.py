@@ -20,10 +20,13 @@ class Speed:
         self.rate, self.peak = 0.0, 0.0
 
     def look_at_the_device(self) -> None:
-        """How fast it could be, with those beside it; on a CPU the best seen so far counts."""
+        """How fast it could be, with those beside it: once, while nothing else is done here.
+
+        A CPU is measured, so a later look would be another denominator of the same MFU.
+        """
         devices = self.mesh.size if self.mesh else 1
         n = jax.process_count() if jax.default_backend() == "cpu" else devices
-        self.peak = max(self.peak, n * (peak_flops(self.dtype) or 0.0))
+        self.peak = n * (peak_flops(self.dtype) or 0.0)
 
     def mfu(self, has_frozen: bool) -> float | None:
         """The part of the devices' FLOP/s that the model needed at the last rate, if known."""

@@ -93,7 +93,7 @@ def test_a_short_prompt_is_not_worth_a_word(
 def test_progress_is_a_plain_line(plain: Console, time: Clock) -> None:
     with Display(100, plain) as display:
         display.advance(step=3, loss=2.3456, tokens_per_s=1234.4, seconds_left=75.4)
-    assert shown(plain) == "step 3/100 · loss 2.346 · 1,234 tokens/s · 1:15 left\n"
+    assert shown(plain) == "step 3/100 · 1:15 left · loss 2.346 · 1,234 tokens/s\n"
 
 
 def test_the_use_of_the_device_is_shown_if_it_is_known(plain: Console, time: Clock) -> None:
@@ -150,10 +150,34 @@ def test_a_terminal_has_a_live_bar(terminal: Console) -> None:
     assert "\x1b[?25l" in text  # the cursor is hidden
     assert "━━━━" in text
     assert "step 50/100" in text
-    assert "loss 2.346 · 1,234 tokens/s · 1:15 left" in text
+    assert "1:15 left · loss 2.346 · 1,234 tokens/s" in text
     assert "above the bar\n" in text
     assert text.endswith("\x1b[2K")  # and the bar is gone again, the cursor back
     assert "\x1b[?25h" in text
+
+
+@pytest.mark.parametrize(
+    ("width", "status"),
+    [
+        (100, "1:15 left · loss 2.346 · 1,234 tokens/s · MFU 62 %"),
+        (70, "1:15 left · loss 2.346 · 1,234 tokens/s"),
+        (50, "1:15 left · loss 2.346"),
+        (30, "1:15 left"),
+    ],
+)
+def test_a_narrow_terminal_has_the_step_and_the_time_left(width: int, status: str) -> None:
+    narrow = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    with Display(1000, narrow) as display:
+        display.advance(575, 2.3456, 1234.4, 75.4, mfu=0.617)
+    line = shown(narrow).split("\x1b[2K")[1].splitlines()[0]
+    assert line.startswith("step 575/1000 ━")
+    assert line.endswith(f" {status}")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_line_ends_as_on_any_system(plain: Console, end: str) -> None:
+    Display(None, plain).say(f"one{end}two{end}")
+    assert shown(plain) == "one\ntwo\n\n"
 
 
 def test_the_bar_shows_other_work_too(terminal: Console) -> None:
