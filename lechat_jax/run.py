@@ -13,11 +13,12 @@ runs/<name>/
 import contextlib
 import io
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lechat_jax.distributed import is_first
 from lechat_jax.errors import BadInput
@@ -27,6 +28,8 @@ from lechat_jax.whole import check_new_folder, told, write_whole
 
 CONFIG, METRICS, CURVE = "config.json", "metrics.jsonl", "loss.png"
 RECIPE = "config.yaml"
+CUT = 20  # of the steps, the first one of so many does not decide how high the picture is
+HELD_OUT = "val/held_out"  # beside the last score, which is of as many of these tokens as it says
 
 
 class Run:
@@ -66,6 +69,22 @@ class Run:
                 f"{command('lechat_jax.train', resume=folder)}, or name another folder with --out"
             )
         check_new_folder(folder, n_bytes)
+
+    def forget(self, *others: str) -> None:
+        """Another run may begin here: the files of one that came to nothing are deleted.
+
+        Checkpoints and samples stay, if there are any, and so does what is not a run's.
+
+        Args:
+            others: names of files that are the run's as well.
+        """
+        if not is_first():
+            return
+        for name in (CONFIG, RECIPE, METRICS, *others):
+            (self.folder / name).unlink(missing_ok=True)
+        for folder in (self.samples, self.checkpoints, self.folder):
+            with contextlib.suppress(OSError):  # something is in it
+                folder.rmdir()
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
@@ -135,7 +154,7 @@ class Run:
         `step`, `time_s` since the process started and `tokens` trained on always; of
         `train/loss` and `val/loss` (nats a token), `train/tokens_per_sec`, `train/mfu` (see
         `flops`), `val/bpb` (bits per UTF-8 byte), `val/tokens` and `val/bytes` whichever was
-        measured.
+        measured, and `val/held_out` beside the last score: all tokens that it could have been of.
         Floats are written so that reading them gives the same bits.
         """
         if not is_first():
@@ -165,28 +184,42 @@ class Run:
     def draw(self) -> Path:
         """`loss.png`: training loss in nats a token and validation in bits a byte, by step.
 
-        Scores on the way are of fewer held-out tokens than the last one, and so no one line.
+        The first steps, whose loss falls from that of guessing, are cut off: they would flatten
+        the rest. Scores on the way are of fewer held-out tokens than the last one, so no one line.
         """
         from matplotlib.figure import Figure  # half a second, and only needed here
 
         rows = list(self.metrics())
-        train = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+        losses = np.array([row["train/loss"] for row in rows if "train/loss" in row])
+        steps = np.array([row["step"] for row in rows if "train/loss" in row])
         scores = [row for row in rows if "val/bpb" in row]
-        sizes = {row["val/tokens"] for row in scores}
-        most = max(sizes) if len(sizes) > 1 else math.inf  # a run that was stopped has one size
         figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
         axes = figure.add_subplot(xlabel="step")
         axes.set_ylabel("training loss (nats per token)", color="tab:blue")
         bits = axes.twinx()
         bits.set_ylabel("validation (bits per byte)", color="tab:orange")
-        if train:
-            axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=0.8)
-        if part := [(r["step"], r["val/bpb"]) for r in scores if r["val/tokens"] < most]:
-            bits.plot(*zip(*part, strict=True), "o-", color="tab:orange", label="on the way")
-        if full := [(r["step"], r["val/bpb"]) for r in scores if r["val/tokens"] == most]:
-            label = f"{full[-1][1]:.3f} on all {most:,} held-out tokens"
-            bits.plot(*zip(*full, strict=True), "*", color="tab:red", markersize=12, label=label)
-            bits.legend(frameon=False)
+        title = self.folder.name
+        if len(losses):
+            n = max(1, len(losses) // 50)
+            mean = np.convolve(losses, np.full(n, 1 / n), "valid")
+            axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=0.7)
+            axes.plot(steps[n - 1 :], mean, color="tab:blue", linewidth=1.5)
+            low, high = losses.min(), losses[len(losses) // CUT :].max()
+            title += f" · {rows[-1]['tokens']:,} tokens · loss from {losses[0]:.2f}"
+            if high < losses[0]:
+                axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+                title += " (cut off)"
+        axes.set_title(title, fontsize=9)
+        if part := [(r["step"], r["val/bpb"]) for r in scores if HELD_OUT not in r]:
+            bits.plot(*zip(*part, strict=True), "o-", color="tab:orange", markersize=4)
+        if full := [r for r in scores if HELD_OUT in r]:
+            last = max(full, key=lambda row: (row["step"], row["val/tokens"]))
+            n, of = last["val/tokens"], last[HELD_OUT]
+            how_many = f"all {n:,}" if n == of else f"{n:,} of {of:,}"
+            label = f"{last['val/bpb']:.3f} on {how_many} held-out tokens"
+            place = [last["step"]], [last["val/bpb"]]
+            bits.plot(*place, "*", color="tab:red", markersize=12, label=label)
+            bits.legend(frameon=False, loc="upper right")
         for side in (axes, bits):
             side.spines["top"].set_visible(False)
         path = self.folder / CURVE

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from tensorboardX.proto import event_pb2
 
 from lechat_jax.errors import BadInput
@@ -71,6 +72,18 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, name: str) -> N
     with pytest.raises(BadInput, match=r"^cannot write to .*; name another folder$"):
         Run.create(tmp_path / name)
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_run_that_is_forgotten_leaves_its_name_and_what_is_not_its_own(run: Run) -> None:
+    run.log(ROWS)
+    (run.folder / "tokenizer.model.v1").touch()
+    (run.folder / "notes.txt").write_text("mine")
+    run.forget("tokenizer.model.v1")
+    assert [path.name for path in run.folder.iterdir()] == ["notes.txt"]
+    again = Run.create(run.folder)
+    (again.folder / "notes.txt").unlink()
+    again.forget()
+    assert not again.folder.exists()
 
 
 # --- opening again ---
@@ -191,6 +204,30 @@ def test_the_curve_is_a_picture_however_little_was_measured(run: Run, n_rows: in
     path = run.draw()
     assert path == run.folder / "loss.png"
     assert size_of_png(path) == (1050, 600)
+
+
+def test_the_curve_is_cut_where_the_loss_is_that_of_guessing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: [drawn.append(self), save(self, *a, **k)]
+    )
+    losses = [10.9, 9.0, *np.linspace(5.0, 4.0, 98).tolist()]
+    run.log(
+        [{"step": i, "tokens": i, "train/loss": loss} for i, loss in enumerate(losses, start=1)]
+    )
+    run.log([{"step": 50, "tokens": 50, "val/bpb": 2.0, "val/tokens": 8}])
+    run.log([{"step": 100, "tokens": 100, "val/bpb": 1.5, "val/tokens": 90, "val/held_out": 400}])
+    run.draw()
+    axes, bits = drawn[0].axes
+    low, high = axes.get_ylim()
+    assert 3.9 < low < 4.0
+    assert 4.9 < high < 5.1
+    assert axes.get_title() == "run · 100 tokens · loss from 10.90 (cut off)"
+    _, labels = bits.get_legend_handles_labels()
+    assert labels == ["1.500 on 90 of 400 held-out tokens"]
 
 
 def test_the_curve_shows_what_was_measured(run: Run) -> None:
