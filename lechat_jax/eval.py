@@ -29,10 +29,11 @@ from lechat_jax.loading import load_to_compute
 from lechat_jax.packing import Documents, Packed
 from lechat_jax.quantize import Format
 from lechat_jax.step import StepOptions
+from lechat_jax.stop import Stop
 from lechat_jax.texts import find_texts, form_of
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
-from lechat_jax.validation import HeldOut, Score, Validator
+from lechat_jax.validation import HeldOut, Score, Validator, decoded_bytes
 from lechat_jax.vocabulary import no_tokenizer
 from lechat_jax.whole import check_writable, write_whole
 
@@ -54,6 +55,11 @@ class EvalConfig:
             by, and take longer. By default half of --block.
         dtype: Type to compute in; by default as stored, but float32 on a CPU where that fits.
         quantize: How the weights are quantised when they are loaded.
+        tokens: Most tokens that are scored, evenly spread over the text: the same ones each time.
+            By default all.
+        minutes: Time to score for, in minutes; then the figures are of what was scored so far, as
+            they are after Ctrl-C, and --tokens with their number scores just these again. By
+            default as long as it takes.
         json: File for the figures, for scripts.
     """
 
@@ -64,6 +70,8 @@ class EvalConfig:
     stride: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     quantize: Format | None = None
+    tokens: int | None = None
+    minutes: float | None = None
     json: Path | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +81,10 @@ class EvalConfig:
             raise BadInput(
                 f"--stride must be from 1 to the {self.block} of --block, not {self.stride}"
             )
+        if self.tokens is not None and self.tokens < 1:
+            raise BadInput(f"--tokens must be at least 1, not {self.tokens}")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise BadInput(f"--minutes must be a finite number above 0, not {self.minutes}")
         check_writable(self.json)
 
 
@@ -84,12 +96,14 @@ class Text(NamedTuple):
         documents: each on its own.
         n_bytes: of UTF-8 that the counted tokens stand for.
         notes: what a reader of the figures should know, a sentence each.
+        tokenizer: that has read it.
     """
 
     name: str
     documents: Documents
     n_bytes: int
     notes: tuple[str, ...]
+    tokenizer: Tokenizer
 
 
 def windows(documents: Documents, block: int, stride: int) -> Documents:
@@ -139,15 +153,17 @@ def load_text(options: EvalConfig, trained: Trained, display: Display) -> Text:
         notes = _notes(examples.note)
         if part == "held-out":
             notes += _notes(trained.not_trained_on(options.data, data, examples.sha256))
-            return Text(data, examples.val, sum(examples.val_bytes), notes)
+            return Text(data, examples.val, sum(examples.val_bytes), notes, tokenizer)
         both = _joined(examples.train, examples.val)
-        return Text(data, both, sum(examples.train_bytes) + sum(examples.val_bytes), notes)
+        return Text(
+            data, both, sum(examples.train_bytes) + sum(examples.val_bytes), notes, tokenizer
+        )
     if part == "held-out":
         tokens = load_tokens(load_corpus(data), tokenizer, on_progress=progress)
         documents = Documents.of_stream(tokens.val, tokenizer.bos_id, ANY)
         changed = trained.not_trained_on(options.data, tokens.name, tokens.sha256)
         notes = _notes(tokens.note, changed)
-        return Text(tokens.name, _but_bos(documents), tokens.val_bytes, notes)
+        return Text(tokens.name, _but_bos(documents), tokens.val_bytes, notes, tokenizer)
     return _whole(data, tokenizer)
 
 
@@ -166,7 +182,7 @@ def _whole(data: str | None, tokenizer: Tokenizer) -> Text:
     ids = np.concatenate(each).astype(np.int32)
     documents = Documents(ids, np.ones(len(ids), bool), np.cumsum([0, *map(len, each)]))
     n_bytes = sum(len(text.encode()) for text in texts)
-    return Text(found.name, _but_bos(documents), n_bytes, found.notes)
+    return Text(found.name, _but_bos(documents), n_bytes, found.notes, tokenizer)
 
 
 def _but_bos(documents: Documents) -> Documents:
@@ -200,14 +216,24 @@ def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
     display.wait("loading weights")
     weights = load_to_compute(trained, options.dtype, options.quantize, lambda shapes: None)
     dtype = str(weights["norm.scale"].dtype)
-    rows = np.arange(packed.windows)
-    held = HeldOut(packed.one_epoch(), text.n_bytes, rows, text.n_bytes)
+    scored = packed.one_epoch()
+    bytes_of = decoded_bytes(scored, text.tokenizer)
+    held = HeldOut(scored, text.n_bytes, np.arange(packed.windows), bytes_of)
     step = StepOptions(block=packed.block, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     validator = Validator(trained.config, step, held)
     display.wait("compiling")
     began = time.perf_counter()
-    score = validator.full(weights, _shown(display, packed.block, began))
+    end = math.inf if options.minutes is None else began + 60 * options.minutes
+    with Stop() as stop:
+        score = validator.full(
+            weights,
+            _shown(display, packed.block, began),
+            options.tokens,
+            lambda: bool(stop.asked) or time.perf_counter() > end,
+        )
     return _figures(options, text, stride, dtype, score) | {
+        "of_tokens": int(held.counts.sum()),
+        "stopped": stop.asked or None,
         "tokens_per_s": score.tokens / (time.perf_counter() - began),
         "quantization": trained.quantization or options.quantize,
         "device": jax.devices()[0].device_kind,
@@ -220,7 +246,7 @@ def _shown(display: Display, block: int, began: float) -> Any:
     def show(done: int, of: int) -> None:
         rate = done / (time.perf_counter() - began)
         left = clock((of - done) / rate)
-        display.work("scoring, row", done, of, f" · {rate * block:,.0f} tokens/s · {left} left")
+        display.work("scoring, row", done, of, f" · {left} left · {rate * block:,.0f} tokens/s")
 
     return show
 
@@ -250,10 +276,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     enable_compilation_cache()
     with Display(None) as display:
         found = measure(options, display)
+    n, of = found["tokens"], found["of_tokens"]
+    part = f"{n:,} tokens" if n == of else f"{n:,} of {of:,} tokens, evenly spread (--tokens {n}),"
     print(
         f"{found['loss']:.5f} nats per token, perplexity {found['perplexity']:,.4f}, "
         f"{found['bits_per_byte']:.5f} bits per byte\n"
-        f"on {found['tokens']:,} tokens ({found['bytes']:,} bytes) of {found['text']}, "
+        f"on {part} ({found['bytes']:,} bytes) of {found['text']}, "
         f"documents: {found['documents']:,}, each on its own, in windows of {found['block']:,} "
         f"tokens every {found['stride']:,}"
     )

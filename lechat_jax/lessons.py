@@ -2,6 +2,9 @@
 
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Integer
+
 from lechat_jax.corpus import load_corpus
 from lechat_jax.data import Batches, Progress, Tokens, interim_rows, load_tokens
 from lechat_jax.examples import Examples, load_examples
@@ -118,8 +121,11 @@ class ExampleLessons:
         val, sizes = self._examples.val, self._examples.val_bytes
         packed = Packed(val, self.reader.block, batch=1, seed=0)
         subset = interim_rows(packed.windows, INTERIM_ROWS)
-        n_bytes = sum(sizes[i] for row in subset.tolist() for i in packed.sharing(row))
-        return HeldOut(packed.one_epoch(), sum(sizes), subset, n_bytes)
+
+        def bytes_of(rows: Integer[np.ndarray, " rows"]) -> int:
+            return sum(sizes[i] for row in rows.tolist() for i in packed.sharing(row))
+
+        return HeldOut(packed.one_epoch(), sum(sizes), subset, bytes_of)
 
     def asked(self, prompt: str) -> list[int]:
         """The prompt as the examples have it, and in a conversation as its first question."""

@@ -60,30 +60,62 @@ class HeldOut(NamedTuple):
         rows: of T + 1 tokens, with what counts of them.
         n_bytes: UTF-8 bytes of the text that the counted tokens stand for.
         subset: the rows that are scored on the way.
-        subset_bytes: those of them.
+        bytes_of: those of some rows.
     """
 
     rows: Rows
     n_bytes: int
     subset: Integer[np.ndarray, " rows"]
-    subset_bytes: int
+    bytes_of: Callable[[Integer[np.ndarray, " rows"]], int]
+
+    @property
+    def counts(self) -> Integer[np.ndarray, " rows"]:
+        """How many tokens of each row are scored."""
+        return np.asarray(self.rows.counted)[:, 1:].sum(axis=1)
 
     @classmethod
     def of_text(cls, tokens: Tokens, tokenizer: Tokenizer) -> "HeldOut":
         """Every held-out token but BOS, which is given, scored exactly once."""
         rows = score_rows(tokens.val, BLOCK, tokenizer.bos_id)
         subset = interim_rows(len(rows.tokens), INTERIM_ROWS)
-        # Rows of the subset are cut anywhere, and decoding drops the space that a row begins
-        # with: 0.02 % of the bytes in English. The full score counts the text itself.
-        targets = rows.tokens[subset, 1:].tolist()
-        n_bytes = sum(len(tokenizer.decode(row).encode()) for row in targets)
-        return cls(rows, tokens.val_bytes, subset, n_bytes)
+        return cls(rows, tokens.val_bytes, subset, decoded_bytes(rows, tokenizer))
+
+
+def decoded_bytes(
+    rows: Rows, tokenizer: Tokenizer
+) -> Callable[[Integer[np.ndarray, " rows"]], int]:
+    """Tells how many UTF-8 bytes the counted tokens of some rows stand for, by decoding them.
+
+    Rows are cut anywhere, and decoding drops the space that one begins with: 0.02 % of the
+    bytes in English. A score of all rows counts the text itself.
+    """
+
+    def bytes_of(chosen: Integer[np.ndarray, " rows"]) -> int:
+        tokens, counted = np.asarray(rows.tokens), np.asarray(rows.counted)
+        own = (tokens[row, 1:][counted[row, 1:]].tolist() for row in chosen)
+        return sum(len(tokenizer.decode(ids).encode()) for ids in own)
+
+    return bytes_of
+
+
+def spread(n: int) -> Integer[np.ndarray, " rows"]:
+    """0 to n - 1 in an order of which every beginning is spread evenly (van der Corput's).
+
+    So what is scored when there is no time for all depends on how much it is and on nothing else.
+
+    >>> spread(6).tolist()
+    [0, 4, 2, 1, 5, 3]
+    """
+    bits = (n - 1).bit_length()
+    mirrored = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
+    return np.array([i for i in mirrored if i < n])
 
 
 class Validator:
     """The score of a model on what was held out, by a softmax over the whole vocabulary.
 
-    The `interim` score takes every n-th row, always the same ones.
+    The `interim` score takes every n-th row, always the same ones; the `full` one all, or as many
+    of the order `spread` as there is time for.
     """
 
     def __init__(self, config: MistralConfig, options: StepOptions, held_out: HeldOut) -> None:
@@ -91,26 +123,45 @@ class Validator:
         batch = 4 if jax.default_backend() == "cpu" else 64
         ways = options.mesh.shape[ROWS] if options.mesh else 1
         self.batch = -(-batch // ways) * ways
+        self._bytes: dict[tuple[int, ...], int] = {}
 
-    def full(self, weights: Weights, on_rows: Callable[[int, int], None]) -> Score:
-        """The score on all rows; `on_rows` hears how many are done and how many there are."""
-        return self._score(
-            weights, np.arange(len(self.held_out.rows.tokens)), self.held_out.n_bytes, on_rows
-        )
+    @property
+    def n_tokens(self) -> int:
+        """All that could be scored."""
+        return int(self.held_out.counts.sum())
+
+    def full(
+        self,
+        weights: Weights,
+        on_rows: Callable[[int, int], None],
+        most: int | None = None,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> Score:
+        """The score on all rows, or on the beginning of their order.
+
+        Args:
+            weights: of the model.
+            on_rows: hears how many are done and how many there are to do.
+            most: tokens to be scored, or a few more to fill the last row; `None` is all.
+            enough: asked after each batch, ends it there. Alike in all processes.
+        """
+        order = spread(len(self.held_out.rows.tokens))
+        before = np.cumsum(self.held_out.counts[order]) - self.held_out.counts[order]
+        chosen = order if most is None else order[before < most]
+        return self._score(weights, chosen, on_rows, enough)
 
     def interim(self, weights: Weights) -> Score:
         """The score on the fixed subset."""
-        chosen, n_bytes = self.held_out.subset, self.held_out.subset_bytes
-        return self._score(weights, chosen, n_bytes, lambda done, of: None)
+        return self._score(weights, self.held_out.subset, lambda done, of: None, lambda: False)
 
     def _score(
         self,
         weights: Weights,
         chosen: np.ndarray,
-        n_bytes: int,
         on_rows: Callable[[int, int], None],
+        enough: Callable[[], bool],
     ) -> Score:
-        nats, tokens = 0.0, 0
+        nats, tokens, done = 0.0, 0, 0
         for first in range(0, len(chosen), self.batch):
             part = chosen[first : first + self.batch]
             fill = ((0, self.batch - len(part)), (0, 0))  # with rows that do not count
@@ -127,9 +178,20 @@ class Validator:
                     None if rows.documents is None else self._placed(rows.documents[:, :-1]),
                 )
             )
-            tokens += int(counted.sum())
-            on_rows(first + len(part), len(chosen))
-        return Score(nats, tokens, n_bytes)
+            tokens, done = tokens + int(counted.sum()), first + len(part)
+            on_rows(done, len(chosen))
+            if enough():
+                break
+        return Score(nats, tokens, self._bytes_of(chosen[:done]))
+
+    def _bytes_of(self, rows: np.ndarray) -> int:
+        """Of these rows, which are decoded once only: the interim ones come again and again."""
+        if len(rows) == len(self.held_out.rows.tokens):
+            return self.held_out.n_bytes
+        key = tuple(rows.tolist())
+        if key not in self._bytes:
+            self._bytes[key] = self.held_out.bytes_of(rows)
+        return self._bytes[key]
 
     def _placed(self, array: np.ndarray) -> Any:
         return placed(self.options.mesh, "BT", array)

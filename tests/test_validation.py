@@ -127,6 +127,35 @@ def test_progress_counts_the_rows(small: MistralConfig) -> None:
     assert heard == [(4, 7), (7, 7)]
 
 
+# --- where there is no time for all ---
+
+
+@pytest.mark.parametrize("most", [1, 50, 100, 10_000])
+def test_of_a_bounded_score_the_same_rows_are_taken_evenly_spread(
+    small: MistralConfig, most: int
+) -> None:
+    """Of 21 rows: the first, one in the middle, then the quarters, until there is enough."""
+    long, val = validator(small, 333), held_out(333).val
+    order = [0, 16, 8, 4, 20, 12, 2, 18, 10, 6, 14, 1, 17, 9, 5, 13, 3, 19, 11, 7, 15]
+    each = [val[1 + T * row : 1 + T * (row + 1)] for row in order]
+    sizes = np.cumsum([(ids != BOS).sum() for ids in each])
+    n = 1 + int((sizes < most).sum()) if most < sizes[-1] else len(order)
+    score = long.full(weights(small), lambda done, of: None, most)
+    assert score.tokens == sizes[n - 1]
+    assert score.n_bytes == sum((ids >= FIRST_BYTE).sum() for ids in each[:n])
+    nats = naive_nats(small, weights(small), val)
+    assert score.nats == pytest.approx(sum(nats[row] for row in order[:n]), rel=1e-6)
+    assert long.full(weights(small), lambda done, of: None, score.tokens) == score
+
+
+def test_a_score_that_is_ended_is_of_what_was_scored(small: MistralConfig) -> None:
+    long, heard = validator(small, 333), []
+    ended = long.full(uniform(small), lambda done, of: heard.append((done, of)), None, lambda: True)
+    assert heard == [(4, 21)]
+    assert ended == long.full(uniform(small), lambda done, of: None, ended.tokens)
+    assert ended.nats == pytest.approx(ended.tokens * math.log(97), rel=1e-6)
+
+
 # --- during training ---
 
 
@@ -145,7 +174,9 @@ def test_the_interim_score_takes_the_same_rows_of_any_model(small: MistralConfig
 
 def test_of_a_short_text_the_interim_score_is_the_full_one(small: MistralConfig) -> None:
     short = validator(small, 100)
-    assert short.interim(weights(small)) == full(short, weights(small))
+    interim, whole = short.interim(weights(small)), full(short, weights(small))
+    assert (interim.tokens, interim.n_bytes) == (whole.tokens, whole.n_bytes)
+    assert interim.nats == pytest.approx(whole.nats, rel=1e-6)  # summed in another order
 
 
 # --- on many devices ---
