@@ -106,6 +106,12 @@ def check_memory(
         check_fits("a training step takes", total, free, REMEDY)
 
 
+def checkpoint_bytes(options: StepOptions, parts: Parts) -> int:
+    """Of the disk, for all that a run saves at once, whichever devices it lies on."""
+    memory = _state(dataclasses.replace(options, mesh=None), parts._replace(frozen={}))
+    return memory.parameters + memory.optimizer
+
+
 def needed(
     config: MistralConfig, options: StepOptions, batch: int, parts: Parts | None = None
 ) -> Memory:

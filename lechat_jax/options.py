@@ -15,6 +15,7 @@ DEFAULT_PRESET = "lechat-15m"
 MODEL = "dim n_layers n_heads n_kv_heads head_dim hidden_dim sliding_window".split()
 MODEL += ["n_experts", "n_experts_per_token"]
 SAMPLING = {"prompt", "max_tokens", "temperature", "top_p"}  # may change when a run resumes
+KEEPING = {"eval_tokens", "eval_minutes", "keep"}  # and these change no step
 HOSTS = {"coordinator", "num_processes", "process_id"}
 PLACE = {"mesh", "distributed", *HOSTS}  # where it runs is no part of a run
 Dtype = Literal["float32", "bfloat16"]
@@ -106,8 +107,14 @@ class TrainConfig:
             devices of --mesh are simulated, by a CPU, and nothing is allocated.
         eval_every: Steps between two validations, on a fixed part of the held-out text. By default
             a tenth of the run.
+        eval_tokens: Most held-out tokens that the last validation scores, evenly spread: the same
+            ones each time. The default text has fewer, so there it is all.
+        eval_minutes: Time for the last validation, in minutes; then its figures are of what was
+            scored so far, and they say of how much. By default half of --minutes.
         sample_every: Steps between two samples. By default a quarter of the run.
         checkpoint_every: Steps between two checkpoints. By default about one a minute.
+        keep: Checkpoints that stay; older ones are deleted when a new one is complete. While that
+            is written there is one more on the disk.
         tensorboard: Also write TensorBoard events to the run's folder (extra [tensorboard]).
         wandb: Project on Weights & Biases to send the metrics to as well (extra [wandb]); with
             WANDB_MODE=offline they stay in the run's folder. By default nothing is sent.
@@ -159,8 +166,11 @@ class TrainConfig:
     process_id: int | None = None
     dry_run: bool = False
     eval_every: int | None = None
+    eval_tokens: int = 1_000_000
+    eval_minutes: float | None = None
     sample_every: int | None = None
     checkpoint_every: int | None = None
+    keep: int = 2
     tensorboard: bool = False
     wandb: str | None = None
     prompt: tuple[str, ...] = ()
@@ -170,16 +180,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least = {"steps": 1, "batch": 1, "accumulate": 1, "block": 2, "seed": 0, "max_tokens": 1}
-        at_least |= {"eval_every": 1, "sample_every": 1, "checkpoint_every": 1}
+        at_least |= {
+            "eval_tokens": 1,
+            "keep": 1,
+            "eval_every": 1,
+            "sample_every": 1,
+            "checkpoint_every": 1,
+        }
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise BadInput(f"{_flag(name)} must be at least {least}, not {value}")
-        for name in ("minutes", "max_epochs", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise BadInput(
-                    f"{_flag(name)} must be a finite number above 0, not {getattr(self, name)}"
-                )
+        for name in ("minutes", "max_epochs", "learning_rate", "eval_minutes"):
+            if not 0 < (1 if (value := getattr(self, name)) is None else value) < math.inf:
+                raise BadInput(f"{_flag(name)} must be a finite number above 0, not {value}")
         if not 0 <= self.weight_decay < math.inf:
             raise BadInput(f"--weight-decay must be 0 or more, not {self.weight_decay}")
         if self.name is not None and (fault := fault_of_name(self.name)):
@@ -294,7 +308,11 @@ class TrainConfig:
 
     def contradictions(self) -> list[str]:
         """Flags given beside --resume that a resumed run could not honour."""
-        return [_flag(name) for name in self._given() if name not in {"resume", *SAMPLING, *PLACE}]
+        return [
+            _flag(name)
+            for name in self._given()
+            if name not in {"resume", *SAMPLING, *KEEPING, *PLACE}
+        ]
 
     def contradictions_to(self, model: MistralConfig) -> list[str]:
         """Flags given beside --init-from that ask for another model than this one."""
@@ -308,7 +326,7 @@ class TrainConfig:
 
     def with_samples_of(self, asked: "TrainConfig") -> "TrainConfig":
         """The same run, where `asked` says, and sampled so where it says anything."""
-        names = {name for name in asked._given() if name in SAMPLING} | PLACE
+        names = {name for name in asked._given() if name in SAMPLING | KEEPING} | PLACE
         return dataclasses.replace(self, **{name: getattr(asked, name) for name in names})
 
     def _changes(self) -> dict[str, Any]:

@@ -42,6 +42,10 @@ def check_fits(what: str, needed: int, free: int | None, remedy: str) -> None:
         raise BadInput(f"{what} {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; {remedy}")
 
 
+class OutOfMemory(BadInput):
+    """More memory was asked for than there is."""
+
+
 @contextlib.contextmanager
 def running_out(remedy: str) -> Iterator[None]:
     """Within it, memory that runs out is bad input, whoever ran out of it: see `exhausted`."""
@@ -49,7 +53,7 @@ def running_out(remedy: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
         if why := exhausted(error):
-            raise BadInput(f"{why}; {remedy}") from error
+            raise OutOfMemory(f"{why}; {remedy}") from error
         raise
 
 

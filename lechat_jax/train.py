@@ -1,27 +1,40 @@
 """Trains a Mistral on text and prints samples: `python -m lechat_jax.train`."""
 
+import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lechat_jax import cli, distributed
 from lechat_jax.beginning import Asked, adapters_asked, check_source, load_base
+from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.display import Display, clock
-from lechat_jax.distributed import from_first
+from lechat_jax.distributed import anywhere, from_first
 from lechat_jax.errors import BadInput
 from lechat_jax.lessons import Lessons, load_lessons
-from lechat_jax.memory import needed, simulated_mesh, told
+from lechat_jax.loading import free_bytes, shapes_to_compute
+from lechat_jax.memory import (
+    REMEDY,
+    Parts,
+    check_memory,
+    checkpoint_bytes,
+    needed,
+    simulated_mesh,
+    told,
+)
 from lechat_jax.options import DEFAULT_PRESET, TrainConfig
 from lechat_jax.recipe import to_yaml
-from lechat_jax.run import RECIPE, Run
+from lechat_jax.room import OutOfMemory, running_out
+from lechat_jax.run import HELD_OUT, RECIPE, Run
 from lechat_jax.sharding import check_divides, make_mesh, usual_mesh
 from lechat_jax.shell import command
 from lechat_jax.stop import Stop
@@ -30,6 +43,8 @@ from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Loaded, Trained
 from lechat_jax.trainer import Diverged, Trainer, step_options
 from lechat_jax.vocabulary import beside, no_tokenizer
+from lechat_jax.weights import weight_shapes
+from lechat_jax.whole import check_new_folder
 
 
 class Start(NamedTuple):
@@ -68,6 +83,8 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
     mesh = make_mesh(options.mesh) if options.mesh else usual_mesh()
     if mesh:
         check_divides(mesh, config, shape.batch // options.accumulate)
+    folder = start.run.folder if start.run else _new_folder(options)
+    _check_room(start, folder, mesh, display)
     lessons = load_lessons(
         options.data,
         tokenizer,
@@ -86,28 +103,74 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
             f"{start.corpus_sha256}); restore it, or start a new run"
         )
     source = start.source
-    loaded = load_base(source, options, shape.dtype, mesh, display) if source else None
-    run = start.run or Run.open(Path(from_first(lambda: str(_new_run(start, lessons, loaded)))))
-    if options.tensorboard:
-        run.mirror_to_tensorboard()
-    if options.wandb:
-        run.mirror_to_wandb(options.wandb)
-    trainer = Trainer(run, config, options, lessons, tokenizer, display, mesh)
-    weights = loaded.weights if loaded else None
-    if start.learning and loaded:
-        trainer.stay(loaded.weights, start.learning.adapters)
-        weights = start.learning.first(config, options.seed)
-    display.say(
-        f"model: {options.model_name}, {config.n_params:,} parameters, "
-        f"window {config.sliding_window or 'full'}\n"
-        f"step:  {shape.batch} x {shape.block} tokens, {shape.dtype} on {_devices(mesh)}\n"
-        f"run:   {run.folder}"
-    )
-    if start.run:
-        trainer.restore()
-    else:
-        trainer.begin(weights)
+    with running_out(REMEDY):
+        loaded = load_base(source, options, shape.dtype, mesh, display) if source else None
+    if start.run is None:
+        from_first(lambda: _begin_run(folder, start, lessons, loaded))
+    run = Run.open(folder)
+    with _forgotten_if_it_fails(run, tokenizer), running_out(REMEDY):
+        if options.tensorboard:
+            run.mirror_to_tensorboard()
+        if options.wandb:
+            run.mirror_to_wandb(options.wandb)
+        trainer = Trainer(run, config, options, lessons, tokenizer, display, mesh)
+        weights = loaded.weights if loaded else None
+        if start.learning and loaded:
+            trainer.stay(loaded.weights, start.learning.adapters)
+            weights = start.learning.first(config, options.seed)
+        display.say(
+            f"model: {options.model_name}, {config.n_params:,} parameters, "
+            f"window {config.sliding_window or 'full'}\n"
+            f"step:  {shape.batch} x {shape.block} tokens, {shape.dtype} on {_devices(mesh)}\n"
+            f"run:   {run.folder}, {options.keep} checkpoints of "
+            f"{checkpoint_bytes(trainer.step_options, _parts(start)) / 1e9:.2f} GB"
+        )
+        if start.run:
+            trainer.restore()
+        else:
+            trainer.begin(weights)
     return trainer
+
+
+def _check_room(start: Start, folder: Path, mesh: Mesh | None, display: Display) -> None:
+    """Raises `BadInput` for a training that does not fit into memory, or a run onto the disk."""
+    options, parts = start.options, _parts(start)
+    step = step_options(options, mesh)
+    batch = options.shape(jax.default_backend()).batch
+    free = free_bytes(jnp.zeros(()))
+    asking = "asking XLA whether a step fits into memory"
+    check_memory(start.model, step, batch, free, parts, lambda: display.wait(asking))
+    n_bytes = (options.keep + 1) * checkpoint_bytes(step, parts)
+    if start.run is None:
+        from_first(lambda: Run.check_new(folder, n_bytes))
+    else:
+        there = sum(path.stat().st_size for path in start.run.checkpoints.glob("[0-9]*/**/*"))
+        from_first(lambda: check_new_folder(folder, max(0, n_bytes - there)))
+
+
+def _parts(start: Start) -> Parts:
+    """The weights that learn, and those beside which they do."""
+    if start.learning is None or start.source is None:
+        return Parts(weight_shapes(start.model), {})
+    adapters, options = start.learning.adapters, start.options
+    dtype = options.shape(jax.default_backend()).dtype
+    described = adapters.described(start.model)
+    names = adapters.shapes(start.model)
+    base = shapes_to_compute(start.source.base, dtype, start.source.of_base(options.quantize))
+    scales = {name: leaf for name, leaf in described.items() if name not in names}
+    return Parts({name: described[name] for name in names}, {**base, **scales})
+
+
+@contextlib.contextmanager
+def _forgotten_if_it_fails(run: Run, tokenizer: Tokenizer) -> Iterator[None]:
+    """Within it, a run that ends with nothing saved leaves its name to the next one."""
+    try:
+        yield
+    except BadInput as error:
+        has_learned = list(run.metrics()) and not isinstance(error, OutOfMemory)
+        if not Checkpoints(run.checkpoints).steps() and not has_learned:
+            run.forget(tokenizer.file_name, *(path.name for path in beside(run.folder)))
+        raise
 
 
 def _started(asked: TrainConfig) -> Start:
@@ -166,11 +229,16 @@ def _devices(mesh: Mesh | None) -> str:
     return f"{mesh.size} x {jax.default_backend()}, {axes}, of {jax.process_count()} processes"
 
 
-def _new_run(start: Start, lessons: Lessons, loaded: Loaded | None) -> Path:
-    """The folder of a new run."""
-    options = start.options
+def _new_folder(options: TrainConfig) -> Path:
+    """The folder of a new run, which all processes share."""
     name = options.name or f"{options.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = Run.create(options.out or Path("runs") / name)
+    return Path(from_first(lambda: str(options.out or Path("runs") / name)))
+
+
+def _begin_run(folder: Path, start: Start, lessons: Lessons, loaded: Loaded | None) -> None:
+    """A new run in its folder, with all that is known at the start."""
+    options = start.options
+    run = Run.create(folder)
     start.tokenizer.save(run.folder)
     for path in beside(start.source.folder) if start.source else []:
         shutil.copyfile(path, run.folder / path.name)
@@ -184,25 +252,21 @@ def _new_run(start: Start, lessons: Lessons, loaded: Loaded | None) -> Path:
         fields["adapters"] = start.learning.adapters.to_dict()
     run.config = fields
     run.write(RECIPE, to_yaml(options.recipe(jax.default_backend())))
-    return run.folder
 
 
 def finish(trainer: Trainer, display: Display) -> None:
-    """The full validation, the samples, the curve and the summary."""
-    began = time.perf_counter()
-    final = trainer.validator.full(
-        trainer.weights, lambda done, of: display.work("validating, row", done, of)
-    )
-    if not any(row["step"] == trainer.step and "val/bpb" in row for row in trainer.run.metrics()):
-        trainer.run.log([trainer.row() | final.metrics()])
-    scored = final.tokens / (time.perf_counter() - began)
-    trainer.sample()
-    curve = trainer.run.draw()
-    adapter = trainer.keep_adapter()
+    """The samples, the full validation, the curve and the summary.
+
+    A signal ends the validation, and what was scored so far counts.
+    """
+    with Stop() as stop:
+        trainer.sample()
+        adapter = trainer.keep_adapter()
+        scored = _validate(trainer, stop, display)
+        curve = trainer.run.draw()
     folder = trainer.run.folder
     display.say(
-        f"{final.bits_per_byte:.4f} bits per byte on all {final.tokens:,} held-out tokens "
-        f"({final.n_bytes:,} bytes, scored at {scored:,.0f} tokens/s)\n"
+        f"{scored}\n"
         f"trained on {trainer.seen:,} tokens in {trainer.step} steps, "
         f"lately {trainer.speed.rate:,.0f} tokens/s, {clock(elapsed())} since the start\n"
         f"curve    {curve}\n"
@@ -210,6 +274,35 @@ def finish(trainer: Trainer, display: Display) -> None:
         f"samples  {trainer.run.samples}\n"
         f"weights  {adapter or trainer.run.checkpoints / str(trainer.step)}\n"
         f"generate more:\n{_next_command(trainer)}"
+    )
+
+
+def _validate(trainer: Trainer, stop: Stop, display: Display) -> str:
+    """Scores what was held out, as much as there is time for, logs that and says it in words."""
+    options, began = trainer.options, time.perf_counter()
+    minutes = options.minutes / 2 if options.eval_minutes is None else options.eval_minutes
+
+    def late() -> bool:
+        return time.perf_counter() - began > 60 * minutes
+
+    def show(done: int, of: int) -> None:
+        left = clock((of - done) * (time.perf_counter() - began) / done)
+        display.work("validating, row", done, of, f" · {left} left")
+
+    final = trainer.validator.full(
+        trainer.weights, show, options.eval_tokens, lambda: anywhere(bool(stop.asked) or late())
+    )
+    rate, of = final.tokens / (time.perf_counter() - began), trainer.validator.n_tokens
+    known = (row for row in trainer.run.metrics() if row["step"] == trainer.step)
+    if not any(row.get(HELD_OUT) and row["val/tokens"] >= final.tokens for row in known):
+        trainer.run.log([trainer.row() | final.metrics() | {HELD_OUT: of}])
+    part = f"all {of:,} held-out tokens"
+    if final.tokens < of:
+        bound = "--eval-tokens" if final.tokens >= options.eval_tokens else "--eval-minutes"
+        part = f"{final.tokens:,} of {of:,} held-out tokens, evenly spread ({stop.asked or bound})"
+    return (
+        f"{final.bits_per_byte:.4f} bits per byte on {part} "
+        f"({final.n_bytes:,} bytes, scored at {rate:,.0f} tokens/s)"
     )
 
 
@@ -237,10 +330,10 @@ def foretell(asked: TrainConfig) -> str:
     """What the training would take of the memory of each device, in words.
 
     Raises:
-        BadInput: the options cannot be used, or ask for adapters, whose memory is not foretold.
+        BadInput: the options cannot be used.
     """
-    if asked.resume or asked.learns_adapters:
-        raise BadInput("--dry-run is for the training of all weights from step 0; leave out others")
+    if asked.resume:
+        raise BadInput("--dry-run tells of a new run; give its options instead of --resume")
     mesh = simulated_mesh(asked.mesh or "fsdp=1")
     start = _started(asked)
     shape = start.options.shape(jax.default_backend())
@@ -249,12 +342,15 @@ def foretell(asked: TrainConfig) -> str:
     # The banded form, whose scores are never all in memory, stands for the kernels of others.
     long = start.model.windows[0] is not None and shape.block > start.model.windows[0] // 4
     backend = "banded" if long else None
-    memory = needed(start.model, dataclasses.replace(options, backend=backend), shape.batch)
+    step = dataclasses.replace(options, backend=backend)
+    memory = needed(start.model, step, shape.batch, _parts(start))
     return (
         f"{start.options.model_name} on {mesh.size} devices, {shape.batch} x {shape.block} tokens "
         f"in {shape.dtype} with --remat {start.options.remat}, memory of each as XLA plans it for "
         "a CPU, where bfloat16 is computed in float32 (an accelerator needs less):\n"
-        f"{told(memory)}"
+        f"{told(memory)}\n"
+        f"and of the disk {checkpoint_bytes(options, _parts(start)) / 1e9:.2f} GB for each of "
+        f"{start.options.keep} checkpoints (--keep) and one that is being written"
     )
 
 
@@ -271,7 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer = set_up(asked, display)
         display.total = trainer.total
         try:
-            with Stop() as stop:
+            kept = _forgotten_if_it_fails(trainer.run, trainer.tokenizer)
+            with Stop() as stop, kept, running_out(REMEDY):
                 trainer.train(stop)
         except Diverged as error:
             display.say(f"stopped: {error}", style="red")

@@ -146,7 +146,7 @@ class Trained:
         A run's float32 is read whole before it is cast or quantised.
         """
         if self.adapters is not None:
-            return self.base.weights_bytes(dtype, self._of_base(quantize))
+            return self.base.weights_bytes(dtype, self.of_base(quantize))
         how = self.form(quantize)
         if self.run is None and how is None and dtype is None:
             return sum(info.nbytes for info in TensorFiles.open(self.folder).values())
@@ -205,11 +205,11 @@ class Trained:
         Raises:
             BadInput: they are others than those, or as `load` does.
         """
-        loaded = self.base.load(dtype, self._of_base(quantize), mesh)
+        loaded = self.base.load(dtype, self.of_base(quantize), mesh)
         self.check_base(loaded.manifest)
         return loaded
 
-    def _of_base(self, quantize: Format | None) -> Format | None:
+    def of_base(self, quantize: Format | None) -> Format | None:
         """How the base is to be quantised: as one says, or else as it was for the adapters."""
         return quantize or (self.quantization.format if self.quantization else None)
 

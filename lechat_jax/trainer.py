@@ -101,7 +101,7 @@ class Trainer:
         self.run, self.config, self.options = run, config, options
         self.lessons, self.tokenizer = lessons, tokenizer
         self.reader, self.display = lessons.reader, display
-        self.checkpoints = Checkpoints(run.checkpoints)
+        self.checkpoints = Checkpoints(run.checkpoints, options.keep)
         on_cpu = jax.default_backend() == "cpu"
         self.step_options = step_options(options, mesh)
         self.own_rows = own_rows(mesh, self.reader.batch)
@@ -227,7 +227,6 @@ class Trainer:
         calls: deque[Call] = deque()
         began, self.sent = time.perf_counter(), self.step
         self.timetable.start_the_clock()
-        self.speed.look_at_the_device()
         self.upcoming = self.rows_to_send()
         while True:
             while not anywhere(self.is_unwanted(stop)) and self.may_send(waiting=len(calls)):
@@ -245,6 +244,8 @@ class Trainer:
             if self.total is None and is_known:
                 self.plan(float(np.median(timed[1:] or timed)))
             self.show(float(losses[-1]))
+            if len(timed) == 1:
+                self.speed.look_at_the_device()  # now that it has compiled, and rests
             if not calls and self.step != self.total:
                 self.events()
         self.save()
@@ -334,7 +335,6 @@ class Trainer:
         Saves before it samples: what takes memory that nobody foretold may be killed.
         """
         if self.timetable.due("eval", self.step):
-            self.speed.look_at_the_device()
             score = self.validator.interim(self.weights)
             self.run.log([self.row() | score.metrics()])
             self.display.say(

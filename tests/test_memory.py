@@ -88,7 +88,7 @@ def test_a_dry_run_says_what_fits_and_writes_nothing(
     assert "lechat-15m on 8 devices, 8 x 128 tokens in float32 with --remat none" in said
     assert "a device of 8 GB has room for it" in said
     assert not list(tmp_path.iterdir())
-    with pytest.raises(BadInput, match="leave out others"):
+    with pytest.raises(BadInput, match="instead of --resume"):
         main(["--resume", "there", "--dry-run"])
 
 
