@@ -147,8 +147,9 @@ def _fault_table(report: FaultReport) -> str:
     for fault in report.faults:
         said = ("✗ missed" if name in fault.missed_by else "✓ noticed" for name in report.criteria)
         lines.append((fault.ok, [*fault_line(fault), *said]))
+    caption = "The last columns say whether a published criterion would have noticed the fault."
     return f"""<h2>Each fault</h2>
-<p>The last columns say whether a published criterion would have noticed the fault.</p>
+<p>{caption if report.criteria else ""}</p>
 {_table([*FAULT_HEADER, *report.criteria], lines)}"""
 
 

@@ -120,8 +120,7 @@ def write_markdown(path: Path, report: Report) -> None:
     mark = "✅" if good(report) else "❌"
     parts = [f"## {_escape(title(report))}", f"{mark} **{_escape(sentence(report))}**"]
     if isinstance(report, FaultReport):
-        lines = ([*fault_line(f), ", ".join(f.missed_by)] for f in report.faults)
-        parts.append(_markdown_table([*FAULT_HEADER, "missed by"], lines))
+        parts.append(_markdown_table(*_fault_lines(report)))
     elif report.stages:
         names = columns(report.stages)
         header = ["stage", *(f"{dtype}: {against((dtype, pair))}" for dtype, pair in names)]
@@ -198,15 +197,23 @@ def _markdown_over(verdict: Verdict) -> list[str]:
 
 
 def _fault_table(console: Console, report: FaultReport) -> Table:
-    table = _table(console, [*FAULT_HEADER, "missed by"])
-    for fault in report.faults:
-        words = [*fault_line(fault), ", ".join(fault.missed_by)]
+    header, lines = _fault_lines(report)
+    table = _table(console, header)
+    for fault, words in zip(report.faults, lines, strict=True):
         line = [Text(clean(word)) for word in words]
         if console.options.ascii_only:
             line[2] = Text(line[2].plain[2:])
         line[2].stylize("" if fault.ok else "red")
         table.add_row(*line)
     return table
+
+
+def _fault_lines(report: FaultReport) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of faults; who missed them, where published tests were tried."""
+    if not report.criteria:
+        return [*FAULT_HEADER], [fault_line(fault) for fault in report.faults]
+    lines = [[*fault_line(fault), ", ".join(fault.missed_by)] for fault in report.faults]
+    return [*FAULT_HEADER, "missed by"], lines
 
 
 def _fault_cases(report: FaultReport) -> Iterator["_Case"]:

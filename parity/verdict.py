@@ -186,18 +186,18 @@ class FaultReport:
     Attributes:
         faults: in the order they were planted.
         criteria: the published criteria that were tried on each.
-        title: in which model they were planted, in one line.
-        notes: sentences for the reader.
         seconds: how long it all took.
         machine: in one line.
+        title: in which model they were planted, in one line.
+        notes: sentences for the reader.
     """
 
     faults: tuple[Fault, ...]
     criteria: tuple[str, ...] = ()
-    title: str = "Planted faults"
-    notes: tuple[str, ...] = ()
     seconds: float = 0.0
     machine: str = ""
+    title: str = "Planted faults"
+    notes: tuple[str, ...] = ()
 
     @property
     def all_found(self) -> bool:

@@ -202,6 +202,15 @@ def test_faults_are_shown_with_who_would_have_missed_them() -> None:
     ]
 
 
+def test_where_no_published_test_was_tried_nobody_would_have_missed_a_fault() -> None:
+    """As in a checkpoint, whose shapes are not those of these tests."""
+    report = dataclasses.replace(FAULTS, criteria=(), title="Faults planted in DIR", notes=("so",))
+    lines = shown(report).splitlines()
+    assert lines[0] == "Faults planted in DIR"
+    assert not any("missed" in line or "levanter" in line for line in lines)
+    assert lines[-3:] == ["so", "took 81.2 s", "two cores"]
+
+
 # --- JSON ---
 
 

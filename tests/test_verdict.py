@@ -210,8 +210,17 @@ def test_a_report_of_faults_needs_all_of_them_and_at_least_one() -> None:
 
 
 def test_a_report_of_faults_has_the_keys_that_scripts_read() -> None:
-    report = FaultReport((fault(detected=False, found=None),), ("levanter",), 2.5, "two cores")
+    report = FaultReport(
+        (fault(detected=False, found=None),),
+        ("levanter",),
+        2.5,
+        "two cores",
+        "Faults planted in DIR",
+        ("a note",),
+    )
     assert strict(report.to_dict()) == {
+        "title": "Faults planted in DIR",
+        "notes": ["a note"],
         "all_found": False,
         "faults": [
             {
