@@ -212,7 +212,7 @@ def test_records_are_read_however_they_are_laid_out(
             "line 1, holds neither an example nor a text: its fields are d",
         ),
         ('["a", {"text": "b"}]', "entry 1, is not a JSON object"),
-        ('[\n {"text": "a"},\n]', "line 3, is not JSON: "),
+        ('[\n {"text": "a"}\n {"text": "b"}]', "line 3, is not JSON: "),
         ("[\n" * 100_000, "line 1, is not JSON: it is nested too deeply"),
         ("3", "line 1, is not a JSON object"),
     ],
