@@ -33,6 +33,7 @@ class Source:
             each expert has its own by that of the part; see `names`.
         store: gives back memory.
         quantization: how they are on the disk, if not as the numbers that they are read as.
+        taught_to_chat: whether it is a run that was trained on conversations.
         control_ids: `bos_token_id` and `eos_token_id`, one or a list, where its files say them.
     """
 
@@ -45,6 +46,7 @@ class Source:
     store: Store
     quantization: str | None = None
     control_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    taught_to_chat: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

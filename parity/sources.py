@@ -105,7 +105,8 @@ def _open(
     config, params = folder / "config.json", folder / "params.json"
     fields = parse_json(config.read_bytes(), config) if config.is_file() else {}
     if "model" in fields and "train" in fields:
-        return _adapted(folder, dtype) if fields.get("adapters") else _run(folder, fields)
+        run = _adapted(folder, dtype) if fields.get("adapters") else _run(folder, fields)
+        return dataclasses.replace(run, taught_to_chat=bool(fields["train"].get("chat")))
     if "dim" in fields:
         return _lechat(folder, fields, verify)
     if "model_type" in fields and (_has(folder, "model") or not params.is_file()):

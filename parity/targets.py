@@ -12,6 +12,7 @@ from lechat_jax.quantize import QUANTIZATION, Form
 from lechat_jax.tokenizer import Tokenizer, preferred
 from lechat_jax.vocabulary import GENERATION, SETTINGS
 from parity import configs
+from parity.chat_template import chat_template
 from parity.names import Format
 from parity.source import Source
 from parity.sources import POSITIONS
@@ -75,9 +76,20 @@ def write_tokenizer(folder: Path, fmt: Format, source: Source) -> None:
         elif not path.name.startswith("tokenizer.model"):
             shutil.copyfile(path, folder / path.name)
     settings = folder / SETTINGS
+    said = parse_json(settings.read_bytes(), settings) if settings.exists() else {}
+    if model and source.taught_to_chat and not _has_template(folder, said):
+        made = chat_template(Tokenizer.from_file(model).version, said.get("legacy") is not False)
+        (folder / "chat_template.jinja").write_text(made, encoding="utf-8")
     if fmt == "hf" and model and not settings.exists():
-        _write(settings, TOKENIZER_CONFIG)
+        # Control pieces in what a template makes are no text.
+        own = TOKENIZER_CONFIG | {"split_special_tokens": not _has_template(folder, said)}
+        _write(settings, own)
     _write_generation(folder, fmt, source)
+
+
+def _has_template(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a chat template is among the tokenizer's files."""
+    return bool(settings.get("chat_template")) or any(folder.glob("chat_template.*"))
 
 
 def _write_generation(folder: Path, fmt: Format, source: Source) -> None:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 from hypothesis import given, settings
@@ -12,13 +14,18 @@ from hypothesis import strategies as st
 
 from lechat_jax import eval as evaluate
 from lechat_jax import generate, train
+from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
+from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
+from lechat_jax.transcript import Transcripts
+from parity.chat_template import chat_template
 from parity.names import FORMATS, Format
+from parity.targets import TOKENIZER_CONFIG
 from tests.converting import convert, random_weights, write_torch
 from tests.tokenizers import small_tekken
 from tests.tokenizers import tokenizer as load_tokenizer
@@ -250,3 +257,63 @@ def test_a_conversion_says_what_to_do_without_a_tokenizer_and_that_works(
     assert capsys.readouterr().out.startswith("Hi")
     back = convert(lechat, tmp_path / "back", "hf")
     assert (back / "tokenizer.model").read_bytes() == Tokenizer.mistral_v1().path.read_bytes()
+
+
+# --- how a conversation is written down ---
+
+CONVERSATIONS = (
+    [("user", "Hi there"), ("assistant", "Hello!")],
+    [
+        *[("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!")],
+        *[("user", "Why\n\nis it so?"), ("assistant", "Because.\nI say")],
+    ],
+    [("user", " spaces "), ("assistant", " lead and trail "), ("user", "x"), ("assistant", "\ny")],
+)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v7"])
+def test_a_model_taught_conversations_takes_a_template_that_writes_them_so(
+    version: str, tiny: MistralConfig, tmp_path: Path
+) -> None:
+    ours = load_tokenizer(version)
+    config = dataclasses.replace(tiny, n_layers=1, vocab_size=ours.vocab_size)
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    run.config = {"model": config.to_dict(), "train": {"chat": True}}
+    ours.save(run.folder)
+    Checkpoints(run.checkpoints).save(1, {"model": random_weights(config, np.dtype("f4"))}, {})
+    hf = convert(convert(run.folder, tmp_path / "lechat", "lechat"), tmp_path / "hf", "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(hf)
+    for turns in CONVERSATIONS:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        ids, _ = Transcripts(ours).write(messages)
+        assert theirs.apply_chat_template(messages, return_dict=False) == ids
+        asked = theirs.apply_chat_template(
+            messages[:-1], return_dict=False, add_generation_prompt=True
+        )
+        assert asked == ids[: len(asked)]
+    with pytest.raises(Exception, match="only system, user and assistant are taught"):
+        theirs.apply_chat_template([{"role": "tool", "content": "4"}])
+    run.config = {"model": config.to_dict(), "train": {"chat": False}}
+    assert not list(convert(run.folder, tmp_path / "text", "hf").glob("chat_template*"))
+    run.config = {"model": config.to_dict(), "train": {"chat": True}}
+    (run.folder / "chat_template.jinja").write_text("its own")
+    kept = convert(run.folder, tmp_path / "kept", "hf")
+    assert (kept / "chat_template.jinja").read_text() == "its own"
+
+
+@pytest.mark.parametrize("version", ["v1", "v3", "v7"])
+def test_a_template_has_the_spaces_that_the_settings_leave_to_it(
+    version: str, tmp_path: Path
+) -> None:
+    ours = load_tokenizer(version)
+    shutil.copy(ours.path, tmp_path / "tokenizer.model")
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    settings = TOKENIZER_CONFIG | {"split_special_tokens": False, "legacy": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    template = chat_template(version, starts_anew=False)
+    for turns in CONVERSATIONS:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        found = theirs.apply_chat_template(messages, chat_template=template, return_dict=False)
+        assert found == Transcripts(ours).write(messages)[0]
