@@ -193,6 +193,9 @@ def test_each_expert_and_each_router_is_a_map_of_its_own() -> None:
             singular = np.linalg.svd(matrix / scale, compute_uv=False)
             assert 0.5 < singular.min(), name
             assert singular.max() < 1.3, name
+    router = "blocks.{}.mlp.router.kernel"
+    alone = update({router.format(0): gradients(config)[router.format(1)]})[router.format(0)]
+    np.testing.assert_allclose(alone, moved[router.format(1)], rtol=0, atol=1e-6)
 
 
 def test_layers_do_not_disturb_each_other(tiny: MistralConfig) -> None:

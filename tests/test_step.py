@@ -24,6 +24,7 @@ from lechat_jax.step import (
     gradient,
     init_state,
     score,
+    shares,
     state_of,
     total_nats,
     train_steps,
@@ -328,6 +329,7 @@ def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_slope(small: Mistral
     )
     assert float(loss) == 0
     assert not any(leaf.any() for leaf in grads.values())
+    assert not shares(rows).any(), "and not 0 / 0, which XLA may take for nought"
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
