@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Display(None) as display:
         found = measure(options, display)
     n, of = found["tokens"], found["of_tokens"]
-    part = f"{n:,} tokens" if n == of else f"{n:,} of {of:,} tokens, evenly spread (--tokens {n}),"
+    part = f"{n:,} tokens" if n == of else f"{n:,} of {of:,} tokens, evenly spread (--tokens {n})"
     print(
         f"{found['loss']:.5f} nats per token, perplexity {found['perplexity']:,.4f}, "
         f"{found['bits_per_byte']:.5f} bits per byte\n"

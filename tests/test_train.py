@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lechat_jax import cli
+from lechat_jax import cli, validation
 from lechat_jax.config import MistralConfig
 from lechat_jax.corpus import load_corpus
 from lechat_jax.data import Batches, load_tokens
@@ -27,6 +27,7 @@ from lechat_jax.options import TrainConfig
 from lechat_jax.stop import Stop
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.train import main, set_up
+from lechat_jax.trainer import Trainer
 from lechat_jax.weights import save_weights
 from parity.lively import lively
 from tests import tokenizers
@@ -229,6 +230,57 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(
     assert "step" in said
     assert "--learning-rate" in said
     assert not list((tmp_path / "run").glob("checkpoints/*/SHA256SUMS"))
+
+
+def test_memory_that_runs_out_is_a_sentence_and_the_name_is_free_again(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(trainer: Trainer) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 64000000000 bytes.")
+
+    monkeypatch.setattr(Trainer, "send", full)
+    flags = ["--out", str(tmp_path / "run"), "--data", str(text), *SMALL, *STEPS]
+    with pytest.raises(
+        BadInput, match=r"no room for another 64\.00 GB; .*--batch.*--accumulate.*--remat"
+    ):
+        main(flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_in_the_last_validation_keeps_what_was_scored(
+    whole: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """After the samples; the same number of tokens, asked for, gives the same score again."""
+
+    def interrupt(display: Display, what: str, *numbers: object) -> None:
+        if what.startswith("validating"):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(validation, "BLOCK", 16)
+    monkeypatch.setattr(Display, "work", interrupt)
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "loss.png").unlink()
+    (folder / "samples" / "step-000012.txt").unlink()
+    (folder / "metrics.jsonl").write_text("")
+    assert main(["--resume", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert said.index("--- sample at step 12") < said.index(
+        "held-out tokens, evenly spread (SIGINT)"
+    )
+    assert (folder / "loss.png").exists()
+    (row,) = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    assert (row["val/tokens"], row["val/held_out"]) == (64, 1083)  # a batch of four rows of 16
+
+    monkeypatch.setattr(Display, "work", lambda *args: None)
+    (folder / "metrics.jsonl").write_text("")
+    assert main(["--resume", str(folder), "--eval-tokens", "64"]) == 0
+    assert "bits per byte on 64 of 1,083 held-out tokens" in capsys.readouterr().out
+    assert metrics(folder, "val/loss") == {12: row["val/loss"].hex()}
 
 
 # --- weights to start from ---
