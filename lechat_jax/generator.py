@@ -13,10 +13,10 @@ from jax.typing import DTypeLike
 from lechat_jax.cache import Cache, cache_bytes, empty_cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.continuation import Continuation, Sample, join
-from lechat_jax.decode import MOST, DecodeState, Request, compile_for, decode, prefill
+from lechat_jax.decode import MOST, DecodeState, Request, break_even, compile_for, decode, prefill
 from lechat_jax.errors import BadInput
 from lechat_jax.loading import free_bytes, load_to_compute
-from lechat_jax.lookup import SEEN, newest
+from lechat_jax.lookup import SEEN, Repeats, newest
 from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.projection import as_bits
 from lechat_jax.quantize import Format
@@ -252,19 +252,32 @@ class Generator:
         rows: list[Continuation],
         request: Request,
         draft: int,
+        prompts: Sequence[Sequence[int]],
     ) -> Iterator[tuple[DecodeState, list[Sample]]]:
         """The state and the pieces after each call of `decode`, until all rows have stopped.
 
-        A state is used up when the next one is asked for.
+        A state is used up when the next one is asked for. Guesses are made where they would have
+        been right of late.
         """
-        n = 1
-        weights = self._for(len(rows) * (1 + draft))
+        n, guessing = 1, 0
+        repeats = [Repeats(prompt, draft) for prompt in prompts] if draft else []
+        is_drawn = bool(np.any(np.asarray(request.controls.temperature) > 0))
+        enough = break_even(draft, len(rows), is_drawn)
         while not all(row.stopped for row in rows):
+            if draft:
+                rates = [r.rate for r, row in zip(repeats, rows, strict=True) if not row.stopped]
+                guessing = draft if sum(rates) / len(rates) >= enough else 0
+                if state.seen.shape[1] != (SEEN if guessing else 0):
+                    seen = newest([r.text for r in repeats], SEEN if guessing else 0)
+                    state = state._replace(seen=jnp.asarray(seen))
             began = time.perf_counter()
-            state, out = decode(self.config, weights, state, request, np.int32(n), draft)
+            weights = self._for(len(rows) * (1 + guessing))
+            state, out = decode(self.config, weights, state, request, np.int32(n), guessing)
             ids, logprobs, lengths = jax.device_get((out.ids, out.logprobs, out.length))
             quick = time.perf_counter() - began < PATIENCE
             n = min(MOST, 2 * n) if quick else max(1, n // 2)
+            for repeat, row_ids, length in zip(repeats, ids, lengths, strict=bool(repeats)):
+                repeat.add(row_ids[:length].tolist())
             pieces = [
                 row.take(ids[b, :length].tolist(), logprobs[b, :length].tolist())
                 for b, (row, length) in enumerate(zip(rows, lengths, strict=True))
@@ -294,7 +307,7 @@ class Generator:
             yield [row.take([], []) for row in rows]
             return
         state = self._read(prompts, [row.limit for row in rows], draft)
-        for _, pieces in self.rounds(state, rows, request, draft):
+        for _, pieces in self.rounds(state, rows, request, draft, prompts):
             yield pieces
 
     def _read(self, prompts: Sequence[Sequence[int]], limits: list[int], draft: int) -> DecodeState:
@@ -305,7 +318,7 @@ class Generator:
             token=jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32),
             position=jnp.asarray([len(prompt) - 1 for prompt in prompts], jnp.int32),
             left=jnp.asarray(limits, jnp.int32),
-            seen=jnp.asarray(newest(prompts, SEEN if draft else 0)),
+            seen=jnp.asarray(newest(prompts, 0)),
         )
 
     def check(self, prompts: Sequence[Sequence[int]], max_tokens: int = 0, draft: int = 0) -> None:

@@ -6,6 +6,7 @@ comparison with each of the last `SEEN` tokens.
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from jaxtyping import Array, Int
 from lechat_jax.cache import EMPTY
 
 SEEN = 8192  # tokens of a row that are searched, the newest ones
+Number = TypeVar("Number", float, Array)
 NGRAM = 3  # tokens that have to be equal for the best kind of match; fewer will do
 
 
@@ -25,8 +27,8 @@ def newest(texts: Sequence[Sequence[int]], S: int) -> Int[np.ndarray, "B S"]:
     """
     seen = np.full((len(texts), S), EMPTY, np.int32)
     for row, text in enumerate(texts):
-        positions = np.arange(max(0, len(text) - S), len(text)) if S else np.arange(0)
-        seen[row, positions % max(S, 1)] = np.asarray(text, np.int32)[positions]
+        start = max(0, len(text) - S)
+        seen[row, np.arange(start, len(text)) % max(S, 1)] = text[start:]
     return seen
 
 
@@ -68,3 +70,55 @@ def look_up(seen: Int[Array, "B S"], position: Int[Array, "B"], n: int) -> Int[A
     best = jnp.argmax(length * S - age, axis=1, keepdims=True)
     period = jnp.maximum(jnp.take_along_axis(age, best, axis=1), 1)
     return jnp.take_along_axis(seen, (best + 1 + jnp.arange(n) % period) % S, axis=1)
+
+
+class Repeats:
+    """How well a text could have been guessed so far, told by going through it as decoding would.
+
+    A step that guesses costs more than one that does not, so guesses are made only where they
+    have been right. This goes by the tokens alone and not by a clock, so that the same request
+    takes the same steps.
+
+    Attributes:
+        text: the tokens.
+        rate: tokens that a step of guesses makes, lately: 1 where none is right.
+
+    >>> Repeats([1, 2, 3, 4, 5] * 5, draft=3).rate > 3
+    True
+    >>> Repeats(list(range(25)), draft=3).rate
+    1.0
+    """
+
+    def __init__(self, text: Sequence[int], draft: int) -> None:
+        self.text: list[int] = [int(id_) for id_ in text[:-SEEN]]
+        self.rate = 1.0
+        self._draft = draft
+        self._latest: dict[tuple[int, ...], int] = {}  # where what followed each n-gram is
+        self._source: int | None = None  # place of the next guess
+        self._right = 0  # guesses of this step
+        self.add(text[-SEEN:])
+
+    def add(self, ids: Sequence[int]) -> None:
+        """The next tokens of the text."""
+        for id_ in map(int, ids):
+            text, source = self.text, self._source
+            text.append(id_)
+            is_right = source is not None and self._right < self._draft and text[source] == id_
+            ending = tuple(text[-NGRAM:])
+            if is_right and source is not None:
+                self._right, self._source = self._right + 1, source + 1
+            else:
+                self.rate = lately(self.rate, 1.0 + self._right)
+                found = self._latest.get(ending)
+                is_seen = found is not None and len(text) - found < SEEN
+                self._right, self._source = 0, found if is_seen else None
+            self._latest[ending] = len(text)
+
+
+def lately(rate: Number, made: Number) -> Number:
+    """Tokens a step, of which the last four count most, after a step that made so many.
+
+    >>> lately(1.0, 5.0)
+    2.0
+    """
+    return rate + (made - rate) / 4

@@ -9,7 +9,7 @@ from lechat_jax.cache import Cache
 from lechat_jax.continuation import Continuation, Sample
 from lechat_jax.decode import DecodeState
 from lechat_jax.generator import Generator, stop_texts
-from lechat_jax.lookup import SEEN, newest
+from lechat_jax.lookup import newest
 from lechat_jax.sampling import Sampling
 
 
@@ -99,10 +99,10 @@ class Session:
             token=jnp.asarray(self.ids[-1:], jnp.int32),
             position=jnp.asarray([len(self.ids) - 1], jnp.int32),
             left=jnp.asarray([row.limit], jnp.int32),
-            seen=jnp.asarray(newest([self.ids], SEEN if self._draft else 0)),
+            seen=jnp.asarray(newest([self.ids], 0)),
         )
         request = made.request(sampling, eos_ids, batch=1)
-        for after, (piece,) in made.rounds(state, [row], request, self._draft):
+        for after, (piece,) in made.rounds(state, [row], request, self._draft, [[*self.ids]]):
             self.ids += piece.ids
             self._keep(after.cache, int(np.asarray(after.position)[0]) + self._draft)
             yield piece

@@ -21,6 +21,7 @@ from lechat_jax import generator, room
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.continuation import Sample
+from lechat_jax.decode import decode
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.model import bind, weights_of
@@ -398,8 +399,8 @@ def counting(tiny: MistralConfig) -> Generator:
 
 @pytest.mark.parametrize("draft", [0, 5])
 def test_an_eos_among_right_guesses_is_the_last_token(counting: Generator, draft: int) -> None:
-    """Each prompt has the EOS 8 and what it will be followed by, so all guesses are right."""
-    known = [*range(20), 3, 4]
+    """Two prompts count to 19 again and again, so all guesses are right, the EOS 8 among them."""
+    known = [*range(20)] * 4 + [*range(5)]
     rows = [known, [*known, 5, 6, 7], [9, 10, 11]]
 
     def counted(n: int) -> list[tuple[list[int], str | None]]:
@@ -409,6 +410,43 @@ def test_an_eos_among_right_guesses_is_the_last_token(counting: Generator, draft
     assert counted(9) == [([5, 6, 7, 8], "eos"), ([8], "eos"), ([*range(12, 21)], "length")]
     assert counted(4) == [([5, 6, 7, 8], "eos"), ([8], "eos"), ([*range(12, 16)], "length")]
     assert counted(3) == [([5, 6, 7], "length"), ([8], "eos"), ([*range(12, 15)], "length")]
+
+
+def drafts_of(made: Generator, monkeypatch: pytest.MonkeyPatch, *asked: Any, **how: Any) -> list:
+    """The number of steps of each call, and of the tokens that it guessed at a time."""
+    calls = []
+
+    def noted(*arguments: Any) -> Any:
+        found = decode(*arguments)
+        calls.append((int(found[1].steps), arguments[5]))
+        return found
+
+    monkeypatch.setattr(generator, "decode", noted)
+    made.generate(*asked, **how)
+    return calls
+
+
+def test_guesses_are_made_only_where_they_have_been_right(
+    counting: Generator, made: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text that counts around repeats itself after 97 tokens, and any other model's does not."""
+    monkeypatch.setattr(generator, "PATIENCE", 1e9)
+    ordinary = drafts_of(made, monkeypatch, [prompt_of(30)], 60, PLAIN, [], draft=5)
+    assert {draft for _, draft in ordinary} == {0}
+    around = drafts_of(counting, monkeypatch, [[1]], 400, GREEDY, [], draft=5)
+    assert [draft for _, draft in around] == [0] * 7 + [5]
+    assert sum(steps for steps, _ in around) == 127 + 46  # of 273 tokens, six at a time
+
+
+def test_guesses_end_where_they_are_no_longer_right(
+    counting: Generator, made: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt repeats itself and the model does not go on with it."""
+    monkeypatch.setattr(generator, "PATIENCE", 1e9)
+    calls = drafts_of(made, monkeypatch, [prompt_of(20) * 5], 60, PLAIN, [], draft=5)
+    guessing = [steps for steps, draft in calls if draft]
+    assert 0 < sum(guessing) < 12
+    assert calls[-1][1] == 0
 
 
 def test_rows_end_at_their_own_stop_texts(run: Run) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lechat_jax.cache import EMPTY
-from lechat_jax.lookup import NGRAM, look_up, newest, record
+from lechat_jax.lookup import NGRAM, Repeats, look_up, newest, record
 
 
 def guess(text: list[int], n: int, S: int = 32) -> list[int]:
@@ -58,3 +58,23 @@ def test_tokens_that_are_recorded_one_by_one_are_as_if_kept_from_the_start(
         at = jnp.array([[position, EMPTY]])
         seen = record(seen, at, jnp.array([[text[position], 77]]))
     np.testing.assert_array_equal(seen, newest([text], S))
+
+
+def test_a_text_is_worth_guessing_while_it_repeats_itself() -> None:
+    """Six right guesses and the token after them are a step of seven."""
+    rng = np.random.default_rng(0)
+    once, other = rng.permutation(5000)[:300].tolist(), rng.permutation(5000)[:60].tolist()
+    repeats = Repeats(once, draft=6)
+    assert repeats.rate == 1.0
+    repeats.add(once)
+    assert repeats.rate == pytest.approx(7, abs=0.01)
+    repeats.add(other)
+    assert repeats.rate == pytest.approx(1, abs=0.01)
+    assert repeats.text == once + once + other
+
+
+@given(st.lists(st.integers(0, 2), max_size=60), st.integers(0, 60))
+def test_what_repeats_does_not_depend_on_how_a_text_comes(text: list[int], at: int) -> None:
+    in_parts = Repeats(text[:at], draft=3)
+    in_parts.add(text[at:])
+    assert in_parts.rate == Repeats(text, draft=3).rate
