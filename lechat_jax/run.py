@@ -22,6 +22,7 @@ import numpy as np
 
 from lechat_jax.distributed import is_first
 from lechat_jax.errors import BadInput
+from lechat_jax.lock import LOCK, Lock
 from lechat_jax.mirrors import Mirror, TensorBoard, WeightsAndBiases
 from lechat_jax.shell import command
 from lechat_jax.whole import check_new_folder, told, write_whole
@@ -41,6 +42,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._mirrors: list[Mirror] = []
+        self._lock: Lock | None = None
         self.checkpoints = folder / "checkpoints"
         self.samples = folder / "samples"
 
@@ -49,13 +51,36 @@ class Run:
         """A new, empty run.
 
         Raises:
-            BadInput: as `check_new`.
+            BadInput: as `check_new`, or another process begins one there.
         """
-        cls.check_new(folder)
         run = cls(folder)
-        with run._writing(run.samples):
-            run.samples.mkdir(parents=True, exist_ok=True)
+        run.begin()
         return run
+
+    def begin(self) -> None:
+        """Makes the folder of a new run, and holds it; raises `BadInput` as `create` does."""
+        self.check_new(self.folder)
+        with self._writing(self.samples):
+            self.samples.mkdir(parents=True, exist_ok=True)
+        self.hold()
+        self.check_new(self.folder)  # another may have begun it, and ended, since
+
+    def hold(self) -> None:
+        """No other process can train this run until this one ends or `release`s it.
+
+        Whoever reads it, to generate or to convert, is not kept from that.
+
+        Raises:
+            BadInput: another one does already, or the folder cannot be written.
+        """
+        with self._writing(self.folder):
+            self._lock = Lock(self.folder)
+
+    def release(self) -> None:
+        """Others may train it."""
+        if self._lock:
+            self._lock.release()
+            self._lock = None
 
     @staticmethod
     def check_new(folder: Path, n_bytes: int = 0) -> None:
@@ -80,11 +105,12 @@ class Run:
         """
         if not is_first():
             return
-        for name in (CONFIG, RECIPE, METRICS, *others):
+        for name in (CONFIG, RECIPE, METRICS, LOCK, *others):
             (self.folder / name).unlink(missing_ok=True)
         for folder in (self.samples, self.checkpoints, self.folder):
             with contextlib.suppress(OSError):  # something is in it
                 folder.rmdir()
+        self.release()
 
     @classmethod
     def open(cls, folder: Path) -> "Run":

@@ -1,11 +1,15 @@
 """A run's folder: never half-written, readable after a crash, refused when it cannot be used."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import struct
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from matplotlib.figure import Figure
 from tensorboardX.proto import event_pb2
 
 from lechat_jax.errors import BadInput
+from lechat_jax.lock import Lock
 from lechat_jax.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +58,7 @@ def test_a_new_run_is_empty_and_leaves_what_else_is_in_the_folder(tmp_path: Path
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
     run = Run.create(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "samples"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "notes.txt", "samples"]
     assert list(run.metrics()) == []
     assert (run.samples, run.checkpoints) == (folder / "samples", folder / "checkpoints")
 
@@ -84,6 +89,70 @@ def test_a_run_that_is_forgotten_leaves_its_name_and_what_is_not_its_own(run: Ru
     (again.folder / "notes.txt").unlink()
     again.forget()
     assert not again.folder.exists()
+
+
+# --- one process at a time ---
+
+HOLDER = """
+import sys
+from pathlib import Path
+from lechat_jax.lock import Lock
+lock = Lock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process holds the folder, until its stdin ends."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+
+
+def test_a_run_that_is_trained_by_another_process_cannot_be_held(run: Run) -> None:
+    run.release()
+    with held(run.folder) as other:
+        with pytest.raises(BadInput, match=f"is being trained by process {other.pid} on "):
+            Run.open(run.folder).hold()
+        assert Run.open(run.folder).config == CONFIG, "but it can be read"
+        other.communicate("")
+    Run.open(run.folder).hold()
+
+
+def test_whatever_ends_the_holder_releases_the_run(run: Run) -> None:
+    run.release()
+    with held(run.folder) as other:
+        other.kill()
+    Run.open(run.folder).hold()
+
+
+def test_of_two_processes_that_begin_a_run_one_does(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with held(folder) as other:
+        with pytest.raises(BadInput, match=f"process {other.pid} on .*; wait for it, or stop it"):
+            Run.create(folder)
+        assert not (folder / "config.json").exists()
+        other.communicate("")
+
+
+def test_where_the_file_system_knows_no_locks_a_run_goes_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    assert not Lock(tmp_path).is_held
 
 
 # --- opening again ---
