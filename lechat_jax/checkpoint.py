@@ -151,10 +151,18 @@ class Checkpoints:
                 first fault), or its leaves, shapes or dtypes are not those of the template
                 (the first difference is named).
         """
-        good, refused = from_first(lambda: self._newest_good(templates, step))
-        whole = self._at(good)
-        meta = json.loads((whole / META).read_text(encoding="utf-8"))
-        return Restored(good, _read(whole, templates), meta, tuple(refused))
+        while True:
+            good, refused = from_first(lambda: self._newest_good(templates, step))
+            whole = self._at(good)
+            try:
+                meta = json.loads((whole / META).read_text(encoding="utf-8"))
+                return Restored(good, _read(whole, templates), meta, tuple(refused))
+            except (OSError, ValueError) as error:
+                if not whole.is_dir():  # deleted since by a run that trains, which has newer ones
+                    continue
+                if reason := _disk_error(error):
+                    raise BadInput(f"{whole} cannot be read: {reason}") from error
+                raise
 
     def _newest_good(self, items: Collection[str], step: int | None) -> tuple[int, list[str]]:
         """The step to restore, and a sentence for each that was passed over."""
@@ -167,6 +175,8 @@ class Checkpoints:
             reason = _fault(self._at(candidate), items)
             if reason is None:
                 return candidate, refused
+            if not self._at(candidate).is_dir():  # deleted since, by a run that still trains
+                return self._newest_good(items, step)
             refused.append(f"checkpoint {candidate} in {self.folder} is damaged: {reason}")
         if refused:
             raise BadInput("; ".join(refused) + "; no other is left to restore")

@@ -5,9 +5,12 @@ import dataclasses
 import errno
 import inspect
 import io
+import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Annotated, NoReturn, TypeVar, get_type_hints
 
 import tyro
@@ -81,6 +84,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper):  # of cp1252, for example, as Windows' pipes are
             stream.reconfigure(errors="replace")
+    # What fails while a checkpoint is written or read is raised; this would say it again, before.
+    sys.excepthook = _but_for_echoes
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -100,6 +106,19 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     if code == SIGPIPE or not _is_flushed():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
     sys.exit(code)
+
+
+def _but_for_echoes(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Tells an error that nobody caught, unless it is of a thread that came too late.
+
+    Tensorstore tells each part of a write that failed to a loop of asyncio, which the first one
+    has ended, and prints a traceback for each of the others.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main or kind is not RuntimeError or str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _refuse(sentence: str) -> int:
