@@ -63,6 +63,20 @@ def find_files(data: str) -> Found | None:
     )
 
 
+def located(data: str | None) -> str | None:
+    """The same data, as a path that leads there from any folder; a dataset's id is none.
+
+    >>> located(None), located("owner/dataset")
+    (None, 'owner/dataset')
+    """
+    path = os.path.expanduser(data or "")
+    if os.path.exists(path):
+        return os.path.abspath(path)
+    if _GLOB_CHARACTERS.search(path) and not os.path.isabs(path):
+        return os.path.join(glob.escape(os.getcwd()), path)
+    return data
+
+
 def _below(top: Path) -> Found:
     """All files below a folder but hidden ones, and sockets and the like."""
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -97,14 +98,33 @@ def group(name: str) -> str:
     return "matrix" if name.startswith("blocks.") else name.removesuffix(".kernel")
 
 
-def warmup_then_cooldown(step: Int[Array, ""], total: Int[Array, ""]) -> Float[Array, ""]:
+class Schedule(NamedTuple):
+    """Where the rate rises and falls.
+
+    Attributes:
+        first: the step at which it begins to rise.
+        end: the step at which it is zero.
+        cooldown: steps in which it would fall from its peak to zero.
+    """
+
+    first: Int[ArrayLike, ""]
+    end: Int[ArrayLike, ""]
+    cooldown: Float[ArrayLike, ""]
+
+
+def warmup_then_cooldown(
+    step: Int[Array, ""], length: Schedule | Int[ArrayLike, ""]
+) -> Float[Array, ""]:
     """The fraction of the peak rate at a step: up in a few steps, level, down to zero.
 
-    A function of the step and of the run's length alone. While the length is still being
-    measured any large total will do, since the level part does not depend on it.
+    A function of the step and of the run's length alone; a number of steps is a run of so many.
+    While the length is still being measured any large one will do, since the level part does not
+    depend on it.
     """
-    up = (step + 1) / WARMUP_STEPS
-    down = (total - step) / (COOLDOWN * total)
+    if not isinstance(length, Schedule):
+        length = Schedule(0, length, COOLDOWN * length)
+    up = (step - length.first + 1) / WARMUP_STEPS
+    down = (length.end - step) / length.cooldown
     return jnp.clip(jnp.minimum(up, down), 0.0, 1.0).astype(jnp.float32)
 
 

@@ -16,6 +16,8 @@ MODEL = "dim n_layers n_heads n_kv_heads head_dim hidden_dim sliding_window".spl
 MODEL += ["n_experts", "n_experts_per_token"]
 SAMPLING = {"prompt", "max_tokens", "temperature", "top_p"}  # may change when a run resumes
 KEEPING = {"eval_tokens", "eval_minutes", "keep"}  # and these change no step
+MORE = {"minutes", "steps"}  # by how much a run that resumes is to be trained further
+MOVABLE = {"data", "init_from"}  # what may lie elsewhere when a run resumes, if it is the same
 HOSTS = {"coordinator", "num_processes", "process_id"}
 PLACE = {"mesh", "distributed", *HOSTS}  # where it runs is no part of a run
 Dtype = Literal["float32", "bfloat16"]
@@ -65,11 +67,13 @@ class TrainConfig:
         lora_from: Folder of adapters in PEFT's format to begin with, instead of fresh ones.
         quantize: Keep the weights of --init-from in int8 or int4 while adapters are learned. By
             default they are in the type that is computed in, twice as large or more.
-        minutes: Time to train for, in minutes from the start of the process. Turned into a number
-            of steps once, after a few timed ones; the final evaluation and the samples follow.
+        minutes: Time to train for, in minutes from the start of the process to its end. Turned into
+            a number of steps after a few timed ones, and again where the machine gets slower or
+            faster. By default 5. For a run that is resumed, so much more, at rates that
+            rise and fall once more.
         steps: Number of training steps, instead of --minutes.
-        max_epochs: Most passes over the training text. More would learn it by heart, so a fast
-            machine stops before its minutes are over.
+        max_epochs: Most passes over the training text in the minutes. More would learn it by
+            heart, so a fast machine stops before its minutes are over.
         batch: Rows in a batch. By default 8 on a CPU and 256 on a GPU or TPU.
         accumulate: Parts that a batch is worked through in, one after the other: the same step,
             with the activations of one part in memory. Divides --batch.
@@ -93,7 +97,8 @@ class TrainConfig:
         name: Name of the run, whose folder is runs/NAME. By default the preset, date and time.
         out: Folder of the run, instead of runs/NAME.
         resume: Folder of a run to continue, bit for bit, from its last good checkpoint. The run's
-            own options apply.
+            own options apply. If its text was moved, --data says where it is now, and --init-from
+            where the weights are beside which it learns adapters.
         mesh: Devices that share the work, for example fsdp=4,tp=2: 4 of them share the rows of a
             batch and the weights, and 2 the heads and hidden units of each layer. By default
             one device on a CPU and all others in fsdp. May change when a run resumes.
@@ -143,7 +148,7 @@ class TrainConfig:
     lora_targets: tuple[str, ...] = ()
     lora_from: Path | None = None
     quantize: Format | None = None
-    minutes: float = 5.0
+    minutes: float | None = None
     steps: int | None = None
     max_epochs: float = 16.0
     batch: int | None = None
@@ -247,6 +252,11 @@ class TrainConfig:
             )
 
     @property
+    def usual_minutes(self) -> float:
+        """Those asked for, or the usual ones."""
+        return 5.0 if self.minutes is None else self.minutes
+
+    @property
     def usual_optimizer(self) -> Literal["muon", "adamw"]:
         """The one asked for, or the usual one."""
         return self.optimizer or ("adamw" if self.init_from else "muon")
@@ -309,11 +319,12 @@ class TrainConfig:
 
     def contradictions(self) -> list[str]:
         """Flags given beside --resume that a resumed run could not honour."""
-        return [
-            _flag(name)
-            for name in self._given()
-            if name not in {"resume", *SAMPLING, *KEEPING, *PLACE}
-        ]
+        free = {"resume", *SAMPLING, *KEEPING, *PLACE, *MOVABLE, *MORE}
+        return [_flag(name) for name in self._given() if name not in free]
+
+    def asks_again(self) -> bool:
+        """Whether, beside --resume, it asks for more than the rest of the run."""
+        return any(name in SAMPLING | MORE for name in self._given())
 
     def contradictions_to(self, model: MistralConfig) -> list[str]:
         """Flags given beside --init-from that ask for another model than this one."""
@@ -325,9 +336,10 @@ class TrainConfig:
             asked = ["preset", *asked]
         return [_flag(name) for name in asked]
 
-    def with_samples_of(self, asked: "TrainConfig") -> "TrainConfig":
-        """The same run, where `asked` says, and sampled so where it says anything."""
-        names = {name for name in asked._given() if name in SAMPLING | KEEPING} | PLACE
+    def with_changes_of(self, asked: "TrainConfig") -> "TrainConfig":
+        """The same run, where `asked` says, and sampled and found so where it says anything."""
+        free = SAMPLING | KEEPING | MOVABLE
+        names = {name for name in asked._given() if name in free} | PLACE
         return dataclasses.replace(self, **{name: getattr(asked, name) for name in names})
 
     def _changes(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.loss import cross_entropy
 from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.moe import Load, imbalance
-from lechat_jax.optimizer import MUON, Optimizer, Rule, warmup_then_cooldown
+from lechat_jax.optimizer import MUON, Optimizer, Rule, Schedule, warmup_then_cooldown
 from lechat_jax.remat import KEPT_ON_A_CPU, Remat
 from lechat_jax.rows import Rows
 from lechat_jax.sharding import ROWS, keeps_its_type, made_sharded, pinned, sum_over_rows
@@ -150,7 +150,7 @@ def train_steps(
     frozen: Weights,
     rows: Rows,
     n_steps: Int[ArrayLike, ""],
-    total_steps: Int[ArrayLike, ""],
+    length: Schedule | Int[ArrayLike, ""],
 ) -> tuple[TrainState, Float[Array, " calls"]]:
     """The state after the first `n_steps` batches of `rows`, and the loss of each step.
 
@@ -164,10 +164,10 @@ def train_steps(
         frozen: the other weights of the model, if there are any.
         rows: a batch for each step, [calls, B, T + 1].
         n_steps: steps to take.
-        total_steps: length of the run, on which the learning rate depends.
+        length: of the run in steps, on which the learning rate depends, or its schedule.
     """
     steps = jitted_steps(options)
-    return steps(config, options, state, frozen, rows, n_steps, total_steps)
+    return steps(config, options, state, frozen, rows, n_steps, length)
 
 
 def jitted_steps(options: StepOptions) -> Any:
@@ -183,7 +183,7 @@ def _steps(
     frozen: Weights,
     rows: Rows,
     n_steps: Array,
-    total_steps: Array,
+    length: Schedule | Array,
 ) -> tuple[TrainState, Array]:
     optimizer = Optimizer(options.learning_rate, options.rule)
 
@@ -192,7 +192,7 @@ def _steps(
         batch = jax.tree.map(lambda leaf: leaf[i], rows)
         loss, grads = gradient(config, options, state.weights, frozen, batch)
         updates, inner = optimizer.update(grads, state.optimizer, state.weights)
-        factor = warmup_then_cooldown(state.step, total_steps)
+        factor = warmup_then_cooldown(state.step, length)
         weights = jax.tree.map(lambda leaf, update: leaf + factor * update, state.weights, updates)
         state = TrainState(*pinned(options.mesh, (weights, inner)), state.step + 1)
         return state, losses.at[i].set(loss)

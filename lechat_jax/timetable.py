@@ -1,14 +1,28 @@
-"""How long a run is, and after which steps it does something else than learn."""
+"""How long a run is, at which rate it learns, and after which steps it does something else.
 
+All of it is a function of the step and of a list of plans, which is stored with the run. Where
+minutes were asked for, a plan is measured after a few steps, and another one follows whenever the
+machine turns out faster or slower, so that the time is kept. A run that resumes takes the plans
+as they are stored, each from the step on from which it was in force, and makes no others: so it
+is the same run, bit for bit.
+"""
+
+import math
 import time
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 
 from lechat_jax.distributed import anywhere, from_first
+from lechat_jax.optimizer import COOLDOWN, Schedule
 from lechat_jax.options import TrainConfig
 
 TRAINING_SHARE = 0.85  # of the minutes; the rest validates, saves, samples, and is slack
+TOLERANCE = 0.01  # of the minutes; a plan that would miss them by more is made anew
 CHECKPOINT_SECONDS = 60.0
+CLOSING_SECONDS = 3.0  # the curve, and the end of the interpreter
 EVENTS = {"eval": 10, "sample": 4, "checkpoint": 0}  # how often in a run, unless asked otherwise
 
 
@@ -17,42 +31,104 @@ def elapsed() -> float:
     return time.time() - psutil.Process().create_time()
 
 
+class Plan(NamedTuple):
+    """What is meant to happen from one step on.
+
+    Attributes:
+        since: that step.
+        first: where the rate began to rise: 0, or where a run was trained further.
+        steps: the last step of the run; `None` while it is still to be measured.
+        cooldown: steps in which the rate would fall from its peak to zero.
+    """
+
+    since: int
+    first: int
+    steps: int | None
+    cooldown: float
+
+    @classmethod
+    def whole(cls, first: int, steps: int | None) -> "Plan":
+        """From the first step on, of a run that ends at `steps`."""
+        return cls(first, first, steps, _float32(COOLDOWN, float((steps or first) - first)))
+
+
 class Timetable:
     """When a run validates, samples and saves, and when it ends.
 
     Attributes:
-        total: steps of the run; `None` while their number is still to be measured.
-        most: steps of a run whose length is measured, at most.
+        plans: one after the other, by the step from which on they are in force.
+        minutes: to train for, from the start of the process, if steps are not given.
+        pace: seconds of a step, lately; 0 before any was timed.
     """
 
-    total: int | None
-
-    def __init__(self, options: TrainConfig, steps_per_epoch: float) -> None:
-        self.options = options
-        self.total = options.steps
-        self.most = max(1, int(options.max_epochs * steps_per_epoch))
+    def __init__(
+        self,
+        options: TrainConfig,
+        steps_per_epoch: float,
+        stored: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        self.options, self.steps_per_epoch = options, steps_per_epoch
+        self.plans = [Plan(**plan) for plan in stored] or [Plan.whole(0, options.steps)]
+        self.minutes = options.usual_minutes
+        self.pace = 0.0
+        self._cost: dict[str, float] = {}  # in steps, since a slower machine is slower at all
+        self._has_deadline = False
         self.start_the_clock()
 
     @property
-    def end(self) -> int:
-        """The last step, as far as it is known."""
-        return self.total or self.most
+    def total(self) -> int | None:
+        """Steps of the run; `None` while their number is still to be measured."""
+        return self.plans[-1].steps
+
+    @property
+    def most(self) -> int:
+        """Steps of a run whose length is measured, at most."""
+        return self.plans[-1].first + max(1, int(self.options.max_epochs * self.steps_per_epoch))
 
     def start_the_clock(self) -> None:
         """Nothing is to be saved by the clock before its time has gone by from now."""
         self._saved = time.monotonic()
 
-    def every(self, what: str) -> int | None:
+    def extend(self, step: int, steps: int | None, minutes: float | None) -> None:
+        """From this step on a schedule of its own begins: so many steps, or minutes, more."""
+        self.plans = [plan for plan in self.plans if plan.since < step]
+        self.plans.append(Plan.whole(step, steps and step + steps))
+        self.minutes = minutes or self.minutes
+
+    def took(self, what: str, seconds: float) -> None:
+        """So long it takes, as fast as steps are now; an event, or all that is validated last."""
+        if self.pace:
+            self._cost[what] = seconds / self.pace
+
+    def at(self, step: int) -> Plan:
+        """The plan that the step is taken by."""
+        return next(plan for plan in reversed(self.plans) if plan.since <= step or not plan.since)
+
+    def schedule(self, step: int) -> Schedule:
+        """What the rate of the step follows from."""
+        first, end, cooldown = self._curve(step)
+        return Schedule(np.int32(first), np.int32(end), np.float32(cooldown))
+
+    def _curve(self, step: int) -> tuple[int, int, float]:
+        plan = self.at(step)
+        if plan.steps is not None:
+            return plan.first, plan.steps, plan.cooldown
+        return plan.first, self.most, Plan.whole(plan.first, self.most).cooldown
+
+    def every(self, what: str, step: int) -> int | None:
         """Steps between two of the events, once the length of the run is known.
 
-        Checkpoints that nobody asked for go by the clock.
+        It does not change with what the clock makes of the length. Checkpoints that nobody asked
+        for go by the clock.
         """
         asked, parts = getattr(self.options, f"{what}_every"), EVENTS[what]
-        return asked or (max(1, -(-self.total // parts)) if self.total and parts else None)
+        first = self.at(step).first
+        known = [plan.steps - first for plan in self.plans if plan.first == first and plan.steps]
+        return asked or (max(1, -(-known[0] // parts)) if known and parts else None)
 
     def due(self, what: str, step: int) -> bool:
         """Whether it is to be done after that step."""
-        if every := self.every(what):
+        if every := self.every(what, step):
             return step % every == 0
         late = time.monotonic() - self._saved > CHECKPOINT_SECONDS
         return what == "checkpoint" and anywhere(late)
@@ -62,18 +138,68 @@ class Timetable:
         return self.total is None or any(self.due(what, step) for what in EVENTS)
 
     def steps_after(self, step: int) -> int:
-        """As many as there are until something is to be done."""
-        ends = [step + n - step % n for n in map(self.every, EVENTS) if n]
-        return min([self.end, *ends]) - step
+        """As many as there are until something is to be done, or another plan is in force."""
+        ends = [step + n - step % n for what in EVENTS if (n := self.every(what, step))]
+        changes = [plan.since for plan in self.plans if plan.since > step]
+        return min([self.total or self.most, *ends, *changes]) - step
 
     def settle(self, step: int, seconds_per_step: float) -> str:
         """Turns the minutes into a number of steps, and says why there are so many.
 
         The same on all processes. Steps before were taken at a rate that does not depend on it.
         """
-        left = max(0.0, self.options.minutes * 60 - elapsed())
-        fits = from_first(lambda: step + int(TRAINING_SHARE * left / seconds_per_step))
-        self.total = max(step, min(fits, self.most))
+        self._has_deadline, self.pace = True, seconds_per_step
+        fits = from_first(lambda: self._fitting(step))
+        self._plan(step, max(step, min(fits, self.most)))
         if self.most < fits:
             return f"{self.options.max_epochs:g} passes over the text (--max-epochs)"
-        return f"{self.options.minutes:g} minutes"
+        return f"{self.minutes:g} minutes"
+
+    def revise(self, step: int, sent: int, seconds_per_step: float) -> bool:
+        """Whether the steps that are not `sent` yet are planned anew, so that the time is kept.
+
+        Never those of a run whose length was known when this process began.
+        """
+        total, self.pace = self.total, seconds_per_step
+        if not self._has_deadline or total is None or sent >= total:
+            return False
+        fits = from_first(lambda: self._fitting(step))
+        fits = max(sent, min(fits, self.most))
+        missed = abs(fits - total) * seconds_per_step
+        if not from_first(lambda: missed > TOLERANCE * 60 * self.minutes):
+            return False
+        self._plan(sent, fits)
+        return True
+
+    def _fitting(self, step: int) -> int:
+        """The step at which training has to end for the rest to be done in time."""
+        left = 60 * self.minutes - elapsed()
+        if self.total is None or "eval" not in self._cost:
+            return step + int(max(0.0, TRAINING_SHARE * left) / self.pace)
+        events = self._cost.keys() & EVENTS.keys()
+        rest = sum(self._cost[what] * self._times(what, step, left) for what in events) * self.pace
+        # A last validation that is longer than what is set aside for it has to be cut short.
+        share = (1 - TRAINING_SHARE) * 60 * self.minutes
+        rest += min(share, self._cost.get("ending", math.inf) * self.pace) + CLOSING_SECONDS
+        return step + int(max(0.0, left - rest) / self.pace)
+
+    def _times(self, what: str, step: int, left: float) -> float:
+        """How often it is still to be done, the last sample and the last checkpoint included."""
+        last = what != "eval"
+        if every := self.every(what, step):
+            return float(((self.total or step) - 1) // every - step // every + last)
+        return max(0.0, left / CHECKPOINT_SECONDS) + last
+
+    def _plan(self, since: int, total: int) -> None:
+        """From `since` on the run ends at `total`, and the rate falls to zero from where it is."""
+        first, end, cooldown = self._curve(since)
+        rate = min(1.0, (end - since) / cooldown)
+        left = float(total - since)
+        length = min(COOLDOWN * (total - first), left) if rate == 1.0 else left
+        plan = Plan(since, first, total, max(1.0, _float32(1 / max(rate, 1e-6), length)))
+        self.plans = [p for p in self.plans if p.since < since or p.steps is None] + [plan]
+
+
+def _float32(a: float, b: float) -> float:
+    """The product as it is computed on a device."""
+    return float(np.float32(a) * np.float32(b))

@@ -20,6 +20,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.display import Display, clock
 from lechat_jax.distributed import anywhere, from_first
 from lechat_jax.errors import BadInput
+from lechat_jax.finding import located
 from lechat_jax.lessons import Lessons, load_lessons
 from lechat_jax.loading import free_bytes, shapes_to_compute
 from lechat_jax.memory import (
@@ -31,7 +32,7 @@ from lechat_jax.memory import (
     simulated_mesh,
     told,
 )
-from lechat_jax.options import DEFAULT_PRESET, TrainConfig
+from lechat_jax.options import DEFAULT_PRESET, MOVABLE, TrainConfig
 from lechat_jax.recipe import to_yaml
 from lechat_jax.room import OutOfMemory, running_out
 from lechat_jax.run import HELD_OUT, RECIPE, Run
@@ -100,14 +101,16 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
     if start.run and start.corpus_sha256 != lessons.sha256:
         raise BadInput(
             f"the text is not the one that {asked.resume} was started on (SHA-256 "
-            f"{start.corpus_sha256}); restore it, or start a new run"
+            f"{start.corpus_sha256}); restore it or say with --data where it is, or start a new run"
         )
     source = start.source
     with running_out(REMEDY):
         loaded = load_base(source, options, shape.dtype, mesh, display) if source else None
-    if start.run is None:
-        from_first(lambda: _begin_run(folder, start, lessons, loaded))
-    run = Run.open(folder)
+    run = start.run or Run(folder)
+    if start.run:
+        _remember(run, options)
+    else:
+        from_first(lambda: _begin_run(run, start, lessons, loaded))
     with _forgotten_if_it_fails(run, tokenizer), running_out(REMEDY):
         if options.tensorboard:
             run.mirror_to_tensorboard()
@@ -129,6 +132,10 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
             trainer.restore()
         else:
             trainer.begin(weights)
+    if start.run and (asked.steps or asked.minutes):
+        trainer.extend(asked.steps, asked.minutes)
+    elif start.run and not asked.asks_again():
+        from_first(trainer.check_unfinished)
     return trainer
 
 
@@ -176,7 +183,7 @@ def _forgotten_if_it_fails(run: Run, tokenizer: Tokenizer) -> Iterator[None]:
 def _started(asked: TrainConfig) -> Start:
     """A new run."""
     if asked.init_from is None:
-        options = dataclasses.replace(asked, preset=asked.preset or DEFAULT_PRESET)
+        options = _located(dataclasses.replace(asked, preset=asked.preset or DEFAULT_PRESET))
         model, tokenizer, source = asked.model(), Tokenizer.mistral_v1(), None
         if model.vocab_size != tokenizer.vocab_size:
             raise BadInput(
@@ -184,7 +191,7 @@ def _started(asked: TrainConfig) -> Start:
                 f"{tokenizer.vocab_size}; choose another preset"
             )
     else:
-        options = dataclasses.replace(asked, init_from=asked.init_from.absolute())
+        options = _located(asked)
         source = Trained.open(asked.init_from)
         check_source(source, options)
         model, tokenizer = source.config, source.tokenizer
@@ -200,18 +207,30 @@ def _started(asked: TrainConfig) -> Start:
     return Start(options, model, tokenizer, source, learning)
 
 
+def _located(options: TrainConfig) -> TrainConfig:
+    """The same options, whose text and weights are found from any folder, as a run may move on."""
+    init_from = options.init_from and options.init_from.absolute()
+    return dataclasses.replace(options, data=located(options.data), init_from=init_from)
+
+
 def _resumed(asked: TrainConfig) -> Start:
     """What `config.json` of a run says, with its own tokenizer."""
     if flags := asked.contradictions():
         raise BadInput(f"--resume goes on with the run's own options; leave out {', '.join(flags)}")
     run = Run.open(Path(asked.resume or ""))
+    from_first(run.hold)
     config = run.config
     trained = Trained.open(run.folder)
+    if asked.init_from and not trained.adapters:
+        raise BadInput(
+            f"{run.folder} has all its weights and needs no others to go on; leave out --init-from"
+        )
+    trained = dataclasses.replace(trained, moved=asked.init_from and asked.init_from.absolute())
     tokenizer = trained.tokenizer
     if tokenizer is None:
         raise BadInput(f"{run.folder} has no tokenizer any more; put the run's own back into it")
     return Start(
-        options=TrainConfig.from_dict(config["train"]).with_samples_of(asked),
+        options=_located(TrainConfig.from_dict(config["train"]).with_changes_of(asked)),
         model=MistralConfig.from_dict(config["model"]),
         tokenizer=tokenizer,
         source=trained if trained.adapters else None,
@@ -235,10 +254,18 @@ def _new_folder(options: TrainConfig) -> Path:
     return Path(from_first(lambda: str(options.out or Path("runs") / name)))
 
 
-def _begin_run(folder: Path, start: Start, lessons: Lessons, loaded: Loaded | None) -> None:
+def _remember(run: Run, options: TrainConfig) -> None:
+    """Where text and weights of a run are, which were just found to be the same, is stored."""
+    config, fields = run.config, options.to_dict()
+    if any(config["train"].get(name) != fields[name] for name in MOVABLE):
+        config["train"] |= {name: fields[name] for name in MOVABLE}
+        run.config = config
+
+
+def _begin_run(run: Run, start: Start, lessons: Lessons, loaded: Loaded | None) -> None:
     """A new run in its folder, with all that is known at the start."""
     options = start.options
-    run = Run.create(folder)
+    run.begin()
     start.tokenizer.save(run.folder)
     for path in beside(start.source.folder) if start.source else []:
         shutil.copyfile(path, run.folder / path.name)
@@ -280,7 +307,8 @@ def finish(trainer: Trainer, display: Display) -> None:
 def _validate(trainer: Trainer, stop: Stop, display: Display) -> str:
     """Scores what was held out, as much as there is time for, logs that and says it in words."""
     options, began = trainer.options, time.perf_counter()
-    minutes = options.minutes / 2 if options.eval_minutes is None else options.eval_minutes
+    usual = trainer.timetable.minutes / 2
+    minutes = usual if options.eval_minutes is None else options.eval_minutes
 
     def late() -> bool:
         return time.perf_counter() - began > 60 * minutes
@@ -372,11 +400,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 trainer.train(stop)
         except Diverged as error:
             display.say(f"stopped: {error}", style="red")
+            trainer.run.release()
             return 1
         if trainer.step == trainer.total:
             finish(trainer, display)
         else:
             pause(trainer, stop.asked, display)
+        trainer.run.release()
     return cli.SIGPIPE if display.has_no_reader else 0
 
 

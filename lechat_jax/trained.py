@@ -16,7 +16,7 @@ from lechat_jax.folder import kind_of, read_config, stored_format
 from lechat_jax.manifest import MANIFEST
 from lechat_jax.model import Weights
 from lechat_jax.quantize import Form, Format, asked, quantize_weights
-from lechat_jax.run import Run
+from lechat_jax.run import CONFIG, Run
 from lechat_jax.sharding import described, shardings
 from lechat_jax.tensors import TensorFiles
 from lechat_jax.tokenizer import Tokenizer
@@ -52,12 +52,14 @@ class Trained:
         config: of the model in it.
         run: the training run that it is, unless it holds weights in lechat's format.
         adapters: those that the run learned, if it did not learn whole weights.
+        moved: where the weights are now beside which it learned them, if not where they were.
     """
 
     folder: Path
     config: MistralConfig
     run: Run | None
     adapters: Adapters | None = None
+    moved: Path | None = None
 
     @classmethod
     def open(cls, folder: Path) -> "Trained":
@@ -118,12 +120,14 @@ class Trained:
         """
         if self.run is None or self.adapters is None:
             return self
-        folder = Path(self.run.config["train"]["init_from"])
+        folder = self.moved or Path(self.run.config["train"]["init_from"])
         try:
             return Trained.open(folder)
         except BadInput as error:
             raise BadInput(
-                f"{self.folder} holds adapters, for the weights in {folder}: {error}"
+                f"{self.folder} holds adapters, for the weights in {folder}: {error}; if those "
+                f'were moved, write where they are now as "init_from" into '
+                f"{self.folder / CONFIG}, or say it with --init-from beside --resume"
             ) from None
 
     @property

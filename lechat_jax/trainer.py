@@ -47,6 +47,8 @@ from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.validation import Validator
 
 TIMED_CALLS = 3  # measured before minutes become steps
+RECENT_CALLS = 6  # that tell how long a step takes now
+WORTH_SAYING = 0.05  # of the steps
 
 
 class Diverged(Exception):
@@ -114,7 +116,8 @@ class Trainer:
         dtype = self.step_options.dtype
         self.samples = Samples(run, config, options, lessons, tokenizer, display, mesh, dtype)
         self.step = 0
-        self.timetable = Timetable(options, self.reader.windows / self.reader.batch)
+        epoch, plans = self.reader.windows / self.reader.batch, run.config.get("plan", ())
+        self.timetable = Timetable(options, epoch, plans)
         self.sent = 0  # steps that the device has been asked for
         self.speed = Speed(config, self.reader.block, dtype, mesh)
 
@@ -224,6 +227,7 @@ class Trainer:
         """
         self.display.wait("compiling")
         timed: list[float] = []
+        lately: deque[tuple[int, float]] = deque(maxlen=RECENT_CALLS)
         calls: deque[Call] = deque()
         began, self.sent = time.perf_counter(), self.step
         self.timetable.start_the_clock()
@@ -240,9 +244,12 @@ class Trainer:
             self.speed.rate = call.n * self.reader.batch * self.reader.block / seconds
             self.record(losses)
             timed.append(seconds / call.n)
+            lately.extend([(call.n, seconds)] if len(timed) > 1 else [])  # the first one compiles
             is_known = len(timed) > TIMED_CALLS or self.step >= self.timetable.most
             if self.total is None and is_known:
                 self.plan(float(np.median(timed[1:] or timed)))
+            elif lately:
+                self.revise(sum(s for _, s in lately) / sum(n for n, _ in lately))
             self.show(float(losses[-1]))
             if len(timed) == 1:
                 self.speed.look_at_the_device()  # now that it has compiled, and rests
@@ -273,7 +280,7 @@ class Trainer:
             self.frozen,
             self.upcoming,
             np.int32(n),
-            np.int32(self.timetable.end),
+            self.timetable.schedule(self.sent),
         )
         self.sent += n
         self.upcoming = self.rows_to_send()
@@ -314,11 +321,44 @@ class Trainer:
         """
         why = self.timetable.settle(self.step, seconds_per_step)
         self.save()
+        self.store_plans()
+        self.display.say(f"{self.total} steps of {seconds_per_step * 1e3:,.0f} ms: {why}")
+
+    def revise(self, seconds_per_step: float) -> None:
+        """Plans the steps to come anew if the minutes would be missed, and stores it first."""
+        before = self.total
+        if self.timetable.revise(self.step, self.sent, seconds_per_step):
+            self.store_plans()
+            if before and self.total and abs(self.total - before) > WORTH_SAYING * before:
+                self.display.say(
+                    f"{self.total} steps now, of {seconds_per_step * 1e3:,.0f} ms, to keep to "
+                    f"{self.timetable.minutes:g} minutes"
+                )
+
+    def store_plans(self) -> None:
+        """What is planned is part of the run, so that it resumes as it would have gone on."""
         self.display.total = self.total
         config = self.run.config
-        config["train"]["steps"] = self.total
+        config["train"] |= {"steps": self.total, "minutes": self.timetable.minutes}
+        config["plan"] = [plan._asdict() for plan in self.timetable.plans]
         self.run.config = config
-        self.display.say(f"{self.total} steps of {seconds_per_step * 1e3:,.0f} ms: {why}")
+
+    def extend(self, steps: int | None, minutes: float | None) -> None:
+        """Trains further from the step that was restored, at rates that rise and fall again."""
+        self.timetable.extend(self.step, steps, minutes)
+        self.store_plans()
+        more = f"{steps} steps" if steps else f"{self.timetable.minutes:g} minutes"
+        self.display.say(f"training on from step {self.step} for {more}")
+
+    def check_unfinished(self) -> None:
+        """Raises `BadInput` if all is done; a run that was killed in its last part is not."""
+        scored = any(row["step"] == self.step and "val/bpb" in row for row in self.run.metrics())
+        if self.step == self.total and scored:
+            raise BadInput(
+                f"{self.run.folder} is finished, it has taken all its {self.total} steps; train it "
+                "further with --minutes 10 or --steps 100 beside --resume, or other text with "
+                f"--init-from {self.run.folder}"
+            )
 
     def show(self, loss: float) -> None:
         """Moves the progress bar."""
@@ -334,17 +374,27 @@ class Trainer:
 
         Saves before it samples: what takes memory that nobody foretold may be killed.
         """
-        if self.timetable.due("eval", self.step):
-            score = self.validator.interim(self.weights)
-            self.run.log([self.row() | score.metrics()])
-            self.display.say(
-                f"step {self.step} · {clock(elapsed())} · validation loss {score.loss:.3f} · "
-                f"{score.bits_per_byte:.3f} bits per byte (on {score.tokens:,} tokens)"
-            )
-        if self.timetable.due("checkpoint", self.step):
-            self.save()
-        if self.timetable.due("sample", self.step):
-            self.sample()
+        for what, do in (
+            ("eval", self.validate),
+            ("checkpoint", self.save),
+            ("sample", self.sample),
+        ):
+            if self.timetable.due(what, self.step):
+                began = time.perf_counter()
+                do()
+                self.timetable.took(what, time.perf_counter() - began)
+
+    def validate(self) -> None:
+        """Scores a part of what was held out, and learns how long all of it will take."""
+        score = self.validator.interim(self.weights)
+        if seconds := self.validator.seconds_for_all:
+            share = min(1.0, self.options.eval_tokens / self.validator.n_tokens)
+            self.timetable.took("ending", share * seconds)
+        self.run.log([self.row() | score.metrics()])
+        self.display.say(
+            f"step {self.step} · {clock(elapsed())} · validation loss {score.loss:.3f} · "
+            f"{score.bits_per_byte:.3f} bits per byte (on {score.tokens:,} tokens)"
+        )
 
     def sample(self) -> None:
         """Samples the model as it is."""

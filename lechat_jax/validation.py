@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -116,6 +117,10 @@ class Validator:
 
     The `interim` score takes every n-th row, always the same ones; the `full` one all, or as many
     of the order `spread` as there is time for.
+
+    Attributes:
+        seconds_for_all: that the full score will take, as fast as it went last; `None` before a
+            batch was scored that did not wait for the compiler.
     """
 
     def __init__(self, config: MistralConfig, options: StepOptions, held_out: HeldOut) -> None:
@@ -124,6 +129,8 @@ class Validator:
         ways = options.mesh.shape[ROWS] if options.mesh else 1
         self.batch = -(-batch // ways) * ways
         self._bytes: dict[tuple[int, ...], int] = {}
+        self.seconds_for_all: float | None = None
+        self._is_compiled = False
 
     @property
     def n_tokens(self) -> int:
@@ -163,6 +170,7 @@ class Validator:
     ) -> Score:
         nats, tokens, done = 0.0, 0, 0
         for first in range(0, len(chosen), self.batch):
+            began = time.perf_counter()
             part = chosen[first : first + self.batch]
             fill = ((0, self.batch - len(part)), (0, 0))  # with rows that do not count
             rows = Rows(*(None if x is None else np.pad(x[part], fill) for x in self.held_out.rows))
@@ -179,6 +187,10 @@ class Validator:
                 )
             )
             tokens, done = tokens + int(counted.sum()), first + len(part)
+            if self._is_compiled:
+                batches = -(-len(self.held_out.rows.tokens) // self.batch)
+                self.seconds_for_all = batches * (time.perf_counter() - began)
+            self._is_compiled = True
             on_rows(done, len(chosen))
             if enough():
                 break

@@ -18,6 +18,7 @@ from lechat_jax.optimizer import (
     Kind,
     Optimizer,
     Rates,
+    Schedule,
     group,
     stack_blocks,
     unstack_blocks,
@@ -135,6 +136,12 @@ def factor(step: int, total: int) -> float:
 )
 def test_the_rate_rises_stays_and_falls_to_zero(step: int, expected: float) -> None:
     assert factor(step, total=100) == pytest.approx(expected, rel=1e-6)
+
+
+def test_it_is_a_plain_run_of_that_length_from_any_first_step() -> None:
+    plain = [factor(step, total=100) for step in range(100)]
+    length = Schedule(np.int32(300), np.int32(400), np.float32(60))
+    assert [float(warmup_then_cooldown(jnp.int32(300 + i), length)) for i in range(100)] == plain
 
 
 def test_after_the_end_nothing_moves() -> None:

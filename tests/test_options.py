@@ -88,7 +88,7 @@ def test_a_quantity_has_a_unit(help_of: dict[str, str], flag: str, unit: str) ->
 
 def test_without_flags_the_default_model_is_trained_for_five_minutes() -> None:
     assert parse() == TrainConfig()
-    assert (TrainConfig().minutes, TrainConfig().model_name) == (5.0, "lechat-15m")
+    assert (TrainConfig().usual_minutes, TrainConfig().model_name) == (5.0, "lechat-15m")
     assert TrainConfig().model() == preset("lechat-15m")
 
 
@@ -292,13 +292,19 @@ def test_what_a_run_stores_beside_its_options_is_left_aside() -> None:
 # --- beside --resume ---
 
 
-def test_a_resumed_run_can_only_be_asked_for_other_samples() -> None:
+def test_a_resumed_run_can_be_asked_for_other_samples_and_told_where_things_are() -> None:
     free = TrainConfig(resume=Path("run"), prompt=("To be",), max_tokens=9, temperature=0.0)
     assert free.contradictions() == []
     asked = dataclasses.replace(free, steps=9, n_layers=2, out=Path("x"), learning_rate=2.0)
-    assert asked.contradictions() == ["--n-layers", "--steps", "--learning-rate", "--out"]
+    assert asked.contradictions() == ["--n-layers", "--learning-rate", "--out"]
     asked = dataclasses.replace(free, preset="lechat-15m", init_from=Path("x"))
-    assert asked.contradictions() == ["--preset", "--init-from"]
+    assert asked.contradictions() == ["--preset"]
+    moved = TrainConfig(resume=Path("run"), data="there.txt", init_from=Path("/there"))
+    assert moved.contradictions() == []
+    run = TrainConfig(data="here.txt", steps=3)
+    assert run.with_changes_of(moved) == dataclasses.replace(
+        run, data="there.txt", init_from=Path("/there")
+    )
 
 
 # --- adapters ---

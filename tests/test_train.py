@@ -158,6 +158,46 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: np.asarray(leaf).tobytes() for name, leaf in found.items()}
 
 
+def test_a_finished_run_is_trained_further_and_that_goes_on_bit_for_bit_too(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    with pytest.raises(BadInput, match=r"is finished, .* all its 12 steps; train it .* --steps"):
+        main(["--resume", str(folder)])
+    assert main(["--resume", str(folder), "--steps", "6"]) == 0
+    assert "training on from step 12 for 6 steps" in capsys.readouterr().out
+    losses, ended_with = metrics(folder, "train/loss"), weights(folder)
+    assert sorted(losses) == list(range(1, 19))
+    assert metrics(whole, "train/loss").items() <= losses.items()
+    assert ended_with != weights(whole)
+
+    shutil.rmtree(folder / "checkpoints" / "18")  # as if it had been killed before that
+    assert main(["--resume", str(folder)]) == 0
+    assert "resuming at step 16 of 18" in capsys.readouterr().out
+    assert (metrics(folder, "train/loss"), weights(folder)) == (losses, ended_with)
+
+
+def test_a_text_that_was_moved_is_named_and_found_from_then_on(
+    whole: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by its SHA-256 alone, so that another text is refused."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(text, "moved.txt")
+    Path("other.txt").write_text(text.read_text() + "One more line.\n")
+    stored = folder / "config.json"
+    stored.write_text(stored.read_text().replace(str(text), str(tmp_path / "gone.txt")))
+    with pytest.raises(BadInput, match=r"gone\.txt"):
+        main(["--resume", "run"])
+    with pytest.raises(BadInput, match="restore it or say with --data where it is"):
+        main(["--resume", "run", "--data", "other.txt"])
+    with pytest.raises(BadInput, match="is finished"):
+        main(["--resume", "run", "--data", "moved.txt"])
+    assert json.loads(stored.read_text())["train"]["data"] == str(tmp_path / "moved.txt")
+
+
 def test_a_flipped_bit_is_refused_and_the_checkpoint_before_is_used_and_named(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -450,7 +490,7 @@ BAD = {
     "a folder that cannot be": (["--out", "empty.txt/run"], "cannot write"),
     "no time at all": (["--minutes", "0"], "--minutes must be a finite number above 0"),
     "a run that is not there": (["--resume", "nowhere"], "nowhere is not a training run"),
-    "flags beside --resume": (["--resume", "nowhere", "--steps", "9"], "leave out --steps"),
+    "flags beside --resume": (["--resume", "nowhere", "--batch", "9"], "leave out --batch"),
 }
 
 
