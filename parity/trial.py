@@ -9,7 +9,8 @@ import numpy as np
 from lechat_jax.config import MistralConfig
 from lechat_jax.display import Display, clock
 from lechat_jax.errors import BadInput
-from lechat_jax.manifest import MANIFEST, OF_A_MODEL, fault
+from lechat_jax.folder import fault_of
+from lechat_jax.manifest import MANIFEST
 from parity.against import rounded_as, same_weights
 from parity.answers import TOPICS, Model, Task, Topic, forward, shortened
 from parity.architectures import ARCHITECTURES, SMALL
@@ -171,7 +172,7 @@ def _differences(ours: Source, theirs: Source) -> list[str]:
             f"the weights of {theirs.path}, {', '.join(types[1])}, were rounded to those of "
             f"{ours.path}, {', '.join(types[0])}, before they were compared"
         )
-    if (ours.path / MANIFEST).is_file() and (reason := fault(ours.path, must_list=OF_A_MODEL)):
+    if (ours.path / MANIFEST).is_file() and (reason := fault_of(ours.path)):
         notes.append(f"{ours.path} is not what was written: {reason}")
     return notes
 
