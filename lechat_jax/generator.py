@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from lechat_jax.cache import Cache, cache_bytes, empty_cache
+from lechat_jax.cache import Cache, empty_cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.continuation import Continuation, Sample, join
 from lechat_jax.decode import MOST, DecodeState, Request, break_even, compile_for, decode, prefill
@@ -20,7 +20,7 @@ from lechat_jax.lookup import SEEN, Repeats, newest
 from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.projection import as_bits
 from lechat_jax.quantize import Format
-from lechat_jax.reading import CacheSize, best_chunk, cache_size, left_padded
+from lechat_jax.reading import CacheSize, best_chunk, cache_size, cached_bytes, left_padded
 from lechat_jax.room import check_fits
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer
@@ -28,6 +28,7 @@ from lechat_jax.trained import Trained
 
 MOST_DRAFT = 32  # tokens that may be guessed ahead
 CONTEXT = 4096  # positions of a layer without a window, unless told otherwise
+SHORTER = "ask for a shorter context or fewer samples"
 PATIENCE = 0.1  # seconds of decoding until a stream shows something
 
 # What can be continued: a text, or the ids of one, BOS included.
@@ -121,7 +122,11 @@ class Generator:
             if batch is not None:
                 compile_for(trained.config, shapes, batch, best_chunk(), context, draft)
 
-        weights = load_to_compute(trained, dtype, quantize, compile_ahead)
+        def cached(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+            size = cache_size(trained.config, shapes, batch or 1, best_chunk(), context, draft)
+            return cached_bytes(size)
+
+        weights = load_to_compute(trained, dtype, quantize, compile_ahead, cached, SHORTER)
         return cls(
             bind(trained.config, weights),
             tokenizer,
@@ -346,10 +351,9 @@ class Generator:
 
     def check_memory(self, batch: int, draft: int) -> None:
         """Raises `BadInput` when the cache for so many rows would not fit."""
-        needed = cache_bytes(*self._cache_size(batch, draft))
+        needed = cached_bytes(self._cache_size(batch, draft))
         free = free_bytes(self.weights["norm.scale"])
-        remedy = "ask for a shorter context or fewer samples"
-        check_fits("the cache takes", needed, free, remedy)
+        check_fits("the cache takes", needed, free, SHORTER)
 
     def _cache_size(self, batch: int, draft: int) -> CacheSize:
         return cache_size(self.config, self.weights, batch, self.chunk, self.context, draft)

@@ -14,7 +14,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.lora import is_adapter
 from lechat_jax.model import Weights
 from lechat_jax.quantize import Format, is_part
-from lechat_jax.room import available_bytes
+from lechat_jax.room import available_bytes, check_fits
 from lechat_jax.tensors import TensorFiles
 from lechat_jax.trained import Trained
 from lechat_jax.weights import weight_shapes
@@ -27,6 +27,8 @@ def load_to_compute(
     dtype: DTypeLike | None,
     quantize: Format | None,
     meanwhile: Callable[[Shapes], None],
+    beside: Callable[[Shapes], int] = lambda _: 0,
+    remedy: str = "",
 ) -> Weights:
     """The weights on the default device, in one type to compute in.
 
@@ -38,6 +40,8 @@ def load_to_compute(
         quantize: as for `Trained.load`.
         meanwhile: is told what the weights will look like and runs while they are read, which
             leaves a core idle.
+        beside: bytes that are needed as well, of which a cache has many.
+        remedy: what to do if there is no room for these.
 
     Raises:
         BadInput: they do not fit into memory, are stored in several types of which none was
@@ -51,6 +55,10 @@ def load_to_compute(
             f"the weights in {trained.folder} are of several types, {' and '.join(types)}; "
             "choose the one to compute in (--dtype)"
         )
+    if cache := beside(shapes):
+        needed = cache + sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.values())
+        what = f"the weights and a cache of {cache / 1e9:.2f} GB take"
+        check_fits(what, needed, free_bytes(jnp.zeros(())), remedy)
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(meanwhile, shapes)
         loaded = trained.load(dtype, quantize)

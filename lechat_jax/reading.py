@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
-from lechat_jax.cache import EMPTY
+from lechat_jax.cache import EMPTY, cache_bytes, capacity
 from lechat_jax.config import MistralConfig
 from lechat_jax.model import Weights
 from lechat_jax.projection import FEW
@@ -46,6 +46,14 @@ def cache_size(
     if jax.default_backend() == "cpu":
         dtype = jnp.promote_types(dtype, jnp.float32)
     return CacheSize(config, batch, max(chunk, 1 + draft), context + draft, dtype)
+
+
+def cached_bytes(size: CacheSize) -> int:
+    """Memory that a cache takes while it is read: its rings, and the scores of one layer's chunk."""
+    config, batch, chunk, context, dtype = size
+    slots = max(capacity(window, chunk, context) for window in config.windows)
+    wide = jnp.promote_types(dtype, jnp.float32).itemsize
+    return cache_bytes(*size) + batch * config.n_heads * chunk * slots * wide
 
 
 def best_chunk() -> int:

@@ -28,6 +28,7 @@ from lechat_jax.model import bind, weights_of
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.trained import Trained
 from lechat_jax.weights import save_weights
 from parity.lively import lively
 
@@ -108,8 +109,19 @@ def test_with_windows_the_context_is_no_limit(tiny: MistralConfig) -> None:
 
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(tiny: MistralConfig) -> None:
     model = lively(dataclasses.replace(tiny, sliding_window=None))
-    with pytest.raises(BadInput, match=r"the cache takes 3\d\d\.\d\d GB .* shorter context"):
-        Generator(model, context=10**9).stream([prompt_of(5)])
+    # Keys and values of 3 layers, 2 heads and 8 lanes, positions, and the scores of 6 heads.
+    with pytest.raises(BadInput, match=r"the cache takes 484\.00 GB .* shorter context"):
+        Generator(model, chunk=4, context=10**9).stream([prompt_of(5)])
+
+
+def test_a_context_that_does_not_fit_is_refused_before_the_weights_are_read(
+    tiny: MistralConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(tiny, sliding_window=None)
+    save_weights(tmp_path / "model", config, weights_of(lively(config)), None)
+    monkeypatch.setattr(Trained, "load", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(BadInput, match=r"the weights and a cache of .* shorter context"):
+        Generator.from_checkpoint(tmp_path / "model", context=10**9)
 
 
 @contextlib.contextmanager
