@@ -49,7 +49,7 @@ def cache_size(
 
 
 def cached_bytes(size: CacheSize) -> int:
-    """Memory that a cache takes while it is read: its rings, and the scores of one layer's chunk."""
+    """Memory of a cache and of what reads it: its rings, and the scores of one layer's chunk."""
     config, batch, chunk, context, dtype = size
     slots = max(capacity(window, chunk, context) for window in config.windows)
     wide = jnp.promote_types(dtype, jnp.float32).itemsize

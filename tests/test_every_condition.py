@@ -20,7 +20,7 @@ from parity.check import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-# Ids, width, width within the feed-forward, layers, heads, kv heads, window, and whether it is tied.
+# Ids, width, that of the feed-forward, layers, heads, kv heads, window, and whether it is tied.
 SHAPES: dict[str, tuple[int, int, int, int, int, int, int | None, bool]] = {
     "97 ids": (97, 40, 56, 2, 4, 2, 7, False),
     "2,000 ids": (2000, 128, 256, 3, 8, 2, 32, False),
