@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the models are PyTorch's")
-transformers = pytest.importorskip("transformers", reason="and transformers'")
+pytest.importorskip("torch", reason="the models are PyTorch's")
+pytest.importorskip("transformers", reason="and transformers'")
 pytest.importorskip("xformers", reason="the reference takes its masks from xformers")
+
+import torch
+import transformers
 
 from parity.check import main
 
