@@ -410,7 +410,9 @@ def counting(tiny: MistralConfig) -> Generator:
 
 
 @pytest.mark.parametrize("draft", [0, 5])
-def test_an_eos_among_right_guesses_is_the_last_token(counting: Generator, draft: int) -> None:
+def test_an_eos_among_right_guesses_is_the_last_token(
+    counting: Generator, monkeypatch: pytest.MonkeyPatch, draft: int
+) -> None:
     """Two prompts count to 19 again and again, so all guesses are right, the EOS 8 among them."""
     known = [*range(20)] * 4 + [*range(5)]
     rows = [known, [*known, 5, 6, 7], [9, 10, 11]]
@@ -422,6 +424,8 @@ def test_an_eos_among_right_guesses_is_the_last_token(counting: Generator, draft
     assert counted(9) == [([5, 6, 7, 8], "eos"), ([8], "eos"), ([*range(12, 21)], "length")]
     assert counted(4) == [([5, 6, 7, 8], "eos"), ([8], "eos"), ([*range(12, 16)], "length")]
     assert counted(3) == [([5, 6, 7], "length"), ([8], "eos"), ([*range(12, 15)], "length")]
+    calls = drafts_of(counting, monkeypatch, rows, 9, GREEDY, [8, 96], draft=draft)
+    assert {guessed for _, guessed in calls} >= {draft}, "no guess was made"
 
 
 def drafts_of(made: Generator, monkeypatch: pytest.MonkeyPatch, *asked: Any, **how: Any) -> list:
