@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ class Run:
         """
         with self._writing(self.folder):
             self._lock = Lock(self.folder)
+        if not self._lock.is_held:
+            print(
+                f"warning: the file system of {self.folder} has no locks, so nothing keeps a "
+                "second process from training this run",
+                file=sys.stderr,
+            )
 
     def release(self) -> None:
         """Others may train it."""

@@ -145,14 +145,17 @@ def test_of_two_processes_that_begin_a_run_one_does(tmp_path: Path) -> None:
         other.communicate("")
 
 
-def test_where_the_file_system_knows_no_locks_a_run_goes_on_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_where_the_file_system_knows_no_locks_a_run_goes_on_without_and_says_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(file: object, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     assert not Lock(tmp_path).is_held
+    run.release()
+    run.hold()
+    assert "has no locks" in capsys.readouterr().err
 
 
 # --- opening again ---
