@@ -33,7 +33,7 @@ NASTY = (
 )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Flags:
     """Some flags.
 

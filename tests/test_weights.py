@@ -448,7 +448,6 @@ def test_a_flipped_bit_is_refused_however_weights_are_read(
 @pytest.mark.parametrize(
     ("name", "is_read"),
     [
-        *((name, True) for name in ("tokenizer.model.v3", "tokenizer.json", "tekken.json")),
         ("model-00001-of-00002.safetensors", True),
         ("model.safetensors.index.json", True),
         *((name, False) for name in ("NOTES.md", "my tokenizer.model", "config.json.bak")),
@@ -457,7 +456,6 @@ def test_a_flipped_bit_is_refused_however_weights_are_read(
 def test_only_what_would_be_read_of_a_folder_must_have_a_checksum(
     folder: Path, name: str, is_read: bool
 ) -> None:
-    """A foreign tokenizer beside good weights makes other words of their ids."""
     (folder / name).write_bytes(b"foreign")
     if not is_read:
         load_weights(folder)
