@@ -96,8 +96,10 @@ def test_what_comes_after_int8_is_to_measure_it(
     made = convert(start, tmp_path / "a", "lechat", *INT8)
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith(f"{made}: 30 tensors, 0.00 GB of int8 in ")
-    measure = next(line for line in said if line.startswith("measure:"))
-    assert measure.startswith(f"measure:   python -m parity.quality FOLDER --against {made}, where")
+    assert said[-2:] == [
+        f"measure:   python -m parity.convert {start} {made}-whole --to lechat",
+        f"and then:  python -m parity.quality {made}-whole --against {made}",
+    ]
     lechat = convert(start, tmp_path / "b", "lechat")
     made = convert(lechat, tmp_path / "c", "lechat", *INT8)
     said = capsys.readouterr().out.splitlines()
