@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import log_softmax
+from scipy.special import logsumexp
 
 from lechat_jax.config import MistralConfig, Window
 from parity.compare import GREEDY, first_position, relative
@@ -147,10 +147,10 @@ class Answers:
         task = self.task
         return self.oracle.greedy(prompts, task.new, task.chunk, task.context)
 
-    def score(
+    def logits_of(
         self, prompts: Sequence[Sequence[int]], texts: Sequence[Text]
-    ) -> tuple[Float[np.ndarray, "tokens V"], float]:
-        """Nats of every id at each new token, in one pass, and the deviation of the logits."""
+    ) -> Float[np.ndarray, "tokens V"]:
+        """The logits of every id at each new token, in one pass over each whole text."""
         whole = [[*prompt, *text.ids] for prompt, text in zip(prompts, texts, strict=True)]
         T = max(map(len, whole))
         logits = self.oracle.forward(np.array([ids + [0] * (T - len(ids)) for ids in whole]))
@@ -158,7 +158,7 @@ class Answers:
             logits["logits"][b, len(prompt) - 1 : len(prompt) - 1 + len(text.ids)]
             for b, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
         ]
-        return log_softmax(np.concatenate(kept), axis=-1), float(np.std(np.concatenate(kept)))
+        return np.concatenate(kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,15 +284,25 @@ def _text(
 ) -> Item:
     """Whether each token was the likeliest, and had the nats that one pass gives it.
 
-    Both are measured by the deviation of the logits. A token that is not the likeliest
+    Both are measured by the size of the logits, as these are. A token that is not the likeliest
     counts by what it lacks: two that are closer than rounding may change places.
     """
-    nats, deviation = truth.score(prompts, texts)
+    logits = truth.logits_of(prompts, texts)
     ids = np.concatenate([text.ids for text in texts])
     given = np.concatenate([text.logprobs for text in texts])
-    scored = nats[np.arange(len(ids)), ids]
-    lacking = np.max(nats.max(axis=-1) - scored)
-    error = np.sqrt(np.mean((given - scored) ** 2))
-    size = float(np.sqrt(np.mean(given**2)))
-    rel = float(np.maximum(lacking, error)) / deviation
-    return Item(label, rel, note=GREEDY, rounding=size / deviation)
+    total = np.asarray(logsumexp(logits, axis=-1))  # from which a logit is taken, both as they are rounded
+    chosen = logits[np.arange(len(ids)), ids]
+    lacking = np.max(logits.max(axis=-1) - chosen)
+    error = _rms(given - (chosen - total))
+    size = _rms(logits)
+    largest = np.maximum(np.abs(chosen), np.abs(total))
+    return Item(
+        label,
+        float(np.maximum(lacking, error)) / size,
+        note=GREEDY,
+        rounding=_rms(largest) / size,
+    )
+
+
+def _rms(x: Float[np.ndarray, "..."]) -> float:
+    return float(np.sqrt(np.mean(x**2)))

@@ -34,7 +34,7 @@ CONFIG = dataclasses.replace(SMALL, n_layers=2, sliding_window=3, vocab_size=11)
 BLOCKS = ("attn.0", "mlp.0", "attn.1", "mlp.1")
 WEIGHTS = ("embed.kernel", "blocks.0.attn.q.kernel", "blocks.1.mlp_norm.scale")
 Errors = Mapping[str, float]
-DEVIATION = 1.73  # of the logits below, by which errors of log-probabilities are measured
+SIZE = 1.89  # of the logits below, by which errors of log-probabilities are measured
 
 
 def _off(truth: np.ndarray, error: float) -> np.ndarray:
@@ -108,9 +108,7 @@ class Scripted:
             nats = logits - np.log(np.sum(np.exp(logits)))
             token = int(np.argsort(nats)[-2 if self.second and not i else -1])
             made.ids.append(token)
-            made.logprobs.append(
-                nats[token] + (1 if i % 2 else -1) * self.errors["greedy"] * DEVIATION
-            )
+            made.logprobs.append(nats[token] + (1 if i % 2 else -1) * self.errors["greedy"] * SIZE)
         return made
 
 
