@@ -290,14 +290,13 @@ def _text(
     logits = truth.logits_of(prompts, texts)
     ids = np.concatenate([text.ids for text in texts])
     given = np.concatenate([text.logprobs for text in texts])
-    total = np.asarray(
-        logsumexp(logits, axis=-1)
-    )  # from which a logit is taken, both as they are rounded
+    total = np.asarray(logsumexp(logits, axis=-1))
     chosen = logits[np.arange(len(ids)), ids]
     lacking = np.max(logits.max(axis=-1) - chosen)
     error = _rms(given - (chosen - total))
     size = _rms(logits)
-    # Two numbers are rounded, and a sum over the vocabulary, in vectors of 16, at each addition.
+    # A log-probability is the difference of two numbers that are rounded, the second a sum over
+    # the vocabulary, in vectors of 16, which is rounded at each addition.
     largest = np.maximum(np.abs(chosen), np.abs(total)) + (logits.shape[1] / 16) ** 0.5
     return Item(
         label,

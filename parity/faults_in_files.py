@@ -62,8 +62,8 @@ def _swapped_layers(config: MistralConfig, w: Weights, i: int) -> Weights:
 
 def _flipped_bit(_: MistralConfig, x: np.ndarray) -> np.ndarray:
     bits = np.array(x, np.float32)
-    largest = np.argmax(np.abs(bits))
-    bits.view(np.uint32).flat[largest] ^= 1 << 16  # the last bit of a bfloat16
+    weights = np.flatnonzero(bits)  # a zero with that bit is as good as zero
+    bits.view(np.uint32).flat[weights[weights.size // 2]] ^= 1 << 16  # the last of a bfloat16
     return bits
 
 
