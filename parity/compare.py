@@ -22,8 +22,8 @@ from parity.oracles import Dtype
 UNIT: dict[Dtype, float] = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9}
 
 # In float64, how many times as far apart two programs may be as the reference moves when its
-# weights are rounded once more. Measured on models of all kinds: at most 2. The planted faults are
-# thousands of times as far away, and more.
+# weights are rounded once more. Measured on models of all kinds: at most 2. All planted faults
+# are further away.
 EXACT = 10.0
 
 # In other types, how many times as wrong an implementation may be as the worst of the others is.
@@ -48,8 +48,8 @@ FEW = 4.0
 ROUNDINGS = 8.0
 
 # Norms are rounded once, and both round the same number: the few that lie on an edge may fall
-# to either side, here one in 100. Measured: one in 3,000; with the scale multiplied before
-# rounding, one in three.
+# to either side, here one in 100. The planted fault, a scale
+# that is multiplied before rounding, is beyond it; how many differ otherwise was not measured.
 SAME_ROUNDING = 0.01
 
 
