@@ -1,4 +1,4 @@
-"""What every test and doctest runs under: eight simulated CPU devices and no network.
+"""What every test and doctest runs under: eight simulated CPU devices, hasty XLA, no network.
 
 At the root and not in `tests`, because the doctests in the packages are tests as well.
 """
@@ -22,6 +22,27 @@ from lechat_jax.config import MistralConfig
 # on a user's machine, with one device. A count given from outside wins.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", 8)
+
+OPTIMIZED = bool(os.environ.get("LECHAT_TEST_OPTIMIZED"))
+
+
+def compile_quickly() -> None:
+    """Leaves out most of XLA's optimisations, which took two fifths of the time of all tests.
+
+    What is tested is the program that XLA is given. Programs that a test starts, and
+    `python -m parity.check`, are optimised as a user's are, and so is every test with
+    `LECHAT_TEST_OPTIMIZED=1 pytest`.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    if jax.__version_info__ < (0, 11):  # XLA ends a process over a flag that it has no longer
+        with pytest.MonkeyPatch.context() as patch:
+            flags = os.environ.get("XLA_FLAGS", "")
+            patch.setenv("XLA_FLAGS", f"{flags} --xla_cpu_use_fusion_emitters=false")
+            jax.devices()  # now the flags are read, once
+
+
+if os.environ["JAX_PLATFORMS"] == "cpu" and not OPTIMIZED:
+    compile_quickly()
 
 # No deadline, because the first example compiles. In CI the same examples every time.
 hypothesis.settings.register_profile("lechat", deadline=None)

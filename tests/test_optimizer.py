@@ -39,11 +39,11 @@ def shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
 
 
 @functools.cache
-def gradients(config: MistralConfig) -> Weights:
+def gradients(config: MistralConfig, dtype: str = "float32") -> Weights:
     """Random ones, of no particular size."""
     rng = np.random.default_rng(0)
     return {
-        name: jnp.asarray(rng.normal(size=shape) * rng.uniform(0.1, 10), jnp.float32)
+        name: jnp.asarray(rng.normal(size=shape) * rng.uniform(0.1, 10), dtype)
         for name, shape in shapes(config).items()
     }
 
@@ -206,14 +206,16 @@ def test_each_expert_and_each_router_is_a_map_of_its_own() -> None:
     np.testing.assert_allclose(alone, moved[router.format(1)], rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("x64")
 def test_layers_do_not_disturb_each_other(tiny: MistralConfig) -> None:
     """Each layer's kernel moves as it would in a model that has no other."""
+    grads = gradients(tiny, "float64")
+    together = update(grads)
     for layer in range(tiny.n_layers):
         name = f"blocks.{layer}.attn.o.kernel"
-        alone = update({"blocks.0.attn.o.kernel": gradients(tiny)[name]})
-        whole = first_update(tiny)[name]
-        atol = 1e-5 * np.abs(whole).max()
-        np.testing.assert_allclose(alone["blocks.0.attn.o.kernel"], whole, atol=atol)
+        alone = update({"blocks.0.attn.o.kernel": grads[name]})["blocks.0.attn.o.kernel"]
+        atol = 1e-12 * np.abs(alone).max()
+        np.testing.assert_allclose(alone, together[name], rtol=0, atol=atol)
 
 
 # --- tables and norms ---
@@ -233,12 +235,14 @@ def test_a_row_of_a_table_moves_only_when_its_token_is_met() -> None:
     np.testing.assert_allclose(moved[1], -Rates().embed, rtol=1e-3)  # however small the gradient
 
 
+@pytest.mark.usefixtures("x64")
 def test_the_learning_rate_scales_every_update(tiny: MistralConfig) -> None:
     names = ["embed.kernel", "head.kernel", "norm.scale", "blocks.0.mlp.up.kernel"]
-    halved = update({name: gradients(tiny)[name] for name in names}, learning_rate=0.5)
+    grads = {name: gradients(tiny, "float64")[name] for name in names}
+    whole, halved = update(grads), update(grads, learning_rate=0.5)
     for name in names:
-        whole = first_update(tiny)[name]
-        np.testing.assert_allclose(halved[name], whole / 2, atol=1e-6 * np.abs(whole).max())
+        atol = 1e-12 * np.abs(whole[name]).max()
+        np.testing.assert_allclose(halved[name], whole[name] / 2, rtol=0, atol=atol)
 
 
 # --- trained weights ---
