@@ -299,6 +299,34 @@ def test_the_first_position_over_budget_is_that_of_the_text() -> None:
     assert (first.label, first.position) == ("mlp.1", 5)
 
 
+@pytest.mark.parametrize(("times", "ok"), [(0.93 * 1.5, True), (1.07 * 1.5, False)])
+def test_a_loss_that_is_right_by_luck_is_no_yardstick(times: float, ok: bool) -> None:
+    """It is one number, so another's is measured by the logits."""
+    lucky = every(1e-3) | {"loss": 0.0}
+    others = {f"{name} float32": lucky for name in ("jax", "torch", "transformers")}
+    exam = Judged(others | {"jax float32": every(1e-3) | {"loss": times * 1e-3}})
+    assert red(list(exam.rounded("float32"))) == (
+        set() if ok else {("loss", ("jax", "torch"), "float32")}
+    )
+
+
+@pytest.mark.parametrize(
+    ("position", "stage"), [("first", "prefill"), ("last read", "prefill"), ("after", "decode")]
+)
+def test_the_prompt_is_all_of_it_and_what_comes_after_is_decoded(position: str, stage: str) -> None:
+    class Off(Judged):
+        def answers(self, name: Implementation, dtype: Dtype) -> Answers:
+            answers = super().answers(name, dtype)
+            if name == "jax":
+                n = answers.task.prompt
+                answers.cached = answers.cached.copy()
+                answers.cached[:, {"first": 0, "last read": n - 1, "after": n}[position]] *= 1.1
+            return answers
+
+    stages = list(Off({"moved": every(1e-9)}).exact(transformers=False))
+    assert {stage.label for stage in stages if not stage.ok} == {stage}
+
+
 def test_float64_is_no_rounding_to_be_judged() -> None:
     with pytest.raises(BadInput, match="float64 is the truth"):
         next(Judged({}).rounded("float64"))
