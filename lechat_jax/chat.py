@@ -22,12 +22,12 @@ from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.dialogue import Dialogue
 from lechat_jax.display import Reading, Visible
 from lechat_jax.errors import BadInput
+from lechat_jax.files.text import stdin_encoding
 from lechat_jax.generator import CONTEXT, Generator, stop_texts
 from lechat_jax.quantize import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.session import Session
 from lechat_jax.stop import Stop
-from lechat_jax.textfile import stdin_encoding
 from lechat_jax.tokenizer import preferred
 from lechat_jax.trained import Trained
 from lechat_jax.vocabulary import no_tokenizer

@@ -31,7 +31,7 @@ from jaxtyping import PyTree
 
 from lechat_jax.distributed import from_first, is_first
 from lechat_jax.errors import BadInput
-from lechat_jax.manifest import MANIFEST, fault, sync, write_manifest
+from lechat_jax.files.checksums import MANIFEST, fault, sync, write_manifest
 
 META = "meta.json"
 PARTIAL = ".partial"

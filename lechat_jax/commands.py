@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lechat_jax.errors import BadInput
+from lechat_jax.files.atomic import write_whole
 from lechat_jax.template import Conversation
-from lechat_jax.whole import write_whole
 
 HELP = """\
 /reset        begins a new conversation; the system prompt stays

@@ -5,7 +5,7 @@ import sys
 
 import jax
 
-from lechat_jax.paths import cache_home
+from lechat_jax.files.paths import cache_home
 
 FOLDER = "jax_compilation_cache_dir"
 # Each by the environment variable that has precedence over it.

@@ -6,7 +6,7 @@ All but a prompt of plain text become the messages of a conversation. Standard l
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from lechat_jax.records import parsed
+from lechat_jax.files.jsonl import parsed
 
 Form = Literal["messages", "completion"]
 Messages = list[dict[str, Any]]

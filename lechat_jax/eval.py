@@ -25,6 +25,7 @@ from lechat_jax.data import load_tokens
 from lechat_jax.display import Display, clock
 from lechat_jax.errors import BadInput
 from lechat_jax.examples import load_examples
+from lechat_jax.files.atomic import check_writable, write_whole
 from lechat_jax.loading import load_to_compute
 from lechat_jax.packing import Documents, Packed
 from lechat_jax.quantize import Format
@@ -35,7 +36,6 @@ from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
 from lechat_jax.validation import HeldOut, Score, Validator, decoded_bytes
 from lechat_jax.vocabulary import no_tokenizer
-from lechat_jax.whole import check_writable, write_whole
 
 ANY = 1 << 40  # tokens of a row that holds any example
 

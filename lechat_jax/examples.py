@@ -19,11 +19,11 @@ from lechat_jax.corpus import EVERY, in_words
 from lechat_jax.data import dtype_of
 from lechat_jax.dialects import FIELDS, Form, conversation, fields_told, form_of_fields
 from lechat_jax.errors import BadInput
-from lechat_jax.finding import LeftOut, NoRecords, find_files
+from lechat_jax.files.find import LeftOut, NoRecords, find_files
+from lechat_jax.files.jsonl import Complaints, Record, holds_records, json_records
+from lechat_jax.files.text import plain_name, read_bytes
 from lechat_jax.packing import Documents
-from lechat_jax.records import Complaints, Record, holds_records, json_records
 from lechat_jax.scribes import CHUNK, answer_bytes, pages
-from lechat_jax.textfile import plain_name, read_bytes
 from lechat_jax.texts import first_record, load_dataset
 from lechat_jax.token_cache import Arrays, kept
 from lechat_jax.tokenizer import Tokenizer

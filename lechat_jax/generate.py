@@ -19,13 +19,13 @@ from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.continuation import Sample, join
 from lechat_jax.display import Reading, Visible
 from lechat_jax.errors import BadInput
+from lechat_jax.files.atomic import check_writable, write_whole
 from lechat_jax.generator import CONTEXT, Generator, stop_texts
 from lechat_jax.prompts import Prompt, read_prompts
 from lechat_jax.quantize import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.trained import Trained
 from lechat_jax.vocabulary import no_tokenizer
-from lechat_jax.whole import check_writable, write_whole
 
 RULE = "-" * 72  # between two samples
 

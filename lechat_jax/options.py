@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
-from lechat_jax.paths import fault_of_name
+from lechat_jax.files.paths import fault_of_name
 from lechat_jax.quantize import Format
 from lechat_jax.remat import Remat
 

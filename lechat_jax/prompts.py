@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lechat_jax.errors import BadInput
-from lechat_jax.records import Complaints, holds_records, json_records
-from lechat_jax.textfile import read_stdin, read_text
+from lechat_jax.files.jsonl import Complaints, holds_records, json_records
+from lechat_jax.files.text import read_stdin, read_text
 
 Prompt = str | list[int]
 

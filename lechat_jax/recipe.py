@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from lechat_jax.errors import BadInput
-from lechat_jax.textfile import read_text
+from lechat_jax.files.text import read_text
 
 
 def with_recipe(argv: Sequence[str], names: Sequence[str], switches: Set[str]) -> list[str]:

@@ -23,10 +23,10 @@ import numpy as np
 
 from lechat_jax.distributed import is_first
 from lechat_jax.errors import BadInput
-from lechat_jax.lock import LOCK, Lock
+from lechat_jax.files.atomic import check_new_folder, told, write_whole
+from lechat_jax.files.lock import LOCK, Lock
 from lechat_jax.mirrors import Mirror, TensorBoard, WeightsAndBiases
 from lechat_jax.shell import command
-from lechat_jax.whole import check_new_folder, told, write_whole
 
 CONFIG, METRICS, CURVE = "config.json", "metrics.jsonl", "loss.png"
 RECIPE = "config.yaml"

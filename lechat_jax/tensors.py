@@ -23,8 +23,8 @@ from jaxtyping import Shaped
 from safetensors import safe_open
 
 from lechat_jax.errors import BadInput
-from lechat_jax.headers import DTYPES, TensorInfo, read_header, read_index
-from lechat_jax.manifest import sync
+from lechat_jax.files.checksums import sync
+from lechat_jax.files.safetensors_header import DTYPES, TensorInfo, read_header, read_index
 
 PIECE = 1 << 23  # bytes of a tensor at once: what is cast, and what another thread hashes
 SLAB = (

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from lechat_jax.dialects import Form, fields_told, form_of_fields
 from lechat_jax.errors import BadInput
-from lechat_jax.finding import LeftOut, NoRecords, find_files
-from lechat_jax.records import Complaints, Record, half_pair, holds_records, json_records
-from lechat_jax.textfile import plain_name, read_text
+from lechat_jax.files.find import LeftOut, NoRecords, find_files
+from lechat_jax.files.jsonl import Complaints, Record, half_pair, holds_records, json_records
+from lechat_jax.files.text import plain_name, read_text
 
 # Folders of Python's library without prose: tests, tables, other people's packages.
 _NOT_PROSE = {"__pycache__", "dist-packages", "encodings", "idlelib", "lib2to3", "pydoc_data"}

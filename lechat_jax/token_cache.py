@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
-from lechat_jax.paths import cache_home
+from lechat_jax.files.paths import cache_home
 
 HEADER = 256  # bytes of JSON and spaces before the arrays, so that these are aligned
 

@@ -20,7 +20,8 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.display import Display, clock
 from lechat_jax.distributed import anywhere, from_first
 from lechat_jax.errors import BadInput
-from lechat_jax.finding import located
+from lechat_jax.files.atomic import check_new_folder
+from lechat_jax.files.find import located
 from lechat_jax.lessons import Lessons, load_lessons
 from lechat_jax.loading import free_bytes, shapes_to_compute
 from lechat_jax.memory import (
@@ -45,7 +46,6 @@ from lechat_jax.trained import Loaded, Trained
 from lechat_jax.trainer import Diverged, Trainer, step_options
 from lechat_jax.vocabulary import beside, no_tokenizer
 from lechat_jax.weights import weight_shapes
-from lechat_jax.whole import check_new_folder
 
 
 class Start(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lechat_jax.errors import BadInput
-from lechat_jax.headers import parse_json
+from lechat_jax.files.safetensors_header import parse_json
 
 GENERATION = "generation_config.json"
 SETTINGS = "tokenizer_config.json"

@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from lechat_jax import cli
-from lechat_jax.whole import check_writable
+from lechat_jax.files.atomic import check_writable
 from parity.bench_attention import Attention
 from parity.bench_card import Card
 from parity.bench_convert import Convert

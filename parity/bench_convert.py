@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lechat_jax.errors import BadInput
-from lechat_jax.manifest import sync
+from lechat_jax.files.checksums import sync
 from parity import convert, make_checkpoint
 from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
 from parity.names import Format

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lechat_jax import cli
 from lechat_jax.display import Display
-from lechat_jax.whole import check_writable
+from lechat_jax.files.atomic import check_writable
 from parity import reports
 from parity.check_options import CheckConfig
 from parity.peer import need

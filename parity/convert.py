@@ -22,14 +22,14 @@ from rich.console import Console
 
 from lechat_jax import cli
 from lechat_jax.errors import BadInput
-from lechat_jax.manifest import sync, write_manifest
+from lechat_jax.files.atomic import check_new_folder
+from lechat_jax.files.checksums import sync, write_manifest
 from lechat_jax.quantize import Form, asked, in_parts
 from lechat_jax.quantize import Format as Quantization
 from lechat_jax.shell import command
 from lechat_jax.tensors import Wanted, write_tensors
 from lechat_jax.tokenizer import preferred
 from lechat_jax.vocabulary import control_ids, no_tokenizer
-from lechat_jax.whole import check_new_folder
 from parity.finite import is_finite
 from parity.formats import to_format
 from parity.names import Format, names, parts, rows, shapes, tied_head

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.headers import check_inside
+from lechat_jax.files.safetensors_header import check_inside
 from parity.pickles import pickle_store
 from parity.stores import Store, Stored
 

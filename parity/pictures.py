@@ -3,7 +3,7 @@
 import io
 from pathlib import Path
 
-from lechat_jax.whole import write_whole
+from lechat_jax.files.atomic import write_whole
 from parity.report import Report
 
 GREY = "#808080"  # seen on white and on black

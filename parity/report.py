@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lechat_jax.whole import write_whole
+from lechat_jax.files.atomic import write_whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lechat_jax.whole import write_whole
+from lechat_jax.files.atomic import write_whole
 from parity.report_html import page
 from parity.verdict import STAGES, FaultReport, Verdict
 from parity.wording import (

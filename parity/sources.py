@@ -16,9 +16,9 @@ import numpy as np
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.files.checksums import MANIFEST
+from lechat_jax.files.safetensors_header import check_inside, parse_json
 from lechat_jax.folder import OF_TEXT, fault_of
-from lechat_jax.headers import check_inside, parse_json
-from lechat_jax.manifest import MANIFEST
 from lechat_jax.quantize import pop_format
 from lechat_jax.run import Run
 from lechat_jax.shell import command

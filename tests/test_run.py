@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from tensorboardX.proto import event_pb2
 
 from lechat_jax.errors import BadInput
-from lechat_jax.lock import Lock
+from lechat_jax.files.lock import Lock
 from lechat_jax.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +96,7 @@ def test_a_run_that_is_forgotten_leaves_its_name_and_what_is_not_its_own(run: Ru
 HOLDER = """
 import sys
 from pathlib import Path
-from lechat_jax.lock import Lock
+from lechat_jax.files.lock import Lock
 lock = Lock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 from lechat_jax import weights as module
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.files.checksums import write_manifest
 from lechat_jax.folder import fault_of, kind_of
-from lechat_jax.manifest import write_manifest
 from lechat_jax.model import Weights, weights_of
 from lechat_jax.quantize import Form, quantize_weights
 from lechat_jax.tensors import TensorFiles, write_tensors

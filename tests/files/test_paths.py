@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lechat_jax.paths import cache_home, fault_of_name
+from lechat_jax.files.paths import cache_home, fault_of_name
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lechat_jax import eval, generate, whole
+from lechat_jax import eval, generate
 from lechat_jax.errors import BadInput
-from lechat_jax.whole import check_new_folder, check_writable, write_whole
+from lechat_jax.files import atomic
+from lechat_jax.files.atomic import check_new_folder, check_writable, write_whole
 from parity import bench, check, convert, make_checkpoint, quality
 
 GB = 10**9
@@ -125,7 +126,7 @@ def test_a_folder_that_can_be_made_is_not_made_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = shutil.disk_usage(tmp_path)._replace(free=3 * GB)
-    monkeypatch.setattr(whole.shutil, "disk_usage", lambda path: disk)
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: disk)
     check_new_folder(tmp_path / "deep" / "run", 3 * GB)
     with pytest.raises(BadInput, match=r"needs 3\.01 GB and 3\.00 GB of the disk are free; make"):
         check_new_folder(tmp_path / "deep" / "run", 3_010_000_000)

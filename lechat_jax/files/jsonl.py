@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lechat_jax.errors import BadInput
-from lechat_jax.textfile import lines_of, plain_name, read_text
+from lechat_jax.files.text import lines_of, plain_name, read_text
 
 QUOTED = 5  # complaints that a message quotes; the others are counted
 DEEPEST = 100  # levels of a record, with room for what pydantic and json need on each

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from lechat_jax.errors import BadInput
-from lechat_jax.textfile import encoding_of, lines_of, plain_name, read_stdin, read_text
+from lechat_jax.files.text import encoding_of, lines_of, plain_name, read_stdin, read_text
 
 TEXT = "na\u00efve \u6f22\u5b57 \U0001f600\r\nand\u2028more\n"
 

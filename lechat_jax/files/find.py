@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lechat_jax.errors import BadInput
-from lechat_jax.textfile import NotText, plain_name
+from lechat_jax.files.text import NotText, plain_name
 
 _DATASET_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[A-Za-z0-9_-][\w.-]*", re.ASCII)
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*$", re.ASCII)  # .txt, but not the .1 of a version
