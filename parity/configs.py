@@ -9,7 +9,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lechat_jax.config import PARTS, MistralConfig, Window
+from lechat_jax.config import MistralConfig, Window
+from lechat_jax.config.mistral import PARTS
 from lechat_jax.errors import BadInput
 from parity import rotary
 from parity.multimodal import SEEING, text_fields

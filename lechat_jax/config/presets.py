@@ -7,6 +7,9 @@ a checkpoint's own config always decides about that checkpoint.
 from collections.abc import Mapping
 from typing import Any
 
+from lechat_jax.config.mistral import MistralConfig
+from lechat_jax.errors import BadInput
+
 Fields = Mapping[str, Any]
 
 SEVEN: dict[str, Any] = {
@@ -162,3 +165,18 @@ UNVERIFIED: dict[str, tuple[str, ...]] = {
     "mistral-small-22b-2409": ("rope_theta", "norm_eps", "sliding_window"),
     "ministral-8b-2410": ("rope_theta", "norm_eps"),
 }
+
+PRESETS: dict[str, MistralConfig] = {
+    name: MistralConfig.from_dict(dict(fields)) for name, fields in RELEASES.items()
+}
+
+
+def preset(name: str) -> MistralConfig:
+    """The config of that name in `PRESETS`.
+
+    Raises:
+        BadInput: there is none; the message lists those there are.
+    """
+    if name not in PRESETS:
+        raise BadInput(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

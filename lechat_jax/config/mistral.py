@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 from lechat_jax.errors import BadInput
-from lechat_jax.releases import RELEASES
 
 Window = int | None
 
@@ -167,6 +166,7 @@ class MistralConfig:
     def windows(self) -> tuple[Window, ...]:
         """The window of each layer.
 
+        >>> from lechat_jax.config import PRESETS
         >>> PRESETS["lechat-15m"].windows[:2]
         (64, 64)
         """
@@ -183,6 +183,7 @@ class MistralConfig:
     def n_params(self) -> int:
         """Number of weights, embedding and head included.
 
+        >>> from lechat_jax.config import PRESETS
         >>> PRESETS["lechat-15m"].n_params
         15165888
         """
@@ -192,6 +193,7 @@ class MistralConfig:
     def n_active_params(self) -> int:
         """Number of weights that a token meets: of the experts only those chosen for it.
 
+        >>> from lechat_jax.config import PRESETS
         >>> PRESETS["mixtral-8x7b-v0.1"].n_active_params
         12879925248
         """
@@ -210,6 +212,7 @@ class MistralConfig:
 
         Nor those of experts that it is not for.
 
+        >>> from lechat_jax.config import PRESETS
         >>> PRESETS["lechat-15m"].n_params - PRESETS["lechat-15m"].n_products
         6144000
         """
@@ -268,19 +271,3 @@ def _from_json(name: str, value: Any) -> Any:
     if type(value) is not int:
         raise BadInput(f"{name} must be a whole number, not {value!r}")
     return value
-
-
-PRESETS: dict[str, MistralConfig] = {
-    name: MistralConfig.from_dict(dict(fields)) for name, fields in RELEASES.items()
-}
-
-
-def preset(name: str) -> MistralConfig:
-    """The config of that name in `PRESETS`.
-
-    Raises:
-        BadInput: there is none; the message lists those there are.
-    """
-    if name not in PRESETS:
-        raise BadInput(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]

@@ -1,0 +1,6 @@
+"""What a Mistral is: its shape. Standard library only, so that it is read without JAX."""
+
+from lechat_jax.config.mistral import Llama4Scaling, MistralConfig, Window, Yarn
+from lechat_jax.config.presets import PRESETS, preset
+
+__all__ = ["PRESETS", "Llama4Scaling", "MistralConfig", "Window", "Yarn", "preset"]
