@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lechat_jax.adapters import TARGETS, Adapters
+from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
-from lechat_jax.display import Display
 from lechat_jax.errors import BadInput
 from lechat_jax.model import Weights
 from lechat_jax.options import Dtype, TrainConfig

@@ -16,18 +16,18 @@ from typing import Literal
 
 import tyro
 
-from lechat_jax import cli
+from lechat_jax.cli import flags
+from lechat_jax.cli.display import Reading, Visible
+from lechat_jax.cli.signals import Stop
 from lechat_jax.commands import Commands
 from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.dialogue import Dialogue
-from lechat_jax.display import Reading, Visible
 from lechat_jax.errors import BadInput
 from lechat_jax.files.text import stdin_encoding
 from lechat_jax.generator import CONTEXT, Generator, stop_texts
 from lechat_jax.quantize import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.session import Session
-from lechat_jax.stop import Stop
 from lechat_jax.tokenizer import preferred
 from lechat_jax.trained import Trained
 from lechat_jax.vocabulary import no_tokenizer
@@ -83,7 +83,7 @@ class ChatConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Chats as the flags say; see `--help`."""
-    options = cli.parse(ChatConfig, "python -m lechat_jax.chat", __doc__ or "", argv)
+    options = flags.parse(ChatConfig, "python -m lechat_jax.chat", __doc__ or "", argv)
     sampling = Sampling(
         options.temperature, options.top_k, options.top_p, options.min_p, options.seed
     )
@@ -223,4 +223,4 @@ def note(text: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

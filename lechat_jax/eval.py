@@ -18,11 +18,12 @@ import jax
 import numpy as np
 import tyro
 
-from lechat_jax import cli
+from lechat_jax.cli import flags
+from lechat_jax.cli.display import Display, clock
+from lechat_jax.cli.signals import Stop
 from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.corpus import load_corpus
 from lechat_jax.data import load_tokens
-from lechat_jax.display import Display, clock
 from lechat_jax.errors import BadInput
 from lechat_jax.examples import load_examples
 from lechat_jax.files.atomic import check_writable, write_whole
@@ -30,7 +31,6 @@ from lechat_jax.loading import load_to_compute
 from lechat_jax.packing import Documents, Packed
 from lechat_jax.quantize import Format
 from lechat_jax.step import StepOptions
-from lechat_jax.stop import Stop
 from lechat_jax.texts import find_texts, form_of
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
@@ -272,7 +272,7 @@ def _figures(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`."""
-    options = cli.parse(EvalConfig, "python -m lechat_jax.eval", __doc__ or "", argv)
+    options = flags.parse(EvalConfig, "python -m lechat_jax.eval", __doc__ or "", argv)
     enable_compilation_cache()
     with Display(None) as display:
         found = measure(options, display)
@@ -292,4 +292,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

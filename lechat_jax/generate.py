@@ -14,10 +14,10 @@ from typing import Literal
 
 import tyro
 
-from lechat_jax import cli
+from lechat_jax.cli import flags
+from lechat_jax.cli.display import Reading, Visible
 from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.continuation import Sample, join
-from lechat_jax.display import Reading, Visible
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_whole
 from lechat_jax.generator import CONTEXT, Generator, stop_texts
@@ -93,7 +93,7 @@ class GenerateConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generates as the flags say; see `--help`."""
-    options = cli.parse(GenerateConfig, "python -m lechat_jax.generate", __doc__ or "", argv)
+    options = flags.parse(GenerateConfig, "python -m lechat_jax.generate", __doc__ or "", argv)
     sampling = Sampling(
         options.temperature, options.top_k, options.top_p, options.min_p, options.seed
     )
@@ -317,4 +317,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -3,8 +3,8 @@
 import jax
 from jax.sharding import Mesh
 
+from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
-from lechat_jax.display import Display
 from lechat_jax.distributed import from_first, is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import CONTEXT, Generator

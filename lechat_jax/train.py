@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lechat_jax import cli, distributed
+from lechat_jax import distributed
 from lechat_jax.beginning import Asked, adapters_asked, check_source, load_base
 from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.cli import flags as cli
+from lechat_jax.cli.config_file import to_yaml
+from lechat_jax.cli.display import Display, clock
+from lechat_jax.cli.signals import Stop
 from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.config import MistralConfig
-from lechat_jax.display import Display, clock
 from lechat_jax.distributed import anywhere, from_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
@@ -34,12 +37,10 @@ from lechat_jax.memory import (
     told,
 )
 from lechat_jax.options import DEFAULT_PRESET, MOVABLE, TrainConfig
-from lechat_jax.recipe import to_yaml
 from lechat_jax.room import OutOfMemory, running_out
 from lechat_jax.run import HELD_OUT, RECIPE, Run
 from lechat_jax.sharding import check_divides, make_mesh, usual_mesh
 from lechat_jax.shell import command
-from lechat_jax.stop import Stop
 from lechat_jax.timetable import elapsed
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Loaded, Trained

@@ -18,8 +18,9 @@ from jaxtyping import Array, Float
 
 from lechat_jax.adapters import Adapters
 from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.cli.display import Display, clock
+from lechat_jax.cli.signals import Stop
 from lechat_jax.config import MistralConfig
-from lechat_jax.display import Display, clock
 from lechat_jax.distributed import anywhere, from_first, is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.lessons import Lessons
@@ -41,7 +42,6 @@ from lechat_jax.step import (
     state_of,
     train_steps,
 )
-from lechat_jax.stop import Stop
 from lechat_jax.timetable import Timetable, elapsed
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.validation import Validator

@@ -12,7 +12,7 @@ from typing import Protocol
 import tyro
 from rich.console import Console
 
-from lechat_jax import cli
+from lechat_jax.cli import flags
 from lechat_jax.files.atomic import check_writable
 from parity.bench_attention import Attention
 from parity.bench_card import Card
@@ -51,7 +51,7 @@ WORKS: dict[str, type[Work]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`."""
     work = tyro.extras.subcommand_cli_from_dict(
-        {name: cli.without_empty_defaults(work) for name, work in WORKS.items()},
+        {name: flags.without_empty_defaults(work) for name, work in WORKS.items()},
         prog="python -m parity.bench",
         description=__doc__,
         args=argv,
@@ -71,4 +71,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from lechat_jax import cli
-from lechat_jax.display import Display
+from lechat_jax.cli import flags
+from lechat_jax.cli.display import Display
 from lechat_jax.files.atomic import check_writable
 from parity import reports
 from parity.check_options import CheckConfig
@@ -22,7 +22,7 @@ from parity.verdict import FaultReport
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`. Returns 0 for equal and 1 for different."""
-    options = cli.parse(CheckConfig, "python -m parity.check", __doc__ or "", argv)
+    options = flags.parse(CheckConfig, "python -m parity.check", __doc__ or "", argv)
     check_writable(options.json, options.junit, options.markdown, options.html)
     need("torch", "transformers", "xformers")
     # JAX would take most of a GPU's memory at its first use, and leave none for PyTorch.
@@ -48,4 +48,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

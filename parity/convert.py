@@ -20,7 +20,7 @@ import tyro
 from jaxtyping import Shaped
 from rich.console import Console
 
-from lechat_jax import cli
+from lechat_jax.cli import flags
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
 from lechat_jax.files.checksums import sync, write_manifest
@@ -101,7 +101,7 @@ class Convert:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`."""
-    options = cli.parse(Convert, "python -m parity.convert", __doc__ or "", argv)
+    options = flags.parse(Convert, "python -m parity.convert", __doc__ or "", argv)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     check_destination(options)
     source = open_source(
@@ -330,4 +330,4 @@ def _appear(new: Path, dst: Path, old: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

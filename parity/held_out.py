@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
+from lechat_jax.cli.display import Display
 from lechat_jax.corpus import load_corpus
 from lechat_jax.data import interim_rows, load_tokens, score_blocks
-from lechat_jax.display import Display
 from lechat_jax.errors import BadInput
 from lechat_jax.shell import command
 from lechat_jax.texts import form_of

@@ -12,7 +12,7 @@ import tyro
 from jaxtyping import Shaped
 from rich.console import Console
 
-from lechat_jax import cli
+from lechat_jax.cli import flags
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ class MakeCheckpoint:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`."""
-    options = cli.parse(MakeCheckpoint, "python -m parity.make_checkpoint", __doc__ or "", argv)
+    options = flags.parse(MakeCheckpoint, "python -m parity.make_checkpoint", __doc__ or "", argv)
     config = preset(options.preset)
     if options.layers is not None:
         if isinstance(config.sliding_window, tuple):
@@ -99,4 +99,4 @@ def random_source(config: MistralConfig, dtype: np.dtype, seed: int) -> Source:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

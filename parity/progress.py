@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from lechat_jax.display import clock
+from lechat_jax.cli.display import clock
 
 PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
 

@@ -19,9 +19,9 @@ import tyro
 from jaxtyping import Array, Bool, Float, Int, Integer
 from rich.console import Console
 
-from lechat_jax import cli
+from lechat_jax.cli import flags
+from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
-from lechat_jax.display import Display
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_whole
 from lechat_jax.loading import load_to_compute
@@ -85,7 +85,7 @@ class Tokens(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`."""
-    options = cli.parse(Quality, "python -m parity.quality", __doc__ or "", argv)
+    options = flags.parse(Quality, "python -m parity.quality", __doc__ or "", argv)
     with Display(None) as display:
         found = measure(options, display)
     show(found, Console(highlight=False, soft_wrap=True))
@@ -254,4 +254,4 @@ def _compare(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

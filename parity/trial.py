@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lechat_jax.cli.display import Display, clock
 from lechat_jax.config import MistralConfig
-from lechat_jax.display import Display, clock
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
 from lechat_jax.folder import fault_of

@@ -13,8 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from lechat_jax import cli, generate
+from lechat_jax import generate
 from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.cli import flags as cli
 from lechat_jax.config import MistralConfig
 from lechat_jax.continuation import Sample
 from lechat_jax.errors import BadInput

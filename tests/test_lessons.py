@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from lechat_jax import cli
+from lechat_jax.cli import flags
 from lechat_jax.config import MistralConfig
 from lechat_jax.lessons import Lessons, Packing, load_lessons
 from lechat_jax.model import Mistral, weights_of
@@ -136,7 +136,7 @@ def test_a_bad_file_ends_the_command_with_its_lines_and_code_2(
     bad = tmp_path / "bad.jsonl"
     bad.write_text(chats.read_text() + '{"messages": []}\n{"messages": 3}\n')
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: main(["--data", str(bad), "--out", str(tmp_path / "run")]))
+        flags.run(lambda: main(["--data", str(bad), "--out", str(tmp_path / "run")]))
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
         f"error: {bad} has 2 faults, and nothing was done:\n"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax import cli
+from lechat_jax.cli import flags as cli
 from lechat_jax.config import preset
 from lechat_jax.errors import BadInput
 from lechat_jax.options import TrainConfig

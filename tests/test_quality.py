@@ -11,10 +11,10 @@ from flax import nnx
 from jaxtyping import Float
 
 from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.corpus import load_corpus
 from lechat_jax.data import load_tokens
-from lechat_jax.display import Display
 from lechat_jax.errors import BadInput
 from lechat_jax.model import bind, weights_of
 from lechat_jax.quantize import dequantize, quantize_weights

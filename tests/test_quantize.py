@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from lechat_jax import int8 as module
 from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
-from lechat_jax.display import Display
 from lechat_jax.errors import BadInput
 from lechat_jax.model import bind, weights_of
 from lechat_jax.options import TrainConfig

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from lechat_jax import samples
+from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
-from lechat_jax.display import Display
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.lessons import load_lessons

@@ -15,16 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lechat_jax import cli, validation
+from lechat_jax import validation
+from lechat_jax.cli import flags as cli
+from lechat_jax.cli.display import Display
+from lechat_jax.cli.signals import Stop
 from lechat_jax.config import MistralConfig
 from lechat_jax.corpus import load_corpus
 from lechat_jax.data import Batches, load_tokens
-from lechat_jax.display import Display
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.model import bind, weights_of
 from lechat_jax.options import TrainConfig
-from lechat_jax.stop import Stop
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.train import main, set_up
 from lechat_jax.trainer import Trainer

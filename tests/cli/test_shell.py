@@ -10,7 +10,8 @@ import tyro
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lechat_jax import cli, shell
+from lechat_jax import shell
+from lechat_jax.cli import flags
 from lechat_jax.shell import command
 
 NASTY = (
@@ -51,7 +52,7 @@ class Flags:
 def read(line: str) -> Flags:
     words = shlex.split(line)
     assert words[:3] == ["python", "-m", "lechat_jax.x"]
-    return cli.parse(Flags, "x", "", words[3:])
+    return flags.parse(Flags, "x", "", words[3:])
 
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1)

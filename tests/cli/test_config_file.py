@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lechat_jax import cli
+from lechat_jax.cli import flags
+from lechat_jax.cli.config_file import to_yaml
 from lechat_jax.errors import BadInput
 from lechat_jax.options import TrainConfig
-from lechat_jax.recipe import to_yaml
 
 WORDS = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
 
 
 def parse(*argv: object) -> TrainConfig:
-    return cli.parse(TrainConfig, "train", "Trains.", [*map(str, argv)])
+    return flags.parse(TrainConfig, "train", "Trains.", [*map(str, argv)])
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lechat_jax.stop import Stop
+from lechat_jax.cli.signals import Stop
 
 ORDERS = (signal.SIGINT, signal.SIGTERM)
 SIGNALS = (*ORDERS, signal.SIGHUP)

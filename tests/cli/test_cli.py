@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lechat_jax import cli
+from lechat_jax.cli import flags
 from lechat_jax.errors import BadInput
 
 COMMANDS = [
@@ -40,7 +40,7 @@ class Options:
 
 
 def parse(*argv: str) -> Options:
-    return cli.parse(Options, "python -m coffee", "Makes coffee.", argv)
+    return flags.parse(Options, "python -m coffee", "Makes coffee.", argv)
 
 
 def exit_code(work: Callable[[], object]) -> int | str | None:
@@ -63,7 +63,7 @@ def test_flags_are_read_from_the_command_line_when_none_are_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sys.argv", ["coffee", "--n-cups", "2"])
-    assert cli.parse(Options, "coffee", "", None) == Options(n_cups=2)
+    assert flags.parse(Options, "coffee", "", None) == Options(n_cups=2)
 
 
 def test_help_says_what_each_flag_does_and_exits_with_0(
@@ -108,7 +108,7 @@ def test_a_value_that_the_options_refuse_is_one_line(capsys: pytest.CaptureFixtu
     def main() -> None:
         parse("--n-cups", "0")
 
-    assert exit_code(lambda: cli.run(main)) == 2
+    assert exit_code(lambda: flags.run(main)) == 2
     assert capsys.readouterr() == ("", "error: --n-cups must be at least 1, not 0\n")
 
 
@@ -116,7 +116,7 @@ def test_bad_input_at_work_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
     def main() -> int:
         raise BadInput("the tank is empty; fill it")
 
-    assert exit_code(lambda: cli.run(main)) == 2
+    assert exit_code(lambda: flags.run(main)) == 2
     assert capsys.readouterr() == ("", "error: the tank is empty; fill it\n")
 
 
@@ -124,7 +124,7 @@ def test_memory_that_runs_out_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     def main() -> None:
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 640000000000 bytes.")
 
-    assert exit_code(lambda: cli.run(main)) == 2
+    assert exit_code(lambda: flags.run(main)) == 2
     assert capsys.readouterr().err == (
         "error: out of memory: there was no room for another 640.00 GB; ask for less at a time, "
         "or free some\n"
@@ -136,13 +136,13 @@ def test_a_disk_that_refuses_is_one_line(number: int, capsys: pytest.CaptureFixt
     def main() -> None:
         raise OSError(number, os.strerror(number), "beans.txt")
 
-    assert exit_code(lambda: cli.run(main)) == 2
+    assert exit_code(lambda: flags.run(main)) == 2
     assert capsys.readouterr().err == f"error: beans.txt cannot be used: {os.strerror(number)}\n"
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (3, 3)])
 def test_the_exit_code_is_what_the_work_returns(returned: int | None, code: int) -> None:
-    assert exit_code(lambda: cli.run(lambda: returned)) == code
+    assert exit_code(lambda: flags.run(lambda: returned)) == code
 
 
 @pytest.mark.parametrize(
@@ -157,14 +157,16 @@ def test_a_letter_that_a_stream_lacks_is_a_question_mark(
     raw = io.BytesIO()
     monkeypatch.setattr(sys, name, io.TextIOWrapper(raw, encoding=encoding, newline="\n"))
     text = "caf\u00e9 \u2192 \udcff"
-    assert exit_code(lambda: cli.run(lambda: print(text, file=getattr(sys, name), flush=True))) == 0
+    assert (
+        exit_code(lambda: flags.run(lambda: print(text, file=getattr(sys, name), flush=True))) == 0
+    )
     assert raw.getvalue().decode(encoding) == told + "\n"
 
 
 def test_without_any_stream_the_work_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)  # as for a service on Windows, or with >&-
-    assert exit_code(lambda: cli.run(lambda: print("hello", file=sys.stderr) or 3)) == 3
+    assert exit_code(lambda: flags.run(lambda: print("hello", file=sys.stderr) or 3)) == 3
     sys.stdout.close()
     sys.stderr.close()
 
@@ -177,7 +179,7 @@ def test_a_full_disk_is_one_line(
         pytest.skip("this system has no disk that is always full")
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        assert exit_code(lambda: cli.run(lambda: print("hello", flush=flush))) == 2
+        assert exit_code(lambda: flags.run(lambda: print("hello", flush=flush))) == 2
     said = "error: a file cannot be used: No space left on device\n"
     assert capsys.readouterr().err == said
 
@@ -187,4 +189,4 @@ def test_a_fault_of_the_program_is_no_bad_input() -> None:
         raise ValueError("a bug, which its traceback helps to find")
 
     with pytest.raises(ValueError, match="a bug"):
-        cli.run(main)
+        flags.run(main)

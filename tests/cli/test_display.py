@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lechat_jax import display
-from lechat_jax.display import Display, clock
+from lechat_jax.cli import display
+from lechat_jax.cli.display import Display, clock
 
 
 class Clock:
