@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from lechat_jax.devices.mesh import over_heads
 from lechat_jax.errors import BadInput
 from lechat_jax.kernels import (
     LANES,
@@ -31,7 +32,6 @@ from lechat_jax.kernels import (
     splash_attention,
 )
 from lechat_jax.mask import Documents, window_mask
-from lechat_jax.sharding import over_heads
 
 Backend = Literal["dense", "banded", "cudnn", "splash"]
 

@@ -20,7 +20,7 @@ from lechat_jax.cli import flags
 from lechat_jax.cli.display import Reading, Visible
 from lechat_jax.cli.signals import Stop
 from lechat_jax.commands import Commands
-from lechat_jax.compilation import enable_compilation_cache
+from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.dialogue import Dialogue
 from lechat_jax.errors import BadInput
 from lechat_jax.files.text import stdin_encoding

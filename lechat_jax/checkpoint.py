@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from lechat_jax.distributed import from_first, is_first
+from lechat_jax.devices.processes import from_first, is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST, fault, sync, write_manifest
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from lechat_jax.cache import EMPTY, Cache, empty_cache
 from lechat_jax.config import MistralConfig
-from lechat_jax.host import give_back_memory
+from lechat_jax.devices.host_memory import give_back_memory
 from lechat_jax.lookup import SEEN, lately, look_up, record
 from lechat_jax.model import Weights, bind
 from lechat_jax.projection import as_bits

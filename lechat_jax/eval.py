@@ -21,9 +21,9 @@ import tyro
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
-from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.corpus import load_corpus
 from lechat_jax.data import load_tokens
+from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
 from lechat_jax.examples import load_examples
 from lechat_jax.files.atomic import check_writable, write_whole

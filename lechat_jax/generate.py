@@ -16,8 +16,8 @@ import tyro
 
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Reading, Visible
-from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.continuation import Sample, join
+from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_whole
 from lechat_jax.generator import CONTEXT, Generator, stop_texts

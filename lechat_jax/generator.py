@@ -14,6 +14,7 @@ from lechat_jax.cache import Cache, empty_cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.continuation import Continuation, Sample, join
 from lechat_jax.decode import MOST, DecodeState, Request, break_even, compile_for, decode, prefill
+from lechat_jax.devices.memory import check_fits
 from lechat_jax.errors import BadInput
 from lechat_jax.loading import free_bytes, load_to_compute
 from lechat_jax.lookup import SEEN, Repeats, newest
@@ -21,7 +22,6 @@ from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.projection import as_bits
 from lechat_jax.quantize import Format
 from lechat_jax.reading import CacheSize, best_chunk, cache_size, cached_bytes, left_padded
-from lechat_jax.room import check_fits
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.trained import Trained

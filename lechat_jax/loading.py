@@ -10,11 +10,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from lechat_jax.devices.memory import available_bytes, check_fits
 from lechat_jax.errors import BadInput
 from lechat_jax.lora import is_adapter
 from lechat_jax.model import Weights
 from lechat_jax.quantize import Format, is_part
-from lechat_jax.room import available_bytes, check_fits
 from lechat_jax.tensors import TensorFiles
 from lechat_jax.trained import Trained
 from lechat_jax.weights import weight_shapes

@@ -17,9 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.devices.mesh import over_experts
 from lechat_jax.grouped import grouped
 from lechat_jax.projection import from_bits
-from lechat_jax.sharding import over_experts
 from lechat_jax.stacked import Kernels
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from lechat_jax.distributed import is_first
+from lechat_jax.devices.processes import is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder, told, write_whole
 from lechat_jax.files.lock import LOCK, Lock

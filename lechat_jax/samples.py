@@ -5,7 +5,8 @@ from jax.sharding import Mesh
 
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
-from lechat_jax.distributed import from_first, is_first
+from lechat_jax.devices.mesh import on_one_device
+from lechat_jax.devices.processes import from_first, is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import CONTEXT, Generator
 from lechat_jax.lessons import Lessons
@@ -14,7 +15,6 @@ from lechat_jax.model import Weights, bind
 from lechat_jax.options import TrainConfig
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
-from lechat_jax.sharding import on_one_device
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.vocabulary import ends
 from lechat_jax.weights import weights_bytes

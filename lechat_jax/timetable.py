@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from lechat_jax.distributed import anywhere, from_first
+from lechat_jax.devices.processes import anywhere, from_first
 from lechat_jax.optimizer import COOLDOWN, Schedule
 from lechat_jax.options import TrainConfig
 

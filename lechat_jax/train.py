@@ -12,16 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lechat_jax import distributed
 from lechat_jax.beginning import Asked, adapters_asked, check_source, load_base
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.cli import flags as cli
 from lechat_jax.cli.config_file import to_yaml
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
-from lechat_jax.compilation import enable_compilation_cache
 from lechat_jax.config import MistralConfig
-from lechat_jax.distributed import anywhere, from_first
+from lechat_jax.devices import processes
+from lechat_jax.devices.compile_cache import enable_compilation_cache
+from lechat_jax.devices.memory import OutOfMemory, running_out
+from lechat_jax.devices.mesh import check_divides, make_mesh, usual_mesh
+from lechat_jax.devices.processes import anywhere, from_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
 from lechat_jax.files.find import located
@@ -37,9 +39,7 @@ from lechat_jax.memory import (
     told,
 )
 from lechat_jax.options import DEFAULT_PRESET, MOVABLE, TrainConfig
-from lechat_jax.room import OutOfMemory, running_out
 from lechat_jax.run import HELD_OUT, RECIPE, Run
-from lechat_jax.sharding import check_divides, make_mesh, usual_mesh
 from lechat_jax.shell import command
 from lechat_jax.timetable import elapsed
 from lechat_jax.tokenizer import Tokenizer
@@ -390,9 +390,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(foretell(asked))
         return 0
     if asked.distributed or asked.coordinator:
-        distributed.start(asked.coordinator, asked.num_processes, asked.process_id)
+        processes.start(asked.coordinator, asked.num_processes, asked.process_id)
     enable_compilation_cache()
-    with distributed.ending_together(), Display(None, audible=distributed.is_first()) as display:
+    with processes.ending_together(), Display(None, audible=processes.is_first()) as display:
         trainer = set_up(asked, display)
         display.total = trainer.total
         try:

@@ -21,7 +21,8 @@ from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
 from lechat_jax.config import MistralConfig
-from lechat_jax.distributed import anywhere, from_first, is_first
+from lechat_jax.devices.mesh import described, own_rows, placed, settled
+from lechat_jax.devices.processes import anywhere, from_first, is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.lessons import Lessons
 from lechat_jax.model import Weights
@@ -31,7 +32,6 @@ from lechat_jax.peft import write_adapter
 from lechat_jax.rows import Rows
 from lechat_jax.run import Run
 from lechat_jax.samples import Samples
-from lechat_jax.sharding import described, own_rows, placed, settled
 from lechat_jax.shell import quoted
 from lechat_jax.speed import Speed
 from lechat_jax.step import (

@@ -12,9 +12,9 @@ from jaxtyping import Integer
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.data import Tokens, interim_rows, score_rows
+from lechat_jax.devices.mesh import ROWS, placed
 from lechat_jax.model import Weights
 from lechat_jax.rows import Rows
-from lechat_jax.sharding import ROWS, placed
 from lechat_jax.step import StepOptions, score
 from lechat_jax.tokenizer import Tokenizer
 

@@ -26,10 +26,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.devices.host_memory import host_empty
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST, sync, write_manifest
 from lechat_jax.folder import fault_of, read_config, stored_format
-from lechat_jax.host import host_empty
 from lechat_jax.model import Weights, shapes_of
 from lechat_jax.quantize import (
     QUANTIZATION,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from lechat_jax.host import give_back_memory
+from lechat_jax.devices.host_memory import give_back_memory
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -17,11 +17,12 @@ import psutil
 import pytest
 from jax import monitoring
 
-from lechat_jax import generator, room
+from lechat_jax import generator
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.continuation import Sample
 from lechat_jax.decode import decode
+from lechat_jax.devices import memory as room
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.model import bind, weights_of

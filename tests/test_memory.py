@@ -11,10 +11,10 @@ import pytest
 
 from lechat_jax import memory
 from lechat_jax.config import MistralConfig, preset
+from lechat_jax.devices.mesh import make_mesh
 from lechat_jax.errors import BadInput
 from lechat_jax.memory import Memory, Parts, check_memory, compiled, needed, simulated_mesh, told
 from lechat_jax.optimizer import usual_rule
-from lechat_jax.sharding import make_mesh
 from lechat_jax.step import StepOptions
 from lechat_jax.train import main
 from lechat_jax.weights import weight_shapes

@@ -16,8 +16,8 @@ from typing import Annotated, NoReturn, TypeVar, get_type_hints
 import tyro
 
 from lechat_jax.cli.config_file import with_recipe
+from lechat_jax.devices.memory import exhausted
 from lechat_jax.errors import BadInput
-from lechat_jax.room import exhausted
 
 Args = TypeVar("Args")
 SIGPIPE = 141  # what a shell makes of it

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from lechat_jax.compilation import enable_compilation_cache
+from lechat_jax.devices.compile_cache import enable_compilation_cache
 
 NAMES = (
     "jax_compilation_cache_dir",
@@ -68,7 +68,7 @@ def test_the_second_process_finds_what_the_first_compiled(tmp_path: Path) -> Non
     program = """
 import jax
 from jax import monitoring
-from lechat_jax.compilation import enable_compilation_cache
+from lechat_jax.devices.compile_cache import enable_compilation_cache
 
 found = []
 monitoring.register_event_listener(lambda name, **_: found.append(name))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lechat_jax import distributed
+from lechat_jax.devices import processes as distributed
 from lechat_jax.errors import BadInput
 from lechat_jax.train import main
 

@@ -10,9 +10,9 @@ import numpy as np
 import psutil
 import pytest
 
-from lechat_jax import room
+from lechat_jax.devices import memory as room
+from lechat_jax.devices.memory import available_bytes, check_fits, exhausted, running_out
 from lechat_jax.errors import BadInput
-from lechat_jax.room import available_bytes, check_fits, exhausted, running_out
 
 GB = 10**9
 STAT = "inactive_file 1000000000\nactive_file 500000000\ntotal_inactive_file 0\ntotal_active_file 0"

@@ -1,0 +1,1 @@
+"""Chips and processes: the mesh, several hosts, memory, compiled programs kept on disk."""
