@@ -23,7 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.devices.mesh import over_heads
 from lechat_jax.errors import BadInput
-from lechat_jax.kernels import (
+from lechat_jax.mask import Documents, window_mask
+from lechat_jax.ops.flash_attention import (
     LANES,
     Keys,
     Queries,
@@ -31,7 +32,6 @@ from lechat_jax.kernels import (
     fused_attention,
     splash_attention,
 )
-from lechat_jax.mask import Documents, window_mask
 
 Backend = Literal["dense", "banded", "cudnn", "splash"]
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lechat_jax.projection import project
+from lechat_jax.ops.matmul import project
 
 A, B, SCALE = ".lora.a", ".lora.b", ".lora.scale"  # behind the name of a map
 

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.devices.mesh import over_experts
-from lechat_jax.grouped import grouped
-from lechat_jax.projection import from_bits
-from lechat_jax.stacked import Kernels
+from lechat_jax.ops.expert_weights import Kernels
+from lechat_jax.ops.grouped_matmul import grouped
+from lechat_jax.ops.matmul import from_bits
 
 
 class Load(NamedTuple):

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from lechat_jax.cache import EMPTY, cache_bytes, capacity
 from lechat_jax.config import MistralConfig
 from lechat_jax.model import Weights
-from lechat_jax.projection import FEW
+from lechat_jax.ops.matmul import FEW
 
 # Weights by name, or only their shapes and types.
 Described = Weights | Mapping[str, jax.ShapeDtypeStruct]

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array
 
 from lechat_jax import moe
-from lechat_jax.by_group import group_of_each
 from lechat_jax.config import MistralConfig
-from lechat_jax.stacked import Kernels
+from lechat_jax.ops.expert_weights import Kernels
+from lechat_jax.ops.grouped_matmul_cpu import group_of_each
 from parity.planting import Change, Weights, in_code, in_weights
 
 BASE: dict[str, Any] = {"n_experts": 4, "n_experts_per_token": 2}

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lechat_jax import attention, kernels
+from lechat_jax import attention
 from lechat_jax.attention import (
     attend,
     banded_attention,
@@ -27,7 +27,8 @@ from lechat_jax.attention import (
     unsupported,
 )
 from lechat_jax.errors import BadInput
-from lechat_jax.kernels import fused_attention, splash_attention
+from lechat_jax.ops import flash_attention
+from lechat_jax.ops.flash_attention import fused_attention, splash_attention
 from tests.jaxprs import equations
 
 Arrays = tuple[np.ndarray, ...]
@@ -374,10 +375,10 @@ def test_without_a_working_cudnn_one_warning_is_given_and_xla_does_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    kernels.cudnn_works.cache_clear()
+    flash_attention.cudnn_works.cache_clear()
     with caplog.at_level(logging.WARNING):
         for T in (33, 40):
             assert_equals_loop(training_attention, T, N=6, K=2, W=7, H=8, dtype="bfloat16")
-    kernels.cudnn_works.cache_clear()
+    flash_attention.cudnn_works.cache_clear()
     [record] = caplog.records
     assert "cuDNN attention does not work here" in record.getMessage()

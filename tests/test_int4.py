@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax import int8, pairs
+from lechat_jax import int8
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
 from lechat_jax.int4 import Packed, pack, packed, unpack, unpacked
 from lechat_jax.model import bind, weights_of
-from lechat_jax.pairs import project_pairs
+from lechat_jax.ops import matmul_int4
+from lechat_jax.ops.matmul_int4 import project_pairs
 from lechat_jax.quantize import Form, asked, form_of, numbers_of, pop_format, quantize_weights
 from lechat_jax.trained import Trained
 from lechat_jax.weights import load_weights, save_weights, weight_shapes
@@ -83,8 +84,8 @@ def kernel_of(F: int, D: int, size: int) -> Packed:
 def test_every_form_is_the_product(
     monkeypatch: pytest.MonkeyPatch, T: int, dtype: str, block: int, on_cpu: bool
 ) -> None:
-    monkeypatch.setattr(pairs, "BLOCK", block)
-    monkeypatch.setattr(pairs, "is_on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(matmul_int4, "BLOCK", block)
+    monkeypatch.setattr(matmul_int4, "is_on_cpu", lambda: on_cpu)
     made = kernel_of(96, 56, 8)
     x = jax.random.normal(jax.random.key(2), (T, 56)).astype(dtype)
     exact = np.asarray(x, np.float64) @ unpacked(made).astype(np.float64).T

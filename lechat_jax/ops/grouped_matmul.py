@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32
 
-from lechat_jax import by_group
-from lechat_jax.by_group import group_of_each
-from lechat_jax.projection import here, is_on_cpu
-from lechat_jax.stacked import Kernels
+from lechat_jax.ops import grouped_matmul_cpu
+from lechat_jax.ops.expert_weights import Kernels
+from lechat_jax.ops.grouped_matmul_cpu import group_of_each
+from lechat_jax.ops.matmul import here, is_on_cpu
 
 
 def grouped(
@@ -54,7 +54,7 @@ def _product(rows: Array, kernels: Kernels, sizes: Array) -> Float[Array, "T F"]
     if not is_on_cpu():
         kernels, rows = here(kernels, rows)
         return _ragged(rows, kernels.floats(rows.dtype), sizes)
-    return by_group.product(rows, kernels, sizes)
+    return grouped_matmul_cpu.product(rows, kernels, sizes)
 
 
 def _ragged(rows: Array, kernel: Array, sizes: Array) -> Float[Array, "T F"]:
@@ -77,8 +77,8 @@ def _backward(
     rows, kernels, sizes = kept
     is_learned = jnp.issubdtype(kernels.numbers.dtype, jnp.floating)
     if is_on_cpu():
-        d_rows = by_group.gradient_of_rows(dy, kernels, sizes)
-        d_kernel = by_group.gradient_of_kernels(dy, rows, sizes) if is_learned else None
+        d_rows = grouped_matmul_cpu.gradient_of_rows(dy, kernels, sizes)
+        d_kernel = grouped_matmul_cpu.gradient_of_kernels(dy, rows, sizes) if is_learned else None
     else:
         kernels, dy = here(kernels, dy)
         made = kernels.floats(rows.dtype)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from lechat_jax.projection import BLOCK, here, is_on_cpu, zeros_after
+from lechat_jax.ops.matmul import BLOCK, here, is_on_cpu, zeros_after
 
 Halves = tuple[Array, Array]
 

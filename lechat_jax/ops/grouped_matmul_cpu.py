@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lechat_jax.projection import BLOCK, zeros_after
-from lechat_jax.stacked import Kernels, cut, put
+from lechat_jax.ops.expert_weights import Kernels, cut, put
+from lechat_jax.ops.matmul import BLOCK, zeros_after
 
 ALONE = 8  # rows up to which each takes its kernel on its own
 TILE = 128  # rows of a group at a time

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 
-from lechat_jax import by_group
-from lechat_jax.grouped import grouped
-from lechat_jax.stacked import Kernels
+from lechat_jax.ops import grouped_matmul_cpu
+from lechat_jax.ops.expert_weights import Kernels
+from lechat_jax.ops.grouped_matmul import grouped
 
 E, F, D = 5, 24, 8
 # Rows in all, some of which may be nobody's, and those of each group: of "even" ones the few that
@@ -27,10 +27,12 @@ CASES = {
 @pytest.fixture(params=["whole", "blocks", "ragged"])
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """The form, made small enough that each of its loops turns more than once."""
-    monkeypatch.setattr(by_group, "TILE", 16)
-    monkeypatch.setattr(by_group, "SMALL", 4)
+    monkeypatch.setattr(grouped_matmul_cpu, "TILE", 16)
+    monkeypatch.setattr(grouped_matmul_cpu, "SMALL", 4)
     if request.param == "blocks":
-        monkeypatch.setattr(by_group, "BLOCK", 10 * D)  # three blocks, of which the last overlaps
+        monkeypatch.setattr(
+            grouped_matmul_cpu, "BLOCK", 10 * D
+        )  # three blocks, of which the last overlaps
     if request.param == "ragged":
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     return jax.jit(lambda *args: grouped(*args))

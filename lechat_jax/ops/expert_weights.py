@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 
-from lechat_jax.pairs import halves
-from lechat_jax.projection import widened
+from lechat_jax.ops.matmul import widened
+from lechat_jax.ops.matmul_int4 import halves
 
 
 class Kernels(NamedTuple):

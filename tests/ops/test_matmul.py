@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.typing import DTypeLike
 
-from lechat_jax import projection
-from lechat_jax.projection import FEW, FEW_INTEGERS, as_bits, from_bits, project
+from lechat_jax.ops import matmul
+from lechat_jax.ops.matmul import FEW, FEW_INTEGERS, as_bits, from_bits, project
 
 F, D = 96, 56
 
@@ -27,7 +27,7 @@ def kernel_of(dtype: DTypeLike) -> jax.Array:
 def test_every_form_is_the_product(
     monkeypatch: pytest.MonkeyPatch, T: int, dtype: str, block: int
 ) -> None:
-    monkeypatch.setattr(projection, "BLOCK", block)
+    monkeypatch.setattr(matmul, "BLOCK", block)
     kernel, scale = kernel_of(dtype), jnp.linspace(0.01, 0.02, F) if dtype == "int8" else None
     x = jax.random.normal(jax.random.key(2), (T, D))
     x = x.astype(jnp.bfloat16 if dtype in ("bfloat16", "bits") else jnp.float32)
@@ -129,4 +129,4 @@ def test_more_products_than_an_integer_can_hold_are_not_added_up_in_one(
     kernel = jnp.full((2, 140_000), 127, jnp.int8)
     found = project(jnp.ones((1, 140_000)), kernel, jnp.ones(2))
     np.testing.assert_allclose(found, 140_000 * 127.0, rtol=1e-5)
-    assert 128 * 127 * projection.MOST_INTEGERS < 2**31
+    assert 128 * 127 * matmul.MOST_INTEGERS < 2**31

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lechat_jax.loss import cross_entropy
+from lechat_jax.ops.cross_entropy import cross_entropy
 
 T, D, V = 23, 5, 31
 Loss = Callable[..., Any]
