@@ -13,7 +13,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.lora import SCALE, A, B
 from lechat_jax.model import Weights
-from lechat_jax.quantize import scale_shape
+from lechat_jax.quantize.scheme import scale_shape
 from lechat_jax.weights import weight_shapes
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")

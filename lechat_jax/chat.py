@@ -25,7 +25,7 @@ from lechat_jax.dialogue import Dialogue
 from lechat_jax.errors import BadInput
 from lechat_jax.files.text import stdin_encoding
 from lechat_jax.generator import CONTEXT, Generator, stop_texts
-from lechat_jax.quantize import Format
+from lechat_jax.quantize.scheme import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.session import Session
 from lechat_jax.tokenizer import preferred

@@ -29,7 +29,7 @@ from lechat_jax.examples import load_examples
 from lechat_jax.files.atomic import check_writable, write_whole
 from lechat_jax.loading import load_to_compute
 from lechat_jax.packing import Documents, Packed
-from lechat_jax.quantize import Format
+from lechat_jax.quantize.scheme import Format
 from lechat_jax.step import StepOptions
 from lechat_jax.texts import find_texts, form_of
 from lechat_jax.tokenizer import Tokenizer

@@ -22,7 +22,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_whole
 from lechat_jax.generator import CONTEXT, Generator, stop_texts
 from lechat_jax.prompts import Prompt, read_prompts
-from lechat_jax.quantize import Format
+from lechat_jax.quantize.scheme import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.trained import Trained
 from lechat_jax.vocabulary import no_tokenizer

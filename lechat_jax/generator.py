@@ -20,7 +20,7 @@ from lechat_jax.loading import free_bytes, load_to_compute
 from lechat_jax.lookup import SEEN, Repeats, newest
 from lechat_jax.model import Mistral, Weights, bind, weights_of
 from lechat_jax.ops.matmul import as_bits
-from lechat_jax.quantize import Format
+from lechat_jax.quantize.scheme import Format
 from lechat_jax.reading import CacheSize, best_chunk, cache_size, cached_bytes, left_padded
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer import Tokenizer

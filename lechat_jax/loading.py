@@ -14,7 +14,7 @@ from lechat_jax.devices.memory import available_bytes, check_fits
 from lechat_jax.errors import BadInput
 from lechat_jax.lora import is_adapter
 from lechat_jax.model import Weights
-from lechat_jax.quantize import Format, is_part
+from lechat_jax.quantize.scheme import Format, is_part
 from lechat_jax.tensors import TensorFiles
 from lechat_jax.trained import Trained
 from lechat_jax.weights import weight_shapes

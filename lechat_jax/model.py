@@ -25,7 +25,7 @@ from lechat_jax.moe import Load, Mixture, Stack
 from lechat_jax.ops.matmul import from_bits, project
 from lechat_jax.ops.matmul_int4 import project_pairs
 from lechat_jax.ops.remat import Remat, recomputing
-from lechat_jax.quantize import is_part
+from lechat_jax.quantize.scheme import is_part
 from lechat_jax.rope import Turns, rotate, turns
 from lechat_jax.rows import positions_in
 

@@ -9,7 +9,7 @@ from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
 from lechat_jax.files.paths import fault_of_name
 from lechat_jax.ops.remat import Remat
-from lechat_jax.quantize import Format
+from lechat_jax.quantize.scheme import Format
 
 DEFAULT_PRESET = "lechat-15m"
 MODEL = "dim n_layers n_heads n_kv_heads head_dim hidden_dim sliding_window".split()

@@ -16,7 +16,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
 from lechat_jax.folder import kind_of, read_config, stored_format
 from lechat_jax.model import Weights
-from lechat_jax.quantize import Form, Format, asked, quantize_weights
+from lechat_jax.quantize.scheme import Form, Format, asked, quantize_weights
 from lechat_jax.run import CONFIG, Run
 from lechat_jax.tensors import TensorFiles
 from lechat_jax.tokenizer import Tokenizer

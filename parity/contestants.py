@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model import Weights
-from lechat_jax.quantize import asked, quantize_weights
+from lechat_jax.quantize.scheme import asked, quantize_weights
 from parity.decoders import (
     QUANTIZED,
     Decoder,

@@ -24,8 +24,8 @@ from lechat_jax.cli import flags
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
 from lechat_jax.files.checksums import sync, write_manifest
-from lechat_jax.quantize import Form, asked, in_parts
-from lechat_jax.quantize import Format as Quantization
+from lechat_jax.quantize.scheme import Form, asked, in_parts
+from lechat_jax.quantize.scheme import Format as Quantization
 from lechat_jax.shell import command
 from lechat_jax.tensors import Wanted, write_tensors
 from lechat_jax.tokenizer import preferred

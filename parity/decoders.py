@@ -22,7 +22,7 @@ from lechat_jax.decode import MOST
 from lechat_jax.devices.host_memory import host_empty
 from lechat_jax.generator import MOST_DRAFT, Generator
 from lechat_jax.model import Weights, bind
-from lechat_jax.quantize import SCALE
+from lechat_jax.quantize.scheme import SCALE
 from lechat_jax.sampling import Sampling
 from lechat_jax.weights import weight_shapes
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.quantize import Form, in_parts, numbers_of
+from lechat_jax.quantize.scheme import Form, in_parts, numbers_of
 from parity.formats import from_format, to_format
 from parity.names import Format, rows
 from parity.stores import Stored

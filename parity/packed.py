@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Float32, Int, Int32, Shaped, UInt8
 
 from lechat_jax.errors import BadInput
-from lechat_jax.int4 import pack
-from lechat_jax.int8 import pieces
-from lechat_jax.quantize import LEAST_GROUP, ORDER, SCALE, ZERO, Form
+from lechat_jax.quantize.int4 import pack
+from lechat_jax.quantize.int8 import pieces
+from lechat_jax.quantize.scheme import LEAST_GROUP, ORDER, SCALE, ZERO, Form
 from parity.scaled import WEIGHT, float_type
 from parity.stores import Store, Stored
 

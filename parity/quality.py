@@ -27,7 +27,7 @@ from lechat_jax.files.atomic import check_writable, write_whole
 from lechat_jax.loading import load_to_compute
 from lechat_jax.model import Weights, bind
 from lechat_jax.ops.matmul import project
-from lechat_jax.quantize import INT8, Format, asked, form_of, quantize_weights
+from lechat_jax.quantize.scheme import INT8, Format, asked, form_of, quantize_weights
 from lechat_jax.trained import Trained
 from parity.held_out import Text, held_out
 from parity.measure import machine_line

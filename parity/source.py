@@ -10,7 +10,7 @@ from jaxtyping import Shaped
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.quantize import Form
+from lechat_jax.quantize.scheme import Form
 from parity.formats import from_format
 from parity.merging import Product, with_products
 from parity.names import Format, parts, rows, shapes

@@ -19,7 +19,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
 from lechat_jax.files.safetensors_header import check_inside, parse_json
 from lechat_jax.folder import OF_TEXT, fault_of
-from lechat_jax.quantize import pop_format
+from lechat_jax.quantize.scheme import pop_format
 from lechat_jax.run import Run
 from lechat_jax.shell import command
 from lechat_jax.vocabulary import control_ids

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lechat_jax.errors import BadInput
-from lechat_jax.quantize import Form, Parts, is_part, numbers_of
+from lechat_jax.quantize.scheme import Form, Parts, is_part, numbers_of
 from lechat_jax.tensors import TensorFiles
 
 

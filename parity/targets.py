@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lechat_jax.files.safetensors_header import parse_json
-from lechat_jax.quantize import QUANTIZATION, Form
+from lechat_jax.quantize.scheme import QUANTIZATION, Form
 from lechat_jax.tokenizer import Tokenizer, preferred
 from lechat_jax.vocabulary import GENERATION, SETTINGS
 from parity import configs

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.quantize import Form, dequantize, quantized
+from lechat_jax.quantize.scheme import Form, dequantize, quantized
 from lechat_jax.tensors import TensorFiles
 from lechat_jax.weights import load_weights, weight_shapes
 from parity.check import main as check

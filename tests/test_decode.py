@@ -13,7 +13,7 @@ from lechat_jax.config import MistralConfig, preset
 from lechat_jax.decode import MOST, DecodeState, Produced, Request, decode, prefill
 from lechat_jax.lookup import SEEN
 from lechat_jax.model import Weights, weights_of
-from lechat_jax.quantize import INT8, Form
+from lechat_jax.quantize.scheme import INT8, Form
 from lechat_jax.reading import left_padded
 from lechat_jax.sampling import Sampling
 from lechat_jax.weights import weight_shapes

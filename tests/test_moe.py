@@ -17,7 +17,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.model import Weights, bind
 from lechat_jax.moe import Load, imbalance
-from lechat_jax.quantize import INT8, Form, form_of, is_scale, numbers_of, quantize_weights
+from lechat_jax.quantize.scheme import INT8, Form, form_of, is_scale, numbers_of, quantize_weights
 from lechat_jax.rows import Rows
 from lechat_jax.sampling import Sampling
 from lechat_jax.step import StepOptions, gradient

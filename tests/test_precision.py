@@ -24,7 +24,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.decode import DecodeState, Request, decode
 from lechat_jax.ops.matmul import as_bits
 from lechat_jax.optimizer import usual_rule
-from lechat_jax.quantize import INT8, Form
+from lechat_jax.quantize.scheme import INT8, Form
 from lechat_jax.rows import Rows
 from lechat_jax.sampling import Sampling
 from lechat_jax.step import StepOptions, state_of, train_steps

@@ -17,7 +17,7 @@ from lechat_jax.corpus import load_corpus
 from lechat_jax.data import load_tokens
 from lechat_jax.errors import BadInput
 from lechat_jax.model import bind, weights_of
-from lechat_jax.quantize import dequantize, quantize_weights
+from lechat_jax.quantize.scheme import dequantize, quantize_weights
 from lechat_jax.run import Run
 from lechat_jax.step import StepOptions
 from lechat_jax.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.model import bind
-from lechat_jax.quantize import quantized
+from lechat_jax.quantize.scheme import quantized
 from lechat_jax.weights import load_weights
 from parity.convert import main
 from parity.names import names

@@ -29,7 +29,7 @@ from lechat_jax.devices.mesh import (
 )
 from lechat_jax.errors import BadInput
 from lechat_jax.model import weights_of
-from lechat_jax.quantize import INT8, Form, quantize_weights
+from lechat_jax.quantize.scheme import INT8, Form, quantize_weights
 from lechat_jax.rows import Rows
 from lechat_jax.run import Run
 from lechat_jax.step import StepOptions, TrainState, gradient, init_state, score, train_steps

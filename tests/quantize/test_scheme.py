@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax import int8 as module
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model import bind, weights_of
 from lechat_jax.options import TrainConfig
-from lechat_jax.quantize import INT8, check_format, dequantize, quantize_weights, quantized
+from lechat_jax.quantize import int8 as module
+from lechat_jax.quantize.scheme import INT8, check_format, dequantize, quantize_weights, quantized
 from lechat_jax.run import Run
 from lechat_jax.tokenizer import Tokenizer
 from lechat_jax.train import set_up

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Shaped, UInt8
 
-from lechat_jax.int8 import check_finite, pieces, scale_shape, wide_piece
+from lechat_jax.quantize.int8 import check_finite, pieces, scale_shape, wide_piece
 
 TOP = 15  # the largest number of four bits
 LEAST = np.float32(TOP * np.finfo(np.float32).tiny)  # see int8

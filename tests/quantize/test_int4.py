@@ -9,14 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax import int8
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
-from lechat_jax.int4 import Packed, pack, packed, unpack, unpacked
 from lechat_jax.model import bind, weights_of
 from lechat_jax.ops import matmul_int4
 from lechat_jax.ops.matmul_int4 import project_pairs
-from lechat_jax.quantize import Form, asked, form_of, numbers_of, pop_format, quantize_weights
+from lechat_jax.quantize import int8
+from lechat_jax.quantize.int4 import Packed, pack, packed, unpack, unpacked
+from lechat_jax.quantize.scheme import (
+    Form,
+    asked,
+    form_of,
+    numbers_of,
+    pop_format,
+    quantize_weights,
+)
 from lechat_jax.trained import Trained
 from lechat_jax.weights import load_weights, save_weights, weight_shapes
 from parity.lively import lively

@@ -21,8 +21,8 @@ from jaxtyping import Float32, Shaped
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.int4 import Packed, packed, unpacked
-from lechat_jax.int8 import dequantize, quantized, scale_shape
+from lechat_jax.quantize.int4 import Packed, packed, unpacked
+from lechat_jax.quantize.int8 import dequantize, quantized, scale_shape
 
 SCALE, ZERO, ORDER = ".scale", ".zero", ".order"  # behind the name of a kernel, that of its parts
 Format = Literal["int8", "int4"]

@@ -1,0 +1,1 @@
+"""How a weight is stored in fewer bits: int8 and int4."""
