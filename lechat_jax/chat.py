@@ -28,9 +28,9 @@ from lechat_jax.generator import CONTEXT, Generator, stop_texts
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.session import Session
-from lechat_jax.tokenizer import preferred
+from lechat_jax.tokenizer.tokenizer import preferred
+from lechat_jax.tokenizer.vocabulary import no_tokenizer
 from lechat_jax.trained import Trained
-from lechat_jax.vocabulary import no_tokenizer
 
 ENDS = {"SIGTERM": 143, "SIGHUP": 129}  # signals that end it, and what a shell makes of them
 

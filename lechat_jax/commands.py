@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import write_whole
-from lechat_jax.template import Conversation
+from lechat_jax.tokenizer.chat_template import Conversation
 
 HELP = """\
 /reset        begins a new conversation; the system prompt stays

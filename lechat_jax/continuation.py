@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 from lechat_jax.errors import BadInput
-from lechat_jax.tokenizer import StreamDecoder, Tokenizer
+from lechat_jax.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 Stopped = Literal["eos", "length", "stop", "context", "interrupted"]
 

@@ -13,7 +13,7 @@ from lechat_jax.corpus import Corpus, Document
 from lechat_jax.errors import BadInput
 from lechat_jax.rows import Rows
 from lechat_jax.token_cache import Streams, kept
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 2  # of the streams and of the cache file; a new number makes every cache anew
 GROUP = 1 << 20  # characters tokenised between two reports of progress

@@ -7,8 +7,8 @@ from typing import Protocol, runtime_checkable
 from lechat_jax.continuation import Sample, UntilStop
 from lechat_jax.errors import BadInput
 from lechat_jax.sampling import Sampling
-from lechat_jax.template import Conversation
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.chat_template import Conversation
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 
 @runtime_checkable

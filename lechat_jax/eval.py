@@ -32,10 +32,10 @@ from lechat_jax.packing import Documents, Packed
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.step import StepOptions
 from lechat_jax.texts import find_texts, form_of
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.tokenizer.vocabulary import no_tokenizer
 from lechat_jax.trained import Trained
 from lechat_jax.validation import HeldOut, Score, Validator, decoded_bytes
-from lechat_jax.vocabulary import no_tokenizer
 
 ANY = 1 << 40  # tokens of a row that holds any example
 

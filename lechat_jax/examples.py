@@ -26,7 +26,7 @@ from lechat_jax.packing import Documents
 from lechat_jax.scribes import CHUNK, answer_bytes, pages
 from lechat_jax.texts import first_record, load_dataset
 from lechat_jax.token_cache import Arrays, kept
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 1  # of what is cached; a new number makes every cache anew
 

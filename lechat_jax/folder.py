@@ -15,8 +15,8 @@ from lechat_jax.files.safetensors_header import parse_json
 from lechat_jax.quantize.scheme import Form, pop_format
 from lechat_jax.run import CONFIG
 from lechat_jax.shell import command
-from lechat_jax.tokenizer import FILES
-from lechat_jax.vocabulary import BESIDE
+from lechat_jax.tokenizer.tokenizer import FILES
+from lechat_jax.tokenizer.vocabulary import BESIDE
 
 OF_WEIGHTS = re.compile(r"config\.json|model.*\.safetensors(\.index\.json)?")
 OF_TEXT = re.compile(rf"{FILES.pattern}|{BESIDE.pattern}")

@@ -24,8 +24,8 @@ from lechat_jax.generator import CONTEXT, Generator, stop_texts
 from lechat_jax.prompts import Prompt, read_prompts
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.sampling import Sampling
+from lechat_jax.tokenizer.vocabulary import no_tokenizer
 from lechat_jax.trained import Trained
-from lechat_jax.vocabulary import no_tokenizer
 
 RULE = "-" * 72  # between two samples
 

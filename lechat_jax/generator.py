@@ -23,7 +23,7 @@ from lechat_jax.ops.matmul import as_bits
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.reading import CacheSize, best_chunk, cache_size, cached_bytes, left_padded
 from lechat_jax.sampling import Sampling
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
 
 MOST_DRAFT = 32  # tokens that may be guessed ahead

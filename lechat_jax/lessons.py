@@ -10,9 +10,9 @@ from lechat_jax.data import Batches, Progress, Tokens, interim_rows, load_tokens
 from lechat_jax.examples import Examples, load_examples
 from lechat_jax.packing import Documents, Packed
 from lechat_jax.rows import Rows
-from lechat_jax.template import Conversation
 from lechat_jax.texts import form_of
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.chat_template import Conversation
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.validation import INTERIM_ROWS, HeldOut
 
 Packing = Literal["auto", "on", "off"]

@@ -15,8 +15,8 @@ from lechat_jax.model import Weights, bind
 from lechat_jax.options import TrainConfig
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
-from lechat_jax.tokenizer import Tokenizer
-from lechat_jax.vocabulary import ends
+from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.tokenizer.vocabulary import ends
 from lechat_jax.weights import weights_bytes
 
 SHOWN = 500  # characters of a prompt that are printed; all of it is in the file

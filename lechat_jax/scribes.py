@@ -22,8 +22,8 @@ from jaxtyping import Bool, Integer
 from lechat_jax.dialects import Form, conversation
 from lechat_jax.errors import BadInput
 from lechat_jax.files.jsonl import half_pair
-from lechat_jax.tokenizer import Tokenizer
-from lechat_jax.transcript import Transcripts, Unusable
+from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.tokenizer.transcripts import Transcripts, Unusable
 
 Fields = dict[str, Any]
 Ids = Integer[np.ndarray, " ids"]

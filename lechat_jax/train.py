@@ -42,10 +42,10 @@ from lechat_jax.options import DEFAULT_PRESET, MOVABLE, TrainConfig
 from lechat_jax.run import HELD_OUT, RECIPE, Run
 from lechat_jax.shell import command
 from lechat_jax.timetable import elapsed
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.tokenizer.vocabulary import beside, no_tokenizer
 from lechat_jax.trained import Loaded, Trained
 from lechat_jax.trainer import Diverged, Trainer, step_options
-from lechat_jax.vocabulary import beside, no_tokenizer
 from lechat_jax.weights import weight_shapes
 
 

@@ -19,8 +19,8 @@ from lechat_jax.model import Weights
 from lechat_jax.quantize.scheme import Form, Format, asked, quantize_weights
 from lechat_jax.run import CONFIG, Run
 from lechat_jax.tensors import TensorFiles
-from lechat_jax.tokenizer import Tokenizer
-from lechat_jax.vocabulary import ends
+from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.tokenizer.vocabulary import ends
 from lechat_jax.weights import load_weights, weight_shapes, weights_bytes
 
 

@@ -43,7 +43,7 @@ from lechat_jax.step import (
     train_steps,
 )
 from lechat_jax.timetable import Timetable, elapsed
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.validation import Validator
 
 TIMED_CALLS = 3  # measured before minutes become steps

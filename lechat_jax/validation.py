@@ -16,7 +16,7 @@ from lechat_jax.devices.mesh import ROWS, placed
 from lechat_jax.model import Weights
 from lechat_jax.rows import Rows
 from lechat_jax.step import StepOptions, score
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 BLOCK = 1024  # tokens in a row: long, so that few are scored with little before them
 INTERIM_ROWS = 8  # of them, evenly spread, in a validation during training

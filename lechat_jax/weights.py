@@ -34,7 +34,7 @@ from lechat_jax.model import Weights, shapes_of
 from lechat_jax.quantize.scheme import QUANTIZATION, Form, Format, asked, form_of, in_parts, is_part
 from lechat_jax.run import CONFIG
 from lechat_jax.tensors import TensorFiles, write_tensors
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 FLOATS = tuple(np.dtype(name) for name in (jnp.bfloat16, "float16", "float32", "float64"))
 PIECE = 1 << 24  # bytes of a tensor that are copied at once

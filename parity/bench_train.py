@@ -20,7 +20,7 @@ from lechat_jax.data import Batches, Tokens, load_tokens
 from lechat_jax.errors import BadInput
 from lechat_jax.flops import peak_flops
 from lechat_jax.options import Dtype
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.apart import measured_apart
 from parity.learners import (
     FOREVER,

@@ -28,8 +28,8 @@ from lechat_jax.quantize.scheme import Form, asked, in_parts
 from lechat_jax.quantize.scheme import Format as Quantization
 from lechat_jax.shell import command
 from lechat_jax.tensors import Wanted, write_tensors
-from lechat_jax.tokenizer import preferred
-from lechat_jax.vocabulary import control_ids, no_tokenizer
+from lechat_jax.tokenizer.tokenizer import preferred
+from lechat_jax.tokenizer.vocabulary import control_ids, no_tokenizer
 from parity.finite import is_finite
 from parity.formats import to_format
 from parity.names import Format, names, parts, rows, shapes, tied_head

@@ -12,9 +12,9 @@ from lechat_jax.data import interim_rows, load_tokens, score_blocks
 from lechat_jax.errors import BadInput
 from lechat_jax.shell import command
 from lechat_jax.texts import form_of
+from lechat_jax.tokenizer.vocabulary import no_tokenizer
 from lechat_jax.trained import Trained
 from lechat_jax.validation import BLOCK
-from lechat_jax.vocabulary import no_tokenizer
 
 
 class Text(NamedTuple):

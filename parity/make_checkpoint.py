@@ -15,7 +15,7 @@ from rich.console import Console
 from lechat_jax.cli import flags
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.convert import DTYPES, Convert, Dtype, check_destination, convert
 from parity.names import Format, shapes
 from parity.source import Source

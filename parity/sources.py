@@ -22,7 +22,7 @@ from lechat_jax.folder import OF_TEXT, fault_of
 from lechat_jax.quantize.scheme import pop_format
 from lechat_jax.run import Run
 from lechat_jax.shell import command
-from lechat_jax.vocabulary import control_ids
+from lechat_jax.tokenizer.vocabulary import control_ids
 from parity import configs, first_mixtral, hub
 from parity.merging import Product, rounded
 from parity.multimodal import SEEING, without_vision

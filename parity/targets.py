@@ -9,8 +9,8 @@ import numpy as np
 
 from lechat_jax.files.safetensors_header import parse_json
 from lechat_jax.quantize.scheme import QUANTIZATION, Form
-from lechat_jax.tokenizer import Tokenizer, preferred
-from lechat_jax.vocabulary import GENERATION, SETTINGS
+from lechat_jax.tokenizer.tokenizer import Tokenizer, preferred
+from lechat_jax.tokenizer.vocabulary import GENERATION, SETTINGS
 from parity import configs
 from parity.chat_template import chat_template
 from parity.names import Format

@@ -23,8 +23,8 @@ from lechat_jax.model import weights_of
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.session import Session
-from lechat_jax.template import Conversation
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.chat_template import Conversation
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.weights import save_weights
 from parity.lively import lively
 from tests.tokenizers import tokenizer as load

@@ -6,7 +6,7 @@ import pytest
 
 from lechat_jax.continuation import Continuation, Sample, join
 from lechat_jax.errors import BadInput
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 
 def row(max_tokens: int = 5, room: int | None = None, eos: tuple[int, ...] = ()) -> Continuation:

@@ -25,7 +25,7 @@ from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
 from lechat_jax.run import Run
 from lechat_jax.tensors import TensorFiles
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.weights import load_weights
 from parity import convert as module
 from parity.architectures import ARCHITECTURES, SMALL_MIXTURE

@@ -20,9 +20,9 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.tokenizer.transcripts import Transcripts
 from lechat_jax.trained import Trained
-from lechat_jax.transcript import Transcripts
 from parity.chat_template import chat_template
 from parity.names import FORMATS, Format
 from parity.targets import TOKENIZER_CONFIG

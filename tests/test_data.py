@@ -16,7 +16,7 @@ from lechat_jax.corpus import Corpus, Document, load_corpus
 from lechat_jax.data import Batches, interim_rows, load_tokens, score_blocks
 from lechat_jax.errors import BadInput
 from lechat_jax.token_cache import HEADER
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.mistral_v1()
 CORPUS = Corpus(

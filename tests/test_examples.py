@@ -18,7 +18,7 @@ from lechat_jax.examples import Examples, load_examples
 from lechat_jax.packing import Documents
 from lechat_jax.scribes import write_completion
 from lechat_jax.texts import form_of
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from tests.tokenizers import tokenizer
 
 V1 = Tokenizer.mistral_v1()

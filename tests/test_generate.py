@@ -25,7 +25,7 @@ from lechat_jax.model import weights_of
 from lechat_jax.prompts import read_prompts
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.weights import save_weights
 from parity.lively import lively
 

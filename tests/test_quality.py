@@ -20,7 +20,7 @@ from lechat_jax.model import bind, weights_of
 from lechat_jax.quantize.scheme import dequantize, quantize_weights
 from lechat_jax.run import Run
 from lechat_jax.step import StepOptions
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
 from lechat_jax.validation import HeldOut, Validator
 from lechat_jax.weights import save_weights

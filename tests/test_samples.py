@@ -21,7 +21,7 @@ from lechat_jax.model import weights_of
 from lechat_jax.options import TrainConfig
 from lechat_jax.run import Run
 from lechat_jax.samples import Samples
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.lively import lively
 
 Sampled = Callable[..., str]

@@ -14,7 +14,7 @@ from lechat_jax.generator import Generator
 from lechat_jax.model import bind
 from lechat_jax.sampling import Sampling
 from lechat_jax.session import Session
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.lively import lively
 
 SAMPLINGS = {"greedy": Sampling(temperature=0), "drawn": Sampling(temperature=0.9, seed=3)}

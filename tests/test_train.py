@@ -26,7 +26,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.model import bind, weights_of
 from lechat_jax.options import TrainConfig
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import main, set_up
 from lechat_jax.trainer import Trainer
 from lechat_jax.weights import save_weights

@@ -25,7 +25,7 @@ from lechat_jax.folder import fault_of, kind_of
 from lechat_jax.model import Weights, weights_of
 from lechat_jax.quantize.scheme import Form, quantize_weights
 from lechat_jax.tensors import TensorFiles, write_tensors
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.trained import Trained
 from lechat_jax.weights import load_weights, save_weights
 from parity.lively import lively

@@ -8,7 +8,7 @@ from typing import Any
 
 import sentencepiece
 
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 SHIPPED = {
     "v1": "tokenizer.model.v1",

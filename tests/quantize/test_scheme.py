@@ -20,7 +20,7 @@ from lechat_jax.options import TrainConfig
 from lechat_jax.quantize import int8 as module
 from lechat_jax.quantize.scheme import INT8, check_format, dequantize, quantize_weights, quantized
 from lechat_jax.run import Run
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import set_up
 from lechat_jax.trained import Trained
 from lechat_jax.weights import save_weights, weight_shapes

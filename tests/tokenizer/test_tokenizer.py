@@ -13,12 +13,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lechat_jax import spm
-from lechat_jax import tokenizer as module
 from lechat_jax.errors import BadInput
-from lechat_jax.template import Conversation
-from lechat_jax.tokenizer import StreamDecoder, Tokenizer, preferred
-from lechat_jax.vocabulary import ends
+from lechat_jax.tokenizer import sentencepiece as spm
+from lechat_jax.tokenizer import tokenizer as module
+from lechat_jax.tokenizer.chat_template import Conversation
+from lechat_jax.tokenizer.tokenizer import StreamDecoder, Tokenizer, preferred
+from lechat_jax.tokenizer.vocabulary import ends
 from tests.tokenizers import SHIPPED, shipped, small_tekken
 from tests.tokenizers import tokenizer as load
 
@@ -70,7 +70,7 @@ def test_it_is_the_tokenizer_of_mistral_7b_v01() -> None:
 
 def test_finding_it_does_not_import_mistral_common() -> None:
     program = (
-        "import sys; from lechat_jax.tokenizer import Tokenizer; Tokenizer.mistral_v1();"
+        "import sys; from lechat_jax.tokenizer.tokenizer import Tokenizer; Tokenizer.mistral_v1();"
         "print(*{'mistral_common', 'jax'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

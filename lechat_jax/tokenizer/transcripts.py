@@ -16,8 +16,8 @@ from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from lechat_jax.files.jsonl import half_pair, without_nulls
-from lechat_jax.template import KINDS, base_of
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.chat_template import KINDS, base_of
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 

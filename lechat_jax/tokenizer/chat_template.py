@@ -30,8 +30,8 @@ from mistral_common.tokens.tokenizers.instruct import (
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
-from lechat_jax.tekken import Tekken
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tekken import Tekken
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 KINDS: dict[str, type[InstructTokenizerV1]] = {
     "v1": InstructTokenizerV1,

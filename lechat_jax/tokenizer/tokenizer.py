@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from lechat_jax.errors import BadInput
-from lechat_jax.spm import SentencePiece
-from lechat_jax.tekken import Tekken
-from lechat_jax.vocabulary import Vocabulary, read_vocabulary
+from lechat_jax.tokenizer.sentencepiece import SentencePiece
+from lechat_jax.tokenizer.tekken import Tekken
+from lechat_jax.tokenizer.vocabulary import Vocabulary, read_vocabulary
 
 FILE_NAME = "tokenizer.model.v1"
 FILES = re.compile(r"tekken\.json|tokenizer\.model(?:\.v(\d+)(?:m(\d+))?)?")

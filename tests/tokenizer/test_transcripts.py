@@ -7,9 +7,9 @@ import pytest
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-from lechat_jax.tokenizer import Tokenizer
-from lechat_jax.transcript import Transcripts, Unusable
-from tests.test_template import NAMES, SYSTEM, TURNS, answered, loaded, path
+from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.tokenizer.transcripts import Transcripts, Unusable
+from tests.tokenizer.test_chat_template import NAMES, SYSTEM, TURNS, answered, loaded, path
 
 __all__ = ["path"]  # a fixture
 

@@ -14,8 +14,8 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from lechat_jax.errors import BadInput
-from lechat_jax.template import KINDS, Conversation
-from lechat_jax.tokenizer import Tokenizer
+from lechat_jax.tokenizer.chat_template import KINDS, Conversation
+from lechat_jax.tokenizer.tokenizer import Tokenizer
 from tests.tokenizers import shipped, small_tekken
 
 NAMES = [
