@@ -21,17 +21,17 @@ import tyro
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
-from lechat_jax.corpus import load_corpus
-from lechat_jax.data import load_tokens
+from lechat_jax.data.batches import load_tokens
+from lechat_jax.data.corpus import load_corpus
+from lechat_jax.data.examples import load_examples
+from lechat_jax.data.packing import Documents, Packed
+from lechat_jax.data.sources import find_texts, form_of
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
-from lechat_jax.examples import load_examples
 from lechat_jax.files.atomic import check_writable, write_whole
 from lechat_jax.loading import load_to_compute
-from lechat_jax.packing import Documents, Packed
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.step import StepOptions
-from lechat_jax.texts import find_texts, form_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 from lechat_jax.trained import Trained

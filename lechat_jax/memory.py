@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.data.rows import Rows
 from lechat_jax.devices.memory import check_fits
 from lechat_jax.devices.mesh import HEADS, ROWS, described, mesh_of, sizes_of
 from lechat_jax.errors import BadInput
-from lechat_jax.rows import Rows
 from lechat_jax.step import StepOptions, TrainState, jitted_steps, state_of
 from lechat_jax.weights import weight_shapes
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 from lechat_jax.attention import Backend, attend_cached, training_attention
 from lechat_jax.cache import Cache, Ring, distinct_windows, places
 from lechat_jax.config import MistralConfig
+from lechat_jax.data.rows import positions_in
 from lechat_jax.lora import Adapter, adapted
 from lechat_jax.mask import window_mask
 from lechat_jax.moe import Load, Mixture, Stack
@@ -27,7 +28,6 @@ from lechat_jax.ops.matmul_int4 import project_pairs
 from lechat_jax.ops.remat import Remat, recomputing
 from lechat_jax.quantize.scheme import is_part
 from lechat_jax.rope import Turns, rotate, turns
-from lechat_jax.rows import positions_in
 
 # The weights of a model by the name under which every format of lechat stores them.
 Weights = dict[str, Array]

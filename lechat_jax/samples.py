@@ -5,11 +5,11 @@ from jax.sharding import Mesh
 
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
+from lechat_jax.data.dataset import Lessons
 from lechat_jax.devices.mesh import on_one_device
 from lechat_jax.devices.processes import from_first, is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import CONTEXT, Generator
-from lechat_jax.lessons import Lessons
 from lechat_jax.loading import free_bytes
 from lechat_jax.model import Weights, bind
 from lechat_jax.options import TrainConfig

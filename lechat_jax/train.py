@@ -19,6 +19,7 @@ from lechat_jax.cli.config_file import to_yaml
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
 from lechat_jax.config import MistralConfig
+from lechat_jax.data.dataset import Lessons, load_lessons
 from lechat_jax.devices import processes
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.devices.memory import OutOfMemory, running_out
@@ -27,7 +28,6 @@ from lechat_jax.devices.processes import anywhere, from_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
 from lechat_jax.files.find import located
-from lechat_jax.lessons import Lessons, load_lessons
 from lechat_jax.loading import free_bytes, shapes_to_compute
 from lechat_jax.memory import (
     REMEDY,

@@ -21,15 +21,15 @@ from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
 from lechat_jax.config import MistralConfig
+from lechat_jax.data.dataset import Lessons
+from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import described, own_rows, placed, settled
 from lechat_jax.devices.processes import anywhere, from_first, is_first
 from lechat_jax.errors import BadInput
-from lechat_jax.lessons import Lessons
 from lechat_jax.model import Weights
 from lechat_jax.optimizer import usual_rule
 from lechat_jax.options import TrainConfig
 from lechat_jax.peft import write_adapter
-from lechat_jax.rows import Rows
 from lechat_jax.run import Run
 from lechat_jax.samples import Samples
 from lechat_jax.shell import quoted

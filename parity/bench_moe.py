@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.data import Batches
+from lechat_jax.data.batches import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.flops import peak_flops
 from parity.learners import AdamW, LechatAdamW, Lesson, initial_weights

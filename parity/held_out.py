@@ -7,11 +7,11 @@ import numpy as np
 from jaxtyping import Bool, Integer
 
 from lechat_jax.cli.display import Display
-from lechat_jax.corpus import load_corpus
-from lechat_jax.data import interim_rows, load_tokens, score_blocks
+from lechat_jax.data.batches import interim_rows, load_tokens, score_blocks
+from lechat_jax.data.corpus import load_corpus
+from lechat_jax.data.sources import form_of
 from lechat_jax.errors import BadInput
 from lechat_jax.shell import command
-from lechat_jax.texts import form_of
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 from lechat_jax.trained import Trained
 from lechat_jax.validation import BLOCK

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from lechat_jax.data import Tokens, interim_rows, score_blocks
+from lechat_jax.data.batches import Tokens, interim_rows, score_blocks
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import write_whole
 from lechat_jax.flops import flops_per_token

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Integer
 
 from lechat_jax.attention import dense_attention
 from lechat_jax.config import PRESETS, MistralConfig
-from lechat_jax.data import Batches
+from lechat_jax.data.batches import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.model import bind
 from parity import transformers_peer

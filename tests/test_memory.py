@@ -45,7 +45,7 @@ import json, threading, time
 import jax.numpy as jnp, numpy as np
 from lechat_jax.config import preset
 from lechat_jax.memory import compiled
-from lechat_jax.rows import Rows
+from lechat_jax.data.rows import Rows
 from lechat_jax.step import StepOptions, init_state, jitted_steps
 
 def resident():

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
-from lechat_jax.corpus import load_corpus
-from lechat_jax.data import load_tokens
+from lechat_jax.data.batches import load_tokens
+from lechat_jax.data.corpus import load_corpus
 from lechat_jax.errors import BadInput
 from lechat_jax.model import bind, weights_of
 from lechat_jax.quantize.scheme import dequantize, quantize_weights

@@ -14,9 +14,9 @@ from rich.console import Console
 from lechat_jax import samples
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
+from lechat_jax.data.dataset import load_lessons
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
-from lechat_jax.lessons import load_lessons
 from lechat_jax.model import weights_of
 from lechat_jax.options import TrainConfig
 from lechat_jax.run import Run

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.data.rows import Rows
 from lechat_jax.errors import BadInput
 from lechat_jax.model import Weights, bind
 from lechat_jax.ops.remat import Remat, recomputing
 from lechat_jax.optimizer import Optimizer
-from lechat_jax.rows import Rows
 from lechat_jax.step import (
     StepOptions,
     TrainState,

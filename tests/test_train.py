@@ -20,8 +20,8 @@ from lechat_jax.cli import flags as cli
 from lechat_jax.cli.display import Display
 from lechat_jax.cli.signals import Stop
 from lechat_jax.config import MistralConfig
-from lechat_jax.corpus import load_corpus
-from lechat_jax.data import Batches, load_tokens
+from lechat_jax.data.batches import Batches, load_tokens
+from lechat_jax.data.corpus import load_corpus
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.model import bind, weights_of

@@ -15,7 +15,7 @@ import pytest
 
 from lechat_jax import validation
 from lechat_jax.config import MistralConfig
-from lechat_jax.data import Tokens
+from lechat_jax.data.batches import Tokens
 from lechat_jax.devices.mesh import ROWS, make_mesh, settled
 from lechat_jax.model import Weights, bind, shapes_of
 from lechat_jax.step import StepOptions

@@ -15,7 +15,8 @@ from lechat_jax.adapters import Adapters
 from lechat_jax.attention import KERNELS, dense_attention
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
-from lechat_jax.data import Batches
+from lechat_jax.data.batches import Batches
+from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import (
     check_divides,
     letters,
@@ -30,7 +31,6 @@ from lechat_jax.devices.mesh import (
 from lechat_jax.errors import BadInput
 from lechat_jax.model import weights_of
 from lechat_jax.quantize.scheme import INT8, Form, quantize_weights
-from lechat_jax.rows import Rows
 from lechat_jax.run import Run
 from lechat_jax.step import StepOptions, TrainState, gradient, init_state, score, train_steps
 from lechat_jax.trained import Trained

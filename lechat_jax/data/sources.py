@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lechat_jax.dialects import Form, fields_told, form_of_fields
+from lechat_jax.data.dialects import Form, fields_told, form_of_fields
 from lechat_jax.errors import BadInput
 from lechat_jax.files.find import LeftOut, NoRecords, find_files
 from lechat_jax.files.jsonl import Complaints, Record, half_pair, holds_records, json_records

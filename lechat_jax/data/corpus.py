@@ -5,8 +5,8 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 
+from lechat_jax.data.sources import find_texts
 from lechat_jax.errors import BadInput
-from lechat_jax.texts import find_texts
 
 EVERY = 10  # every tenth document or block is validation
 BLOCK = 4096  # characters; about 4 KiB of English

@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
-from lechat_jax.corpus import EVERY, in_words
-from lechat_jax.data import dtype_of
-from lechat_jax.dialects import FIELDS, Form, conversation, fields_told, form_of_fields
+from lechat_jax.data.batches import dtype_of
+from lechat_jax.data.corpus import EVERY, in_words
+from lechat_jax.data.dialects import FIELDS, Form, conversation, fields_told, form_of_fields
+from lechat_jax.data.packing import Documents
+from lechat_jax.data.parallel_encoding import CHUNK, answer_bytes, pages
+from lechat_jax.data.sources import first_record, load_dataset
+from lechat_jax.data.token_cache import Arrays, kept
 from lechat_jax.errors import BadInput
 from lechat_jax.files.find import LeftOut, NoRecords, find_files
 from lechat_jax.files.jsonl import Complaints, Record, holds_records, json_records
 from lechat_jax.files.text import plain_name, read_bytes
-from lechat_jax.packing import Documents
-from lechat_jax.scribes import CHUNK, answer_bytes, pages
-from lechat_jax.texts import first_record, load_dataset
-from lechat_jax.token_cache import Arrays, kept
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 1  # of what is cached; a new number makes every cache anew

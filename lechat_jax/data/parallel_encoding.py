@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from lechat_jax.dialects import Form, conversation
+from lechat_jax.data.dialects import Form, conversation
 from lechat_jax.errors import BadInput
 from lechat_jax.files.jsonl import half_pair
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -183,7 +183,13 @@ class _Scribe:
         here = str(Path(__file__).parent.parent)
         paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lechat_jax.scribes", form, str(tokenizer.absolute())],
+            [
+                sys.executable,
+                "-m",
+                "lechat_jax.data.parallel_encoding",
+                form,
+                str(tokenizer.absolute()),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": paths},

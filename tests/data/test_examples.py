@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lechat_jax import examples, scribes
+from lechat_jax.data import examples, parallel_encoding
+from lechat_jax.data.examples import Examples, load_examples
+from lechat_jax.data.packing import Documents
+from lechat_jax.data.parallel_encoding import write_completion
+from lechat_jax.data.sources import form_of
 from lechat_jax.errors import BadInput
-from lechat_jax.examples import Examples, load_examples
-from lechat_jax.packing import Documents
-from lechat_jax.scribes import write_completion
-from lechat_jax.texts import form_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from tests.tokenizers import tokenizer
 
@@ -241,12 +241,12 @@ def test_several_processes_write_what_one_does(tmp_path: Path) -> None:
     rows = [chat(f"Say {i}", f"{i}!" * (i % 3)) for i in range(70)]
     seen: list[tuple[int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scribes, "CHUNK", 9)
-        patch.setattr(scribes, "FEWEST", 1)
-        patch.setattr(scribes, "_cores", lambda: 2)
-        several = [*scribes.pages("messages", V1, rows, lambda *at: seen.append(at))]
-        patch.setattr(scribes, "_cores", lambda: 1)
-        one = [*scribes.pages("messages", V1, rows, lambda *at: None)]
+        patch.setattr(parallel_encoding, "CHUNK", 9)
+        patch.setattr(parallel_encoding, "FEWEST", 1)
+        patch.setattr(parallel_encoding, "_cores", lambda: 2)
+        several = [*parallel_encoding.pages("messages", V1, rows, lambda *at: seen.append(at))]
+        patch.setattr(parallel_encoding, "_cores", lambda: 1)
+        one = [*parallel_encoding.pages("messages", V1, rows, lambda *at: None)]
     assert seen == [(n, 70) for n in (*range(9, 64, 9), 70)]
     for found, expected in zip(several, one, strict=True):
         assert [np.asarray(leaf).tolist() for leaf in found[:4]] == [
@@ -258,12 +258,12 @@ def test_several_processes_write_what_one_does(tmp_path: Path) -> None:
 
 
 def test_a_process_that_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scribes, "CHUNK", 1)
-    monkeypatch.setattr(scribes, "FEWEST", 1)
-    monkeypatch.setattr(scribes, "_cores", lambda: 2)
+    monkeypatch.setattr(parallel_encoding, "CHUNK", 1)
+    monkeypatch.setattr(parallel_encoding, "FEWEST", 1)
+    monkeypatch.setattr(parallel_encoding, "_cores", lambda: 2)
     monkeypatch.setattr(sys, "executable", shutil.which("true"))
     with pytest.raises(BadInput, match="a process that wrote examples down ended with code 0"):
-        list(scribes.pages("messages", V1, [chat("Hi", "a")] * 3, lambda *at: None))
+        list(parallel_encoding.pages("messages", V1, [chat("Hi", "a")] * 3, lambda *at: None))
 
 
 def test_examples_that_are_too_long_are_cut_and_told(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lechat_jax.data.packing import Documents, Packed, best_fit
+from lechat_jax.data.rows import Rows
 from lechat_jax.errors import BadInput
-from lechat_jax.packing import Documents, Packed, best_fit
-from lechat_jax.rows import Rows
 
 ROOM = 33
 LENGTHS = st.lists(st.integers(2, ROOM), min_size=1, max_size=40)

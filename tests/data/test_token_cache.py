@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax import token_cache
-from lechat_jax.token_cache import HEADER, DamagedCache, read_streams, write_streams
+from lechat_jax.data import token_cache
+from lechat_jax.data.token_cache import HEADER, DamagedCache, read_streams, write_streams
 
 UINT16 = np.dtype(np.uint16)
 TRAIN, VAL = np.arange(1000, dtype=UINT16), np.arange(5, dtype=UINT16)[::-1].copy()

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
+from lechat_jax.data.rows import Rows
 from lechat_jax.errors import BadInput
-from lechat_jax.rows import Rows
 
 
 class Documents(NamedTuple):

