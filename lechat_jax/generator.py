@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from lechat_jax.cache import Cache, empty_cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.continuation import Continuation, Sample, join
 from lechat_jax.decode import MOST, DecodeState, Request, break_even, compile_for, decode, prefill
@@ -18,7 +17,8 @@ from lechat_jax.devices.memory import check_fits
 from lechat_jax.errors import BadInput
 from lechat_jax.loading import free_bytes, load_to_compute
 from lechat_jax.lookup import SEEN, Repeats, newest
-from lechat_jax.model import Mistral, Weights, bind, weights_of
+from lechat_jax.model.cache import Cache, empty_cache
+from lechat_jax.model.mistral import Mistral, Weights, bind, weights_of
 from lechat_jax.ops.matmul import as_bits
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.reading import CacheSize, best_chunk, cache_size, cached_bytes, left_padded

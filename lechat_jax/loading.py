@@ -12,8 +12,8 @@ from jaxtyping import Array
 
 from lechat_jax.devices.memory import available_bytes, check_fits
 from lechat_jax.errors import BadInput
-from lechat_jax.lora import is_adapter
-from lechat_jax.model import Weights
+from lechat_jax.model.lora import is_adapter
+from lechat_jax.model.mistral import Weights
 from lechat_jax.quantize.scheme import Format, is_part
 from lechat_jax.tensors import TensorFiles
 from lechat_jax.trained import Trained

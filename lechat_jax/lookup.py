@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from lechat_jax.cache import EMPTY
+from lechat_jax.model.cache import EMPTY
 
 SEEN = 8192  # tokens of a row that are searched, the newest ones
 Number = TypeVar("Number", float, Array)

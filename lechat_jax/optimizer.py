@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
-from lechat_jax.model import Weights
+from lechat_jax.model.mistral import Weights
 
 WARMUP_STEPS = 10
 COOLDOWN = 0.6  # the last part of the run in which the rate falls to zero, as a fraction

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from lechat_jax.adapters import Adapters, in_short
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.safetensors_header import TensorInfo, parse_json
-from lechat_jax.lora import A, B
+from lechat_jax.model.adapters import Adapters, in_short
+from lechat_jax.model.lora import A, B
 from lechat_jax.tensors import TensorFiles, write_tensors
 from lechat_jax.weights import FLOATS
 

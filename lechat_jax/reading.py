@@ -9,9 +9,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
-from lechat_jax.cache import EMPTY, cache_bytes, capacity
 from lechat_jax.config import MistralConfig
-from lechat_jax.model import Weights
+from lechat_jax.model.cache import EMPTY, cache_bytes, capacity
+from lechat_jax.model.mistral import Weights
 from lechat_jax.ops.matmul import FEW
 
 # Weights by name, or only their shapes and types.

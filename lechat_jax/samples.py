@@ -11,7 +11,7 @@ from lechat_jax.devices.processes import from_first, is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import CONTEXT, Generator
 from lechat_jax.loading import free_bytes
-from lechat_jax.model import Weights, bind
+from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.options import TrainConfig
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling

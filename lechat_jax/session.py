@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterator, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from lechat_jax.cache import Cache
 from lechat_jax.continuation import Continuation, Sample
 from lechat_jax.decode import DecodeState
 from lechat_jax.generator import Generator, stop_texts
 from lechat_jax.lookup import newest
+from lechat_jax.model.cache import Cache
 from lechat_jax.sampling import Sampling
 
 

@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from lechat_jax.attention import Backend
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import ROWS, keeps_its_type, made_sharded, pinned, sum_over_rows
-from lechat_jax.model import Mistral, Weights, bind, weights_of
-from lechat_jax.moe import Load, imbalance
+from lechat_jax.model.attention import Backend
+from lechat_jax.model.mistral import Mistral, Weights, bind, weights_of
+from lechat_jax.model.moe import Load, imbalance
 from lechat_jax.ops.cross_entropy import cross_entropy
 from lechat_jax.ops.remat import KEPT_ON_A_CPU, Remat
 from lechat_jax.optimizer import MUON, Optimizer, Rule, Schedule, warmup_then_cooldown

@@ -9,13 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from lechat_jax.adapters import Adapters
 from lechat_jax.config import MistralConfig
 from lechat_jax.devices.mesh import described, shardings
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
 from lechat_jax.folder import kind_of, read_config, stored_format
-from lechat_jax.model import Weights
+from lechat_jax.model.adapters import Adapters
+from lechat_jax.model.mistral import Weights
 from lechat_jax.quantize.scheme import Form, Format, asked, quantize_weights
 from lechat_jax.run import CONFIG, Run
 from lechat_jax.tensors import TensorFiles

@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from lechat_jax.adapters import Adapters
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
@@ -26,7 +25,8 @@ from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import described, own_rows, placed, settled
 from lechat_jax.devices.processes import anywhere, from_first, is_first
 from lechat_jax.errors import BadInput
-from lechat_jax.model import Weights
+from lechat_jax.model.adapters import Adapters
+from lechat_jax.model.mistral import Weights
 from lechat_jax.optimizer import usual_rule
 from lechat_jax.options import TrainConfig
 from lechat_jax.peft import write_adapter

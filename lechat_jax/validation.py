@@ -14,7 +14,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Tokens, interim_rows, score_rows
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import ROWS, placed
-from lechat_jax.model import Weights
+from lechat_jax.model.mistral import Weights
 from lechat_jax.step import StepOptions, score
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 

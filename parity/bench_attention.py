@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from rich.console import Console
 
-from lechat_jax.attention import Backend, choose_backend, training_attention
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
+from lechat_jax.model.attention import Backend, choose_backend, training_attention
 from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
 from parity.peer import load_peer
 from parity.report import Report, Row, TableText

@@ -15,13 +15,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from lechat_jax.cache import Cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.continuation import Sample
 from lechat_jax.decode import MOST
 from lechat_jax.devices.host_memory import host_empty
 from lechat_jax.generator import MOST_DRAFT, Generator
-from lechat_jax.model import Weights, bind
+from lechat_jax.model.cache import Cache
+from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.quantize.scheme import SCALE
 from lechat_jax.sampling import Sampling
 from lechat_jax.weights import weight_shapes

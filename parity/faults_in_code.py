@@ -9,8 +9,9 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from lechat_jax import attention, cache, decode, generator, model, rope, step
+from lechat_jax import decode, generator, step
 from lechat_jax.config import MistralConfig
+from lechat_jax.model import attention, cache, mistral, rope
 from parity.planting import in_code
 
 
@@ -20,7 +21,7 @@ def _attend(change: Callable[..., Array]) -> tuple[tuple[object, str, Callable],
     def changed(right: Callable) -> Callable:
         return lambda q, k, v, mask: change(right, q, k, v, mask)
 
-    return (attention, "attend", changed), (model, "attend_cached", changed)
+    return (attention, "attend", changed), (mistral, "attend_cached", changed)
 
 
 def _tiled(right: Callable, q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -76,7 +77,7 @@ def _sine_for_cosine(right: Callable) -> Callable:
 def _keys_one_late(right: Callable) -> Callable:
     """Queries are rotated by the position before theirs, so each key is one further away."""
 
-    def call(self: model.Attention, x: Array, turn: rope.Turns, mix: Any, memory: Any) -> Any:
+    def call(self: mistral.Attention, x: Array, turn: rope.Turns, mix: Any, memory: Any) -> Any:
         def later(q: Array, k: Array, v: Array, memory: Any) -> Any:
             first = rope.Rotation(turn.k.cos[:, 1:2], -turn.k.sin[:, 1:2])  # of one position, back
             return mix(rope.rotate(q, first), k, v, memory)
@@ -95,7 +96,7 @@ def _float32_angles(right: Callable) -> Callable:
 
 def _rms_norm(f: Callable[[Array, Array, float], Array]) -> Callable[[Callable], Callable]:
     def spoil(_: Callable) -> Callable:
-        def call(self: model.RMSNorm, x: Array) -> Array:
+        def call(self: mistral.RMSNorm, x: Array) -> Array:
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             return f(wide, self.scale[...].astype(wide.dtype), self.eps).astype(x.dtype)
 
@@ -225,21 +226,21 @@ CODE = (
     in_code(
         "rotary pairs are neighbours instead of half a head apart",
         "attn.0",
-        (model, "rotate", _rotate_neighbours),
+        (mistral, "rotate", _rotate_neighbours),
     ),
-    in_code("the rotation goes backwards", "attn.0", (model, "rotate", _rotate_backwards)),
+    in_code("the rotation goes backwards", "attn.0", (mistral, "rotate", _rotate_backwards)),
     in_code(
-        "the rotation takes a sine for a cosine", "attn.0", (model, "rotate", _sine_for_cosine)
+        "the rotation takes a sine for a cosine", "attn.0", (mistral, "rotate", _sine_for_cosine)
     ),
     in_code(
-        "only half of the lanes are rotated", "attn.0", (model, "rotate", _rotate_half_the_lanes)
+        "only half of the lanes are rotated", "attn.0", (mistral, "rotate", _rotate_half_the_lanes)
     ),
     in_code(
         "keys are one position further away than they are",
         "attn.0",
-        (model.Attention, "__call__", _keys_one_late),
+        (mistral.Attention, "__call__", _keys_one_late),
     ),
-    in_code("angles are float32 in a float64 run", "attn.0", (model, "turns", _float32_angles)),
+    in_code("angles are float32 in a float64 run", "attn.0", (mistral, "turns", _float32_angles)),
     in_code(
         "kv heads are tiled instead of grouped",
         "attn.0",
@@ -252,7 +253,7 @@ CODE = (
         "the mean is subtracted before the norm",
         "attn.0",
         (
-            model.RMSNorm,
+            mistral.RMSNorm,
             "__call__",
             _rms_norm(
                 lambda x, scale, eps: (
@@ -265,7 +266,7 @@ CODE = (
         "norm scales are added to one",
         "attn.0",
         (
-            model.RMSNorm,
+            mistral.RMSNorm,
             "__call__",
             _rms_norm(lambda x, scale, eps: x * jax.lax.rsqrt(_mean_square(x) + eps) * (1 + scale)),
         ),
@@ -274,7 +275,7 @@ CODE = (
         "eps is added to the root instead of below it",
         "attn.0",
         (
-            model.RMSNorm,
+            mistral.RMSNorm,
             "__call__",
             _rms_norm(lambda x, scale, eps: x / (jnp.sqrt(_mean_square(x)) + eps) * scale),
         ),
@@ -283,7 +284,7 @@ CODE = (
         "norms scale before they round",
         "norm.0",
         (
-            model.RMSNorm,
+            mistral.RMSNorm,
             "__call__",
             _rms_norm(lambda x, scale, eps: x * jax.lax.rsqrt(_mean_square(x) + eps) * scale),
         ),
@@ -292,13 +293,15 @@ CODE = (
     in_code(
         "norms come after the layers instead of before",
         "attn.0",
-        (model.Block, "__call__", _block(_norm_after)),
+        (mistral.Block, "__call__", _block(_norm_after)),
     ),
-    in_code("attention has no residual", "mlp.0", (model.Block, "__call__", _block(_no_residual))),
+    in_code(
+        "attention has no residual", "mlp.0", (mistral.Block, "__call__", _block(_no_residual))
+    ),
     in_code(
         "attention and feed-forward read the same input",
         "mlp.0",
-        (model.Block, "__call__", _block(_parallel)),
+        (mistral.Block, "__call__", _block(_parallel)),
     ),
     in_code("the gate is a GELU", "mlp.0", (jax.nn, "silu", lambda _: jax.nn.gelu)),
     in_code("the last token has no loss", "loss", (step, "cross_entropy", _last_token_dropped)),
@@ -320,7 +323,7 @@ CODE = (
         "the ring does not wrap", "prefill", (cache.Ring, "_slot", _clamped_slots), needs=_wraps
     ),
     in_code(
-        "the mask of a chunk is aligned top-left", "prefill", (model, "window_mask", _top_left)
+        "the mask of a chunk is aligned top-left", "prefill", (mistral, "window_mask", _top_left)
     ),
     in_code(
         "decoding starts one position late",

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lechat_jax import moe
 from lechat_jax.config import MistralConfig
+from lechat_jax.model import moe
 from lechat_jax.ops.expert_weights import Kernels
 from lechat_jax.ops.grouped_matmul_cpu import group_of_each
 from parity.planting import Change, Weights, in_code, in_weights

@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lechat_jax import model, rope
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
+from lechat_jax.model import mistral, rope
 from parity.architectures import ARCHITECTURES
 from parity.planting import Planted, in_code, in_config
 
@@ -156,7 +156,7 @@ POSITIONS = (
     in_code(
         "keys grow like queries",
         "attn.0",
-        (model, "turns", _keys_too),
+        (mistral, "turns", _keys_too),
         base=_MINISTRAL_3,
         needs=_grows,
     ),

@@ -11,11 +11,11 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from lechat_jax.attention import Backend
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Batches
 from lechat_jax.data.rows import Rows
-from lechat_jax.model import Mistral, Weights, weights_of
+from lechat_jax.model.attention import Backend
+from lechat_jax.model.mistral import Mistral, Weights, weights_of
 from lechat_jax.options import Dtype
 from lechat_jax.step import StepOptions, gradient, score, state_of, train_steps
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.model import Mistral, bind, shapes_of, weights_of
+from lechat_jax.model.mistral import Mistral, bind, shapes_of, weights_of
 
 
 def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Mistral:

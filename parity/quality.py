@@ -25,7 +25,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_whole
 from lechat_jax.loading import load_to_compute
-from lechat_jax.model import Weights, bind
+from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.ops.matmul import project
 from lechat_jax.quantize.scheme import INT8, Format, asked, form_of, quantize_weights
 from lechat_jax.trained import Trained

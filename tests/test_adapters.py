@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
-from lechat_jax.model import bind, weights_of
+from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import main
 from lechat_jax.trained import Trained

@@ -16,11 +16,11 @@ import torch
 import tyro
 from jaxtyping import Bool, Integer
 
-from lechat_jax.attention import dense_attention
 from lechat_jax.config import PRESETS, MistralConfig
 from lechat_jax.data.batches import Batches
 from lechat_jax.errors import BadInput
-from lechat_jax.model import bind
+from lechat_jax.model.attention import dense_attention
+from lechat_jax.model.mistral import bind
 from parity import transformers_peer
 from parity.apart import commands
 from parity.bench import main

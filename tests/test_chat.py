@@ -19,7 +19,7 @@ from lechat_jax.continuation import Sample, Stopped
 from lechat_jax.dialogue import Dialogue
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
-from lechat_jax.model import weights_of
+from lechat_jax.model.mistral import weights_of
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.session import Session

@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lechat_jax.config import PRESETS, Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
-from lechat_jax.rope import rotation
+from lechat_jax.model.rope import rotation
 from lechat_torch.rotary import turns
 from parity.configs import from_hugging_face, from_params, to_hugging_face, to_params
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from lechat_jax.mask import window_mask
+from lechat_jax.model.mask import window_mask
 
 
 def test_a_shape_that_contradicts_its_annotation_is_refused_in_tests() -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 
-from lechat_jax.cache import EMPTY, empty_cache
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.decode import MOST, DecodeState, Produced, Request, decode, prefill
 from lechat_jax.lookup import SEEN
-from lechat_jax.model import Weights, weights_of
+from lechat_jax.model.cache import EMPTY, empty_cache
+from lechat_jax.model.mistral import Weights, weights_of
 from lechat_jax.quantize.scheme import INT8, Form
 from lechat_jax.reading import left_padded
 from lechat_jax.sampling import Sampling

@@ -11,8 +11,8 @@ import pytest
 from lechat_jax import flops
 from lechat_jax.config import MistralConfig
 from lechat_jax.flops import flops_per_token, peak_flops
-from lechat_jax.mask import window_mask
-from lechat_jax.model import Mistral, bind
+from lechat_jax.model.mask import window_mask
+from lechat_jax.model.mistral import Mistral, bind
 from tests.jaxprs import equations
 
 
@@ -34,7 +34,7 @@ def products(config: MistralConfig, T: int) -> float:
 def _weights(config: MistralConfig) -> Any:
     from flax import nnx
 
-    from lechat_jax.model import weights_of
+    from lechat_jax.model.mistral import weights_of
 
     return weights_of(Mistral(config, rngs=nnx.Rngs(0)))
 

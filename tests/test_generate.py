@@ -21,7 +21,7 @@ from lechat_jax.continuation import Sample
 from lechat_jax.errors import BadInput
 from lechat_jax.generate import RULE, main
 from lechat_jax.generator import Generator
-from lechat_jax.model import weights_of
+from lechat_jax.model.mistral import weights_of
 from lechat_jax.prompts import read_prompts
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling

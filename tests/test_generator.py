@@ -25,7 +25,7 @@ from lechat_jax.decode import decode
 from lechat_jax.devices import memory as room
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
-from lechat_jax.model import bind, weights_of
+from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer.tokenizer import Tokenizer

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax.cache import EMPTY
 from lechat_jax.lookup import NGRAM, Repeats, look_up, newest, record
+from lechat_jax.model.cache import EMPTY
 
 
 def guess(text: list[int], n: int, S: int = 32) -> list[int]:

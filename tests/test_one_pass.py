@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lechat_jax import cache
-from lechat_jax.cache import Ring
 from lechat_jax.config import MistralConfig, Window
 from lechat_jax.continuation import Sample
 from lechat_jax.generator import Generator
-from lechat_jax.model import Mistral, Weights, bind, weights_of
+from lechat_jax.model import cache
+from lechat_jax.model.cache import Ring
+from lechat_jax.model.mistral import Mistral, Weights, bind, weights_of
 from lechat_jax.sampling import Sampling
 from parity.lively import lively
 

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from lechat_jax import peft
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.model import bind, weights_of
+from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.weights import save_weights
 from parity import convert, names
 from parity.lively import lively
-from tests.test_lora import ADAPTERS, logits, trained, with_adapters
+from tests.model.test_lora import ADAPTERS, logits, trained, with_adapters
 
 # peft asks transformers for what that calls by another name now.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -16,7 +16,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import load_tokens
 from lechat_jax.data.corpus import load_corpus
 from lechat_jax.errors import BadInput
-from lechat_jax.model import bind, weights_of
+from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.quantize.scheme import dequantize, quantize_weights
 from lechat_jax.run import Run
 from lechat_jax.step import StepOptions

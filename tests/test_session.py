@@ -11,7 +11,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.continuation import join
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
-from lechat_jax.model import bind
+from lechat_jax.model.mistral import bind
 from lechat_jax.sampling import Sampling
 from lechat_jax.session import Session
 from lechat_jax.tokenizer.tokenizer import Tokenizer

@@ -13,8 +13,8 @@ pytest.importorskip("xformers", reason="the reference takes its masks from xform
 
 from jaxtyping import Array
 
-from lechat_jax import model
-from lechat_jax.rope import Turns
+from lechat_jax.model import mistral
+from lechat_jax.model.rope import Turns
 from lechat_jax.weights import save_weights
 from parity.architectures import SMALL
 from parity.lively import lively_weights
@@ -110,7 +110,7 @@ def test_a_fault_that_shows_far_into_a_text_alone_is_found_there(source: Source)
 
         return turns
 
-    fault = in_code("positions end at a thousand", "attn.0", (model, "turns", shortened))
+    fault = in_code("positions end at a thousand", "attn.0", (mistral, "turns", shortened))
     streamed = Streamed(source, source, TOKENS, (0, 32744), window=7)
     with fault.plant(streamed.part_of_head(np.zeros((48, CONFIG.dim), np.float32)).ours, 0):
         stages: list[Stage] = list(streamed.run(lambda *_: None))

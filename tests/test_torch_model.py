@@ -22,7 +22,7 @@ pytest.importorskip("xformers", reason="lechat_torch takes its masks from xforme
 from lechat_jax.config import Llama4Scaling, MistralConfig
 from lechat_torch.cache import empty_cache
 from lechat_torch.model import Mistral, RMSNorm
-from tests.test_model import STRETCHED, oracle
+from tests.model.test_mistral import STRETCHED, oracle
 
 T = 33  # more than twice the window of the tiny model
 EXACT = 1e-11  # of the largest number, in float64; measured 2e-15

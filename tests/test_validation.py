@@ -17,7 +17,7 @@ from lechat_jax import validation
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Tokens
 from lechat_jax.devices.mesh import ROWS, make_mesh, settled
-from lechat_jax.model import Weights, bind, shapes_of
+from lechat_jax.model.mistral import Weights, bind, shapes_of
 from lechat_jax.step import StepOptions
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.validation import HeldOut, Score, Validator

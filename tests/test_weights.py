@@ -22,7 +22,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import write_manifest
 from lechat_jax.folder import fault_of, kind_of
-from lechat_jax.model import Weights, weights_of
+from lechat_jax.model.mistral import Weights, weights_of
 from lechat_jax.quantize.scheme import Form, quantize_weights
 from lechat_jax.tensors import TensorFiles, write_tensors
 from lechat_jax.tokenizer.tokenizer import Tokenizer

@@ -25,7 +25,7 @@ from jaxtyping import Array, PyTree
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.lora import SCALE
+from lechat_jax.model.lora import SCALE
 from lechat_jax.quantize.scheme import is_part
 
 ROWS, HEADS = "fsdp", "tp"

@@ -14,7 +14,7 @@ from lechat_jax.config import PRESETS, Llama4Scaling, MistralConfig, Yarn, prese
 from lechat_jax.config.mistral import PARTS
 from lechat_jax.config.presets import UNVERIFIED
 from lechat_jax.errors import BadInput
-from lechat_jax.model import Mistral
+from lechat_jax.model.mistral import Mistral
 
 SIZES = st.integers(1, 10**6)
 NUMBERS = st.floats(min_value=1e-12, max_value=1e12)

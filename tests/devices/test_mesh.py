@@ -11,8 +11,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from lechat_jax.adapters import Adapters
-from lechat_jax.attention import KERNELS, dense_attention
 from lechat_jax.checkpoint import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Batches
@@ -29,7 +27,9 @@ from lechat_jax.devices.mesh import (
     usual_mesh,
 )
 from lechat_jax.errors import BadInput
-from lechat_jax.model import weights_of
+from lechat_jax.model.adapters import Adapters
+from lechat_jax.model.attention import KERNELS, dense_attention
+from lechat_jax.model.mistral import weights_of
 from lechat_jax.quantize.scheme import INT8, Form, quantize_weights
 from lechat_jax.run import Run
 from lechat_jax.step import StepOptions, TrainState, gradient, init_state, score, train_steps

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
-from lechat_jax.model import bind, weights_of
+from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.ops import matmul_int4
 from lechat_jax.ops.matmul_int4 import project_pairs
 from lechat_jax.quantize import int8

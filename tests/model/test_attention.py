@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lechat_jax import attention
-from lechat_jax.attention import (
+from lechat_jax.errors import BadInput
+from lechat_jax.model import attention
+from lechat_jax.model.attention import (
     attend,
     banded_attention,
     choose_backend,
@@ -26,7 +27,6 @@ from lechat_jax.attention import (
     training_attention,
     unsupported,
 )
-from lechat_jax.errors import BadInput
 from lechat_jax.ops import flash_attention
 from lechat_jax.ops.flash_attention import fused_attention, splash_attention
 from tests.jaxprs import equations

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax.mask import Documents, window_mask
+from lechat_jax.model.mask import Documents, window_mask
 
 POSITIONS = st.lists(st.integers(-1, 12), min_size=6, max_size=6)
 

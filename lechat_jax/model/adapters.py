@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.lora import SCALE, A, B
-from lechat_jax.model import Weights
+from lechat_jax.model.lora import SCALE, A, B
+from lechat_jax.model.mistral import Weights
 from lechat_jax.quantize.scheme import scale_shape
 from lechat_jax.weights import weight_shapes
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lechat_jax.adapters import Adapters
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
-from lechat_jax.model import Weights, bind, weights_of
+from lechat_jax.model.adapters import Adapters
+from lechat_jax.model.mistral import Weights, bind, weights_of
 from lechat_jax.optimizer import usual_rule
 from lechat_jax.quantize.scheme import dequantize, is_kernel, quantize_weights
 from lechat_jax.sampling import Sampling

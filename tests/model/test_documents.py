@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lechat_jax import attention
-from lechat_jax.attention import Backend
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
-from lechat_jax.model import Weights, bind, weights_of
+from lechat_jax.model import attention
+from lechat_jax.model.attention import Backend
+from lechat_jax.model.mistral import Weights, bind, weights_of
 from lechat_jax.ops.flash_attention import splash_attention
 from lechat_jax.step import StepOptions, shares, total_nats
 from lechat_jax.step import gradient as gradient_of

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lechat_jax.adapters import Adapters
-from lechat_jax.cache import empty_cache
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
 from lechat_jax.decode import DecodeState, Request, decode
+from lechat_jax.model.adapters import Adapters
+from lechat_jax.model.cache import empty_cache
 from lechat_jax.ops.matmul import as_bits
 from lechat_jax.optimizer import usual_rule
 from lechat_jax.quantize.scheme import INT8, Form

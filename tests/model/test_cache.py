@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax.cache import (
+from lechat_jax.config import MistralConfig, preset
+from lechat_jax.model.cache import (
     EMPTY,
     Cache,
     Place,
@@ -20,8 +21,7 @@ from lechat_jax.cache import (
     empty_cache,
     places,
 )
-from lechat_jax.config import MistralConfig, preset
-from lechat_jax.mask import window_mask
+from lechat_jax.model.mask import window_mask
 from lechat_jax.reading import cache_size, left_padded
 
 

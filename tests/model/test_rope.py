@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
-from lechat_jax.rope import rotate, rotation, turns
+from lechat_jax.model.rope import rotate, rotation, turns
 
 HEAD_DIM, THETA = 8, 1e4
 POSITION = st.integers(0, 5000)

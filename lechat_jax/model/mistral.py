@@ -16,18 +16,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from lechat_jax.attention import Backend, attend_cached, training_attention
-from lechat_jax.cache import Cache, Ring, distinct_windows, places
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import positions_in
-from lechat_jax.lora import Adapter, adapted
-from lechat_jax.mask import window_mask
-from lechat_jax.moe import Load, Mixture, Stack
+from lechat_jax.model.attention import Backend, attend_cached, training_attention
+from lechat_jax.model.cache import Cache, Ring, distinct_windows, places
+from lechat_jax.model.lora import Adapter, adapted
+from lechat_jax.model.mask import window_mask
+from lechat_jax.model.moe import Load, Mixture, Stack
+from lechat_jax.model.rope import Turns, rotate, turns
 from lechat_jax.ops.matmul import from_bits, project
 from lechat_jax.ops.matmul_int4 import project_pairs
 from lechat_jax.ops.remat import Remat, recomputing
 from lechat_jax.quantize.scheme import is_part
-from lechat_jax.rope import Turns, rotate, turns
 
 # The weights of a model by the name under which every format of lechat stores them.
 Weights = dict[str, Array]

@@ -17,9 +17,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lechat_jax.cache import EMPTY, empty_cache
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn, preset
-from lechat_jax.model import MLP, Mistral, RMSNorm, bind, shapes_of, weights_of
+from lechat_jax.model.cache import EMPTY, empty_cache
+from lechat_jax.model.mistral import MLP, Mistral, RMSNorm, bind, shapes_of, weights_of
 from tests.jaxprs import equations
 
 T = 33  # more than twice the window of the tiny model

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.devices.mesh import over_heads
 from lechat_jax.errors import BadInput
-from lechat_jax.mask import Documents, window_mask
+from lechat_jax.model.mask import Documents, window_mask
 from lechat_jax.ops.flash_attention import (
     LANES,
     Keys,
