@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lechat_jax.checkpoint.peft import read_adapter
+from lechat_jax.checkpoint.saved_model import Loaded, Trained
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model.adapters import TARGETS, Adapters
 from lechat_jax.model.mistral import Weights
 from lechat_jax.options import Dtype, TrainConfig
-from lechat_jax.peft import read_adapter
 from lechat_jax.shell import command
-from lechat_jax.trained import Loaded, Trained
 
 
 class Asked(NamedTuple):

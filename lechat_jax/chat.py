@@ -16,6 +16,7 @@ from typing import Literal
 
 import tyro
 
+from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Reading, Visible
 from lechat_jax.cli.signals import Stop
@@ -30,7 +31,6 @@ from lechat_jax.sampling import Sampling
 from lechat_jax.session import Session
 from lechat_jax.tokenizer.tokenizer import preferred
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
-from lechat_jax.trained import Trained
 
 ENDS = {"SIGTERM": 143, "SIGHUP": 129}  # signals that end it, and what a shell makes of them
 

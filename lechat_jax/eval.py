@@ -18,6 +18,8 @@ import jax
 import numpy as np
 import tyro
 
+from lechat_jax.checkpoint.load import load_to_compute
+from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
@@ -29,12 +31,10 @@ from lechat_jax.data.sources import find_texts, form_of
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_whole
-from lechat_jax.loading import load_to_compute
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.step import StepOptions
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
-from lechat_jax.trained import Trained
 from lechat_jax.validation import HeldOut, Score, Validator, decoded_bytes
 
 ANY = 1 << 40  # tokens of a row that holds any example

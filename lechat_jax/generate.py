@@ -14,6 +14,7 @@ from typing import Literal
 
 import tyro
 
+from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Reading, Visible
 from lechat_jax.continuation import Sample, join
@@ -25,7 +26,6 @@ from lechat_jax.prompts import Prompt, read_prompts
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
-from lechat_jax.trained import Trained
 
 RULE = "-" * 72  # between two samples
 

@@ -3,6 +3,9 @@
 import jax
 from jax.sharding import Mesh
 
+from lechat_jax.checkpoint.load import free_bytes
+from lechat_jax.checkpoint.run import Run
+from lechat_jax.checkpoint.weights import weights_bytes
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.dataset import Lessons
@@ -10,14 +13,11 @@ from lechat_jax.devices.mesh import on_one_device
 from lechat_jax.devices.processes import from_first, is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import CONTEXT, Generator
-from lechat_jax.loading import free_bytes
 from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.options import TrainConfig
-from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import ends
-from lechat_jax.weights import weights_bytes
 
 SHOWN = 500  # characters of a prompt that are printed; all of it is in the file
 # Too little memory, a full disk, a prompt that is no text: of JAX, the system and lechat.

@@ -13,7 +13,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lechat_jax.beginning import Asked, adapters_asked, check_source, load_base
-from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.checkpoint.load import free_bytes, shapes_to_compute
+from lechat_jax.checkpoint.run import HELD_OUT, RECIPE, Run
+from lechat_jax.checkpoint.saved_model import Loaded, Trained
+from lechat_jax.checkpoint.training_state import Checkpoints
+from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.cli import flags as cli
 from lechat_jax.cli.config_file import to_yaml
 from lechat_jax.cli.display import Display, clock
@@ -28,7 +32,6 @@ from lechat_jax.devices.processes import anywhere, from_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
 from lechat_jax.files.find import located
-from lechat_jax.loading import free_bytes, shapes_to_compute
 from lechat_jax.memory import (
     REMEDY,
     Parts,
@@ -39,14 +42,11 @@ from lechat_jax.memory import (
     told,
 )
 from lechat_jax.options import DEFAULT_PRESET, MOVABLE, TrainConfig
-from lechat_jax.run import HELD_OUT, RECIPE, Run
 from lechat_jax.shell import command
 from lechat_jax.timetable import elapsed
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import beside, no_tokenizer
-from lechat_jax.trained import Loaded, Trained
 from lechat_jax.trainer import Diverged, Trainer, step_options
-from lechat_jax.weights import weight_shapes
 
 
 class Start(NamedTuple):

@@ -16,7 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.checkpoint.peft import write_adapter
+from lechat_jax.checkpoint.run import Run
+from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
 from lechat_jax.config import MistralConfig
@@ -29,8 +31,6 @@ from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.mistral import Weights
 from lechat_jax.optimizer import usual_rule
 from lechat_jax.options import TrainConfig
-from lechat_jax.peft import write_adapter
-from lechat_jax.run import Run
 from lechat_jax.samples import Samples
 from lechat_jax.shell import quoted
 from lechat_jax.speed import Speed

@@ -20,6 +20,7 @@ import tyro
 from jaxtyping import Shaped
 from rich.console import Console
 
+from lechat_jax.checkpoint.safetensors import Wanted, write_tensors
 from lechat_jax.cli import flags
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
@@ -27,7 +28,6 @@ from lechat_jax.files.checksums import sync, write_manifest
 from lechat_jax.quantize.scheme import Form, asked, in_parts
 from lechat_jax.quantize.scheme import Format as Quantization
 from lechat_jax.shell import command
-from lechat_jax.tensors import Wanted, write_tensors
 from lechat_jax.tokenizer.tokenizer import preferred
 from lechat_jax.tokenizer.vocabulary import control_ids, no_tokenizer
 from parity.finite import is_finite

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig
 from lechat_jax.continuation import Sample
 from lechat_jax.decode import MOST
@@ -24,7 +25,6 @@ from lechat_jax.model.cache import Cache
 from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.quantize.scheme import SCALE
 from lechat_jax.sampling import Sampling
-from lechat_jax.weights import weight_shapes
 
 Impl = Literal["lechat_jax", "lechat_torch", "transformers"]
 DtypeName = Literal["float32", "bfloat16", "int8", "int4"]

@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.errors import BadInput
-from lechat_jax.weights import save_weights
 from parity import convert
 from parity.contestants import SEED, Contestant, Models, tail
 from parity.decoders import QUANTIZED, DtypeName, Impl, random_prompts

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
+from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.cli.display import Display
 from lechat_jax.data.batches import interim_rows, load_tokens, score_blocks
 from lechat_jax.data.corpus import load_corpus
@@ -13,7 +14,6 @@ from lechat_jax.data.sources import form_of
 from lechat_jax.errors import BadInput
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
-from lechat_jax.trained import Trained
 from lechat_jax.validation import BLOCK
 
 

@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
+from lechat_jax.checkpoint.safetensors import OnSlab, Read, Wanted, in_pieces, write_piece
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import sync
-from lechat_jax.tensors import OnSlab, Read, Wanted, in_pieces, write_piece
 from parity.stores import Store, Stored
 
 

@@ -19,16 +19,16 @@ import tyro
 from jaxtyping import Array, Bool, Float, Int, Integer
 from rich.console import Console
 
+from lechat_jax.checkpoint.load import load_to_compute
+from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_whole
-from lechat_jax.loading import load_to_compute
 from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.ops.matmul import project
 from lechat_jax.quantize.scheme import INT8, Format, asked, form_of, quantize_weights
-from lechat_jax.trained import Trained
 from parity.held_out import Text, held_out
 from parity.measure import machine_line
 from parity.report import TableText

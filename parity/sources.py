@@ -14,13 +14,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lechat_jax.checkpoint.folder import OF_TEXT, fault_of
+from lechat_jax.checkpoint.run import Run
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
 from lechat_jax.files.safetensors_header import check_inside, parse_json
-from lechat_jax.folder import OF_TEXT, fault_of
 from lechat_jax.quantize.scheme import pop_format
-from lechat_jax.run import Run
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.vocabulary import control_ids
 from parity import configs, first_mixtral, hub
@@ -223,7 +223,7 @@ def _run(folder: Path, fields: dict[str, Any]) -> Source:
     """The last good checkpoint of a training run."""
     import jax
 
-    from lechat_jax.checkpoint import Checkpoints
+    from lechat_jax.checkpoint.training_state import Checkpoints
 
     config = MistralConfig.from_dict(fields["model"])
     run = Run.open(folder)
@@ -241,7 +241,7 @@ def _run(folder: Path, fields: dict[str, Any]) -> Source:
 
 def _adapted(folder: Path, dtype: np.dtype | None) -> Source:
     """The adapters of a run's last good checkpoint, merged into the weights they are for."""
-    from lechat_jax.trained import Trained
+    from lechat_jax.checkpoint.saved_model import Trained
 
     trained = Trained.open(folder)
     learned = trained.load_adapters()
@@ -265,7 +265,7 @@ def _adapted(folder: Path, dtype: np.dtype | None) -> Source:
 
 def _read_products(folder: Path, config: MistralConfig) -> dict[str, Product]:
     """What the adapters of a folder add, by the kernel's name."""
-    from lechat_jax.peft import read_adapter
+    from lechat_jax.checkpoint.peft import read_adapter
 
     return _products(*read_adapter(folder, config), config)
 

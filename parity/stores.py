@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
+from lechat_jax.checkpoint.safetensors import TensorFiles
 from lechat_jax.errors import BadInput
 from lechat_jax.quantize.scheme import Form, Parts, is_part, numbers_of
-from lechat_jax.tensors import TensorFiles
 
 
 @dataclasses.dataclass(frozen=True)

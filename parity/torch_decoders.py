@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
+from lechat_jax.checkpoint.weights import read_config
 from lechat_jax.config import MistralConfig
-from lechat_jax.weights import read_config
 from lechat_torch.cache import Cache as Rings
 from lechat_torch.cache import empty_cache
 from lechat_torch.generate import left_padded

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lechat_jax.checkpoint.folder import fault_of
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
-from lechat_jax.folder import fault_of
 from parity.against import rounded_as, same_weights
 from parity.answers import TOPICS, Model, Task, Topic, forward, shortened
 from parity.architectures import ARCHITECTURES, SMALL

@@ -12,14 +12,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import main
-from lechat_jax.trained import Trained
-from lechat_jax.weights import save_weights
 from parity import convert
 from parity.lively import lively
 

@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("torch", reason="the reference is PyTorch's")
 pytest.importorskip("xformers", reason="the reference takes its masks from xformers")
 
+from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import Llama4Scaling, MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.weights import save_weights
 from parity import against, answers, exam, trial
 from parity.against import same_weights
 from parity.answers import Model, Task, shortened

@@ -20,13 +20,13 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.checkpoint.run import Run
+from lechat_jax.checkpoint.safetensors import TensorFiles
+from lechat_jax.checkpoint.training_state import Checkpoints
+from lechat_jax.checkpoint.weights import load_weights
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
-from lechat_jax.run import Run
-from lechat_jax.tensors import TensorFiles
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.weights import load_weights
 from parity import convert as module
 from parity.architectures import ARCHITECTURES, SMALL_MIXTURE
 from parity.convert import main

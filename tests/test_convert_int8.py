@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from lechat_jax.checkpoint.safetensors import TensorFiles
+from lechat_jax.checkpoint.weights import load_weights, weight_shapes
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.quantize.scheme import Form, dequantize, quantized
-from lechat_jax.tensors import TensorFiles
-from lechat_jax.weights import load_weights, weight_shapes
 from parity.check import main as check
 from parity.names import FORMATS, Format
 from tests.converting import (

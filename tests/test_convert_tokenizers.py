@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 from lechat_jax import eval as evaluate
 from lechat_jax import generate, train
-from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.checkpoint.run import Run
+from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
-from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.transcripts import Transcripts
-from lechat_jax.trained import Trained
 from parity.chat_template import chat_template
 from parity.names import FORMATS, Format
 from parity.targets import TOKENIZER_CONFIG

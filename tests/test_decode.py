@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 
+from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.decode import MOST, DecodeState, Produced, Request, decode, prefill
 from lechat_jax.lookup import SEEN
@@ -16,7 +17,6 @@ from lechat_jax.model.mistral import Weights, weights_of
 from lechat_jax.quantize.scheme import INT8, Form
 from lechat_jax.reading import left_padded
 from lechat_jax.sampling import Sampling
-from lechat_jax.weights import weight_shapes
 from parity.lively import lively
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.packing import Documents
 from lechat_jax.errors import BadInput
@@ -18,7 +19,6 @@ from lechat_jax.eval import EvalConfig, main, windows
 from lechat_jax.model.mistral import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import main as train
-from lechat_jax.weights import save_weights
 from parity import convert
 from parity.lively import lively
 from tests.tokenizers import taught

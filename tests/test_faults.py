@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch", reason="the reference is PyTorch's")
 pytest.importorskip("xformers", reason="the reference takes its masks from xformers")
 
-from lechat_jax.weights import save_weights
+from lechat_jax.checkpoint.weights import save_weights
 from parity import answers, exam, faults
 from parity.answers import Model, Task
 from parity.architectures import ARCHITECTURES, SMALL

@@ -18,7 +18,10 @@ import pytest
 from jax import monitoring
 
 from lechat_jax import generator
-from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.checkpoint.run import Run
+from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.training_state import Checkpoints
+from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.continuation import Sample
 from lechat_jax.decode import decode
@@ -26,11 +29,8 @@ from lechat_jax.devices import memory as room
 from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.model.mistral import bind, weights_of
-from lechat_jax.run import Run
 from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.trained import Trained
-from lechat_jax.weights import save_weights
 from parity.lively import lively
 
 ROOT = Path(__file__).parent.parent

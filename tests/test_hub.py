@@ -16,9 +16,9 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import save_file
 
+from lechat_jax.checkpoint.safetensors import TensorFiles
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.tensors import TensorFiles
 from parity.configs import to_hugging_face, to_params
 from parity.convert import main
 from parity.hub import is_name

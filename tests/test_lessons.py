@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.cli import flags
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.dataset import Lessons, Packing, load_lessons
 from lechat_jax.model.mistral import Mistral, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import main
-from lechat_jax.weights import save_weights
 from parity.lively import lively
 from tests.tokenizers import taught
 

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from lechat_jax import memory
+from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.devices.mesh import make_mesh
 from lechat_jax.errors import BadInput
@@ -17,7 +18,6 @@ from lechat_jax.memory import Memory, Parts, check_memory, compiled, needed, sim
 from lechat_jax.optimizer import usual_rule
 from lechat_jax.step import StepOptions
 from lechat_jax.train import main
-from lechat_jax.weights import weight_shapes
 
 
 def test_the_default_job_is_foretold_from_shallow_models() -> None:

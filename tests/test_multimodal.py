@@ -11,8 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from lechat_jax.checkpoint.weights import load_weights
 from lechat_jax.errors import BadInput
-from lechat_jax.weights import load_weights
 from parity.architectures import ARCHITECTURES
 from parity.configs import to_hugging_face
 from parity.convert import main as convert

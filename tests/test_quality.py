@@ -10,7 +10,10 @@ import pytest
 from flax import nnx
 from jaxtyping import Float
 
-from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.checkpoint.run import Run
+from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.training_state import Checkpoints
+from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import load_tokens
@@ -18,12 +21,9 @@ from lechat_jax.data.corpus import load_corpus
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.quantize.scheme import dequantize, quantize_weights
-from lechat_jax.run import Run
 from lechat_jax.step import StepOptions
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.trained import Trained
 from lechat_jax.validation import HeldOut, Validator
-from lechat_jax.weights import save_weights
 from parity import quality as module
 from parity.held_out import held_out
 from parity.lively import lively

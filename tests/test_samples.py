@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from lechat_jax import samples
+from lechat_jax.checkpoint.run import Run
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.dataset import load_lessons
@@ -19,7 +20,6 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generator import Generator
 from lechat_jax.model.mistral import weights_of
 from lechat_jax.options import TrainConfig
-from lechat_jax.run import Run
 from lechat_jax.samples import Samples
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.lively import lively

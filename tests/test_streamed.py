@@ -13,9 +13,9 @@ pytest.importorskip("xformers", reason="the reference takes its masks from xform
 
 from jaxtyping import Array
 
+from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.model import mistral
 from lechat_jax.model.rope import Turns
-from lechat_jax.weights import save_weights
 from parity.architectures import SMALL
 from parity.lively import lively_weights
 from parity.planting import in_code

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from lechat_jax import validation
+from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.cli import flags as cli
 from lechat_jax.cli.display import Display
 from lechat_jax.cli.signals import Stop
@@ -29,7 +30,6 @@ from lechat_jax.options import TrainConfig
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import main, set_up
 from lechat_jax.trainer import Trainer
-from lechat_jax.weights import save_weights
 from parity.lively import lively
 from tests import tokenizers
 

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model.lora import SCALE, A, B
 from lechat_jax.model.mistral import Weights
 from lechat_jax.quantize.scheme import scale_shape
-from lechat_jax.weights import weight_shapes
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 

@@ -11,7 +11,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.checkpoint.run import Run
+from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.training_state import Checkpoints
+from lechat_jax.checkpoint.weights import save_weights, weight_shapes
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Batches
 from lechat_jax.data.rows import Rows
@@ -31,10 +34,7 @@ from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.attention import KERNELS, dense_attention
 from lechat_jax.model.mistral import weights_of
 from lechat_jax.quantize.scheme import INT8, Form, quantize_weights
-from lechat_jax.run import Run
 from lechat_jax.step import StepOptions, TrainState, gradient, init_state, score, train_steps
-from lechat_jax.trained import Trained
-from lechat_jax.weights import save_weights, weight_shapes
 from parity.lively import lively
 
 B, T, CALLS = 8, 12, 4

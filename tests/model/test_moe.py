@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers.models.mixtral import modeling_mixtral as theirs
 
+from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import check_divides, letters, make_mesh, settled
@@ -21,7 +22,6 @@ from lechat_jax.model.moe import Load, imbalance
 from lechat_jax.quantize.scheme import INT8, Form, form_of, is_scale, numbers_of, quantize_weights
 from lechat_jax.sampling import Sampling
 from lechat_jax.step import StepOptions, gradient
-from lechat_jax.weights import weight_shapes
 from parity.architectures import SMALL_MIXTURE
 from parity.lively import lively_weights
 from parity.oracle_transformers import TransformersOracle

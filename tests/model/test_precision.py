@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
 from lechat_jax.decode import DecodeState, Request, decode
@@ -28,7 +29,6 @@ from lechat_jax.optimizer import usual_rule
 from lechat_jax.quantize.scheme import INT8, Form
 from lechat_jax.sampling import Sampling
 from lechat_jax.step import StepOptions, state_of, train_steps
-from lechat_jax.weights import weight_shapes
 from parity.architectures import ARCHITECTURES, SMALL_MIXTURE
 from tests.jaxprs import equations
 

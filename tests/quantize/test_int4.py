@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.weights import load_weights, save_weights, weight_shapes
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mistral import bind, weights_of
@@ -24,8 +26,6 @@ from lechat_jax.quantize.scheme import (
     pop_format,
     quantize_weights,
 )
-from lechat_jax.trained import Trained
-from lechat_jax.weights import load_weights, save_weights, weight_shapes
 from parity.lively import lively
 
 

@@ -11,7 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.checkpoint.run import Run
+from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.training_state import Checkpoints
+from lechat_jax.checkpoint.weights import save_weights, weight_shapes
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
@@ -19,11 +22,8 @@ from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.options import TrainConfig
 from lechat_jax.quantize import int8 as module
 from lechat_jax.quantize.scheme import INT8, check_format, dequantize, quantize_weights, quantized
-from lechat_jax.run import Run
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import set_up
-from lechat_jax.trained import Trained
-from lechat_jax.weights import save_weights, weight_shapes
 from parity.lively import lively
 
 DTYPES = ["float32", "float64", "float16", ml_dtypes.bfloat16]

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from lechat_jax import checkpoint
-from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.checkpoint import training_state
+from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
@@ -267,13 +267,13 @@ def test_what_was_not_saved_is_passed_over(two: Checkpoints, inside: str) -> Non
 def test_what_a_system_left_while_saving_may_go_again(
     two: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = checkpoint._write
+    real = training_state._write
 
     def littered(whole: Path, items: Any) -> None:
         real(whole, items)
         (whole / "model" / ".nfs000000000a1b2c3d").touch()
 
-    monkeypatch.setattr(checkpoint, "_write", littered)
+    monkeypatch.setattr(training_state, "_write", littered)
     whole = two.save(3, state(3), {})
     (whole / "model" / ".nfs000000000a1b2c3d").unlink()
     assert two.restore(TEMPLATE).refused == ()
@@ -469,7 +469,7 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
 SAVE_ON = """
 import itertools, os, pathlib, signal, sys
 import numpy as np
-from lechat_jax.checkpoint import Checkpoints
+from lechat_jax.checkpoint.training_state import Checkpoints
 
 def die(event, args):
     if event == sys.argv[3] and str(args[0]).endswith(sys.argv[4]):

@@ -8,12 +8,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
+from lechat_jax.checkpoint.run import CONFIG
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import fault
 from lechat_jax.files.safetensors_header import parse_json
 from lechat_jax.quantize.scheme import Form, pop_format
-from lechat_jax.run import CONFIG
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.tokenizer import FILES
 from lechat_jax.tokenizer.vocabulary import BESIDE

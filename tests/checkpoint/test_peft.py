@@ -14,11 +14,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lechat_jax import peft
+from lechat_jax.checkpoint import peft
+from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mistral import bind, weights_of
-from lechat_jax.weights import save_weights
 from parity import convert, names
 from parity.lively import lively
 from tests.model.test_lora import ADAPTERS, logits, trained, with_adapters

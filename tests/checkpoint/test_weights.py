@@ -17,17 +17,17 @@ import pytest
 from jaxtyping import Shaped
 from safetensors.numpy import load_file, save_file
 
-from lechat_jax import weights as module
+from lechat_jax.checkpoint import weights as module
+from lechat_jax.checkpoint.folder import fault_of, kind_of
+from lechat_jax.checkpoint.safetensors import TensorFiles, write_tensors
+from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.weights import load_weights, save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import write_manifest
-from lechat_jax.folder import fault_of, kind_of
 from lechat_jax.model.mistral import Weights, weights_of
 from lechat_jax.quantize.scheme import Form, quantize_weights
-from lechat_jax.tensors import TensorFiles, write_tensors
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.trained import Trained
-from lechat_jax.weights import load_weights, save_weights
 from parity.lively import lively
 
 ROOT = Path(__file__).parent.parent
@@ -360,8 +360,8 @@ PEAK = """
 import sys, threading, time
 from pathlib import Path
 import jax, numpy as np
-from lechat_jax.tensors import TensorFiles
-from lechat_jax.weights import load_weights
+from lechat_jax.checkpoint.safetensors import TensorFiles
+from lechat_jax.checkpoint.weights import load_weights
 
 def anonymous():
     return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])

@@ -15,9 +15,9 @@ from jaxtyping import Shaped
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-from lechat_jax import tensors
+from lechat_jax.checkpoint import safetensors
+from lechat_jax.checkpoint.safetensors import TensorFiles, write_tensors
 from lechat_jax.errors import BadInput
-from lechat_jax.tensors import TensorFiles, write_tensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
@@ -138,9 +138,9 @@ def test_tensors_come_in_the_order_of_the_disk(arrays: Arrays, tmp_path: Path) -
 def test_a_tensor_of_many_slabs_is_checked_hashed_and_counted_on_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensors, "PIECE", 256)
-    monkeypatch.setattr(tensors, "SLAB", 64)
-    monkeypatch.setattr(tensors, "SYNC", 600)
+    monkeypatch.setattr(safetensors, "PIECE", 256)
+    monkeypatch.setattr(safetensors, "SLAB", 64)
+    monkeypatch.setattr(safetensors, "SYNC", 600)
     x = np.arange(1000, dtype=np.float32).reshape(10, 100)
     seen, counts, digests = [], [], {}
     [path] = write_tensors(

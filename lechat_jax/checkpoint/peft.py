@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
+from lechat_jax.checkpoint.safetensors import TensorFiles, write_tensors
+from lechat_jax.checkpoint.weights import FLOATS
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.safetensors_header import TensorInfo, parse_json
 from lechat_jax.model.adapters import Adapters, in_short
 from lechat_jax.model.lora import A, B
-from lechat_jax.tensors import TensorFiles, write_tensors
-from lechat_jax.weights import FLOATS
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 MAPS = {

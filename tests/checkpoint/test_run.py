@@ -18,9 +18,9 @@ import pytest
 from matplotlib.figure import Figure
 from tensorboardX.proto import event_pb2
 
+from lechat_jax.checkpoint.run import Run
 from lechat_jax.errors import BadInput
 from lechat_jax.files.lock import Lock
-from lechat_jax.run import Run
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {"model": {"dim": 40}, "train": {"steps": 3}}
@@ -327,7 +327,7 @@ def events(folder: Path) -> list[tuple[int, str, float]]:
 def test_the_same_metrics_are_in_tensorboards_file_when_the_program_ends(run: Run) -> None:
     program = f"""
 from pathlib import Path
-from lechat_jax.run import Run
+from lechat_jax.checkpoint.run import Run
 run = Run.open(Path({str(run.folder)!r}))
 run.mirror_to_tensorboard()
 run.log({ROWS!r})

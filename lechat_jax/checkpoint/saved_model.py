@@ -9,19 +9,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from lechat_jax.checkpoint.folder import kind_of, read_config, stored_format
+from lechat_jax.checkpoint.run import CONFIG, Run
+from lechat_jax.checkpoint.safetensors import TensorFiles
+from lechat_jax.checkpoint.weights import load_weights, weight_shapes, weights_bytes
 from lechat_jax.config import MistralConfig
 from lechat_jax.devices.mesh import described, shardings
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
-from lechat_jax.folder import kind_of, read_config, stored_format
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.mistral import Weights
 from lechat_jax.quantize.scheme import Form, Format, asked, quantize_weights
-from lechat_jax.run import CONFIG, Run
-from lechat_jax.tensors import TensorFiles
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import ends
-from lechat_jax.weights import load_weights, weight_shapes, weights_bytes
 
 
 class Loaded(NamedTuple):
@@ -181,7 +181,9 @@ class Trained:
             base, learned = self.load_base(dtype, quantize), self.load_adapters()
             weights = base.weights | learned.weights | self.adapters.scales(self.config)
             return Loaded(weights, learned.manifest, base.refused + learned.refused)
-        from lechat_jax.checkpoint import Checkpoints  # Orbax takes 0.2 s, and only runs need it
+        from lechat_jax.checkpoint.training_state import (
+            Checkpoints,  # Orbax takes 0.2 s, and only runs need it
+        )
 
         form = asked(quantize, self.config)
         template = {"model": described(mesh, weight_shapes(self.config))}
@@ -238,7 +240,7 @@ class Trained:
         adapters, run = self.adapters, self.run
         if adapters is None or run is None:
             raise BadInput(f"{self.folder} has no adapters; name a run that learned some")
-        from lechat_jax.checkpoint import Checkpoints
+        from lechat_jax.checkpoint.training_state import Checkpoints
 
         described = adapters.described(self.config)
         learning = {name: described[name] for name in adapters.shapes(self.config)}
