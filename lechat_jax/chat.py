@@ -25,10 +25,10 @@ from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.dialogue import Dialogue
 from lechat_jax.errors import BadInput
 from lechat_jax.files.text import stdin_encoding
-from lechat_jax.generator import CONTEXT, Generator, stop_texts
+from lechat_jax.generate.generator import CONTEXT, Generator, stop_texts
+from lechat_jax.generate.sampling import Sampling
+from lechat_jax.generate.session import Session
 from lechat_jax.quantize.scheme import Format
-from lechat_jax.sampling import Sampling
-from lechat_jax.session import Session
 from lechat_jax.tokenizer.tokenizer import preferred
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 

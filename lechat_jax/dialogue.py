@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-from lechat_jax.continuation import Sample, UntilStop
 from lechat_jax.errors import BadInput
-from lechat_jax.sampling import Sampling
+from lechat_jax.generate.continuation import Sample, UntilStop
+from lechat_jax.generate.sampling import Sampling
 from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 

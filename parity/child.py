@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lechat_jax.generator import Generator
+from lechat_jax.generate.generator import Generator
 from parity.contestants import torch_decoders
 from parity.decoders import Decoder, Lechat
 from parity.measure import PeakMemory

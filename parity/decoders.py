@@ -17,14 +17,14 @@ from jaxtyping import Array
 
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig
-from lechat_jax.continuation import Sample
-from lechat_jax.decode import MOST
 from lechat_jax.devices.host_memory import host_empty
-from lechat_jax.generator import MOST_DRAFT, Generator
+from lechat_jax.generate.continuation import Sample
+from lechat_jax.generate.decode import MOST
+from lechat_jax.generate.generator import MOST_DRAFT, Generator
+from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.cache import Cache
 from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.quantize.scheme import SCALE
-from lechat_jax.sampling import Sampling
 
 Impl = Literal["lechat_jax", "lechat_torch", "transformers"]
 DtypeName = Literal["float32", "bfloat16", "int8", "int4"]

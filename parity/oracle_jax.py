@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from lechat_jax import step
 from lechat_jax.config import MistralConfig
-from lechat_jax.generator import Generator
+from lechat_jax.generate.generator import Generator
+from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model import cache
 from lechat_jax.model.mistral import Mistral, Weights, bind
-from lechat_jax.sampling import Sampling
 from parity.oracles import (
     AdamW,
     Arrays,

@@ -16,7 +16,7 @@ from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.generator import Generator
+from lechat_jax.generate.generator import Generator
 from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import main

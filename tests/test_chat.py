@@ -17,13 +17,13 @@ from lechat_jax.checkpoint.run import Run
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig
-from lechat_jax.continuation import Sample, Stopped
 from lechat_jax.dialogue import Dialogue
 from lechat_jax.errors import BadInput
-from lechat_jax.generator import Generator
+from lechat_jax.generate.continuation import Sample, Stopped
+from lechat_jax.generate.generator import Generator
+from lechat_jax.generate.sampling import Sampling
+from lechat_jax.generate.session import Session
 from lechat_jax.model.mistral import weights_of
-from lechat_jax.sampling import Sampling
-from lechat_jax.session import Session
 from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.lively import lively

@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lechat_jax import eval as evaluate
-from lechat_jax import generate, train
+from lechat_jax import train
 from lechat_jax.checkpoint.run import Run
 from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.generator import Generator
-from lechat_jax.sampling import Sampling
+from lechat_jax.generate import command as generate
+from lechat_jax.generate.generator import Generator
+from lechat_jax.generate.sampling import Sampling
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.transcripts import Transcripts
 from parity.chat_template import chat_template

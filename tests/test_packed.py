@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from lechat_jax.checkpoint.weights import load_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.generator import Generator
+from lechat_jax.generate.generator import Generator
 from lechat_jax.model.mistral import bind
 from parity.architectures import SMALL, SMALL_MIXTURE
 from parity.convert import main

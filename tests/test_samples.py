@@ -17,7 +17,7 @@ from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.dataset import load_lessons
 from lechat_jax.errors import BadInput
-from lechat_jax.generator import Generator
+from lechat_jax.generate.generator import Generator
 from lechat_jax.model.mistral import weights_of
 from lechat_jax.options import TrainConfig
 from lechat_jax.samples import Samples

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lechat_jax.checkpoint.weights import load_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.generator import Generator
+from lechat_jax.generate.generator import Generator
 from lechat_jax.model.mistral import bind
 from lechat_jax.quantize.scheme import quantized
 from parity.convert import main

@@ -24,7 +24,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Batches, load_tokens
 from lechat_jax.data.corpus import load_corpus
 from lechat_jax.errors import BadInput
-from lechat_jax.generator import Generator
+from lechat_jax.generate.generator import Generator
 from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.options import TrainConfig
 from lechat_jax.tokenizer.tokenizer import Tokenizer

@@ -19,11 +19,11 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.data.rows import Rows
-from lechat_jax.decode import DecodeState, Request, decode, prefill
 from lechat_jax.devices.mesh import described, make_mesh
+from lechat_jax.generate.decode import DecodeState, Request, decode, prefill
+from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.cache import empty_cache
 from lechat_jax.quantize.scheme import INT8, Form
-from lechat_jax.sampling import Sampling
 from lechat_jax.step import StepOptions, init_state, score, train_steps
 
 # The default model's shapes, fewer layers.

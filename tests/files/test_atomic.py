@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lechat_jax import eval, generate
+from lechat_jax import eval
 from lechat_jax.errors import BadInput
 from lechat_jax.files import atomic
 from lechat_jax.files.atomic import check_new_folder, check_writable, write_whole
+from lechat_jax.generate import command as generate
 from parity import bench, check, convert, make_checkpoint, quality
 
 GB = 10**9

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lechat_jax.config import MistralConfig, preset
+from lechat_jax.generate.prefill import cache_size, left_padded
 from lechat_jax.model.cache import (
     EMPTY,
     Cache,
@@ -22,7 +23,6 @@ from lechat_jax.model.cache import (
     places,
 )
 from lechat_jax.model.mask import window_mask
-from lechat_jax.reading import cache_size, left_padded
 
 
 def ring_of(slots: int, n_layers: int = 1, batch: int = 1) -> Ring:

@@ -21,13 +21,13 @@ import pytest
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
-from lechat_jax.decode import DecodeState, Request, decode
+from lechat_jax.generate.decode import DecodeState, Request, decode
+from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.cache import empty_cache
 from lechat_jax.ops.matmul import as_bits
 from lechat_jax.optimizer import usual_rule
 from lechat_jax.quantize.scheme import INT8, Form
-from lechat_jax.sampling import Sampling
 from lechat_jax.step import StepOptions, state_of, train_steps
 from parity.architectures import ARCHITECTURES, SMALL_MIXTURE
 from tests.jaxprs import equations

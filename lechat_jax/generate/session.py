@@ -5,12 +5,12 @@ from collections.abc import Collection, Iterator, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from lechat_jax.continuation import Continuation, Sample
-from lechat_jax.decode import DecodeState
-from lechat_jax.generator import Generator, stop_texts
-from lechat_jax.lookup import newest
+from lechat_jax.generate.continuation import Continuation, Sample
+from lechat_jax.generate.decode import DecodeState
+from lechat_jax.generate.generator import Generator, stop_texts
+from lechat_jax.generate.prompt_lookup import newest
+from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.cache import Cache
-from lechat_jax.sampling import Sampling
 
 
 class Session:

@@ -13,12 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.devices.host_memory import give_back_memory
-from lechat_jax.lookup import SEEN, lately, look_up, record
+from lechat_jax.generate.prefill import Described, cache_size
+from lechat_jax.generate.prompt_lookup import SEEN, lately, look_up, record
+from lechat_jax.generate.sampling import Controls, Sampling, sample, token_keys
 from lechat_jax.model.cache import EMPTY, Cache, empty_cache
 from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.ops.matmul import as_bits
-from lechat_jax.reading import Described, cache_size
-from lechat_jax.sampling import Controls, Sampling, sample, token_keys
 
 MOST = 64  # steps that one call of `decode` can take: its buffers have room for their tokens
 

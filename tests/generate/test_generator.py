@@ -17,19 +17,19 @@ import psutil
 import pytest
 from jax import monitoring
 
-from lechat_jax import generator
 from lechat_jax.checkpoint.run import Run
 from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig, preset
-from lechat_jax.continuation import Sample
-from lechat_jax.decode import decode
 from lechat_jax.devices import memory as room
 from lechat_jax.errors import BadInput
-from lechat_jax.generator import Generator
+from lechat_jax.generate import generator
+from lechat_jax.generate.continuation import Sample
+from lechat_jax.generate.decode import decode
+from lechat_jax.generate.generator import Generator
+from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.mistral import bind, weights_of
-from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.lively import lively
 
@@ -327,7 +327,7 @@ PEAKS = """
 import sys
 from pathlib import Path
 from lechat_jax.config import MistralConfig, preset
-from lechat_jax.generator import Generator
+from lechat_jax.generate.generator import Generator
 from parity.lively import lively
 
 config = MistralConfig(

@@ -17,14 +17,14 @@ import tyro
 from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Reading, Visible
-from lechat_jax.continuation import Sample, join
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_whole
-from lechat_jax.generator import CONTEXT, Generator, stop_texts
-from lechat_jax.prompts import Prompt, read_prompts
+from lechat_jax.generate.continuation import Sample, join
+from lechat_jax.generate.generator import CONTEXT, Generator, stop_texts
+from lechat_jax.generate.prompt_files import Prompt, read_prompts
+from lechat_jax.generate.sampling import Sampling
 from lechat_jax.quantize.scheme import Format
-from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 
 RULE = "-" * 72  # between two samples
@@ -314,7 +314,3 @@ def _write(
         "tokens_per_s": tokens_per_s,
     }
     write_whole(path, json.dumps(found) + "\n")
-
-
-if __name__ == "__main__":
-    flags.run(main)

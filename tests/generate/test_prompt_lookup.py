@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax.lookup import NGRAM, Repeats, look_up, newest, record
+from lechat_jax.generate.prompt_lookup import NGRAM, Repeats, look_up, newest, record
 from lechat_jax.model.cache import EMPTY
 
 

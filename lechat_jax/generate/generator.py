@@ -13,17 +13,25 @@ from jax.typing import DTypeLike
 from lechat_jax.checkpoint.load import free_bytes, load_to_compute
 from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.config import MistralConfig
-from lechat_jax.continuation import Continuation, Sample, join
-from lechat_jax.decode import MOST, DecodeState, Request, break_even, compile_for, decode, prefill
 from lechat_jax.devices.memory import check_fits
 from lechat_jax.errors import BadInput
-from lechat_jax.lookup import SEEN, Repeats, newest
+from lechat_jax.generate.continuation import Continuation, Sample, join
+from lechat_jax.generate.decode import (
+    MOST,
+    DecodeState,
+    Request,
+    break_even,
+    compile_for,
+    decode,
+    prefill,
+)
+from lechat_jax.generate.prefill import CacheSize, best_chunk, cache_size, cached_bytes, left_padded
+from lechat_jax.generate.prompt_lookup import SEEN, Repeats, newest
+from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.cache import Cache, empty_cache
 from lechat_jax.model.mistral import Mistral, Weights, bind, weights_of
 from lechat_jax.ops.matmul import as_bits
 from lechat_jax.quantize.scheme import Format
-from lechat_jax.reading import CacheSize, best_chunk, cache_size, cached_bytes, left_padded
-from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 MOST_DRAFT = 32  # tokens that may be guessed ahead

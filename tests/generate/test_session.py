@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lechat_jax import generator
 from lechat_jax.config import MistralConfig
-from lechat_jax.continuation import join
 from lechat_jax.errors import BadInput
-from lechat_jax.generator import Generator
+from lechat_jax.generate import generator
+from lechat_jax.generate.continuation import join
+from lechat_jax.generate.generator import Generator
+from lechat_jax.generate.sampling import Sampling
+from lechat_jax.generate.session import Session
 from lechat_jax.model.mistral import bind
-from lechat_jax.sampling import Sampling
-from lechat_jax.session import Session
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.lively import lively
 

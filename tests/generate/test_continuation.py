@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from lechat_jax.continuation import Continuation, Sample, join
 from lechat_jax.errors import BadInput
+from lechat_jax.generate.continuation import Continuation, Sample, join
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 

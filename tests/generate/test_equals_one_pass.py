@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from lechat_jax.config import MistralConfig, Window
-from lechat_jax.continuation import Sample
-from lechat_jax.generator import Generator
+from lechat_jax.generate.continuation import Sample
+from lechat_jax.generate.generator import Generator
+from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model import cache
 from lechat_jax.model.cache import Ring
 from lechat_jax.model.mistral import Mistral, Weights, bind, weights_of
-from lechat_jax.sampling import Sampling
 from parity.lively import lively
 
 W = 7

@@ -13,19 +13,19 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from lechat_jax import generate
 from lechat_jax.checkpoint.run import Run
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.cli import flags as cli
 from lechat_jax.config import MistralConfig
-from lechat_jax.continuation import Sample
 from lechat_jax.errors import BadInput
-from lechat_jax.generate import RULE, main
-from lechat_jax.generator import Generator
+from lechat_jax.generate import command as generate
+from lechat_jax.generate.command import RULE, main
+from lechat_jax.generate.continuation import Sample
+from lechat_jax.generate.generator import Generator
+from lechat_jax.generate.prompt_files import read_prompts
+from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.mistral import weights_of
-from lechat_jax.prompts import read_prompts
-from lechat_jax.sampling import Sampling
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.lively import lively
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxtyping import Array
 
 from lechat_jax.errors import BadInput
-from lechat_jax.sampling import (
+from lechat_jax.generate.sampling import (
     Controls,
     Sampling,
     filter_logits,

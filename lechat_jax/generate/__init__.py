@@ -1,0 +1,1 @@
+"""Prompts continued: prefill, the decode loop, sampling."""
