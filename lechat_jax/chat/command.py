@@ -16,13 +16,13 @@ from typing import Literal
 
 import tyro
 
+from lechat_jax.chat.dialogue import Dialogue
+from lechat_jax.chat.slash_commands import Commands
 from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Reading, Visible
 from lechat_jax.cli.signals import Stop
-from lechat_jax.commands import Commands
 from lechat_jax.devices.compile_cache import enable_compilation_cache
-from lechat_jax.dialogue import Dialogue
 from lechat_jax.errors import BadInput
 from lechat_jax.files.text import stdin_encoding
 from lechat_jax.generate.generator import CONTEXT, Generator, stop_texts
@@ -220,7 +220,3 @@ def tell(dialogue: Dialogue, question: str, at_terminal: bool, verbose: bool) ->
 def note(text: str) -> None:
     """Says what is no answer."""
     print(text, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    flags.run(main)
