@@ -27,6 +27,7 @@ from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import described, own_rows, placed, settled
 from lechat_jax.devices.processes import anywhere, from_first, is_first
 from lechat_jax.errors import BadInput
+from lechat_jax.eval.score import Validator
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.mistral import Weights
 from lechat_jax.optimizer import usual_rule
@@ -44,7 +45,6 @@ from lechat_jax.step import (
 )
 from lechat_jax.timetable import Timetable, elapsed
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.validation import Validator
 
 TIMED_CALLS = 3  # measured before minutes become steps
 RECENT_CALLS = 6  # that tell how long a step takes now

@@ -12,9 +12,9 @@ from lechat_jax.data.batches import interim_rows, load_tokens, score_blocks
 from lechat_jax.data.corpus import load_corpus
 from lechat_jax.data.sources import form_of
 from lechat_jax.errors import BadInput
+from lechat_jax.eval.score import BLOCK
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
-from lechat_jax.validation import BLOCK
 
 
 class Text(NamedTuple):

@@ -12,13 +12,13 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lechat_jax import eval as evaluate
 from lechat_jax import train
 from lechat_jax.checkpoint.run import Run
 from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.eval import command as evaluate
 from lechat_jax.generate import command as generate
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling

@@ -11,9 +11,9 @@ from lechat_jax.data.examples import Examples, load_examples
 from lechat_jax.data.packing import Documents, Packed
 from lechat_jax.data.rows import Rows
 from lechat_jax.data.sources import form_of
+from lechat_jax.eval.score import INTERIM_ROWS, HeldOut
 from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.validation import INTERIM_ROWS, HeldOut
 
 Packing = Literal["auto", "on", "off"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lechat_jax import eval
 from lechat_jax.errors import BadInput
+from lechat_jax.eval import command as eval
 from lechat_jax.files import atomic
 from lechat_jax.files.atomic import check_new_folder, check_writable, write_whole
 from lechat_jax.generate import command as generate

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lechat_jax import validation
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Tokens
 from lechat_jax.devices.mesh import ROWS, make_mesh, settled
+from lechat_jax.eval import score as validation
+from lechat_jax.eval.score import HeldOut, Score, Validator
 from lechat_jax.model.mistral import Weights, bind, shapes_of
 from lechat_jax.step import StepOptions
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.validation import HeldOut, Score, Validator
 
 TOKENIZER = Tokenizer.mistral_v1()
 BOS, EOS, FIRST_BYTE = 1, 2, 3

@@ -30,12 +30,12 @@ from lechat_jax.data.packing import Documents, Packed
 from lechat_jax.data.sources import find_texts, form_of
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
+from lechat_jax.eval.score import HeldOut, Score, Validator, decoded_bytes
 from lechat_jax.files.atomic import check_writable, write_whole
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.step import StepOptions
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
-from lechat_jax.validation import HeldOut, Score, Validator, decoded_bytes
 
 ANY = 1 << 40  # tokens of a row that holds any example
 
@@ -289,7 +289,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_whole(options.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
         print(f"report: {options.json}")
     return 0
-
-
-if __name__ == "__main__":
-    flags.run(main)

@@ -15,7 +15,7 @@ from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.packing import Documents
 from lechat_jax.errors import BadInput
-from lechat_jax.eval import EvalConfig, main, windows
+from lechat_jax.eval.command import EvalConfig, main, windows
 from lechat_jax.model.mistral import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import main as train
