@@ -12,7 +12,7 @@ from rich.console import Console
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Batches
 from lechat_jax.errors import BadInput
-from lechat_jax.flops import peak_flops
+from lechat_jax.train.flops import peak_flops
 from parity.learners import AdamW, LechatAdamW, Lesson, initial_weights
 from parity.measure import machine_line, read_speed, wait_until_idle
 from parity.peer import load_peer

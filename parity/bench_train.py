@@ -17,10 +17,10 @@ from lechat_jax.config import MistralConfig, preset
 from lechat_jax.data.batches import Batches, Tokens, load_tokens
 from lechat_jax.data.corpus import load_corpus
 from lechat_jax.errors import BadInput
-from lechat_jax.flops import peak_flops
 from lechat_jax.model.attention import Backend
-from lechat_jax.options import Dtype
 from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.train.flops import peak_flops
+from lechat_jax.train.options import Dtype
 from parity.apart import measured_apart
 from parity.learners import (
     FOREVER,

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from lechat_jax import step
 from lechat_jax.config import MistralConfig
 from lechat_jax.generate import decode, generator
 from lechat_jax.model import attention, cache, mistral, rope
+from lechat_jax.train import step
 from parity.planting import in_code
 
 

@@ -16,8 +16,8 @@ from lechat_jax.data.batches import Batches
 from lechat_jax.data.rows import Rows
 from lechat_jax.model.attention import Backend
 from lechat_jax.model.mistral import Mistral, Weights, weights_of
-from lechat_jax.options import Dtype
-from lechat_jax.step import StepOptions, gradient, score, state_of, train_steps
+from lechat_jax.train.options import Dtype
+from lechat_jax.train.step import StepOptions, gradient, score, state_of, train_steps
 
 FOREVER = np.iinfo(np.int32).max  # steps in a run whose length is not known yet
 

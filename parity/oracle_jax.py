@@ -11,12 +11,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lechat_jax import step
 from lechat_jax.config import MistralConfig
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model import cache
 from lechat_jax.model.mistral import Mistral, Weights, bind
+from lechat_jax.train import step
 from parity.oracles import (
     AdamW,
     Arrays,

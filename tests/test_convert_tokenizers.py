@@ -12,7 +12,6 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lechat_jax import train
 from lechat_jax.checkpoint.run import Run
 from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.checkpoint.training_state import Checkpoints
@@ -24,6 +23,7 @@ from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.transcripts import Transcripts
+from lechat_jax.train import command as train
 from parity.chat_template import chat_template
 from parity.names import FORMATS, Format
 from parity.targets import TOKENIZER_CONFIG

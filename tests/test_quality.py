@@ -22,8 +22,8 @@ from lechat_jax.errors import BadInput
 from lechat_jax.eval.score import HeldOut, Validator
 from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.quantize.scheme import dequantize, quantize_weights
-from lechat_jax.step import StepOptions
 from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.train.step import StepOptions
 from parity import quality as module
 from parity.held_out import held_out
 from parity.lively import lively

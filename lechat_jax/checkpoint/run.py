@@ -25,8 +25,8 @@ from lechat_jax.devices.processes import is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder, told, write_whole
 from lechat_jax.files.lock import LOCK, Lock
-from lechat_jax.mirrors import Mirror, TensorBoard, WeightsAndBiases
 from lechat_jax.shell import command
+from lechat_jax.train.trackers import Mirror, TensorBoard, WeightsAndBiases
 
 CONFIG, METRICS, CURVE = "config.json", "metrics.jsonl", "loss.png"
 RECIPE = "config.yaml"

@@ -33,9 +33,9 @@ from lechat_jax.errors import BadInput
 from lechat_jax.eval.score import HeldOut, Score, Validator, decoded_bytes
 from lechat_jax.files.atomic import check_writable, write_whole
 from lechat_jax.quantize.scheme import Format
-from lechat_jax.step import StepOptions
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
+from lechat_jax.train.step import StepOptions
 
 ANY = 1 << 40  # tokens of a row that holds any example
 

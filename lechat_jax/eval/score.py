@@ -15,8 +15,8 @@ from lechat_jax.data.batches import Tokens, interim_rows, score_rows
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import ROWS, placed
 from lechat_jax.model.mistral import Weights
-from lechat_jax.step import StepOptions, score
 from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.train.step import StepOptions, score
 
 BLOCK = 1024  # tokens in a row: long, so that few are scored with little before them
 INTERIM_ROWS = 8  # of them, evenly spread, in a validation during training

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lechat_jax.cli import flags
 from lechat_jax.cli.config_file import to_yaml
 from lechat_jax.errors import BadInput
-from lechat_jax.options import TrainConfig
+from lechat_jax.train.options import TrainConfig
 
 WORDS = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
 

@@ -24,7 +24,7 @@ from lechat_jax.generate.decode import DecodeState, Request, decode, prefill
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.cache import empty_cache
 from lechat_jax.quantize.scheme import INT8, Form
-from lechat_jax.step import StepOptions, init_state, score, train_steps
+from lechat_jax.train.step import StepOptions, init_state, score, train_steps
 
 # The default model's shapes, fewer layers.
 CONFIG = dataclasses.replace(preset("lechat-15m"), n_layers=2)

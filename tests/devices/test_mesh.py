@@ -34,7 +34,7 @@ from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.attention import KERNELS, dense_attention
 from lechat_jax.model.mistral import weights_of
 from lechat_jax.quantize.scheme import INT8, Form, quantize_weights
-from lechat_jax.step import StepOptions, TrainState, gradient, init_state, score, train_steps
+from lechat_jax.train.step import StepOptions, TrainState, gradient, init_state, score, train_steps
 from parity.lively import lively
 
 B, T, CALLS = 8, 12, 4

@@ -15,7 +15,7 @@ import pytest
 
 from lechat_jax.devices import processes as distributed
 from lechat_jax.errors import BadInput
-from lechat_jax.train import main
+from lechat_jax.train.command import main
 
 SMALL = "--dim 16 --n-layers 1 --n-heads 2 --n-kv-heads 2 --head-dim 8 --hidden-dim 24".split()
 SMALL += "--sliding-window 6 --batch 8 --block 16 --max-tokens 4".split()

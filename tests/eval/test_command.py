@@ -18,7 +18,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.eval.command import EvalConfig, main, windows
 from lechat_jax.model.mistral import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.train import main as train
+from lechat_jax.train.command import main as train
 from parity import convert
 from parity.lively import lively
 from tests.tokenizers import taught

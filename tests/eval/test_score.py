@@ -19,8 +19,8 @@ from lechat_jax.devices.mesh import ROWS, make_mesh, settled
 from lechat_jax.eval import score as validation
 from lechat_jax.eval.score import HeldOut, Score, Validator
 from lechat_jax.model.mistral import Weights, bind, shapes_of
-from lechat_jax.step import StepOptions
 from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.train.step import StepOptions
 
 TOKENIZER = Tokenizer.mistral_v1()
 BOS, EOS, FIRST_BYTE = 1, 2, 3

@@ -21,7 +21,7 @@ from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.model.moe import Load, imbalance
 from lechat_jax.quantize.scheme import INT8, Form, form_of, is_scale, numbers_of, quantize_weights
-from lechat_jax.step import StepOptions, gradient
+from lechat_jax.train.step import StepOptions, gradient
 from parity.architectures import SMALL_MIXTURE
 from parity.lively import lively_weights
 from parity.oracle_transformers import TransformersOracle

@@ -26,9 +26,9 @@ from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.cache import empty_cache
 from lechat_jax.ops.matmul import as_bits
-from lechat_jax.optimizer import usual_rule
 from lechat_jax.quantize.scheme import INT8, Form
-from lechat_jax.step import StepOptions, state_of, train_steps
+from lechat_jax.train.optimizer import usual_rule
+from lechat_jax.train.step import StepOptions, state_of, train_steps
 from parity.architectures import ARCHITECTURES, SMALL_MIXTURE
 from tests.jaxprs import equations
 

@@ -19,11 +19,11 @@ from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mistral import bind, weights_of
-from lechat_jax.options import TrainConfig
 from lechat_jax.quantize import int8 as module
 from lechat_jax.quantize.scheme import INT8, check_format, dequantize, quantize_weights, quantized
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.train import set_up
+from lechat_jax.train.command import set_up
+from lechat_jax.train.options import TrainConfig
 from parity.lively import lively
 
 DTYPES = ["float32", "float64", "float16", ml_dtypes.bfloat16]

@@ -4,7 +4,7 @@ import jax
 from jax.sharding import Mesh
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.flops import flops_per_token, peak_flops
+from lechat_jax.train.flops import flops_per_token, peak_flops
 
 
 class Speed:

@@ -9,15 +9,23 @@ from pathlib import Path
 import jax
 import pytest
 
-from lechat_jax import memory
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.devices.mesh import make_mesh
 from lechat_jax.errors import BadInput
-from lechat_jax.memory import Memory, Parts, check_memory, compiled, needed, simulated_mesh, told
-from lechat_jax.optimizer import usual_rule
-from lechat_jax.step import StepOptions
-from lechat_jax.train import main
+from lechat_jax.train import memory_plan
+from lechat_jax.train.command import main
+from lechat_jax.train.memory_plan import (
+    Memory,
+    Parts,
+    check_memory,
+    compiled,
+    needed,
+    simulated_mesh,
+    told,
+)
+from lechat_jax.train.optimizer import usual_rule
+from lechat_jax.train.step import StepOptions
 
 
 def test_the_default_job_is_foretold_from_shallow_models() -> None:
@@ -44,9 +52,9 @@ STEPS = """
 import json, threading, time
 import jax.numpy as jnp, numpy as np
 from lechat_jax.config import preset
-from lechat_jax.memory import compiled
+from lechat_jax.train.memory_plan import compiled
 from lechat_jax.data.rows import Rows
-from lechat_jax.step import StepOptions, init_state, jitted_steps
+from lechat_jax.train.step import StepOptions, init_state, jitted_steps
 
 def resident():
     return 4096 * int(open("/proc/self/statm").read().split()[1])
@@ -122,7 +130,7 @@ def test_xla_decides_wherever_it_is_not_plain(
 ) -> None:
     """What is certain without asking holds of what XLA plans, from both sides."""
     plan, asked = plans[options], []
-    monkeypatch.setattr(memory, "needed", lambda *args: plan)
+    monkeypatch.setattr(memory_plan, "needed", lambda *args: plan)
 
     def check(free: int | None) -> None:
         check_memory(deeper(tiny), options, 16, free, asking=lambda: asked.append(free))

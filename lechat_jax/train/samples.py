@@ -15,9 +15,9 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import CONTEXT, Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.mistral import Weights, bind
-from lechat_jax.options import TrainConfig
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import ends
+from lechat_jax.train.options import TrainConfig
 
 SHOWN = 500  # characters of a prompt that are printed; all of it is in the file
 # Too little memory, a full disk, a prompt that is no text: of JAX, the system and lechat.

@@ -11,7 +11,6 @@ import jax
 import pytest
 from rich.console import Console
 
-from lechat_jax import samples
 from lechat_jax.checkpoint.run import Run
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
@@ -19,9 +18,10 @@ from lechat_jax.data.dataset import load_lessons
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
 from lechat_jax.model.mistral import weights_of
-from lechat_jax.options import TrainConfig
-from lechat_jax.samples import Samples
 from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.train import samples
+from lechat_jax.train.options import TrainConfig
+from lechat_jax.train.samples import Samples
 from parity.lively import lively
 
 Sampled = Callable[..., str]

@@ -26,10 +26,10 @@ from lechat_jax.errors import BadInput
 from lechat_jax.eval import score
 from lechat_jax.generate.generator import Generator
 from lechat_jax.model.mistral import bind, weights_of
-from lechat_jax.options import TrainConfig
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.train import main, set_up
-from lechat_jax.trainer import Trainer
+from lechat_jax.train.command import main, set_up
+from lechat_jax.train.options import TrainConfig
+from lechat_jax.train.trainer import Trainer
 from parity.lively import lively
 from tests import tokenizers
 

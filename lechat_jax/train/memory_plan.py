@@ -24,7 +24,7 @@ from lechat_jax.data.rows import Rows
 from lechat_jax.devices.memory import check_fits
 from lechat_jax.devices.mesh import HEADS, ROWS, described, mesh_of, sizes_of
 from lechat_jax.errors import BadInput
-from lechat_jax.step import StepOptions, TrainState, jitted_steps, state_of
+from lechat_jax.train.step import StepOptions, TrainState, jitted_steps, state_of
 
 USUAL = (8, 16, 24, 40, 48, 80, 96, 141, 192)  # GB of the devices that one can have
 SHALLOW = (2, 4)  # layers of the models that a deeper one is inferred from

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lechat_jax.cli import flags as cli
 from lechat_jax.config import preset
 from lechat_jax.errors import BadInput
-from lechat_jax.options import TrainConfig
+from lechat_jax.train.options import TrainConfig
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 FLAGS = {f"--{name.replace('_', '-')}": name for name in FIELDS}

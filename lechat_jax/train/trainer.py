@@ -30,12 +30,14 @@ from lechat_jax.errors import BadInput
 from lechat_jax.eval.score import Validator
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.mistral import Weights
-from lechat_jax.optimizer import usual_rule
-from lechat_jax.options import TrainConfig
-from lechat_jax.samples import Samples
 from lechat_jax.shell import quoted
-from lechat_jax.speed import Speed
-from lechat_jax.step import (
+from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.train.optimizer import usual_rule
+from lechat_jax.train.options import TrainConfig
+from lechat_jax.train.samples import Samples
+from lechat_jax.train.schedule import Timetable, elapsed
+from lechat_jax.train.speed import Speed
+from lechat_jax.train.step import (
     StepOptions,
     TrainState,
     all_finite,
@@ -43,8 +45,6 @@ from lechat_jax.step import (
     state_of,
     train_steps,
 )
-from lechat_jax.timetable import Timetable, elapsed
-from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 TIMED_CALLS = 3  # measured before minutes become steps
 RECENT_CALLS = 6  # that tell how long a step takes now

@@ -14,8 +14,8 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model.adapters import TARGETS, Adapters
 from lechat_jax.model.mistral import Weights
-from lechat_jax.options import Dtype, TrainConfig
 from lechat_jax.shell import command
+from lechat_jax.train.options import Dtype, TrainConfig
 
 
 class Asked(NamedTuple):

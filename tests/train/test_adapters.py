@@ -19,7 +19,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
 from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.train import main
+from lechat_jax.train.command import main
 from parity import convert
 from parity.lively import lively
 

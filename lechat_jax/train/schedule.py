@@ -16,8 +16,8 @@ import numpy as np
 import psutil
 
 from lechat_jax.devices.processes import anywhere, from_first
-from lechat_jax.optimizer import COOLDOWN, Schedule
-from lechat_jax.options import TrainConfig
+from lechat_jax.train.optimizer import COOLDOWN, Schedule
+from lechat_jax.train.options import TrainConfig
 
 TRAINING_SHARE = 0.85  # of the minutes; the rest validates, saves, samples, and is slack
 TOLERANCE = 0.01  # of the minutes; a plan that would miss them by more is made anew

@@ -16,8 +16,8 @@ from lechat_jax.data.rows import Rows
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.ops.remat import Remat, recomputing
-from lechat_jax.optimizer import Optimizer
-from lechat_jax.step import (
+from lechat_jax.train.optimizer import Optimizer
+from lechat_jax.train.step import (
     StepOptions,
     TrainState,
     all_finite,

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from lechat_jax import timetable
-from lechat_jax.options import TrainConfig
-from lechat_jax.timetable import Timetable
+from lechat_jax.train import schedule
+from lechat_jax.train.options import TrainConfig
+from lechat_jax.train.schedule import Timetable
 
 CALL = 4  # steps
 Pace = Callable[[float], float]  # seconds of a step, by the time
@@ -32,8 +32,8 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine(lambda now: 0.5)
-    monkeypatch.setattr(timetable, "elapsed", lambda: machine.now)
-    monkeypatch.setattr(timetable, "time", types.SimpleNamespace(monotonic=lambda: machine.now))
+    monkeypatch.setattr(schedule, "elapsed", lambda: machine.now)
+    monkeypatch.setattr(schedule, "time", types.SimpleNamespace(monotonic=lambda: machine.now))
     return machine
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lechat_jax import flops
 from lechat_jax.config import MistralConfig
-from lechat_jax.flops import flops_per_token, peak_flops
 from lechat_jax.model.mask import window_mask
 from lechat_jax.model.mistral import Mistral, bind
+from lechat_jax.train import flops
+from lechat_jax.train.flops import flops_per_token, peak_flops
 from tests.jaxprs import equations
 
 

@@ -20,7 +20,7 @@ from lechat_jax.model.mistral import Mistral, Weights, bind, weights_of
 from lechat_jax.model.moe import Load, imbalance
 from lechat_jax.ops.cross_entropy import cross_entropy
 from lechat_jax.ops.remat import KEPT_ON_A_CPU, Remat
-from lechat_jax.optimizer import MUON, Optimizer, Rule, Schedule, warmup_then_cooldown
+from lechat_jax.train.optimizer import MUON, Optimizer, Rule, Schedule, warmup_then_cooldown
 
 
 class TrainState(NamedTuple):

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lechat_jax.beginning import Asked, adapters_asked, check_source, load_base
 from lechat_jax.checkpoint.load import free_bytes, shapes_to_compute
 from lechat_jax.checkpoint.run import HELD_OUT, RECIPE, Run
 from lechat_jax.checkpoint.saved_model import Loaded, Trained
@@ -32,7 +31,10 @@ from lechat_jax.devices.processes import anywhere, from_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
 from lechat_jax.files.find import located
-from lechat_jax.memory import (
+from lechat_jax.shell import command
+from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.tokenizer.vocabulary import beside, no_tokenizer
+from lechat_jax.train.memory_plan import (
     REMEDY,
     Parts,
     check_memory,
@@ -41,12 +43,10 @@ from lechat_jax.memory import (
     simulated_mesh,
     told,
 )
-from lechat_jax.options import DEFAULT_PRESET, MOVABLE, TrainConfig
-from lechat_jax.shell import command
-from lechat_jax.timetable import elapsed
-from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.tokenizer.vocabulary import beside, no_tokenizer
-from lechat_jax.trainer import Diverged, Trainer, step_options
+from lechat_jax.train.options import DEFAULT_PRESET, MOVABLE, TrainConfig
+from lechat_jax.train.schedule import elapsed
+from lechat_jax.train.start import Asked, adapters_asked, check_source, load_base
+from lechat_jax.train.trainer import Diverged, Trainer, step_options
 
 
 class Start(NamedTuple):
@@ -409,7 +409,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             pause(trainer, stop.asked, display)
         trainer.run.release()
     return cli.SIGPIPE if display.has_no_reader else 0
-
-
-if __name__ == "__main__":
-    cli.run(main)

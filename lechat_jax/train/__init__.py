@@ -1,0 +1,1 @@
+"""Training: options, the step, the loop around it."""
