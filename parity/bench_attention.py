@@ -19,7 +19,7 @@ from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
 from lechat_jax.model.attention import Backend, choose_backend, training_attention
 from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
-from parity.peer import load_peer
+from parity.peers.installed import load_peer
 from parity.report import Report, Row, TableText
 
 MULTIPLES = (2, 4, 8, 16)  # of the window: the lengths T

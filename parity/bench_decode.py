@@ -36,7 +36,7 @@ from parity.decoders import (
 )
 from parity.fresh import Folders, first_tokens, peak_bytes
 from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
-from parity.peer import cold_torch_compiler
+from parity.peers.installed import cold_torch_compiler
 from parity.pictures import draw_bars
 from parity.report import Report, Row, TableText
 

@@ -15,7 +15,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.train.flops import peak_flops
 from parity.learners import AdamW, LechatAdamW, Lesson, initial_weights
 from parity.measure import machine_line, read_speed, wait_until_idle
-from parity.peer import load_peer
+from parity.peers.installed import load_peer
 from parity.race import Runner
 from parity.report import Report, Row, TableText
 

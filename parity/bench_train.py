@@ -32,7 +32,7 @@ from parity.learners import (
     initial_weights,
 )
 from parity.measure import machine_line, read_speed, wait_until_idle
-from parity.peer import cold_torch_compiler, load_peer, need
+from parity.peers.installed import cold_torch_compiler, load_peer, need
 from parity.race import HeldOut, Point, Runner, draw, race, side_by_side_table
 from parity.report import Report, Row, TableText
 

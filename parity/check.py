@@ -16,7 +16,7 @@ from lechat_jax.cli.display import Display
 from lechat_jax.files.atomic import check_writable
 from parity import reports
 from parity.check_options import CheckConfig
-from parity.peer import need
+from parity.peers.installed import need
 from parity.verdict import FaultReport
 
 

@@ -21,7 +21,7 @@ from parity.decoders import (
     bytes_a_step,
     random_weights,
 )
-from parity.peer import need
+from parity.peers.installed import need
 from parity.report import Row
 
 SEED = 0  # of weights and prompts

@@ -22,10 +22,10 @@ from parity.faults_in_code import CODE
 from parity.faults_in_experts import EXPERTS
 from parity.faults_in_files import CONFIG, WEIGHTS
 from parity.faults_in_positions import POSITIONS
-from parity.lively import lively_weights
 from parity.oracle_jax import JaxOracle
 from parity.oracle_torch import TorchOracle
 from parity.planting import Planted
+from parity.random_models import lively_weights
 from parity.verdict import Fault, Stage
 
 FAULTS: tuple[Planted, ...] = (*WEIGHTS, *CONFIG, *CODE, *POSITIONS, *EXPERTS)

@@ -12,9 +12,10 @@ from jaxtyping import Int
 from torch import nn
 
 from lechat_jax.config import MistralConfig
-from parity import names, transformers_peer
+from parity import names
 from parity.formats import put_together, taken_apart
 from parity.oracles import AdamW, Arrays, Dtype, Gradients, Stages, Trajectory
+from parity.peers import transformers
 
 M = TypeVar("M", bound=nn.Module)
 Tensors = dict[str, torch.Tensor]
@@ -34,7 +35,7 @@ class Watched(abc.ABC, Generic[M]):
     def __init__(self, config: MistralConfig, dtype: Dtype, share: bool) -> None:
         self.config, self.share = config, share
         self.dtype: Dtype = dtype
-        self.device = transformers_peer.device()
+        self.device = transformers.device()
         torch.set_float32_matmul_precision("highest")  # no TensorFloat-32 where rounding is judged
 
     @abc.abstractmethod

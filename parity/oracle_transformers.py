@@ -11,9 +11,11 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from lechat_jax.config import MistralConfig
-from parity import fused, names, transformers_peer
+from parity import names
 from parity.oracle_pytorch import Tensors, Watched, to_numpy, torch_dtype
 from parity.oracles import Arrays, Dtype, Implementation, Text, pieces
+from parity.peers import fused_experts
+from parity.peers import transformers as transformers_peer
 
 
 class TransformersOracle(Watched[Any]):
@@ -46,11 +48,11 @@ class TransformersOracle(Watched[Any]):
 
     def to_model(self, state: Tensors) -> Tensors:
         """See `Watched.to_model`."""
-        return fused.fuse(self.config, state)
+        return fused_experts.fuse(self.config, state)
 
     def from_model(self, state: Tensors) -> Tensors:
         """See `Watched.from_model`."""
-        return fused.split(self.config, state)
+        return fused_experts.split(self.config, state)
 
     def ends(self) -> tuple[nn.Embedding, nn.Linear]:
         """See `Watched.ends`."""

@@ -7,8 +7,8 @@ from lechat_torch.model import Mistral
 from parity.formats import to_format
 from parity.learners import AdamW, Lesson
 from parity.names import rows
+from parity.peers.transformers import device
 from parity.torch_learner import TorchLearner
-from parity.transformers_peer import device
 
 
 class LechatTorch(TorchLearner):

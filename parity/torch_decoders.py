@@ -28,8 +28,8 @@ from lechat_torch.model import Mistral
 from parity import names
 from parity.decoders import Prompts
 from parity.formats import taken_apart
-from parity.fused import fuse
-from parity.transformers_peer import AttentionName, build, device
+from parity.peers.fused_experts import fuse
+from parity.peers.transformers import AttentionName, build, device
 
 PIECE = 4096  # tokens of a prompt that transformers reads in one forward pass
 TRIAL = 8  # tokens by which the modes of transformers are compared, in each of its trials

@@ -18,9 +18,9 @@ from parity.check_options import CheckConfig
 from parity.diagnosis import FORWARD, recognise
 from parity.exam import Exam
 from parity.faults import CRITERIA, FAULTS, suite, suite_of_checkpoint
-from parity.lively import lively_weights
 from parity.measure import machine_line
 from parity.oracles import Dtype
+from parity.random_models import lively_weights
 from parity.source import Source
 from parity.sources import open_source
 from parity.streamed import Streamed

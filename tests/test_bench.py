@@ -21,12 +21,12 @@ from lechat_jax.data.batches import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.model.attention import dense_attention
 from lechat_jax.model.mistral import bind
-from parity import transformers_peer
 from parity.apart import commands
 from parity.bench import main
 from parity.bench_train import Train
 from parity.learners import AdamW, Lesson, initial_weights
 from parity.measure import PeakMemory, machine_line, read_speed, wait_until_idle
+from parity.peers import transformers
 from parity.race import HeldOut, Point, Runner, race
 
 ROW = "work impl dtype batch context tokens_per_s peak_bytes losses".split()
@@ -168,18 +168,18 @@ def test_converted_weights_compute_the_same_logits(config: MistralConfig) -> Non
     ids = rng.integers(config.vocab_size, size=(2, 33))
     ours = jax.jit(lambda weights: bind(config, weights)(jnp.asarray(ids)))(weights)
     with torch.no_grad():
-        theirs = transformers_peer.build(config, weights)(input_ids=torch.from_numpy(ids)).logits
+        theirs = transformers.build(config, weights)(input_ids=torch.from_numpy(ids)).logits
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * float(np.std(ours)))  # measured: 1e-5
 
 
 def test_windows_of_several_sizes_are_refused(config: MistralConfig) -> None:
     ragged = dataclasses.replace(config, n_layers=3, sliding_window=(7, None, 9))
     with pytest.raises(BadInput, match="windows of 2 sizes"):
-        transformers_peer.build(ragged, {})
+        transformers.build(ragged, {})
 
 
 def test_the_faster_attention_is_named_with_its_reason(config: MistralConfig) -> None:
-    chosen = transformers_peer.fastest_attention(lesson(config))
+    chosen = transformers.fastest_attention(lesson(config))
     assert chosen.name in ("eager", "sdpa")
     assert chosen.why.startswith(f"{chosen.name} attention takes")
 
@@ -217,7 +217,7 @@ def test_where_torch_cannot_compile_a_row_says_so(
 def test_an_error_in_the_eager_peer_is_not_taken_for_a_missing_compiler(
     config: MistralConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peer = transformers_peer.Peer(lesson(config), AdamW(1e-3), "sdpa", compiled=False)
+    peer = transformers.Peer(lesson(config), AdamW(1e-3), "sdpa", compiled=False)
     monkeypatch.setattr(peer, "loss", lambda rows: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         peer.advance(1, 10)
@@ -366,7 +366,7 @@ def test_attention_is_timed_at_every_length(bench: Bench) -> None:
 def test_the_timed_peer_attention_is_the_same_attention(window: int) -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, 19, n, 8), np.float32) for n in (6, 2, 2))
-    out = transformers_peer.sdpa(q, k, v, window, is_both=False)()
+    out = transformers.sdpa(q, k, v, window, is_both=False)()
     ours = dense_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), window)
     assert isinstance(out, torch.Tensor)
     np.testing.assert_allclose(out.numpy(), ours, atol=1e-6)

@@ -30,7 +30,7 @@ Bench = Callable[..., dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parity.transformers_peer.cores", lambda: 1)
+    monkeypatch.setattr("parity.peers.transformers.cores", lambda: 1)
 
 
 @pytest.fixture

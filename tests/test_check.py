@@ -23,9 +23,9 @@ from parity.answers import Model, Task, shortened
 from parity.architectures import ARCHITECTURES
 from parity.check import main
 from parity.exam import Exam
-from parity.lively import lively_weights
 from parity.oracle_jax import JaxOracle
 from parity.oracle_torch import TorchOracle
+from parity.random_models import lively_weights
 from parity.source import Source
 from parity.sources import open_source
 from parity.verdict import STAGES, Stage, Verdict

@@ -19,9 +19,9 @@ from parity.architectures import ARCHITECTURES, SMALL
 from parity.check import main
 from parity.exam import Exam
 from parity.faults import CRITERIA, FAULTS, first_divergence
-from parity.lively import lively_weights
 from parity.oracle_jax import JaxOracle
 from parity.planting import Planted
+from parity.random_models import lively_weights
 from parity.verdict import STAGES
 
 # One of each stage and each place; all of them are in the slow test and in CI's own command.

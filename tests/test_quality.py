@@ -26,8 +26,8 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.step import StepOptions
 from parity import quality as module
 from parity.held_out import held_out
-from parity.lively import lively
 from parity.quality import main
+from parity.random_models import lively
 
 Output = pytest.CaptureFixture[str]
 

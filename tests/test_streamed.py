@@ -17,8 +17,8 @@ from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.model import mistral
 from lechat_jax.model.rope import Turns
 from parity.architectures import SMALL
-from parity.lively import lively_weights
 from parity.planting import in_code
+from parity.random_models import lively_weights
 from parity.source import Source
 from parity.sources import open_source
 from parity.streamed import Part, Streamed

@@ -20,7 +20,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mistral import bind, weights_of
 from parity import convert, names
-from parity.lively import lively
+from parity.random_models import lively
 from tests.model.test_lora import ADAPTERS, logits, trained, with_adapters
 
 # peft asks transformers for what that calls by another name now.

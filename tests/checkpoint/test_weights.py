@@ -28,7 +28,7 @@ from lechat_jax.files.checksums import write_manifest
 from lechat_jax.model.mistral import Weights, weights_of
 from lechat_jax.quantize.scheme import Form, quantize_weights
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from parity.lively import lively
+from parity.random_models import lively
 
 ROOT = Path(__file__).parent.parent
 NAMES = [

@@ -35,7 +35,7 @@ from lechat_jax.model.attention import KERNELS, dense_attention
 from lechat_jax.model.mistral import weights_of
 from lechat_jax.quantize.scheme import INT8, Form, quantize_weights
 from lechat_jax.train.step import StepOptions, TrainState, gradient, init_state, score, train_steps
-from parity.lively import lively
+from parity.random_models import lively
 
 B, T, CALLS = 8, 12, 4
 TOKENS = np.random.default_rng(0).integers(0, 98, (5, CALLS, B, T + 1)).astype(np.int32)

@@ -20,7 +20,7 @@ from lechat_jax.model.mistral import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main as train
 from parity import convert
-from parity.lively import lively
+from parity.random_models import lively
 from tests.tokenizers import taught
 
 BLOCK, STRIDE = 48, 20

@@ -27,7 +27,7 @@ from lechat_jax.generate.prompt_files import read_prompts
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.mistral import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from parity.lively import lively
+from parity.random_models import lively
 
 ROOT = Path(__file__).parent.parent
 Output = pytest.CaptureFixture[str]

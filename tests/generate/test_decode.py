@@ -17,7 +17,7 @@ from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.cache import EMPTY, empty_cache
 from lechat_jax.model.mistral import Weights, weights_of
 from lechat_jax.quantize.scheme import INT8, Form
-from parity.lively import lively
+from parity.random_models import lively
 
 
 def test_prompts_are_padded_on_the_left_to_whole_chunks_without_their_last_token() -> None:

@@ -21,7 +21,7 @@ from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model import cache
 from lechat_jax.model.cache import Ring
 from lechat_jax.model.mistral import Mistral, Weights, bind, weights_of
-from parity.lively import lively
+from parity.random_models import lively
 
 W = 7
 LENGTHS = (W - 1, W, W + 1, 2 * W + 3)

@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("transformers", reason="the reference is transformers' own model")
 
 from lechat_jax.config import MistralConfig
-from parity.lively import lively_weights
 from parity.oracle_jax import JaxOracle
 from parity.oracle_transformers import TransformersOracle
+from parity.random_models import lively_weights
 
 W = 7
 

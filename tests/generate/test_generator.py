@@ -31,7 +31,7 @@ from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from parity.lively import lively
+from parity.random_models import lively
 
 ROOT = Path(__file__).parent.parent
 GREEDY = Sampling(temperature=0)
@@ -328,7 +328,7 @@ import sys
 from pathlib import Path
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.generate.generator import Generator
-from parity.lively import lively
+from parity.random_models import lively
 
 config = MistralConfig(
     dim=16, n_layers=2, n_heads=8, n_kv_heads=8, head_dim=128, hidden_dim=16, vocab_size=97,

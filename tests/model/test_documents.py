@@ -18,7 +18,7 @@ from lechat_jax.ops.flash_attention import splash_attention
 from lechat_jax.train.step import StepOptions, shares, total_nats
 from lechat_jax.train.step import gradient as gradient_of
 from parity.architectures import ARCHITECTURES
-from parity.lively import lively
+from parity.random_models import lively
 
 # Documents longer than the window of 7, shorter, and of two tokens; the last row has padding.
 LENGTHS = ((19, 2, 12), (5, 20, 8))

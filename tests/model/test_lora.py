@@ -20,8 +20,8 @@ from lechat_jax.model.mistral import Weights, bind, weights_of
 from lechat_jax.quantize.scheme import dequantize, is_kernel, quantize_weights
 from lechat_jax.train.optimizer import usual_rule
 from lechat_jax.train.step import StepOptions, state_of, total_nats, train_steps
-from parity.lively import lively
 from parity.merging import Product, merged
+from parity.random_models import lively
 
 ADAPTERS = Adapters(
     rank=3, alpha=5.0, ranks={"blocks.1.attn.q": 2}, alphas={"blocks.0.mlp.down": 7.0}

@@ -30,7 +30,7 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main, set_up
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.trainer import Trainer
-from parity.lively import lively
+from parity.random_models import lively
 from tests import tokenizers
 
 # A model so small that the 32,000 ids of the tokenizer are nearly all of it.

@@ -18,7 +18,7 @@ from lechat_jax.data.dataset import Lessons, Packing, load_lessons
 from lechat_jax.model.mistral import Mistral, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main
-from parity.lively import lively
+from parity.random_models import lively
 from tests.tokenizers import taught
 
 BLOCK = 128

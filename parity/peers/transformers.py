@@ -14,12 +14,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from parity import fused
 from parity.configs import to_hugging_face
 from parity.formats import taken_apart, to_format
 from parity.learners import FOREVER, AdamW, Lesson
 from parity.measure import cores, in_turn
 from parity.names import rows
+from parity.peers import fused_experts
 from parity.torch_learner import TorchLearner
 
 AttentionName = Literal["eager", "sdpa"]
@@ -43,7 +43,7 @@ def to_transformers(
         row.hf: torch.from_numpy(to_format(found[part], config, "hf", row))
         for part, row in table.items()
     }
-    return fused.fuse(config, state)
+    return fused_experts.fuse(config, state)
 
 
 def build(config: MistralConfig, weights: Mapping[str, Float[np.ndarray, "..."]] | None) -> Any:

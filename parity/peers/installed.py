@@ -12,7 +12,7 @@ from lechat_jax.errors import BadInput
 
 
 def load_peer(instead: str) -> ModuleType:
-    """`parity.transformers_peer`, which imports PyTorch and transformers.
+    """`parity.peers.transformers`, which imports PyTorch and transformers.
 
     Raises:
         BadInput: one of them is not installed; `instead` is how to measure without.
@@ -21,7 +21,7 @@ def load_peer(instead: str) -> ModuleType:
         need("torch", "transformers")
     except BadInput as error:
         raise BadInput(f"{error}, or measure lechat alone with {instead}") from None
-    return importlib.import_module("parity.transformers_peer")
+    return importlib.import_module("parity.peers.transformers")
 
 
 def need(*packages: str) -> None:

@@ -1,0 +1,1 @@
+"""Other implementations of the same model, built from lechat's weights."""
