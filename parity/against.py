@@ -12,8 +12,8 @@ from jaxtyping import Shaped
 
 from lechat_jax.errors import BadInput
 from parity.compare import relative
-from parity.source import Source
-from parity.stores import Stored
+from parity.convert.files.stores import Stored
+from parity.convert.source import Source
 from parity.verdict import Stage
 
 Say = Callable[[str, int, int], None]

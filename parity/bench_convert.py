@@ -17,9 +17,10 @@ from rich.console import Console
 
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import sync
-from parity import convert, make_checkpoint
+from parity import make_checkpoint
+from parity.convert import command as convert
+from parity.convert.names import Format
 from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
-from parity.names import Format
 from parity.report import Report, Row, TableText
 
 SAMPLE_SECONDS = 0.02  # between two looks at the memory

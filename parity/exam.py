@@ -15,7 +15,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from parity.answers import TOPICS, Answers, Item, Model, Task, Topic, padding, trajectory
 from parity.compare import EXACT, ROUNDINGS, SAME_ROUNDING, UNIT, flips, slack
-from parity.configs import to_hugging_face
+from parity.convert.configs import to_hugging_face
 from parity.oracle_jax import JaxOracle
 from parity.oracle_torch import TorchOracle
 from parity.oracle_transformers import TransformersOracle

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from scipy.special import softmax
 
 from lechat_jax.config import MistralConfig
-from parity import names
 from parity.answers import TOPICS, Model, Task
+from parity.convert import names
 from parity.exam import Exam
 from parity.faults_in_code import CODE
 from parity.faults_in_experts import EXPERTS

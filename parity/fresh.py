@@ -17,10 +17,10 @@ from pathlib import Path
 
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.errors import BadInput
-from parity import convert
 from parity.contestants import SEED, Contestant, Models, tail
+from parity.convert import command as convert
+from parity.convert.names import Format
 from parity.decoders import QUANTIZED, DtypeName, Impl, random_prompts
-from parity.names import Format
 
 FORMATS: dict[Impl, Format] = {
     "lechat_jax": "lechat",

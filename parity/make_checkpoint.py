@@ -16,10 +16,10 @@ from lechat_jax.cli import flags
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from parity.convert import DTYPES, Convert, Dtype, check_destination, convert
-from parity.names import Format, shapes
-from parity.source import Source
-from parity.stores import Store, Stored
+from parity.convert.command import DTYPES, Convert, Dtype, check_destination, convert
+from parity.convert.files.stores import Store, Stored
+from parity.convert.names import Format, shapes
+from parity.convert.source import Source
 
 POOL = 1 << 22  # numbers drawn; each weight is cut from them, starting somewhere else
 

@@ -12,8 +12,8 @@ from jaxtyping import Int
 from torch import nn
 
 from lechat_jax.config import MistralConfig
-from parity import names
-from parity.formats import put_together, taken_apart
+from parity.convert import names
+from parity.convert.layouts import put_together, taken_apart
 from parity.oracles import AdamW, Arrays, Dtype, Gradients, Stages, Trajectory
 from parity.peers import transformers
 

@@ -11,7 +11,7 @@ from lechat_jax.config import MistralConfig
 from lechat_torch.cache import empty_cache
 from lechat_torch.generate import generate
 from lechat_torch.model import Mistral
-from parity import names
+from parity.convert import names
 from parity.oracle_pytorch import Watched, to_numpy, torch_dtype
 from parity.oracles import Arrays, Dtype, Implementation, Text, pieces
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from lechat_jax.config import MistralConfig
-from parity import names
+from parity.convert import names
 from parity.oracle_pytorch import Tensors, Watched, to_numpy, torch_dtype
 from parity.oracles import Arrays, Dtype, Implementation, Text, pieces
 from parity.peers import fused_experts

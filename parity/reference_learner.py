@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float, Int
 
 from lechat_torch.model import Mistral
-from parity.formats import to_format
+from parity.convert.layouts import to_format
+from parity.convert.names import rows
 from parity.learners import AdamW, Lesson
-from parity.names import rows
 from parity.peers.transformers import device
 from parity.torch_learner import TorchLearner
 

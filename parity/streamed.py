@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from parity import names
 from parity.answers import Item, Model, shortened
 from parity.compare import SLACK_OF_LONG_SUMS, relative
+from parity.convert import names
+from parity.convert.source import Source
 from parity.oracle_jax import JaxOracle
 from parity.oracle_torch import TorchOracle
 from parity.oracle_transformers import TransformersOracle
 from parity.oracles import Oracle, Stages
-from parity.source import Source
 from parity.verdict import Stage
 
 Say = Callable[[str, int, int], None]

@@ -15,14 +15,14 @@ from parity.against import rounded_as, same_weights
 from parity.answers import TOPICS, Model, Task, Topic, forward, shortened
 from parity.architectures import ARCHITECTURES, SMALL
 from parity.check_options import CheckConfig
+from parity.convert.open_source import open_source
+from parity.convert.source import Source
 from parity.diagnosis import FORWARD, recognise
 from parity.exam import Exam
 from parity.faults import CRITERIA, FAULTS, suite, suite_of_checkpoint
 from parity.measure import machine_line
 from parity.oracles import Dtype
 from parity.random_models import lively_weights
-from parity.source import Source
-from parity.sources import open_source
 from parity.streamed import Streamed
 from parity.verdict import Fault, FaultReport, Stage, Verdict
 from parity.wording import Report, describe

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Shaped
 
 from lechat_jax.config import MistralConfig
-from parity.convert import main
-from parity.formats import taken_apart
-from parity.names import Format, names, shapes
-from parity.sources import open_source
+from parity.convert.command import main
+from parity.convert.layouts import taken_apart
+from parity.convert.names import Format, names, shapes
+from parity.convert.open_source import open_source
 
 Weights = dict[str, Shaped[np.ndarray, "..."]]
 BF16 = np.dtype(ml_dtypes.bfloat16)

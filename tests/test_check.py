@@ -22,12 +22,12 @@ from parity.against import same_weights
 from parity.answers import Model, Task, shortened
 from parity.architectures import ARCHITECTURES
 from parity.check import main
+from parity.convert.open_source import open_source
+from parity.convert.source import Source
 from parity.exam import Exam
 from parity.oracle_jax import JaxOracle
 from parity.oracle_torch import TorchOracle
 from parity.random_models import lively_weights
-from parity.source import Source
-from parity.sources import open_source
 from parity.verdict import STAGES, Stage, Verdict
 
 Output = pytest.CaptureFixture[str]

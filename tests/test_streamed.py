@@ -17,10 +17,10 @@ from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.model import mistral
 from lechat_jax.model.rope import Turns
 from parity.architectures import SMALL
+from parity.convert.open_source import open_source
+from parity.convert.source import Source
 from parity.planting import in_code
 from parity.random_models import lively_weights
-from parity.source import Source
-from parity.sources import open_source
 from parity.streamed import Part, Streamed
 from parity.verdict import Stage
 

@@ -14,11 +14,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from parity.configs import to_hugging_face
-from parity.formats import taken_apart, to_format
+from parity.convert.configs import to_hugging_face
+from parity.convert.layouts import taken_apart, to_format
+from parity.convert.names import rows
 from parity.learners import FOREVER, AdamW, Lesson
 from parity.measure import cores, in_turn
-from parity.names import rows
 from parity.peers import fused_experts
 from parity.torch_learner import TorchLearner
 

@@ -19,7 +19,8 @@ from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mistral import bind, weights_of
-from parity import convert, names
+from parity.convert import command as convert
+from parity.convert import names
 from parity.random_models import lively
 from tests.model.test_lora import ADAPTERS, logits, trained, with_adapters
 

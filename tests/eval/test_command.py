@@ -19,7 +19,7 @@ from lechat_jax.eval.command import EvalConfig, main, windows
 from lechat_jax.model.mistral import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main as train
-from parity import convert
+from parity.convert import command as convert
 from parity.random_models import lively
 from tests.tokenizers import taught
 

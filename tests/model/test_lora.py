@@ -20,7 +20,7 @@ from lechat_jax.model.mistral import Weights, bind, weights_of
 from lechat_jax.quantize.scheme import dequantize, is_kernel, quantize_weights
 from lechat_jax.train.optimizer import usual_rule
 from lechat_jax.train.step import StepOptions, state_of, total_nats, train_steps
-from parity.merging import Product, merged
+from parity.convert.merge_adapters import Product, merged
 from parity.random_models import lively
 
 ADAPTERS = Adapters(

@@ -20,7 +20,7 @@ from lechat_jax.generate.generator import Generator
 from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main
-from parity import convert
+from parity.convert import command as convert
 from parity.random_models import lively
 
 # peft asks transformers for what that calls by another name now.

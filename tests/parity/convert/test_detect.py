@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from lechat_jax.errors import BadInput
-from parity.quantizations import take_quantization
-from tests.test_scaled import groups
+from parity.convert.quantized.detect import take_quantization
+from tests.parity.convert.test_fp8 import groups
 
 
 def of(method: str | None, **more: Any) -> dict[str, Any]:

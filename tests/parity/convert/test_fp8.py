@@ -20,9 +20,9 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
 from lechat_jax.model.mistral import bind
 from lechat_jax.quantize.scheme import quantized
-from parity.convert import main
-from parity.names import names
-from parity.sources import open_source
+from parity.convert.command import main
+from parity.convert.names import names
+from parity.convert.open_source import open_source
 from tests.converting import random_weights, write_torch
 
 State = dict[str, torch.Tensor]

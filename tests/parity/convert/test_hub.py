@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from lechat_jax.checkpoint.safetensors import TensorFiles
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from parity.configs import to_hugging_face, to_params
-from parity.convert import main
-from parity.hub import is_name
-from parity.names import Format, names, shapes
-from parity.sources import open_source
+from parity.convert.command import main
+from parity.convert.configs import to_hugging_face, to_params
+from parity.convert.files.hub import is_name
+from parity.convert.names import Format, names, shapes
+from parity.convert.open_source import open_source
 
 NAME, COMMIT = "mistralai/Mistral-7B-v0.1", "0123456789abcdef0123456789abcdef01234567"
 

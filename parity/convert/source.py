@@ -11,10 +11,10 @@ from jaxtyping import Shaped
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.quantize.scheme import Form
-from parity.formats import from_format
-from parity.merging import Product, with_products
-from parity.names import Format, parts, rows, shapes
-from parity.stores import Store, Stored
+from parity.convert.files.stores import Store, Stored
+from parity.convert.layouts import from_format
+from parity.convert.merge_adapters import Product, with_products
+from parity.convert.names import Format, parts, rows, shapes
 
 SourceFormat = Literal["hf", "mistral", "lechat", "torch", "run"]
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from parity.configs import to_hugging_face, to_params
-from parity.convert import main
-from parity.names import Format, names, shapes
-from parity.pickles import _torch_dtype
-from parity.sources import open_source
+from parity.convert.command import main
+from parity.convert.configs import to_hugging_face, to_params
+from parity.convert.files.torch_files import _torch_dtype
+from parity.convert.names import Format, names, shapes
+from parity.convert.open_source import open_source
 
 State = dict[str, torch.Tensor]
 Change = Callable[[Path], object]

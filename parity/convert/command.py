@@ -30,14 +30,14 @@ from lechat_jax.quantize.scheme import Format as Quantization
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.tokenizer import preferred
 from lechat_jax.tokenizer.vocabulary import control_ids, no_tokenizer
-from parity.finite import is_finite
-from parity.formats import to_format
-from parity.names import Format, names, parts, rows, shapes, tied_head
-from parity.pickles import write_pickle
-from parity.progress import Meter
-from parity.source import Source
-from parity.sources import check_whole, open_source
-from parity.targets import write_config, write_tokenizer
+from parity.convert.files.torch_files import write_pickle
+from parity.convert.finite import is_finite
+from parity.convert.layouts import to_format
+from parity.convert.names import Format, names, parts, rows, shapes, tied_head
+from parity.convert.open_source import check_whole, open_source
+from parity.convert.progress import Meter
+from parity.convert.source import Source
+from parity.convert.write import write_config, write_tokenizer
 
 Dtype = Literal["keep", "bfloat16", "float16", "float32"]
 DTYPES: dict[Dtype, np.dtype] = {
@@ -327,7 +327,3 @@ def _appear(new: Path, dst: Path, old: Path) -> None:
         dst.rename(old)
     new.rename(dst)
     sync(dst.parent)
-
-
-if __name__ == "__main__":
-    flags.run(main)

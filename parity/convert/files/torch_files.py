@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from lechat_jax.checkpoint.safetensors import OnSlab, Read, Wanted, in_pieces, write_piece
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import sync
-from parity.stores import Store, Stored
+from parity.convert.files.stores import Store, Stored
 
 
 def pickle_store(path: Path) -> Store:

@@ -24,9 +24,9 @@ from lechat_jax.generate.sampling import Sampling
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.transcripts import Transcripts
 from lechat_jax.train import command as train
-from parity.chat_template import chat_template
-from parity.names import FORMATS, Format
-from parity.targets import TOKENIZER_CONFIG
+from parity.convert.chat_template import chat_template
+from parity.convert.names import FORMATS, Format
+from parity.convert.write import TOKENIZER_CONFIG
 from tests.converting import convert, random_weights, write_torch
 from tests.tokenizers import small_tekken
 from tests.tokenizers import tokenizer as load_tokenizer

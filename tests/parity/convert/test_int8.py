@@ -16,7 +16,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.quantize.scheme import Form, dequantize, quantized
 from parity.check import main as check
-from parity.names import FORMATS, Format
+from parity.convert.names import FORMATS, Format
 from tests.converting import (
     BF16,
     Weights,

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lechat_jax.config import MistralConfig
-from parity.names import Format, Tensor, parts, rows, shape
+from parity.convert.names import Format, Tensor, parts, rows, shape
 
 
 def to_format(

@@ -11,11 +11,11 @@ from lechat_jax.files.safetensors_header import parse_json
 from lechat_jax.quantize.scheme import QUANTIZATION, Form
 from lechat_jax.tokenizer.tokenizer import Tokenizer, preferred
 from lechat_jax.tokenizer.vocabulary import GENERATION, SETTINGS
-from parity import configs
-from parity.chat_template import chat_template
-from parity.names import Format
-from parity.source import Source
-from parity.sources import POSITIONS
+from parity.convert import configs
+from parity.convert.chat_template import chat_template
+from parity.convert.names import Format
+from parity.convert.open_source import POSITIONS
+from parity.convert.source import Source
 
 BOS, EOS = 1, 2  # of all of Mistral's tokenizers
 

@@ -17,8 +17,8 @@ from lechat_jax.errors import BadInput
 from lechat_jax.quantize.int4 import pack
 from lechat_jax.quantize.int8 import pieces
 from lechat_jax.quantize.scheme import LEAST_GROUP, ORDER, SCALE, ZERO, Form
-from parity.scaled import WEIGHT, float_type
-from parity.stores import Store, Stored
+from parity.convert.files.stores import Store, Stored
+from parity.convert.quantized.fp8 import WEIGHT, float_type
 
 Words = Int32[np.ndarray, "rows columns"]
 # Where in a word of AWQ's its eight outputs are.

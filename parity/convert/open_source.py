@@ -23,14 +23,21 @@ from lechat_jax.files.safetensors_header import check_inside, parse_json
 from lechat_jax.quantize.scheme import pop_format
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.vocabulary import control_ids
-from parity import configs, first_mixtral, hub
-from parity.merging import Product, rounded
-from parity.multimodal import SEEING, without_vision
-from parity.names import match, names, shapes, tied_head
-from parity.pickles import pickle_store
-from parity.quantizations import Quantization, take_quantization
-from parity.source import Source, SourceFormat, format_of
-from parity.stores import Store, Stored, array_store, dequantized_store, safetensors_store
+from parity.convert import configs
+from parity.convert.files import first_mixtral, hub
+from parity.convert.files.stores import (
+    Store,
+    Stored,
+    array_store,
+    dequantized_store,
+    safetensors_store,
+)
+from parity.convert.files.torch_files import pickle_store
+from parity.convert.merge_adapters import Product, rounded
+from parity.convert.names import match, names, shapes, tied_head
+from parity.convert.quantized.detect import Quantization, take_quantization
+from parity.convert.source import Source, SourceFormat, format_of
+from parity.convert.vision import SEEING, without_vision
 
 DTYPES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32), np.dtype(float))
 ADAPTERS = ("adapter_model.safetensors", "lora.safetensors")

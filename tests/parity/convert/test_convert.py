@@ -27,13 +27,13 @@ from lechat_jax.checkpoint.weights import load_weights
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from parity import convert as module
 from parity.architectures import ARCHITECTURES, SMALL_MIXTURE
-from parity.convert import main
-from parity.finite import is_finite
+from parity.convert import command as module
+from parity.convert.command import main
+from parity.convert.finite import is_finite
+from parity.convert.names import FORMATS, Format, names
+from parity.convert.open_source import open_source
 from parity.make_checkpoint import main as make
-from parity.names import FORMATS, Format, names
-from parity.sources import open_source
 from tests.converting import (
     BF16,
     Weights,
@@ -459,7 +459,7 @@ def test_help_describes_each_flag(capsys: pytest.CaptureFixture[str]) -> None:
 def test_progress_is_plain_lines_without_a_terminal(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("parity.progress.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("parity.convert.progress.PLAIN_SECONDS", 0.0)
     monkeypatch.setattr(time, "monotonic", iter(range(10**6)).__next__)
     convert(start, tmp_path / "hf", "hf")
     lines = capsys.readouterr().err.splitlines()

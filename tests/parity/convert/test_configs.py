@@ -18,7 +18,7 @@ from lechat_jax.config import PRESETS, Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
 from lechat_jax.model.rope import rotation
 from lechat_torch.rotary import turns
-from parity.configs import from_hugging_face, from_params, to_hugging_face, to_params
+from parity.convert.configs import from_hugging_face, from_params, to_hugging_face, to_params
 
 Fields = dict[str, Any]
 

@@ -13,8 +13,8 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mistral import shapes_of
 from lechat_torch import model as lechat_torch
-from parity.formats import from_format, to_format
-from parity.names import FORMATS, Format, Tensor, match, names, rows, shapes, tied_head
+from parity.convert.layouts import from_format, to_format
+from parity.convert.names import FORMATS, Format, Tensor, match, names, rows, shapes, tied_head
 
 
 @pytest.mark.parametrize("tied", [False, True])

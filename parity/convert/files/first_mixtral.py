@@ -12,8 +12,8 @@ from pathlib import Path
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.safetensors_header import check_inside
-from parity.pickles import pickle_store
-from parity.stores import Store, Stored
+from parity.convert.files.stores import Store, Stored
+from parity.convert.files.torch_files import pickle_store
 
 KEY = re.compile(r"(layers\.\d+)\.block_sparse_moe\.(?:(w[123])|gate\.weight)")
 

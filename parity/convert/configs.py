@@ -12,9 +12,9 @@ from typing import Any
 from lechat_jax.config import MistralConfig, Window
 from lechat_jax.config.mistral import PARTS
 from lechat_jax.errors import BadInput
-from parity import rotary
-from parity.multimodal import SEEING, text_fields
-from parity.rotary import ORIGINAL, short
+from parity.convert import rope as rotary
+from parity.convert.rope import ORIGINAL, short
+from parity.convert.vision import SEEING, text_fields
 
 Fields = Mapping[str, Any]
 

@@ -13,9 +13,9 @@ from jaxtyping import Float, Shaped
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.quantize.scheme import Form, in_parts, numbers_of
-from parity.formats import from_format, to_format
-from parity.names import Format, rows
-from parity.stores import Stored
+from parity.convert.files.stores import Stored
+from parity.convert.layouts import from_format, to_format
+from parity.convert.names import Format, rows
 
 
 class Product(NamedTuple):

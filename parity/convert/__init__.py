@@ -1,0 +1,1 @@
+"""Weights converted between the formats."""

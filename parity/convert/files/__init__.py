@@ -1,0 +1,1 @@
+"""Where the tensors of other formats lie: safetensors, torch.save, the Hub."""
