@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("transformers", reason="the reference is transformers' own model")
 
 from lechat_jax.config import MistralConfig
-from parity.oracle_jax import JaxOracle
-from parity.oracle_transformers import TransformersOracle
+from parity.check.oracles.lechat_jax import JaxOracle
+from parity.check.oracles.transformers import TransformersOracle
 from parity.random_models import lively_weights
 
 W = 7

@@ -23,7 +23,7 @@ from lechat_jax.model.moe import Load, imbalance
 from lechat_jax.quantize.scheme import INT8, Form, form_of, is_scale, numbers_of, quantize_weights
 from lechat_jax.train.step import StepOptions, gradient
 from parity.architectures import SMALL_MIXTURE
-from parity.oracle_transformers import TransformersOracle
+from parity.check.oracles.transformers import TransformersOracle
 from parity.random_models import lively_weights
 
 COEFFICIENT = 0.3  # of the auxiliary loss, so large that it matters

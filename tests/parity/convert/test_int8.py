@@ -15,7 +15,7 @@ from lechat_jax.checkpoint.weights import load_weights, weight_shapes
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.quantize.scheme import Form, dequantize, quantized
-from parity.check import main as check
+from parity.check.command import main as check
 from parity.convert.names import FORMATS, Format
 from tests.converting import (
     BF16,

@@ -1,0 +1,1 @@
+"""The proof: implementations compared, and faults planted that have to be found."""

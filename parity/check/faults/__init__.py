@@ -1,0 +1,1 @@
+"""Planted faults, which the check has to find."""

@@ -1,0 +1,254 @@
+"""A checkpoint of any size, checked a layer at a time on a machine that could not hold it.
+
+Each layer is run as a model of its own, one layer deep: what enters it is that model's
+embedding table, and the ids are 0, 1, 2, ... So every implementation runs its whole forward
+pass, none of them knows, and memory holds one layer. All read what lechat_torch made of the
+layer before, in float32, so a layer that differs is named, and no other is.
+
+On some layers the float64 truth is computed too, by which each implementation may be little
+more wrong than the others. The least of these errors is the yardstick of the other layers; where
+one is beyond it, the truth of that layer is computed as well.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from parity.check.oracles.interface import Oracle, Stages
+from parity.check.oracles.lechat_jax import JaxOracle
+from parity.check.oracles.lechat_torch import TorchOracle
+from parity.check.oracles.transformers import TransformersOracle
+from parity.check.probes import Item, Model, shortened
+from parity.check.tolerances import SLACK_OF_LONG_SUMS, relative
+from parity.check.verdict import Stage
+from parity.convert import names
+from parity.convert.source import Source
+
+Say = Callable[[str, int, int], None]
+# PyTorch computes with the layer's arrays themselves: nobody trains here.
+_SharedTorch = functools.partial(TorchOracle, share=True)
+_SharedTransformers = functools.partial(TransformersOracle, share=True)
+
+BOTH = 2  # two results that are each off by one rounding are apart by less than two
+
+
+class Part(NamedTuple):
+    """A layer, or the head, as two small models, and which of its stages count.
+
+    Attributes:
+        ours: what lechat_jax is given.
+        theirs: what the PyTorch implementations are given.
+        labels: the stages to compare, as the small model calls them and as the large one does.
+    """
+
+    ours: Model
+    theirs: Model
+    labels: dict[str, str]
+
+
+class Failed(NamedTuple):
+    """A stage that was not ok: in which part, what that part calls it, and in which text."""
+
+    part: Part
+    inner: str
+    stage: Stage
+    first_position: int
+
+
+class Streamed:
+    """Two checkpoints side by side, or one with itself, layer by layer.
+
+    Attributes:
+        tokens: the ids of the text.
+        first_positions: the same text is read as if it began at each of these positions.
+        sampled: layers whose float64 truth is computed; the first is always one of them.
+        failed: where the first stage was not ok; `None` as long as all is well.
+    """
+
+    def __init__(
+        self,
+        ours: Source,
+        theirs: Source,
+        tokens: Int[np.ndarray, "T"],
+        first_positions: Sequence[int],
+        window: int,
+    ) -> None:
+        self.ours, self.theirs = ours, theirs
+        self.tokens, self.first_positions, self.window = tokens, tuple(first_positions), window
+        n = theirs.config.n_layers
+        self.sampled = {0, n // 2, n - 1}
+        self.failed: Failed | None = None
+        self._reused: dict[tuple, Oracle] = {}
+        self._errors: dict[tuple[str, int], float] = {}  # PyTorch's own, by stage and position
+
+    @property
+    def ids(self) -> Int[np.ndarray, "texts T"]:
+        """The ids by which a small model finds each text in its embedding."""
+        return np.arange(len(self.first_positions) * self.tokens.size).reshape(
+            len(self.first_positions), -1
+        )
+
+    def run(self, say: Say) -> Iterator[Stage]:
+        """Every comparison, as it is made; `say` is told how many layers are done."""
+        n = self.theirs.config.n_layers
+        ours, theirs = (
+            _float32(source.read("embed.kernel")[self.tokens])
+            for source in (self.ours, self.theirs)
+        )
+        yield Stage("embed", None, "float32", ("jax", "torch"), relative(ours, theirs), 0.0)
+        stream = np.tile(theirs, (len(self.first_positions), 1))
+        for i in range(n):
+            say("layer", i, n)
+            part = self.part_of_layer(i, stream)
+            found = self._answers(part, is_sampled=i in self.sampled)
+            yield from self._judge(part, found)
+            stream = np.concatenate([x["torch"]["stream"][0] for x in found]).astype(np.float32)
+            for source in (self.ours, self.theirs):
+                source.release()
+        part = self.part_of_head(stream)
+        yield from self._judge(part, self._answers(part, is_sampled=True))
+        say("layer", n, n)
+
+    def part_of_layer(self, i: int, stream: Float[np.ndarray, "rows D"]) -> Part:
+        """Layer i between an embedding that is the stream, and a head that is nothing."""
+
+        def alone(source: Source) -> Model:
+            short = shortened(source.config, self.window, self.theirs.config)
+            one = dataclasses.replace(
+                short,
+                n_layers=1,
+                vocab_size=len(stream),
+                sliding_window=short.windows[i],
+                tied_embeddings=False,
+            )
+            inside = [name for name in names.shapes(one, "lechat") if name.startswith("blocks.")]
+            weights = {
+                name: _float32(source.read(name.replace("blocks.0.", f"blocks.{i}.")))
+                for name in inside
+            }
+            ends = {"embed.kernel": stream, "head.kernel": np.zeros_like(stream)}
+            return Model(one, weights | ends | {"norm.scale": np.ones(one.dim, np.float32)})
+
+        return self._part(alone, {"attn.0": f"attn.{i}", "mlp.0": f"mlp.{i}"})
+
+    def part_of_head(self, stream: Float[np.ndarray, "rows D"]) -> Part:
+        """The final norm and the head, behind a layer so small that it adds nothing."""
+
+        def alone(source: Source) -> Model:
+            V = max(source.config.vocab_size, len(stream))
+            small = dataclasses.replace(
+                source.config,
+                n_layers=1,
+                n_heads=1,
+                n_kv_heads=1,
+                head_dim=2,
+                hidden_dim=1,
+                n_experts=0,
+                n_experts_per_token=0,
+                vocab_size=V,
+                sliding_window=None,
+                tied_embeddings=False,
+                yarn=None,
+                llama_4_scaling=None,
+            )
+            shapes = names.shapes(small, "lechat")
+            weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+            head = "embed.kernel" if source.config.tied_embeddings else "head.kernel"
+            weights["head.kernel"][: source.config.vocab_size] = _float32(source.read(head))
+            weights["embed.kernel"][: len(stream)] = stream
+            weights["norm.scale"] = _float32(source.read("norm.scale"))
+            return Model(small, weights)
+
+        return self._part(alone, {"norm": "norm", "logits": "logits"})
+
+    def _part(self, alone: Callable[[Source], Model], labels: dict[str, str]) -> Part:
+        theirs = alone(self.theirs)
+        return Part(theirs if self.ours is self.theirs else alone(self.ours), theirs, labels)
+
+    def _answers(self, part: Part, is_sampled: bool) -> list[dict[str, Stages]]:
+        """What each implementation makes of each text; one at a time is in memory."""
+        oracles: dict[str, Callable[[], Oracle]] = {
+            name: lambda kind=kind, model=model: self._loaded(kind, model)
+            for name, kind, model in (
+                ("torch", _SharedTorch, part.theirs),
+                ("jax", JaxOracle, part.ours),
+                ("transformers", _SharedTransformers, part.theirs),
+            )
+        }
+        if is_sampled:
+            oracles["truth"] = lambda: TorchOracle(*part.theirs, "float64")
+        found: list[dict[str, Stages]] = [{} for _ in self.first_positions]
+        for name, make in oracles.items():
+            oracle = make()
+            for texts, ids, first in zip(found, self.ids, self.first_positions, strict=True):
+                texts[name] = oracle.forward(ids[None], first)
+            oracle.drop()
+        return found
+
+    def _truth_of(self, part: Part, ids: Int[np.ndarray, "T"], first: int) -> Stages:
+        return TorchOracle(*part.theirs, "float64").forward(ids[None], first)
+
+    def _loaded(self, kind: Callable[..., Oracle], model: Model) -> Oracle:
+        """An oracle of that kind with these weights; one of the same shape is used again."""
+        key = (kind, model.config)
+        if key not in self._reused:
+            others = [other for other in self._reused if other[0] is kind]
+            for other in others:
+                del self._reused[other]
+            self._reused[key] = kind(*model, "float32")
+        else:
+            self._reused[key].load(model.weights)
+        return self._reused[key]
+
+    def _judge(self, part: Part, found: list[dict[str, Stages]]) -> Iterator[Stage]:
+        for texts, ids, first in zip(found, self.ids, self.first_positions, strict=True):
+            for inner, label in part.labels.items():
+                stages = self._compared(texts, inner, label, first)
+                if "truth" not in texts and not all(stage.ok for stage in stages):
+                    # This layer may round more than those that were sampled: it is now one of them.
+                    texts["truth"] = self._truth_of(part, ids, first)
+                    stages = self._compared(texts, inner, label, first)
+                for stage in stages:
+                    if not (stage.ok or self.failed):
+                        self.failed = Failed(part, inner, stage, first)
+                    yield stage
+
+    def _compared(
+        self, texts: dict[str, Stages], inner: str, label: str, first: int
+    ) -> list[Stage]:
+        """One stage of one text: each implementation against the truth, if it is known.
+
+        None may be much more wrong than the worst of the others, at positions however large,
+        where the angles of all are rounded alike.
+        """
+        kind = (label.partition(".")[0], first)
+        is_known = "truth" in texts
+        names = [name for name in ("torch", "jax", "transformers") if is_known or name != "torch"]
+        right = texts["truth" if is_known else "torch"][inner]
+        errors = {name: relative(texts[name][inner], right) for name in names}
+        if is_known:  # the least, which is the hardest on layers whose truth is not known
+            self._errors[kind] = min(self._errors.get(kind, math.inf), *errors.values())
+        note = f"positions {first} to {first + self.tokens.size - 1}"
+
+        def stage(name: str) -> Stage:
+            made = texts[name][inner]
+            others = [error for other, error in errors.items() if other != name]
+            yardstick = max(others) if is_known else BOTH * self._errors[kind]
+            item = Item(label, errors[name], made, right, note)
+            return item.stage(name, "float32", "torch", SLACK_OF_LONG_SUMS * yardstick)
+
+        return [stage(name) for name in names]
+
+
+def _float32(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """The same numbers in memory of their own; PyTorch widens bfloat16 on all cores."""
+    if x.dtype.name != "bfloat16":
+        return x.astype(np.float32)
+    bits = torch.from_numpy(np.array(x.view(np.int16)))
+    return bits.view(torch.bfloat16).float().numpy()

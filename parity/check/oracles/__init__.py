@@ -1,0 +1,1 @@
+"""One interface to the implementations that are compared."""

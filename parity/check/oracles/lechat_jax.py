@@ -1,0 +1,187 @@
+"""lechat_jax as an oracle: the same functions that train and generate."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.generate.generator import Generator
+from lechat_jax.generate.sampling import Sampling
+from lechat_jax.model import cache
+from lechat_jax.model.mistral import Mistral, Weights, bind
+from lechat_jax.train import step
+from parity.check.oracles.interface import (
+    AdamW,
+    Arrays,
+    Dtype,
+    Gradients,
+    Implementation,
+    Stages,
+    Text,
+    Trajectory,
+    pieces,
+)
+
+
+class JaxOracle:
+    """lechat_jax; see `Oracle`.
+
+    Its passes are compiled for it alone, so that a function which was replaced for a while is
+    not remembered; what they call may be, which is why `planting` has JAX forget everything.
+    """
+
+    name: Implementation = "jax"
+
+    def __init__(self, config: MistralConfig, weights: Arrays, dtype: Dtype) -> None:
+        self.config = config
+        self.dtype: Dtype = dtype
+        self._stages = jax.jit(self._trace, static_argnums=2)
+        self._extend = jax.jit(self._read)
+        self._loss_and_grad = jax.jit(jax.value_and_grad(self._loss))
+        self.load(weights)
+
+    def load(self, weights: Arrays) -> None:
+        """See `Oracle.load`."""
+        self.drop()  # before the new ones come
+        with self._arithmetic():
+            for name, leaf in weights.items():
+                self.weights[name] = jnp.array(leaf, self.dtype)
+
+    def drop(self) -> None:
+        """See `Oracle.drop`."""
+        self.weights: Weights = {}
+
+    def forward(self, tokens: Int[np.ndarray, "B T"], first_position: int = 0) -> Stages:
+        """See `Oracle.forward`."""
+        with self._arithmetic():
+            found = self._stages(self.weights, jnp.asarray(tokens, jnp.int32), first_position)
+        return {name: _numpy(leaf) for name, leaf in found.items()}
+
+    def gradients(self, rows: Int[np.ndarray, "B row"]) -> Gradients:
+        """See `Oracle.gradients`."""
+        with self._arithmetic():
+            loss, grads = self._loss_and_grad(self.weights, jnp.asarray(rows, jnp.int32))
+        return Gradients(float(loss), {name: _numpy(leaf) for name, leaf in grads.items()})
+
+    def train(self, steps: Int[np.ndarray, "steps B row"], adamw: AdamW) -> Trajectory:
+        """See `Oracle.train`; the optimiser is optax's."""
+        optimizer = optax.adamw(
+            adamw.rate,
+            b1=adamw.beta1,
+            b2=adamw.beta2,
+            eps=adamw.eps,
+            weight_decay=adamw.decay,
+        )
+
+        @jax.jit
+        def updated(weights: Weights, moments: optax.OptState, grads: Weights) -> tuple:
+            updates, moments = optimizer.update(grads, moments, weights)
+            return optax.apply_updates(weights, updates), moments
+
+        losses = []
+        with self._arithmetic():
+            weights, moments = self.weights, optimizer.init(self.weights)
+            for rows in steps:
+                loss, grads = self._loss_and_grad(weights, jnp.asarray(rows, jnp.int32))
+                weights, moments = updated(weights, moments, grads)
+                losses.append(float(loss))
+        return Trajectory(np.array(losses), {name: _numpy(leaf) for name, leaf in weights.items()})
+
+    def cached(
+        self, tokens: Int[np.ndarray, "B T"], prompt: int, chunk: int
+    ) -> Float[np.ndarray, "B T V"]:
+        """See `Oracle.cached`."""
+        B, T = tokens.shape
+        found = []
+        with self._arithmetic():
+            state = cache.empty_cache(self.config, B, chunk, T, self.dtype)
+            for start, end in pieces(T, prompt, chunk):
+                positions = np.broadcast_to(np.arange(start, end), (B, end - start))
+                part = jnp.asarray(tokens[:, start:end], jnp.int32)
+                logits, state = self._extend(
+                    self.weights, part, jnp.asarray(positions, jnp.int32), state
+                )
+                found.append(_numpy(logits))
+        return np.concatenate(found, axis=1)
+
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], n: int, chunk: int, context: int
+    ) -> list[Text]:
+        """See `Oracle.greedy`; the loop is the one that users run."""
+        with self._arithmetic():
+            made = Generator(bind(self.config, self.weights), chunk=chunk, context=context)
+            samples = made.generate(prompts, n, Sampling(temperature=0), eos_ids=())
+        return [Text(sample.ids, sample.logprobs) for sample in samples]
+
+    def _trace(self, weights: Weights, tokens: Int[Array, "B T"], first_position: int) -> dict:
+        seen: dict[str, Array] = {}
+        model = bind(self.config, weights)
+        _watch(model, seen)
+        hidden = model.hidden(tokens, first_position=first_position)
+        return seen | {"norm": hidden, "logits": model.logits(hidden)}
+
+    def _loss(self, weights: Weights, rows: Int[Array, "B row"]) -> Float[Array, ""]:
+        """Mean nats a token, the logits of a third of the tokens at a time."""
+        B, T = rows.shape[0], rows.shape[1] - 1
+        options = step.StepOptions(block=T, dtype=self.dtype, chunk=-(-B * T // 3))
+        share = jnp.full((B, T), 1 / (B * T))
+        return step.total_nats(self.config, options, weights, rows[:, :-1], rows[:, 1:], share)
+
+    def _read(
+        self,
+        weights: Weights,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        state: cache.Cache,
+    ) -> tuple[Float[Array, "B T V"], cache.Cache]:
+        model = bind(self.config, weights)
+        hidden, state = model.extend(tokens, positions, state)
+        return model.logits(hidden), state
+
+    @contextlib.contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Sixty-four bits where they are asked for, and no TensorFloat-32 in a matrix product."""
+        with jax.enable_x64(self.dtype == "float64"), jax.default_matmul_precision("highest"):
+            yield
+
+
+class _Tap(nnx.Module):
+    """A module that shows each of its inputs and outputs to somebody."""
+
+    def __init__(self, inner: nnx.Module, show: Callable[[Array, Array], None]) -> None:
+        self.inner, self.show = inner, show
+
+    def __call__(self, x: Array, *rest: object, **named: object) -> object:
+        """What the module makes of it."""
+        assert callable(self.inner)
+        made = self.inner(x, *rest, **named)
+        self.show(x, made[0] if isinstance(made, tuple) else made)
+        return made
+
+
+def _watch(model: Mistral, seen: dict[str, Array]) -> None:
+    """From now on, each pass of the model leaves its stages in `seen`."""
+
+    def put(module: nnx.Module, *, read: str = "", made: str = "") -> Any:
+        def show(x: Array, y: Array) -> None:
+            seen.update({name: leaf for name, leaf in ((read, x), (made, y)) if name})
+
+        return _Tap(module, show)
+
+    for i, block in enumerate(model.blocks):
+        block.attn, block.mlp = put(block.attn, made=f"attn.{i}"), put(block.mlp, made=f"mlp.{i}")
+    first = model.blocks[0]
+    first.attn_norm = put(first.attn_norm, made="norm.0")
+    model.blocks[0] = put(first, read="embed")
+    model.norm = put(model.norm, read="stream")
+
+
+def _numpy(leaf: Array) -> np.ndarray:
+    return np.asarray(leaf).astype(np.float64)

@@ -1,0 +1,192 @@
+"""What the two PyTorch oracles have in common: they are watched and trained alike."""
+
+import abc
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import nn
+
+from lechat_jax.config import MistralConfig
+from parity.check.oracles.interface import AdamW, Arrays, Dtype, Gradients, Stages, Trajectory
+from parity.convert import names
+from parity.convert.layouts import put_together, taken_apart
+from parity.peers import transformers
+
+M = TypeVar("M", bound=nn.Module)
+Tensors = dict[str, torch.Tensor]
+Show = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+class Watched(abc.ABC, Generic[M]):
+    """A PyTorch model as an oracle; what is its own is left to the two below.
+
+    With `share`, it may compute with the arrays that it is given instead of copies, which
+    spares memory and forbids training.
+    """
+
+    model: M
+    layout: names.Format
+
+    def __init__(self, config: MistralConfig, dtype: Dtype, share: bool) -> None:
+        self.config, self.share = config, share
+        self.dtype: Dtype = dtype
+        self.device = transformers.device()
+        torch.set_float32_matmul_precision("highest")  # no TensorFloat-32 where rounding is judged
+
+    @abc.abstractmethod
+    def logits(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
+        """Of whole sequences [B, T]: scores [B, T, V] in at least float32."""
+
+    @abc.abstractmethod
+    def ends(self) -> tuple[nn.Embedding, nn.Linear]:
+        """The embedding and the head."""
+
+    @abc.abstractmethod
+    def stations(self) -> dict[str, nn.Module]:
+        """The modules to watch: those that make `attn.i`, `mlp.i`, `norm.0` and `norm`.
+
+        And the block that reads `embed`.
+        """
+
+    def to_model(self, state: Tensors) -> Tensors:
+        """A state dict as the model has it, of one with the names of files."""
+        return state
+
+    def from_model(self, state: Tensors) -> Tensors:
+        """The inverse."""
+        return state
+
+    def load(self, weights: Arrays) -> None:
+        """See `Oracle.load`."""
+        shapes = names.shapes(self.config, self.layout)
+        weights = taken_apart(self.config, weights)
+        state = {}
+        for ours, name in names.names(self.config, self.layout).items():
+            array = weights[ours] if self.share else np.array(weights[ours])
+            tensor = torch.from_numpy(array.reshape(shapes[ours]))
+            state[name] = tensor.to(self.device, torch_dtype(self.dtype))
+        if head := names.tied_head(self.config, self.layout):
+            state[head] = state[names.names(self.config, self.layout)["embed.kernel"]]
+        self.model.load_state_dict(self.to_model(state), assign=True)
+        if self.config.tied_embeddings:
+            embed, head_module = self.ends()
+            head_module.weight = embed.weight
+
+    def drop(self) -> None:
+        """See `Oracle.drop`."""
+        for parameter in self.model.parameters():  # of the same shape, in the memory of one number
+            parameter.data = torch.zeros((), device=self.device).expand(parameter.shape)
+
+    def forward(self, tokens: Int[np.ndarray, "B T"], first_position: int = 0) -> Stages:
+        """See `Oracle.forward`."""
+        seen: dict[str, torch.Tensor] = {}
+
+        def show(name: str) -> Show:
+            def put(x: torch.Tensor, y: torch.Tensor) -> None:
+                seen[name] = x if name == "embed" else y
+                if name == "norm":
+                    seen["stream"] = x
+
+            return put
+
+        with torch.no_grad(), _watching([(m, show(name)) for name, m in self.stations().items()]):
+            seen["logits"] = self.logits(self._tensor(tokens), first_position)
+        return {name: to_numpy(leaf) for name, leaf in seen.items()}
+
+    def gradients(self, rows: Int[np.ndarray, "B row"]) -> Gradients:
+        """See `Oracle.gradients`."""
+        self.model.zero_grad(set_to_none=True)
+        loss = self._loss(self._tensor(rows))
+        loss.backward()
+        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        found = Gradients(loss.item(), self._by_lechat_name(grads))
+        self.model.zero_grad(set_to_none=True)
+        return found
+
+    def train(self, steps: Int[np.ndarray, "steps B row"], adamw: AdamW) -> Trajectory:
+        """See `Oracle.train`; the optimiser is PyTorch's. The weights are put back afterwards."""
+        before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=adamw.rate,
+            betas=(adamw.beta1, adamw.beta2),
+            eps=adamw.eps,
+            weight_decay=adamw.decay,
+        )
+        losses = []
+        for rows in self._tensor(steps):
+            optimizer.zero_grad(set_to_none=True)
+            loss = self._loss(rows)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        after = self._by_lechat_name(dict(self.model.named_parameters()))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(before[name])
+        return Trajectory(np.array(losses), after)
+
+    def _modules(self, block: str, attn: str, attn_norm: str, norm: str) -> dict[str, nn.Module]:
+        """The stations, by what this implementation calls its modules."""
+        layers = [block.format(i=i) for i in range(self.config.n_layers)]
+        paths = {f"attn.{i}": f"{layer}.{attn}" for i, layer in enumerate(layers)}
+        paths |= {f"mlp.{i}": f"{layer}.mlp" for i, layer in enumerate(layers)}
+        paths |= {"embed": layers[0], "norm.0": f"{layers[0]}.{attn_norm}", "norm": norm}
+        return {station: self.model.get_submodule(path) for station, path in paths.items()}
+
+    def _loss(self, rows: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.logits(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+
+    def _tensor(self, ids: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self.device)
+
+    def _by_lechat_name(self, tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        tensors = self.from_model(tensors)
+        table = names.rows(self.config)
+        found = {
+            part: to_numpy(tensors[name]).reshape(
+                names.shape(self.config, "lechat", table[part].axes)
+            )
+            for part, name in names.names(self.config, self.layout).items()
+        }
+        return put_together(self.config, found)
+
+
+@contextlib.contextmanager
+def _watching(shows: list[tuple[nn.Module, Show]]) -> Iterator[None]:
+    """Within it, each call of these modules is shown, its input and its first output."""
+
+    def hook(show: Show) -> Callable[[nn.Module, tuple, dict, object], None]:
+        def see(_: nn.Module, args: tuple, named: dict, out: object) -> None:
+            x = args[0] if args else named["hidden_states"]
+            made = out[0] if isinstance(out, tuple) else out
+            assert isinstance(made, torch.Tensor)
+            show(x, made)
+
+        return see
+
+    handles = [module.register_forward_hook(hook(show), with_kwargs=True) for module, show in shows]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def torch_dtype(name: Dtype) -> torch.dtype:
+    """PyTorch's name for it."""
+    return {
+        "float64": torch.float64,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }[name]
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The numbers in float64, in memory of their own."""
+    return tensor.detach().double().cpu().numpy().copy()  # a view would change with the weights

@@ -1,0 +1,318 @@
+"""What an implementation answers to the questions of a check, and how answers are compared."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.special import logsumexp
+
+from lechat_jax.config import MistralConfig, Window
+from parity.check.oracles.interface import (
+    AdamW,
+    Arrays,
+    Gradients,
+    Oracle,
+    Stages,
+    Text,
+    Trajectory,
+)
+from parity.check.tolerances import GREEDY, first_position, relative
+from parity.check.verdict import Stage
+
+STEPS = 4  # of the optimiser, in a trajectory: a wrong rule shows in the first few
+
+
+class Model(NamedTuple):
+    """A shape, and weights by lechat's names in lechat's shapes."""
+
+    config: MistralConfig
+    weights: Arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the models are given: random ids, long enough that every rule of theirs acts.
+
+    Attributes:
+        tokens: whole sequences, longer than two windows and a chunk.
+        steps: batches of rows for the optimiser.
+        prompt: tokens of a sequence that are read in chunks; the rest comes one by one.
+        chunk: tokens read at once; it does not divide `prompt`.
+        prompts: of several lengths, to be continued in one batch.
+        new: tokens to generate after each prompt.
+    """
+
+    tokens: Int[np.ndarray, "B T"]
+    steps: Int[np.ndarray, "steps B row"]
+    prompt: int
+    chunk: int
+    prompts: tuple[tuple[int, ...], ...]
+    new: int
+
+    @classmethod
+    def of(cls, config: MistralConfig, seed: int = 0) -> "Task":
+        """The task for a model of that shape, whose windows must be short: see `shortened`."""
+        growth = config.llama_4_scaling
+        lengths = [*config.windows, growth and growth.original_max_position_embeddings]
+        W = max((length for length in lengths if length), default=8)
+        chunk = max(2, W - 2)
+        T = 2 * W + 3 * chunk + 4
+        prompt = 2 * W + chunk + 1
+        prompt += prompt % chunk == 0
+        draw = np.random.default_rng(seed).integers
+        V = config.vocab_size
+        return cls(
+            tokens=draw(V, size=(2, T)),
+            steps=draw(V, size=(STEPS, 2, 2 * W + 2)),
+            prompt=prompt,
+            chunk=chunk,
+            prompts=tuple(tuple(draw(V, size=n).tolist()) for n in (W + 2, 1, 2 * W + 3)),
+            new=3 * W,
+        )
+
+    @property
+    def whole_chunks(self) -> list[list[int]]:
+        """As many prompts, all but whose last token fill chunks, so that nothing is padded."""
+        parts = self.steps.reshape(-1, self.steps.shape[-1])[: len(self.prompts)]
+        return parts[:, : self.chunk + 1].tolist()
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest text, prompt and all."""
+        return max(map(len, (*self.prompts, *self.whole_chunks))) + self.new
+
+
+def shortened(
+    config: MistralConfig, window: int, beside: MistralConfig | None = None
+) -> MistralConfig:
+    """The same model with no window longer than that, so that a short text meets its end.
+
+    Nor are the steps longer in which queries grow. A length that is not the one of the model
+    `beside` it is not made the same: it stays one longer or shorter.
+    """
+    beside = beside or config
+
+    def short(own: Window, other: Window) -> Window:
+        if own is None or other is None or own == other or min(own, other) < window:
+            return own and min(own, window)
+        return window + (1 if own > other else -1)
+
+    pairs = zip(config.windows, beside.windows, strict=True)
+    windows = tuple(short(own, other) for own, other in pairs)
+    is_one = not isinstance(config.sliding_window, tuple)
+    steps, others = (
+        growth and growth.original_max_position_embeddings
+        for growth in (config.llama_4_scaling, beside.llama_4_scaling)
+    )
+    growth = config.llama_4_scaling
+    if growth and (step := short(steps, others or steps)):
+        growth = dataclasses.replace(growth, original_max_position_embeddings=step)
+    return dataclasses.replace(
+        config, sliding_window=windows[0] if is_one else windows, llama_4_scaling=growth
+    )
+
+
+class Answers:
+    """What one oracle makes of a task, each answer worked out when first asked for."""
+
+    def __init__(self, oracle: Oracle, task: Task) -> None:
+        self.oracle, self.task = oracle, task
+
+    @functools.cached_property
+    def stages(self) -> Stages:
+        """One pass over the whole sequences."""
+        return self.oracle.forward(self.task.tokens)
+
+    @functools.cached_property
+    def gradients(self) -> Gradients:
+        """Loss and gradients on the first batch of the trajectory."""
+        return self.oracle.gradients(self.task.steps[0])
+
+    @functools.cached_property
+    def trajectory(self) -> Trajectory:
+        """What some steps of AdamW make of the weights."""
+        return self.oracle.train(self.task.steps, AdamW())
+
+    @functools.cached_property
+    def cached(self) -> Float[np.ndarray, "B T V"]:
+        """Logits of the same sequences read through the cache."""
+        return self.oracle.cached(self.task.tokens, self.task.prompt, self.task.chunk)
+
+    @functools.cached_property
+    def unpadded(self) -> list[Text]:
+        """The greedy continuations of prompts of one length."""
+        return self._greedy(self.task.whole_chunks)
+
+    @functools.cached_property
+    def padded(self) -> list[Text]:
+        """The greedy continuations of prompts of several lengths, in one batch."""
+        return self._greedy(self.task.prompts)
+
+    def _greedy(self, prompts: Sequence[Sequence[int]]) -> list[Text]:
+        task = self.task
+        return self.oracle.greedy(prompts, task.new, task.chunk, task.context)
+
+    def logits_of(
+        self, prompts: Sequence[Sequence[int]], texts: Sequence[Text]
+    ) -> Float[np.ndarray, "tokens V"]:
+        """The logits of every id at each new token, in one pass over each whole text."""
+        whole = [[*prompt, *text.ids] for prompt, text in zip(prompts, texts, strict=True)]
+        T = max(map(len, whole))
+        logits = self.oracle.forward(np.array([ids + [0] * (T - len(ids)) for ids in whole]))
+        kept = [
+            logits["logits"][b, len(prompt) - 1 : len(prompt) - 1 + len(text.ids)]
+            for b, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+        ]
+        return np.concatenate(kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One comparison before it is judged.
+
+    Attributes:
+        label: stage and layer, such as `attn.2` or `loss`.
+        rel: relative error.
+        found: what was found, if it has positions.
+        truth: what it was compared with.
+        note: for the reader.
+        rounding: what rounding its own numbers once does to `rel`, in units of that rounding,
+            where nothing averages: a loss, the log-probabilities of single tokens; weights are
+            rounded at each step of an optimiser.
+    """
+
+    label: str
+    rel: float
+    found: Float[np.ndarray, "B T ..."] | None = None
+    truth: Float[np.ndarray, "B T ..."] | None = None
+    note: str = ""
+    rounding: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What makes it comparable between implementations."""
+        return self.label, self.note
+
+    @property
+    def yardstick(self) -> tuple[str, str]:
+        """The key of the errors that it is measured by, usually its own.
+
+        A single number may be right by luck: a loss may be off by what logits are, and a token
+        that the model wrote by what those are that it was given.
+        """
+        if self.note == GREEDY:
+            return "decode", ""
+        return ("logits", "") if self.label == "loss" else self.key
+
+    def stage(self, name: str, dtype: str, truth: str, budget: float) -> Stage:
+        """The comparison with its budget: what `name` found in `dtype`, against `truth`."""
+        stage, _, layer = self.label.partition(".")
+        position = None
+        if self.found is not None and self.truth is not None and not self.rel <= budget:
+            position = first_position(self.found, self.truth, budget)
+        return Stage(
+            stage,
+            int(layer) if layer else None,
+            dtype,
+            (name, truth),
+            self.rel,
+            budget,
+            position,
+            self.note,
+        )
+
+
+Topic = Callable[[Answers, Answers], Iterator[Item]]
+
+
+def forward(found: Answers, truth: Answers) -> Iterator[Item]:
+    """The stages of one pass, from the embedding to the logits."""
+    layers = range(sum(name.startswith("attn.") for name in truth.stages))
+    blocks = [f"{stage}.{i}" for i in layers for stage in ("attn", "mlp")]
+    for label in ("embed", *blocks, "norm", "logits"):
+        a, b = found.stages[label], truth.stages[label]
+        yield Item(label, relative(a, b), a, b)
+
+
+def loss(found: Answers, truth: Answers) -> Iterator[Item]:
+    """The mean nats of a batch."""
+    a, b = (np.array([x.gradients.loss]) for x in (found, truth))
+    yield Item("loss", relative(a, b), rounding=1.0)
+
+
+def gradients(found: Answers, truth: Answers) -> Iterator[Item]:
+    """The gradient of every weight, those outside the blocks last."""
+
+    def layer(name: str) -> int | None:
+        parts = name.split(".")
+        return int(parts[1]) if parts[0] == "blocks" else None
+
+    wanted = truth.gradients.by_weight
+    by_layer = sorted(wanted, key=lambda name: (layer(name) is None, layer(name) or 0))
+    for name in by_layer:
+        label = "grad" if (i := layer(name)) is None else f"grad.{i}"
+        yield Item(label, relative(found.gradients.by_weight[name], wanted[name]), note=name)
+
+
+def trajectory(found: Answers, truth: Answers) -> Iterator[Item]:
+    """The losses on the way, and all weights after it."""
+    a, b = found.trajectory, truth.trajectory
+    yield Item("trajectory", relative(a.losses, b.losses), note="losses", rounding=1.0)
+    after = [np.concatenate([x.weights[name].ravel() for name in b.weights]) for x in (a, b)]
+    yield Item("trajectory", relative(*after), note="weights", rounding=len(b.losses))
+
+
+def prefill(found: Answers, truth: Answers) -> Iterator[Item]:
+    """Chunks of a prompt read through the cache, against one pass over all of it."""
+    a, b = (x[:, : found.task.prompt] for x in (found.cached, truth.stages["logits"]))
+    yield Item("prefill", relative(a, b), a, b)
+
+
+def decode(found: Answers, truth: Answers) -> Iterator[Item]:
+    """Tokens read one by one past the window, then texts that the model goes on with itself."""
+    a, b = (x[:, found.task.prompt :] for x in (found.cached, truth.stages["logits"]))
+    yield Item("decode", relative(a, b), a, b)
+    yield _text("decode", found.task.whole_chunks, found.unpadded, truth)
+
+
+def padding(found: Answers, truth: Answers) -> Iterator[Item]:
+    """Prompts of several lengths continued in one batch, against each on its own in one pass."""
+    yield _text("padding", found.task.prompts, found.padded, truth)
+
+
+# In the order of execution.
+TOPICS: tuple[Topic, ...] = (forward, loss, gradients, trajectory, prefill, decode, padding)
+
+
+def _text(
+    label: str, prompts: Sequence[Sequence[int]], texts: Sequence[Text], truth: Answers
+) -> Item:
+    """Whether each token was the likeliest, and had the nats that one pass gives it.
+
+    Both are measured by the size of the logits, as these are. A token that is not the likeliest
+    counts by what it lacks: two that are closer than rounding may change places.
+    """
+    logits = truth.logits_of(prompts, texts)
+    ids = np.concatenate([text.ids for text in texts])
+    given = np.concatenate([text.logprobs for text in texts])
+    total = np.asarray(logsumexp(logits, axis=-1))
+    chosen = logits[np.arange(len(ids)), ids]
+    lacking = np.max(logits.max(axis=-1) - chosen)
+    error = _rms(given - (chosen - total))
+    size = _rms(logits)
+    # A log-probability is the difference of two numbers that are rounded, the second a sum over
+    # the vocabulary, in vectors of 16, which is rounded at each addition.
+    largest = np.maximum(np.abs(chosen), np.abs(total)) + (logits.shape[1] / 16) ** 0.5
+    return Item(
+        label,
+        float(np.maximum(lacking, error)) / size,
+        note=GREEDY,
+        rounding=_rms(largest) / size,
+    )
+
+
+def _rms(x: Float[np.ndarray, "..."]) -> float:
+    return float(np.sqrt(np.mean(x**2)))

@@ -1,0 +1,1 @@
+"""What the check found, in text, JSON, JUnit, Markdown and HTML."""
