@@ -14,13 +14,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from parity.bench.learners.lechat import FOREVER, AdamW, Lesson
+from parity.bench.learners.torch import TorchLearner
 from parity.convert.configs import to_hugging_face
 from parity.convert.layouts import taken_apart, to_format
 from parity.convert.names import rows
-from parity.learners import FOREVER, AdamW, Lesson
 from parity.measure import cores, in_turn
 from parity.peers import fused_experts
-from parity.torch_learner import TorchLearner
 
 AttentionName = Literal["eager", "sdpa"]
 ExpertsName = Literal["eager", "grouped_mm"]

@@ -13,7 +13,8 @@ from lechat_jax.eval import command as eval
 from lechat_jax.files import atomic
 from lechat_jax.files.atomic import check_new_folder, check_writable, write_whole
 from lechat_jax.generate import command as generate
-from parity import bench, make_checkpoint, quality
+from parity import make_checkpoint, quality
+from parity.bench import command as bench
 from parity.check import command as check
 from parity.convert import command as convert
 

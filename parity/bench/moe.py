@@ -13,10 +13,10 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.train.flops import peak_flops
-from parity.learners import AdamW, LechatAdamW, Lesson, initial_weights
+from parity.bench.learners.lechat import AdamW, LechatAdamW, Lesson, initial_weights
+from parity.bench.learners.race import Runner
 from parity.measure import machine_line, read_speed, wait_until_idle
 from parity.peers.installed import load_peer
-from parity.race import Runner
 from parity.report import Report, Row, TableText
 
 STEPS_PER_CALL = 2

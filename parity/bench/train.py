@@ -21,8 +21,8 @@ from lechat_jax.model.attention import Backend
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.flops import peak_flops
 from lechat_jax.train.options import Dtype
-from parity.apart import measured_apart
-from parity.learners import (
+from parity.bench.isolated import measured_apart
+from parity.bench.learners.lechat import (
     FOREVER,
     AdamW,
     Lechat,
@@ -31,9 +31,9 @@ from parity.learners import (
     NotCompiled,
     initial_weights,
 )
+from parity.bench.learners.race import HeldOut, Point, Runner, draw, race, side_by_side_table
 from parity.measure import machine_line, read_speed, wait_until_idle
 from parity.peers.installed import cold_torch_compiler, load_peer, need
-from parity.race import HeldOut, Point, Runner, draw, race, side_by_side_table
 from parity.report import Report, Row, TableText
 
 WITHOUT = "--no-torch --no-eager --no-compile"
@@ -220,7 +220,7 @@ class Train:
         if peer is None:
             return
         if self.torch:
-            reference = importlib.import_module("parity.reference_learner")
+            reference = importlib.import_module("parity.bench.learners.lechat_torch")
             make = functools.partial(reference.LechatTorch, lesson, adamw)
             yield Runner("lechat_torch", make, lesson)
         attention = self.peer_attention

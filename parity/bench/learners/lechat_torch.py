@@ -4,11 +4,11 @@ import torch
 from jaxtyping import Float, Int
 
 from lechat_torch.model import Mistral
+from parity.bench.learners.lechat import AdamW, Lesson
+from parity.bench.learners.torch import TorchLearner
 from parity.convert.layouts import to_format
 from parity.convert.names import rows
-from parity.learners import AdamW, Lesson
 from parity.peers.transformers import device
-from parity.torch_learner import TorchLearner
 
 
 class LechatTorch(TorchLearner):

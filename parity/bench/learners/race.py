@@ -18,7 +18,7 @@ from lechat_jax.eval.score import BLOCK, Score
 from lechat_jax.files.atomic import write_whole
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.flops import flops_per_token
-from parity.learners import FOREVER, Learner, Lesson
+from parity.bench.learners.lechat import FOREVER, Learner, Lesson
 from parity.measure import PeakMemory, wait_until_idle
 from parity.report import TableText
 

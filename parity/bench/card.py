@@ -16,9 +16,9 @@ from rich.console import Console
 
 from lechat_jax.config import preset
 from lechat_jax.errors import BadInput
-from parity.card_part import Part
-from parity.contestants import Contestant, check_numbers
-from parity.decoders import IMPLS, Impl
+from parity.bench.card_worker import Part
+from parity.bench.decoders.contestants import Contestant, check_numbers
+from parity.bench.decoders.lechat import IMPLS, Impl
 from parity.measure import machine_line
 from parity.report import Report, Row, TableText
 
@@ -152,7 +152,7 @@ def lines_of(job: dict[str, Any], until: float) -> Iterator[str]:
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as told:
         process = subprocess.Popen(
-            [sys.executable, "-m", "parity.card_part"],
+            [sys.executable, "-m", "parity.bench.card_worker"],
             env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lechat_jax.config import preset
 from lechat_jax.errors import BadInput
-from parity.contestants import (
+from parity.bench.decoders.contestants import (
     SEED,
     Models,
     check_numbers,
@@ -22,8 +22,8 @@ from parity.contestants import (
     contestants,
     torch_decoders,
 )
-from parity.decoders import IMPLS, Decoder, DtypeName, Impl, Prompts, random_prompts
-from parity.fresh import Folders, peak_bytes
+from parity.bench.decoders.fresh_process import Folders, peak_bytes
+from parity.bench.decoders.lechat import IMPLS, Decoder, DtypeName, Impl, Prompts, random_prompts
 from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
 from parity.report import Report, Row, TableText
 

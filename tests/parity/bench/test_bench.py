@@ -21,13 +21,13 @@ from lechat_jax.data.batches import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.model.attention import dense_attention
 from lechat_jax.model.mistral import bind
-from parity.apart import commands
-from parity.bench import main
-from parity.bench_train import Train
-from parity.learners import AdamW, Lesson, initial_weights
+from parity.bench.command import main
+from parity.bench.isolated import commands
+from parity.bench.learners.lechat import AdamW, Lesson, initial_weights
+from parity.bench.learners.race import HeldOut, Point, Runner, race
+from parity.bench.train import Train
 from parity.measure import PeakMemory, machine_line, read_speed, wait_until_idle
 from parity.peers import transformers
-from parity.race import HeldOut, Point, Runner, race
 
 ROW = "work impl dtype batch context tokens_per_s peak_bytes losses".split()
 
@@ -305,7 +305,7 @@ def test_in_a_race_each_clock_runs_alone_and_the_length_is_foreseen(
     config: MistralConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("parity.race.time", clock)
+    monkeypatch.setattr("parity.bench.learners.race.time", clock)
     walkers = [Walker(1.0, clock), Walker(3.0, clock)]
     runners = [
         Runner(impl, lambda walker=walker: walker, lesson(config))

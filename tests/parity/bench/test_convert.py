@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lechat_jax.errors import BadInput
-from parity.bench import main
-from parity.bench_convert import PeakAnonymous, row
+from parity.bench.command import main
+from parity.bench.convert import PeakAnonymous, row
 
 FLAGS = "--preset lechat-15m --layers 1 --repetitions 2 --read-gb 0.001".split()
 

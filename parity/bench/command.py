@@ -14,13 +14,13 @@ from rich.console import Console
 
 from lechat_jax.cli import flags
 from lechat_jax.files.atomic import check_writable
-from parity.bench_attention import Attention
-from parity.bench_card import Card
-from parity.bench_convert import Convert
-from parity.bench_decode import Decode
-from parity.bench_moe import Moe
-from parity.bench_prefill import Prefill
-from parity.bench_train import Train
+from parity.bench.attention import Attention
+from parity.bench.card import Card
+from parity.bench.convert import Convert
+from parity.bench.decode import Decode
+from parity.bench.moe import Moe
+from parity.bench.prefill import Prefill
+from parity.bench.train import Train
 from parity.report import Report
 
 
@@ -68,7 +68,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.write(work.json)
         console.print(f"report: {work.json}", markup=False)
     return 0
-
-
-if __name__ == "__main__":
-    flags.run(main)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lechat_jax.generate.generator import Generator
-from parity.contestants import torch_decoders
-from parity.decoders import Decoder, Lechat
+from parity.bench.decoders.contestants import torch_decoders
+from parity.bench.decoders.lechat import Decoder, Lechat
 from parity.measure import PeakMemory
 
 Load = Callable[[], Decoder]

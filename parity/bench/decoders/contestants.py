@@ -12,7 +12,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mistral import Weights
 from lechat_jax.quantize.scheme import asked, quantize_weights
-from parity.decoders import (
+from parity.bench.decoders.lechat import (
     QUANTIZED,
     Decoder,
     DtypeName,
@@ -80,8 +80,8 @@ def check_packages(impls: Sequence[Impl]) -> None:
 
 
 def torch_decoders() -> ModuleType:
-    """`parity.torch_decoders`, which imports PyTorch and transformers."""
-    return importlib.import_module("parity.torch_decoders")
+    """`parity.bench.decoders.torch`, which imports PyTorch and transformers."""
+    return importlib.import_module("parity.bench.decoders.torch")
 
 
 class Models:

@@ -14,16 +14,17 @@ import torch
 
 from lechat_jax.config import PRESETS, MistralConfig
 from lechat_jax.errors import BadInput
-from parity import bench_card, fresh
-from parity.bench import main
-from parity.bench_card import Card
-from parity.bench_decode import agreement
-from parity.card_part import Part
-from parity.contestants import Contestant, Models, compare, contestants, tail
-from parity.decoders import IMPLS, Decoder, DtypeName, Impl, random_prompts
-from parity.fresh import Folders, first_tokens, peak_bytes
+from parity.bench import card
+from parity.bench.card import Card
+from parity.bench.card_worker import Part
+from parity.bench.command import main
+from parity.bench.decode import agreement
+from parity.bench.decoders import fresh_process
+from parity.bench.decoders.contestants import Contestant, Models, compare, contestants, tail
+from parity.bench.decoders.fresh_process import Folders, first_tokens, peak_bytes
+from parity.bench.decoders.lechat import IMPLS, Decoder, DtypeName, Impl, random_prompts
+from parity.bench.decoders.torch import LechatTorch, Mode, Transformers, settle
 from parity.report import Row
-from parity.torch_decoders import LechatTorch, Mode, Transformers, settle
 
 Bench = Callable[..., dict[str, Any]]
 
@@ -229,7 +230,7 @@ def test_a_fresh_process_tells_its_memory(config: MistralConfig, tmp_path: Path)
 def test_a_start_with_compiled_programs_is_told_beside_one_without(
     config: MistralConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fresh, "WARM", 1)
+    monkeypatch.setattr(fresh_process, "WARM", 1)
     found = first_tokens(Folders(tmp_path, Models(config)), "float32", 9)
     cold, warm = found["first_token_cold_s"], found["first_token_warm_s"]
     assert cold is not None
@@ -282,7 +283,7 @@ def test_what_fails_on_a_card_is_a_row_and_not_the_end(
         elif job["impl"] == "lechat_jax":
             yield from (json.dumps({"part": part} | good) for part in parts)
 
-    monkeypatch.setattr(bench_card, "lines_of", lines_of)
+    monkeypatch.setattr(card, "lines_of", lines_of)
     path = tmp_path / "card.json"
     flags = "--context 8 --prompt 9 --rows 2"
     assert main(["card", *flags.split(), "--json", str(path)]) == 0
@@ -303,7 +304,7 @@ def test_what_fails_on_a_card_is_a_row_and_not_the_end(
 
 def test_a_process_that_breaks_tells_its_reason() -> None:
     job = {"impl": "nobody"}
-    lines = list(bench_card.lines_of(job, until=time.time() + 60))
+    lines = list(card.lines_of(job, until=time.time() + 60))
     assert [*map(json.loads, lines)] == [{"error": "not measured: KeyError: 'dtype'"}]
 
 
@@ -311,7 +312,7 @@ def test_a_process_is_stopped_when_there_is_no_time() -> None:
     """It is given a second, in which nobody makes a model and measures."""
     job = {"impl": "lechat_jax", "dtype": "bfloat16", "preset": "bench-284m", "read_gb": 0.1}
     job |= {"tokens": 2, "until": time.time() + 60, "parts": [Part("decode", 1, 100)]}
-    assert list(bench_card.lines_of(job, until=0.0)) == []
+    assert list(card.lines_of(job, until=0.0)) == []
 
 
 def test_the_most_important_comes_first_on_a_card() -> None:

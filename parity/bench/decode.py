@@ -13,7 +13,7 @@ from rich.console import Console
 from lechat_jax.config import preset
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import MOST_DRAFT
-from parity.contestants import (
+from parity.bench.decoders.contestants import (
     SEED,
     Contestant,
     Models,
@@ -25,7 +25,8 @@ from parity.contestants import (
     tail,
     torch_decoders,
 )
-from parity.decoders import (
+from parity.bench.decoders.fresh_process import Folders, first_tokens, peak_bytes
+from parity.bench.decoders.lechat import (
     IMPLS,
     Decoder,
     DtypeName,
@@ -34,10 +35,9 @@ from parity.decoders import (
     random_prompts,
     repeating,
 )
-from parity.fresh import Folders, first_tokens, peak_bytes
+from parity.bench.pictures import draw_bars
 from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
 from parity.peers.installed import cold_torch_compiler
-from parity.pictures import draw_bars
 from parity.report import Report, Row, TableText
 
 READ = "read"  # the task that reads memory, in turn with the others

@@ -14,8 +14,8 @@ from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 from lechat_jax.config import preset
-from parity.contestants import SEED, Contestant, Models, tail, torch_decoders
-from parity.decoders import Decoder, random_prompts
+from parity.bench.decoders.contestants import SEED, Contestant, Models, tail, torch_decoders
+from parity.bench.decoders.lechat import Decoder, random_prompts
 from parity.measure import read_speed
 
 REPETITIONS = 3

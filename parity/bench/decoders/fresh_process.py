@@ -17,10 +17,10 @@ from pathlib import Path
 
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.errors import BadInput
-from parity.contestants import SEED, Contestant, Models, tail
+from parity.bench.decoders.contestants import SEED, Contestant, Models, tail
+from parity.bench.decoders.lechat import QUANTIZED, DtypeName, Impl, random_prompts
 from parity.convert import command as convert
 from parity.convert.names import Format
-from parity.decoders import QUANTIZED, DtypeName, Impl, random_prompts
 
 FORMATS: dict[Impl, Format] = {
     "lechat_jax": "lechat",
@@ -74,7 +74,7 @@ def peak_bytes(
         "tokens": tokens,
     }
     made = subprocess.run(
-        [sys.executable, "-m", "parity.child"],
+        [sys.executable, "-m", "parity.bench.decoders.worker"],
         input=json.dumps(job),
         env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         capture_output=True,

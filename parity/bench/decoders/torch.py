@@ -25,9 +25,9 @@ from lechat_torch.cache import Cache as Rings
 from lechat_torch.cache import empty_cache
 from lechat_torch.generate import left_padded
 from lechat_torch.model import Mistral
+from parity.bench.decoders.lechat import Prompts
 from parity.convert import names
 from parity.convert.layouts import taken_apart
-from parity.decoders import Prompts
 from parity.peers.fused_experts import fuse
 from parity.peers.transformers import AttentionName, build, device
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import nn
 
-from parity.learners import AdamW, Lesson, NotCompiled
+from parity.bench.learners.lechat import AdamW, Lesson, NotCompiled
 
 
 class TorchLearner:

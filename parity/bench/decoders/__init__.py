@@ -1,0 +1,1 @@
+"""Implementations that continue prompts, behind one interface."""

@@ -1,0 +1,1 @@
+"""Implementations that train, behind one interface."""
