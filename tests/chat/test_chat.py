@@ -27,7 +27,7 @@ from lechat_jax.model.mistral import weights_of
 from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.random_models import lively
-from tests.tokenizers import tokenizer as load
+from tests.support.tokenizers import tokenizer as load
 
 Output = pytest.CaptureFixture[str]
 V1 = Tokenizer.mistral_v1()

@@ -19,7 +19,7 @@ from lechat_jax.data.parallel_encoding import write_completion
 from lechat_jax.data.sources import form_of
 from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from tests.tokenizers import tokenizer
+from tests.support.tokenizers import tokenizer
 
 V1 = Tokenizer.mistral_v1()
 

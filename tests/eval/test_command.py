@@ -21,7 +21,7 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main as train
 from parity.convert import command as convert
 from parity.random_models import lively
-from tests.tokenizers import taught
+from tests.support.tokenizers import taught
 
 BLOCK, STRIDE = 48, 20
 

@@ -29,7 +29,7 @@ from lechat_jax.model.attention import (
 )
 from lechat_jax.ops import flash_attention
 from lechat_jax.ops.flash_attention import fused_attention, splash_attention
-from tests.jaxprs import equations
+from tests.support.jaxprs import equations
 
 Arrays = tuple[np.ndarray, ...]
 Form = Callable[..., Any]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn, preset
 from lechat_jax.model.cache import EMPTY, empty_cache
 from lechat_jax.model.mistral import MLP, Mistral, RMSNorm, bind, shapes_of, weights_of
-from tests.jaxprs import equations
+from tests.support.jaxprs import equations
 
 T = 33  # more than twice the window of the tiny model
 

@@ -30,7 +30,7 @@ from lechat_jax.quantize.scheme import INT8, Form
 from lechat_jax.train.optimizer import usual_rule
 from lechat_jax.train.step import StepOptions, state_of, train_steps
 from parity.architectures import ARCHITECTURES, SMALL_MIXTURE
-from tests.jaxprs import equations
+from tests.support.jaxprs import equations
 
 # A row of so many tokens that a CPU multiplies them as a matrix. No size is another's, but where
 # heads are joined or halved, which have no letter: they are written as numbers, [48] and [16] as

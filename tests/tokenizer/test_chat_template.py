@@ -16,7 +16,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.chat_template import KINDS, Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from tests.tokenizers import shipped, small_tekken
+from tests.support.tokenizers import shipped, small_tekken
 
 NAMES = [
     *("v1", "v2", "v3", "v7", "v7m1", "v3-tekken"),

@@ -19,8 +19,8 @@ from lechat_jax.tokenizer import tokenizer as module
 from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import StreamDecoder, Tokenizer, preferred
 from lechat_jax.tokenizer.vocabulary import ends
-from tests.tokenizers import SHIPPED, shipped, small_tekken
-from tests.tokenizers import tokenizer as load
+from tests.support.tokenizers import SHIPPED, shipped, small_tekken
+from tests.support.tokenizers import tokenizer as load
 
 TOKENIZER = Tokenizer.mistral_v1()
 HELLO = 22557

@@ -31,7 +31,7 @@ from lechat_jax.train.command import main, set_up
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.trainer import Trainer
 from parity.random_models import lively
-from tests import tokenizers
+from tests.support import tokenizers
 
 # A model so small that the 32,000 ids of the tokenizer are nearly all of it.
 SMALL = "--dim 16 --n-layers 2 --n-heads 2 --n-kv-heads 1 --head-dim 8 --hidden-dim 24".split()

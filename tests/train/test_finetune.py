@@ -19,7 +19,7 @@ from lechat_jax.model.mistral import Mistral, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main
 from parity.random_models import lively
-from tests.tokenizers import taught
+from tests.support.tokenizers import taught
 
 BLOCK = 128
 

@@ -13,7 +13,7 @@ from lechat_jax.model.mask import window_mask
 from lechat_jax.model.mistral import Mistral, bind
 from lechat_jax.train import flops
 from lechat_jax.train.flops import flops_per_token, peak_flops
-from tests.jaxprs import equations
+from tests.support.jaxprs import equations
 
 
 def products(config: MistralConfig, T: int) -> float:

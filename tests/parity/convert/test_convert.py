@@ -34,7 +34,7 @@ from parity.convert.finite import is_finite
 from parity.convert.names import FORMATS, Format, names
 from parity.convert.open_source import open_source
 from parity.make_checkpoint import main as make
-from tests.converting import (
+from tests.support.checkpoints import (
     BF16,
     Weights,
     assert_equal,

@@ -27,7 +27,7 @@ from parity.architectures import SMALL, SMALL_MIXTURE
 from parity.convert.command import main
 from parity.convert.names import names, parts, shapes
 from parity.convert.open_source import open_source
-from tests.converting import random_weights, write_torch
+from tests.support.checkpoints import random_weights, write_torch
 
 Arrays = dict[str, np.ndarray]
 

@@ -27,9 +27,9 @@ from lechat_jax.train import command as train
 from parity.convert.chat_template import chat_template
 from parity.convert.names import FORMATS, Format
 from parity.convert.write import TOKENIZER_CONFIG
-from tests.converting import convert, random_weights, write_torch
-from tests.tokenizers import small_tekken
-from tests.tokenizers import tokenizer as load_tokenizer
+from tests.support.checkpoints import convert, random_weights, write_torch
+from tests.support.tokenizers import small_tekken
+from tests.support.tokenizers import tokenizer as load_tokenizer
 
 TEXTS = (
     "The cat sat on the mat.",

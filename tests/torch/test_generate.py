@@ -21,7 +21,7 @@ from lechat_torch import model as model_module
 from lechat_torch.cache import EMPTY, Cache, attend_cached, empty_cache, position_bias
 from lechat_torch.generate import Sample, choose, generate, left_padded
 from lechat_torch.model import Mistral
-from tests.test_torch_model import VARIANTS, lively, text
+from tests.torch.test_model import VARIANTS, lively, text
 
 W = 7
 LENGTHS = (W - 1, W, W + 1, 2 * W + 3)
