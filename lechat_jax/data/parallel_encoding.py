@@ -180,7 +180,7 @@ class _Scribe:
     """A process that writes what it is sent."""
 
     def __init__(self, form: Form, tokenizer: Path) -> None:
-        here = str(Path(__file__).parent.parent)
+        here = str(Path(__file__).parents[2])
         paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
             [

@@ -1,6 +1,6 @@
 """The Mistral decoder, read in one sitting: rope, mask, attention, cache, layers, mistral.
 
-`lechat_jax.model.mistral.Mistral` is loaded when it is asked for, so that the mask is read without Flax.
+`lechat_jax.model.Mistral` is loaded when it is asked for: a mask is read without Flax.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
 """Mistral's chat templates in Jinja, as transformers renders them: what a model was taught here.
 
-mistral-common writes conversations down for training (see `lechat_jax.tokenizer.transcripts`), and a base
-model has no template. Of tekken transformers has its own, from mistral-common as well.
+mistral-common writes conversations down for training (see `lechat_jax.tokenizer.transcripts`),
+and a base model has no template. Of tekken transformers has its own, from mistral-common as well.
 """
 
 # Where the system prompt goes: into the first question, into the last one, or before all.

@@ -22,7 +22,7 @@ from lechat_jax.checkpoint.run import Run
 from lechat_jax.errors import BadInput
 from lechat_jax.files.lock import Lock
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = {"model": {"dim": 40}, "train": {"steps": 3}}
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "time_s": 0.5, "tokens": 24, "train/loss": 4.5},

@@ -28,7 +28,7 @@ from lechat_jax.checkpoint import training_state
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.errors import BadInput
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def random_bits(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> jax.Array:

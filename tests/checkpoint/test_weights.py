@@ -30,7 +30,7 @@ from lechat_jax.quantize.scheme import Form, quantize_weights
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.random_models import lively
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = [
     *("blocks.0.attn.k.kernel", "blocks.0.attn.o.kernel", "blocks.0.attn.q.kernel"),
     *("blocks.0.attn.v.kernel", "blocks.0.attn_norm.scale", "blocks.0.mlp.down.kernel"),

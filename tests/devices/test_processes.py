@@ -78,7 +78,7 @@ def together(flags: list[str], at_step: int = 0, sent: int = 0) -> list[subproce
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         )
         for i in range(2)
     ]

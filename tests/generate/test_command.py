@@ -29,7 +29,7 @@ from lechat_jax.model.mistral import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.random_models import lively
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 Output = pytest.CaptureFixture[str]
 
 

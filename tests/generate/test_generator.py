@@ -33,7 +33,7 @@ from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.random_models import lively
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GREEDY = Sampling(temperature=0)
 PLAIN = Sampling(temperature=1.0, top_p=1.0)
 

@@ -98,7 +98,7 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ
-        | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONIOENCODING": "ascii"},
+        | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": "ascii"},
     )
 
 
@@ -254,7 +254,7 @@ def test_minutes_become_steps_and_the_plan_is_stored(text: Path, tmp_path: Path)
         capture_output=True,
         text=True,
         timeout=240,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr
     steps = json.loads((folder / "config.json").read_text())["train"]["steps"]

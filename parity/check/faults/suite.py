@@ -52,7 +52,7 @@ def _probabilities(logits: Float[np.ndarray, "B T V"]) -> Float[np.ndarray, "B T
 
 
 # tests/test_modeling_flax_common.py of transformers 4; tests/test_mistral.py of levanter;
-# tests/modules/test_utils/comparators.py of EasyDeL; tests/model/test_mistral.py of litgpt, the only
+# tests/modules/test_utils/comparators.py of EasyDeL; tests/test_model.py of litgpt, the only
 # one whose text is longer than its window.
 CRITERIA = (
     Criterion("FlaxMistral", 7, 7, lambda a, b: np.allclose(a, b, rtol=0, atol=1e-5)),

@@ -1,8 +1,8 @@
 """The check on models that are drawn, trained and badly conditioned: green, and it can still fail.
 
 All are transformers' own, as its initialiser draws them or as they became, in files that it wrote.
-Budgets are taken from rounding, so the programs are optimised as a user's are:
-`LECHAT_TEST_OPTIMIZED=1 pytest -m slow tests/parity/check/test_every_condition.py`, an hour on one core.
+Budgets are taken from rounding, so the programs are optimised as a user's are (an hour on a core):
+`LECHAT_TEST_OPTIMIZED=1 pytest -m slow tests/parity/check/test_every_condition.py`.
 """
 
 import json
