@@ -15,7 +15,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder, told, write_whole
 from lechat_jax.files.lock import LOCK, Lock
 from lechat_jax.shell import command
-from lechat_jax.train.trackers import Mirror, TensorBoard, WeightsAndBiases
 
 CONFIG, METRICS, CURVE = "config.json", "metrics.jsonl", "loss.png"
 RECIPE = "config.yaml"
@@ -38,11 +37,14 @@ class Run:
     """One run's folder. Whole files are written beside and renamed; metrics are appended.
 
     Of several processes only the first writes; for the others nothing is done.
+
+    Attributes:
+        trackers: are given the metrics that are logged as well.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._mirrors: list[Mirror] = []
+        self.trackers: list[Callable[[Sequence[Mapping[str, Any]]], None]] = []
         self._lock: Lock | None = None
         self.checkpoints = folder / "checkpoints"
         self.samples = folder / "samples"
@@ -165,22 +167,6 @@ class Run:
     def _writing(self, path: Path) -> contextlib.AbstractContextManager[None]:
         return told(path, self._remedy)
 
-    def mirror_to_tensorboard(self) -> None:
-        """From now on `log` also writes TensorBoard events to the folder `tensorboard`.
-
-        Raises:
-            BadInput: the extra is not installed.
-        """
-        self._mirrors.append(TensorBoard(self.folder / "tensorboard"))
-
-    def mirror_to_wandb(self, project: str) -> None:
-        """From now on `log` also tells Weights & Biases.
-
-        Raises:
-            BadInput: the extra is not installed.
-        """
-        self._mirrors.append(WeightsAndBiases(project, self.folder, self.config))
-
     def log(self, rows: list[dict[str, Any]]) -> None:
         """More lines of metrics.
 
@@ -195,8 +181,8 @@ class Run:
         path = self.folder / METRICS
         with self._writing(path), path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        for mirror in self._mirrors:
-            mirror.log(rows)
+        for track in self.trackers:
+            track(rows)
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines logged so far, up to one that a crash may have cut."""

@@ -46,6 +46,7 @@ from lechat_jax.train.memory_plan import (
 from lechat_jax.train.options import DEFAULT_PRESET, MOVABLE, TrainConfig
 from lechat_jax.train.schedule import elapsed
 from lechat_jax.train.start import Asked, adapters_asked, check_source, load_base
+from lechat_jax.train.trackers import track_in_tensorboard, track_in_wandb
 from lechat_jax.train.trainer import Diverged, Trainer, step_options
 
 
@@ -114,9 +115,9 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
         from_first(lambda: _begin_run(run, start, lessons, loaded))
     with _forgotten_if_it_fails(run, tokenizer), running_out(REMEDY):
         if options.tensorboard:
-            run.mirror_to_tensorboard()
+            track_in_tensorboard(run)
         if options.wandb:
-            run.mirror_to_wandb(options.wandb)
+            track_in_wandb(run, options.wandb)
         trainer = Trainer(run, config, options, lessons, tokenizer, display, mesh)
         weights = loaded.weights if loaded else None
         if start.learning and loaded:

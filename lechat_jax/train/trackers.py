@@ -1,75 +1,65 @@
-"""Other places for the metrics of a run, beside its metrics.jsonl; each is an extra."""
+"""Experiment trackers: a run's metrics in TensorBoard or Weights & Biases too; each is an extra."""
 
 import hashlib
 import importlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from lechat_jax.checkpoint.run import Run
 from lechat_jax.errors import BadInput
 
 NOT_MEASURED = {"step", "time_s", "tokens"}
 
 
-class Mirror(Protocol):
-    """Whatever wants to hear of metrics."""
-
-    def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """More lines of metrics, as `Run.log` is given them."""
-        ...
-
-
-class TensorBoard:
-    """TensorBoard events in a folder.
+def track_in_tensorboard(run: Run) -> None:
+    """From now on the run's metrics are TensorBoard events too, in its folder `tensorboard`.
 
     Raises:
         BadInput: the extra is not installed.
     """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise BadInput(
+            "--tensorboard needs tensorboardX: pip install 'lechat-jax[tensorboard]'"
+        ) from None
+    writer = SummaryWriter(str(run.folder / "tensorboard"))
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise BadInput(
-                "--tensorboard needs tensorboardX: pip install 'lechat-jax[tensorboard]'"
-            ) from None
-        self._writer = SummaryWriter(str(folder))
-
-    def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """See `Mirror.log`."""
+    def log(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
             for key in row.keys() - NOT_MEASURED:
-                self._writer.add_scalar(key, row[key], row["step"])
-        self._writer.flush()
+                writer.add_scalar(key, row[key], row["step"])
+        writer.flush()
+
+    run.trackers.append(log)
 
 
-class WeightsAndBiases:
-    """A run on Weights & Biases, or in `folder` alone if WANDB_MODE is offline.
+def track_in_wandb(run: Run, project: str) -> None:
+    """From now on the run's metrics go to Weights & Biases, or with WANDB_MODE offline to its folder.
 
     A run that is resumed goes on under the same id, which its folder decides.
 
     Raises:
         BadInput: the extra is not installed.
     """
+    try:
+        start = importlib.import_module("wandb").init
+    except (ImportError, AttributeError):  # a folder called wandb has no function
+        raise BadInput("--wandb needs wandb: pip install 'lechat-jax[wandb]'") from None
+    where = str(run.folder.absolute())
+    theirs = start(
+        project=project,
+        name=run.folder.name,
+        id=hashlib.sha256(where.encode()).hexdigest()[:16],
+        resume="allow",
+        dir=where,
+        config=dict(run.config),
+    )
 
-    def __init__(self, project: str, folder: Path, config: Mapping[str, Any]) -> None:
-        try:
-            wandb = importlib.import_module("wandb")
-            start = wandb.init
-        except (ImportError, AttributeError):  # a folder called wandb has no function
-            raise BadInput("--wandb needs wandb: pip install 'lechat-jax[wandb]'") from None
-        where = str(folder.absolute())
-        self._run = start(
-            project=project,
-            name=folder.name,
-            id=hashlib.sha256(where.encode()).hexdigest()[:16],
-            resume="allow",
-            dir=where,
-            config=dict(config),
-        )
-
-    def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """See `Mirror.log`."""
+    def log(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            measured = {key: value for key, value in row.items() if key != "step"}
-            self._run.log(measured, step=row["step"])
+            theirs.log(
+                {key: value for key, value in row.items() if key != "step"}, step=row["step"]
+            )
+
+    run.trackers.append(log)
