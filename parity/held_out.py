@@ -8,11 +8,11 @@ from jaxtyping import Bool, Integer
 
 from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.cli.display import Display
-from lechat_jax.data.batches import interim_rows, load_tokens, score_blocks
+from lechat_jax.data.batches import load_tokens
 from lechat_jax.data.corpus import load_corpus
+from lechat_jax.data.held_out import BLOCK, interim_rows, score_blocks
 from lechat_jax.data.sources import form_of
 from lechat_jax.errors import BadInput
-from lechat_jax.eval.score import BLOCK
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Integer
+from jaxtyping import Integer
 
 from lechat_jax.data.corpus import Corpus, Document
 from lechat_jax.data.rows import Rows
@@ -213,48 +213,3 @@ def _epoch(
     """The starts of one epoch's windows in the order they are read."""
     rng = np.random.default_rng([seed, epoch])
     return rng.integers(phases) + block * rng.permutation(windows)
-
-
-def score_blocks(
-    val: Integer[np.ndarray, " val"], block: int, bos_id: int
-) -> tuple[Integer[np.ndarray, "B T"], Integer[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-    """Inputs, targets and weights that score each validation token once, except BOS.
-
-    Rows are consecutive, so the first tokens of a row are predicted from little context.
-    The last row is filled with BOS; weights are False where the target is BOS.
-
-    >>> inputs, targets, weights = score_blocks(np.array([1, 7, 8, 2, 1, 9]), 3, bos_id=1)
-    >>> inputs.tolist(), targets.tolist(), weights.astype(int).tolist()
-    ([[1, 7, 8], [2, 1, 9]], [[7, 8, 2], [1, 9, 1]], [[1, 1, 1], [0, 1, 0]])
-
-    Raises:
-        BadInput: there is no token to score, or the first, which nothing precedes, is not BOS.
-    """
-    if len(val) < 2 or val[0] != bos_id:
-        raise BadInput(f"{len(val)} validation tokens hold no BOS ({bos_id}) and one to score")
-    n = -(-(len(val) - 1) // block)
-    padded = np.full(n * block + 1, bos_id, val.dtype)
-    padded[: len(val)] = val
-    inputs, targets = padded[:-1].reshape(n, block), padded[1:].reshape(n, block)
-    return inputs, targets, targets != bos_id
-
-
-def score_rows(val: Integer[np.ndarray, " val"], block: int, bos_id: int) -> Rows:
-    """The same as `score_blocks`, as rows of `block + 1` tokens.
-
-    Raises:
-        BadInput: as there.
-    """
-    inputs, targets, counted = score_blocks(val, block, bos_id)
-    tokens = np.concatenate([inputs[:, :1], targets], axis=1)
-    return Rows(tokens.astype(np.int32), np.pad(counted, ((0, 0), (1, 0))))
-
-
-def interim_rows(n_rows: int, limit: int) -> Integer[np.ndarray, " rows"]:
-    """At most `limit` of the rows of `score_blocks`, evenly spread and always the same ones.
-
-    >>> interim_rows(10, 4).tolist()
-    [1, 3, 6, 8]
-    """
-    n = min(n_rows, limit)
-    return (2 * np.arange(n) + 1) * n_rows // (2 * n)

@@ -5,13 +5,13 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer
 
-from lechat_jax.data.batches import Batches, Progress, Tokens, interim_rows, load_tokens
+from lechat_jax.data.batches import Batches, Progress, Tokens, load_tokens
 from lechat_jax.data.corpus import load_corpus
 from lechat_jax.data.examples import Examples, load_examples
+from lechat_jax.data.held_out import INTERIM_ROWS, HeldOut, interim_rows
 from lechat_jax.data.packing import Documents, Packed
 from lechat_jax.data.rows import Rows
 from lechat_jax.data.sources import form_of
-from lechat_jax.eval.score import INTERIM_ROWS, HeldOut
 from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 

@@ -26,11 +26,12 @@ from lechat_jax.cli.signals import Stop
 from lechat_jax.data.batches import load_tokens
 from lechat_jax.data.corpus import load_corpus
 from lechat_jax.data.examples import load_examples
+from lechat_jax.data.held_out import HeldOut, decoded_bytes
 from lechat_jax.data.packing import Documents, Packed
 from lechat_jax.data.sources import find_texts, form_of
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
-from lechat_jax.eval.score import HeldOut, Score, Validator, decoded_bytes
+from lechat_jax.eval.score import Score, Validator
 from lechat_jax.files.atomic import check_writable, write_whole
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.tokenizer.tokenizer import Tokenizer

@@ -4,22 +4,18 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Integer
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.data.batches import Tokens, interim_rows, score_rows
+from lechat_jax.data.held_out import HeldOut
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import ROWS, placed
 from lechat_jax.model.mistral import Weights
-from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.step import StepOptions, score
-
-BLOCK = 1024  # tokens in a row: long, so that few are scored with little before them
-INTERIM_ROWS = 8  # of them, evenly spread, in a validation during training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,51 +48,6 @@ class Score:
             "val/tokens": self.tokens,
             "val/bytes": self.n_bytes,
         }
-
-
-class HeldOut(NamedTuple):
-    """What is scored and never learned.
-
-    Attributes:
-        rows: of T + 1 tokens, with what counts of them.
-        n_bytes: UTF-8 bytes of the text that the counted tokens stand for.
-        subset: the rows that are scored on the way.
-        bytes_of: those of some rows.
-    """
-
-    rows: Rows
-    n_bytes: int
-    subset: Integer[np.ndarray, " rows"]
-    bytes_of: Callable[[Integer[np.ndarray, " rows"]], int]
-
-    @property
-    def counts(self) -> Integer[np.ndarray, " rows"]:
-        """How many tokens of each row are scored."""
-        return np.asarray(self.rows.counted)[:, 1:].sum(axis=1)
-
-    @classmethod
-    def of_text(cls, tokens: Tokens, tokenizer: Tokenizer) -> "HeldOut":
-        """Every held-out token but BOS, which is given, scored exactly once."""
-        rows = score_rows(tokens.val, BLOCK, tokenizer.bos_id)
-        subset = interim_rows(len(rows.tokens), INTERIM_ROWS)
-        return cls(rows, tokens.val_bytes, subset, decoded_bytes(rows, tokenizer))
-
-
-def decoded_bytes(
-    rows: Rows, tokenizer: Tokenizer
-) -> Callable[[Integer[np.ndarray, " rows"]], int]:
-    """Tells how many UTF-8 bytes the counted tokens of some rows stand for, by decoding them.
-
-    Rows are cut anywhere, and decoding drops the space that one begins with: 0.02 % of the
-    bytes in English. A score of all rows counts the text itself.
-    """
-
-    def bytes_of(chosen: Integer[np.ndarray, " rows"]) -> int:
-        tokens, counted = np.asarray(rows.tokens), np.asarray(rows.counted)
-        own = (tokens[row, 1:][counted[row, 1:]].tolist() for row in chosen)
-        return sum(len(tokenizer.decode(ids).encode()) for ids in own)
-
-    return bytes_of
 
 
 def spread(n: int) -> Integer[np.ndarray, " rows"]:

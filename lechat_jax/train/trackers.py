@@ -35,7 +35,7 @@ def track_in_tensorboard(run: Run) -> None:
 
 
 def track_in_wandb(run: Run, project: str) -> None:
-    """From now on the run's metrics go to Weights & Biases, or with WANDB_MODE offline to its folder.
+    """From now on the run's metrics go to Weights & Biases, or to its folder (WANDB_MODE=offline).
 
     A run that is resumed goes on under the same id, which its folder decides.
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from lechat_jax.data import batches as data
 from lechat_jax.data import token_cache
-from lechat_jax.data.batches import Batches, interim_rows, load_tokens, score_blocks
+from lechat_jax.data.batches import Batches, load_tokens
 from lechat_jax.data.corpus import Corpus, Document, load_corpus
+from lechat_jax.data.held_out import interim_rows, score_blocks
 from lechat_jax.data.token_cache import HEADER
 from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.tokenizer import Tokenizer

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.data import held_out as held_out_rows
 from lechat_jax.data.batches import Tokens
+from lechat_jax.data.held_out import HeldOut
 from lechat_jax.devices.mesh import ROWS, make_mesh, settled
-from lechat_jax.eval import score as validation
-from lechat_jax.eval.score import HeldOut, Score, Validator
+from lechat_jax.eval.score import Score, Validator
 from lechat_jax.model.mistral import Weights, bind, shapes_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.step import StepOptions
@@ -36,7 +37,7 @@ def small(tiny: MistralConfig) -> MistralConfig:
 
 @pytest.fixture(autouse=True)
 def short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "BLOCK", T)
+    monkeypatch.setattr(held_out_rows, "BLOCK", T)
 
 
 def held_out(n_tokens: int) -> Tokens:

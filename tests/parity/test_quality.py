@@ -18,8 +18,9 @@ from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import load_tokens
 from lechat_jax.data.corpus import load_corpus
+from lechat_jax.data.held_out import HeldOut
 from lechat_jax.errors import BadInput
-from lechat_jax.eval.score import HeldOut, Validator
+from lechat_jax.eval.score import Validator
 from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.quantize.scheme import dequantize, quantize_weights
 from lechat_jax.tokenizer.tokenizer import Tokenizer

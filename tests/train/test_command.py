@@ -20,10 +20,10 @@ from lechat_jax.cli import flags as cli
 from lechat_jax.cli.display import Display
 from lechat_jax.cli.signals import Stop
 from lechat_jax.config import MistralConfig
+from lechat_jax.data import held_out
 from lechat_jax.data.batches import Batches, load_tokens
 from lechat_jax.data.corpus import load_corpus
 from lechat_jax.errors import BadInput
-from lechat_jax.eval import score
 from lechat_jax.generate.generator import Generator
 from lechat_jax.model.mistral import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -303,7 +303,7 @@ def test_a_signal_in_the_last_validation_keeps_what_was_scored(
             signal.raise_signal(signal.SIGINT)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it
-    monkeypatch.setattr(score, "BLOCK", 16)
+    monkeypatch.setattr(held_out, "BLOCK", 16)
     monkeypatch.setattr(Display, "work", interrupt)
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from lechat_jax.data.batches import Tokens, interim_rows, score_blocks
+from lechat_jax.data.batches import Tokens
+from lechat_jax.data.held_out import BLOCK, interim_rows, score_blocks
 from lechat_jax.errors import BadInput
-from lechat_jax.eval.score import BLOCK, Score
+from lechat_jax.eval.score import Score
 from lechat_jax.files.atomic import write_whole
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.flops import flops_per_token
