@@ -68,8 +68,6 @@ MAY_IMPORT = {
 EXCEPTIONS: set[tuple[str, str]] = {
     ("lechat_jax.devices.mesh", "model.lora"),
     ("lechat_jax.devices.mesh", "quantize.scheme"),
-    ("lechat_jax.eval.command", "train.step"),
-    ("lechat_jax.eval.score", "train.step"),
     ("lechat_jax.model.adapters", "checkpoint.weights"),
     ("lechat_jax.model.adapters", "quantize.scheme"),
     ("lechat_jax.model.mistral", "quantize.scheme"),

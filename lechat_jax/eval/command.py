@@ -33,10 +33,10 @@ from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
 from lechat_jax.eval.score import Score, Validator
 from lechat_jax.files.atomic import check_writable, write_whole
+from lechat_jax.model.scoring import Forward
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
-from lechat_jax.train.step import StepOptions
 
 ANY = 1 << 40  # tokens of a row that holds any example
 
@@ -220,8 +220,8 @@ def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
     scored = packed.one_epoch()
     bytes_of = decoded_bytes(scored, text.tokenizer)
     held = HeldOut(scored, text.n_bytes, np.arange(packed.windows), bytes_of)
-    step = StepOptions(block=packed.block, dtype="bfloat16" if dtype == "bfloat16" else "float32")
-    validator = Validator(trained.config, step, held)
+    forward = Forward(dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    validator = Validator(trained.config, forward, held)
     display.wait("compiling")
     began = time.perf_counter()
     end = math.inf if options.minutes is None else began + 60 * options.minutes

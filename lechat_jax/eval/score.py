@@ -15,7 +15,7 @@ from lechat_jax.data.held_out import HeldOut
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import ROWS, placed
 from lechat_jax.model.mistral import Weights
-from lechat_jax.train.step import StepOptions, score
+from lechat_jax.model.scoring import Forward, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Validator:
             batch was scored that did not wait for the compiler.
     """
 
-    def __init__(self, config: MistralConfig, options: StepOptions, held_out: HeldOut) -> None:
+    def __init__(self, config: MistralConfig, options: Forward, held_out: HeldOut) -> None:
         self.config, self.options, self.held_out = config, options, held_out
         batch = 4 if jax.default_backend() == "cpu" else 64
         ways = options.mesh.shape[ROWS] if options.mesh else 1

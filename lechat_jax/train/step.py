@@ -1,25 +1,22 @@
-"""The two hot functions of training: several steps in one call, and scoring held-out text."""
+"""The training step: several optimiser steps in one compiled call."""
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
-from lechat_jax.devices.mesh import ROWS, keeps_its_type, made_sharded, pinned, sum_over_rows
-from lechat_jax.model.attention import Backend
-from lechat_jax.model.mistral import Mistral, Weights, bind, weights_of
-from lechat_jax.model.moe import Load, imbalance
-from lechat_jax.ops.cross_entropy import cross_entropy
-from lechat_jax.ops.remat import KEPT_ON_A_CPU, Remat
+from lechat_jax.devices.mesh import made_sharded, pinned
+from lechat_jax.model.mistral import Mistral, Weights, weights_of
+from lechat_jax.model.scoring import Forward, total_nats
+from lechat_jax.ops.remat import KEPT_ON_A_CPU
 from lechat_jax.train.optimizer import MUON, Optimizer, Rule, Schedule, warmup_then_cooldown
 
 
@@ -32,34 +29,23 @@ class TrainState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class StepOptions:
-    """What a compiled step is specialised to.
+class StepOptions(Forward):
+    """What a compiled training step is specialised to.
+
+    Weights and optimiser stay float32 whatever the dtype. `router_aux_loss` is of each of the
+    parts of a batch.
 
     Attributes:
         block: tokens T in a training row.
-        dtype: of activations and matrix products; weights and optimiser stay float32.
         learning_rate: multiple of the peak rates of the rule.
         rule: the optimiser.
-        chunk: tokens whose logits are in memory at a time; `None` takes 8192, and on a CPU 256,
-            which its cache holds, or 1024 of a wide model, whose products are worth more.
-        backend: attention kernel; `None` takes the best for the platform.
-        mesh: of the devices that share the work, see `sharding`; `None` is one device.
-        remat: what a layer keeps for its backward pass.
         accumulate: parts that a batch is worked through in, one after the other.
-        router_aux_loss: multiple of the `imbalance` of the experts, of each part of a batch, that
-            is made smaller as well. It has a slope but no value: losses are of the text alone.
     """
 
     block: int
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     learning_rate: float = 1.0
     rule: Rule = MUON
-    chunk: int | None = None
-    backend: Backend | None = None
-    mesh: Mesh | None = None
-    remat: Remat = "none"
     accumulate: int = 1
-    router_aux_loss: float = 0.0
 
 
 def init_state(config: MistralConfig, options: StepOptions, seed: int) -> TrainState:
@@ -79,68 +65,6 @@ def state_of(weights: Weights, options: StepOptions) -> TrainState:
         return optimizer.init(weights), jnp.zeros((), jnp.int32)
 
     return TrainState(weights, *made_sharded(options.mesh, start, weights))
-
-
-def total_nats(
-    config: MistralConfig,
-    options: StepOptions,
-    weights: Weights,
-    inputs: Int[Array, "B T"],
-    targets: Int[Array, "B T"],
-    share: Float[Array, "B T"],
-    documents: Int[Array, "B T"] | None = None,
-) -> Float[Array, ""]:
-    """Sum over all positions of share * -log p(target), computed in `options.dtype`.
-
-    `documents` are those of the inputs, where a row holds several. Kernels that are quantised
-    stay so.
-    """
-    work = functools.partial(_nats, config, options)
-    rows = (inputs, targets, share, documents)
-    if options.mesh is None:
-        return work(weights, *rows)
-    return sum_over_rows(options.mesh, work, options.dtype, weights, *rows)
-
-
-def _nats(
-    config: MistralConfig,
-    options: StepOptions,
-    weights: Weights,
-    inputs: Array,
-    targets: Array,
-    share: Array,
-    documents: Array | None,
-) -> Array:
-    """`total_nats` of the rows that one device has."""
-    model = bind(config, {name: _cast(name, leaf, options) for name, leaf in weights.items()})
-    hidden, load = model.routed(inputs, options.backend, documents=documents, remat=options.remat)
-    head = model.head.matrix()
-    hidden = hidden.reshape(-1, config.dim)
-    chunk = options.chunk or _usual_chunk(config)
-    nats: Array = cross_entropy(hidden, head, targets.reshape(-1), share.reshape(-1), chunk)
-    if load is None or not options.router_aux_loss:
-        return nats
-    penalty = options.router_aux_loss * _part_of_imbalance(options, load)
-    return nats + penalty - jax.lax.stop_gradient(penalty)
-
-
-def _usual_chunk(config: MistralConfig) -> int:
-    if jax.default_backend() != "cpu":
-        return 8192
-    return 256 if config.dim < 512 else 1024
-
-
-def _part_of_imbalance(options: StepOptions, load: Load) -> Float[Array, ""]:
-    """What one device adds for one of the parts of a batch; all rows of the part count."""
-    n_devices = 1
-    if options.mesh is not None:
-        n_devices = options.mesh.shape[ROWS]
-        load = jax.tree.map(functools.partial(jax.lax.psum, axis_name=ROWS), load)
-    return imbalance(load) / (n_devices * options.accumulate)
-
-
-def _cast(name: str, leaf: Array, options: StepOptions) -> Array:
-    return leaf if keeps_its_type(name, leaf) else leaf.astype(options.dtype)
 
 
 def train_steps(
@@ -218,10 +142,11 @@ def gradient(
     def loss_of(weights: Weights, part: Rows, share: Array) -> Float[Array, ""]:
         inputs, targets = part.tokens[:, :-1], part.tokens[:, 1:]
         documents = None if part.documents is None else part.documents[:, :-1]
-        return total_nats(config, options, frozen | weights, inputs, targets, share, documents)
+        return total_nats(config, forward, frozen | weights, inputs, targets, share, documents)
 
     slope = jax.value_and_grad(loss_of)
     n, share = options.accumulate, shares(batch)
+    forward = dataclasses.replace(options, router_aux_loss=options.router_aux_loss / n)
     if n == 1:
         return slope(weights, batch, share)
 
@@ -252,18 +177,3 @@ def shares(batch: Rows) -> Float[Array, "B T"]:
 def all_finite(weights: Weights) -> Bool[Array, ""]:
     """Whether every weight is a number."""
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in weights.values()]))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def score(
-    config: MistralConfig,
-    options: StepOptions,
-    weights: Weights,
-    inputs: Int[Array, "B T"],
-    targets: Int[Array, "B T"],
-    counted: Bool[Array, "B T"],
-    documents: Int[Array, "B T"] | None = None,
-) -> Float[Array, ""]:
-    """Total nats of the counted targets, each given what precedes it in its document."""
-    share = counted.astype(jnp.float32)
-    return total_nats(config, options, weights, inputs, targets, share, documents)

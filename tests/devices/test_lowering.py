@@ -23,8 +23,9 @@ from lechat_jax.devices.mesh import described, make_mesh
 from lechat_jax.generate.decode import DecodeState, Request, decode, prefill
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.cache import empty_cache
+from lechat_jax.model.scoring import score
 from lechat_jax.quantize.scheme import INT8, Form
-from lechat_jax.train.step import StepOptions, init_state, score, train_steps
+from lechat_jax.train.step import StepOptions, init_state, train_steps
 
 # The default model's shapes, fewer layers.
 CONFIG = dataclasses.replace(preset("lechat-15m"), n_layers=2)
@@ -124,7 +125,7 @@ def cudnn_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_training_step_for_tpu_runs_splash_attention(dtype: Any) -> None:
-    options = StepOptions(T, dtype, backend="splash")
+    options = StepOptions(T, dtype=dtype, backend="splash")
     program = lowered("tpu", training(options))
     assert kernels(program) == {"tpu_custom_call"}
     for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
@@ -133,7 +134,7 @@ def test_a_training_step_for_tpu_runs_splash_attention(dtype: Any) -> None:
 
 @pytest.mark.usefixtures("cudnn_is_there")
 def test_a_training_step_for_cuda_runs_cudnn_with_the_window() -> None:
-    options = StepOptions(T, "bfloat16", backend="cudnn")
+    options = StepOptions(T, dtype="bfloat16", backend="cudnn")
     program = lowered("cuda", training(options))
     assert kernels(program) == set(CUDNN)
     calls = [line for line in program.splitlines() if "custom_call @__cudnn" in line]
@@ -153,19 +154,21 @@ def test_a_training_step_for_cuda_runs_cudnn_with_the_window() -> None:
 def test_the_kernels_run_on_many_devices(
     platform: str, backend: Any, called: str, mesh: str
 ) -> None:
-    options = StepOptions(T, "bfloat16", backend=backend, mesh=make_mesh(mesh))
+    options = StepOptions(T, dtype="bfloat16", backend=backend, mesh=make_mesh(mesh))
     assert called in kernels(lowered(platform, training(options)))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_a_training_step_needs_neither_kernel(platform: str) -> None:
-    options = StepOptions(T, "float32", backend="banded")
+    options = StepOptions(T, dtype="float32", backend="banded")
     assert kernels(lowered(platform, training(options))) == set()
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_a_mixture_multiplies_its_experts_as_groups(platform: str) -> None:
-    program = lowered(platform, training(StepOptions(T, "bfloat16", backend="banded"), MIXTURE))
+    program = lowered(
+        platform, training(StepOptions(T, dtype="bfloat16", backend="banded"), MIXTURE)
+    )
     # Of three kernels: forward, and back twice.
     assert grouped_products(program) == 3 * 3 * CONFIG.n_layers
 
@@ -185,7 +188,7 @@ def test_quantised_experts_are_multiplied_as_groups_too(platform: str, form: For
 def test_scoring_runs_the_forward_kernel_alone(
     platform: str, backend: Any, called: set[str]
 ) -> None:
-    options = StepOptions(T, "bfloat16", backend=backend)
+    options = StepOptions(T, dtype="bfloat16", backend=backend)
     assert kernels(lowered(platform, scoring(options))) == called
 
 

@@ -33,8 +33,9 @@ from lechat_jax.errors import BadInput
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.attention import KERNELS, dense_attention
 from lechat_jax.model.mistral import weights_of
+from lechat_jax.model.scoring import score
 from lechat_jax.quantize.scheme import INT8, Form, quantize_weights
-from lechat_jax.train.step import StepOptions, TrainState, gradient, init_state, score, train_steps
+from lechat_jax.train.step import StepOptions, TrainState, gradient, init_state, train_steps
 from parity.random_models import lively
 
 B, T, CALLS = 8, 12, 4

@@ -14,8 +14,9 @@ from lechat_jax.data.rows import Rows
 from lechat_jax.model import attention
 from lechat_jax.model.attention import Backend
 from lechat_jax.model.mistral import Weights, bind, weights_of
+from lechat_jax.model.scoring import total_nats
 from lechat_jax.ops.flash_attention import splash_attention
-from lechat_jax.train.step import StepOptions, shares, total_nats
+from lechat_jax.train.step import StepOptions, shares
 from lechat_jax.train.step import gradient as gradient_of
 from parity.architectures import ARCHITECTURES
 from parity.random_models import lively

@@ -17,9 +17,10 @@ from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.mistral import Weights, bind, weights_of
+from lechat_jax.model.scoring import total_nats
 from lechat_jax.quantize.scheme import dequantize, is_kernel, quantize_weights
 from lechat_jax.train.optimizer import usual_rule
-from lechat_jax.train.step import StepOptions, state_of, total_nats, train_steps
+from lechat_jax.train.step import StepOptions, state_of, train_steps
 from parity.convert.merge_adapters import Product, merged
 from parity.random_models import lively
 

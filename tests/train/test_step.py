@@ -15,6 +15,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mistral import Weights, bind
+from lechat_jax.model.scoring import score, total_nats
 from lechat_jax.ops.remat import Remat, recomputing
 from lechat_jax.train.optimizer import Optimizer
 from lechat_jax.train.step import (
@@ -23,10 +24,8 @@ from lechat_jax.train.step import (
     all_finite,
     gradient,
     init_state,
-    score,
     shares,
     state_of,
-    total_nats,
     train_steps,
 )
 

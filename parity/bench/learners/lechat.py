@@ -16,8 +16,9 @@ from lechat_jax.data.batches import Batches
 from lechat_jax.data.rows import Rows
 from lechat_jax.model.attention import Backend
 from lechat_jax.model.mistral import Mistral, Weights, weights_of
+from lechat_jax.model.scoring import score
 from lechat_jax.train.options import Dtype
-from lechat_jax.train.step import StepOptions, gradient, score, state_of, train_steps
+from lechat_jax.train.step import StepOptions, gradient, state_of, train_steps
 
 FOREVER = np.iinfo(np.int32).max  # steps in a run whose length is not known yet
 
@@ -100,7 +101,7 @@ class Lechat:
 
     def __init__(self, lesson: Lesson, backend: Backend | None = None) -> None:
         self.lesson = lesson
-        self.options = StepOptions(lesson.batches.block, lesson.dtype, backend=backend)
+        self.options = StepOptions(lesson.batches.block, dtype=lesson.dtype, backend=backend)
         weights = {name: jnp.array(leaf) for name, leaf in lesson.weights.items()}
         self.state = state_of(weights, self.options)
         self.step = 0

@@ -11,8 +11,7 @@ from jaxtyping import Array
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.generate import decode, generator
-from lechat_jax.model import attention, cache, mistral, rope
-from lechat_jax.train import step
+from lechat_jax.model import attention, cache, mistral, rope, scoring
 from parity.check.faults.plant import in_code
 
 
@@ -305,12 +304,14 @@ CODE = (
         (mistral.Block, "__call__", _block(_parallel)),
     ),
     in_code("the gate is a GELU", "mlp.0", (jax.nn, "silu", lambda _: jax.nn.gelu)),
-    in_code("the last token has no loss", "loss", (step, "cross_entropy", _last_token_dropped)),
-    in_code("each token is to predict itself", "loss", (step, "total_nats", _targets_not_shifted)),
+    in_code("the last token has no loss", "loss", (scoring, "cross_entropy", _last_token_dropped)),
+    in_code(
+        "each token is to predict itself", "loss", (scoring, "total_nats", _targets_not_shifted)
+    ),
     in_code(
         "the head learns from the first chunk alone",
         "grad",
-        (step, "cross_entropy", _gradient_of_one_chunk),
+        (scoring, "cross_entropy", _gradient_of_one_chunk),
     ),
     in_code("weight decay is part of the gradient", "trajectory", (optax, "adamw", _coupled_decay)),
     in_code(

@@ -14,9 +14,8 @@ from jaxtyping import Array, Float, Int
 from lechat_jax.config import MistralConfig
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.model import cache
+from lechat_jax.model import cache, scoring
 from lechat_jax.model.mistral import Mistral, Weights, bind
-from lechat_jax.train import step
 from parity.check.oracles.interface import (
     AdamW,
     Arrays,
@@ -130,9 +129,9 @@ class JaxOracle:
     def _loss(self, weights: Weights, rows: Int[Array, "B row"]) -> Float[Array, ""]:
         """Mean nats a token, the logits of a third of the tokens at a time."""
         B, T = rows.shape[0], rows.shape[1] - 1
-        options = step.StepOptions(block=T, dtype=self.dtype, chunk=-(-B * T // 3))
+        forward = scoring.Forward(dtype=self.dtype, chunk=-(-B * T // 3))
         share = jnp.full((B, T), 1 / (B * T))
-        return step.total_nats(self.config, options, weights, rows[:, :-1], rows[:, 1:], share)
+        return scoring.total_nats(self.config, forward, weights, rows[:, :-1], rows[:, 1:], share)
 
     def _read(
         self,

@@ -1,0 +1,118 @@
+"""Scoring: the cross-entropy of rows under a model, for training and evaluation alike."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.devices.mesh import ROWS, keeps_its_type, sum_over_rows
+from lechat_jax.model.attention import Backend
+from lechat_jax.model.mistral import Weights, bind
+from lechat_jax.model.moe import Load, imbalance
+from lechat_jax.ops.cross_entropy import cross_entropy
+from lechat_jax.ops.remat import Remat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forward:
+    """How a loss is computed, which a compiled program is specialised to.
+
+    Attributes:
+        dtype: of activations and matrix products; weights stay as they are stored.
+        chunk: tokens whose logits are in memory at a time; `None` takes 8192, and on a CPU 256,
+            which its cache holds, or 1024 of a wide model, whose products are worth more.
+        backend: attention kernel; `None` takes the best for the platform.
+        mesh: of the devices that share the work, see `mesh`; `None` is one device.
+        remat: what a layer keeps for its backward pass.
+        router_aux_loss: multiple of the `imbalance` of the experts, in whose slope it is and not
+            in the loss, which is of the text alone.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    chunk: int | None = None
+    backend: Backend | None = None
+    mesh: Mesh | None = None
+    remat: Remat = "none"
+    router_aux_loss: float = 0.0
+
+
+def total_nats(
+    config: MistralConfig,
+    options: Forward,
+    weights: Weights,
+    inputs: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    share: Float[Array, "B T"],
+    documents: Int[Array, "B T"] | None = None,
+) -> Float[Array, ""]:
+    """Sum over all positions of share * -log p(target), computed in `options.dtype`.
+
+    `documents` are those of the inputs, where a row holds several. Kernels that are quantised
+    stay so.
+    """
+    work = functools.partial(_nats, config, options)
+    rows = (inputs, targets, share, documents)
+    if options.mesh is None:
+        return work(weights, *rows)
+    return sum_over_rows(options.mesh, work, options.dtype, weights, *rows)
+
+
+def _nats(
+    config: MistralConfig,
+    options: Forward,
+    weights: Weights,
+    inputs: Array,
+    targets: Array,
+    share: Array,
+    documents: Array | None,
+) -> Array:
+    """`total_nats` of the rows that one device has."""
+    model = bind(config, {name: _cast(name, leaf, options) for name, leaf in weights.items()})
+    hidden, load = model.routed(inputs, options.backend, documents=documents, remat=options.remat)
+    head = model.head.matrix()
+    hidden = hidden.reshape(-1, config.dim)
+    chunk = options.chunk or _usual_chunk(config)
+    nats: Array = cross_entropy(hidden, head, targets.reshape(-1), share.reshape(-1), chunk)
+    if load is None or not options.router_aux_loss:
+        return nats
+    penalty = options.router_aux_loss * _share_of_imbalance(options, load)
+    return nats + penalty - jax.lax.stop_gradient(penalty)
+
+
+def _usual_chunk(config: MistralConfig) -> int:
+    if jax.default_backend() != "cpu":
+        return 8192
+    return 256 if config.dim < 512 else 1024
+
+
+def _share_of_imbalance(options: Forward, load: Load) -> Float[Array, ""]:
+    """What one device adds; the rows of all count."""
+    n_devices = 1
+    if options.mesh is not None:
+        n_devices = options.mesh.shape[ROWS]
+        load = jax.tree.map(functools.partial(jax.lax.psum, axis_name=ROWS), load)
+    return imbalance(load) / n_devices
+
+
+def _cast(name: str, leaf: Array, options: Forward) -> Array:
+    return leaf if keeps_its_type(name, leaf) else leaf.astype(options.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def score(
+    config: MistralConfig,
+    options: Forward,
+    weights: Weights,
+    inputs: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    counted: Bool[Array, "B T"],
+    documents: Int[Array, "B T"] | None = None,
+) -> Float[Array, ""]:
+    """Total nats of the counted targets, each given what precedes it in its document."""
+    share = counted.astype(jnp.float32)
+    return total_nats(config, options, weights, inputs, targets, share, documents)
