@@ -14,6 +14,7 @@ from rich.console import Console
 
 from lechat_jax.cli import flags
 from lechat_jax.config import MistralConfig, preset
+from lechat_jax.config.layout import is_norm
 from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.convert.command import DTYPES, Convert, Dtype, check_destination, convert
@@ -84,7 +85,7 @@ def random_source(config: MistralConfig, dtype: np.dtype, seed: int) -> Source:
     norms = (1 + 0.1 * pool[: 2 * config.dim]).astype(dtype)
     stored = {}
     for i, (name, shape) in enumerate(shapes(config, "lechat").items()):
-        numbers = norms if name.endswith("scale") else kernels
+        numbers = norms if is_norm(name) else kernels
 
         def read(
             i: int = i,

@@ -7,6 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import is_norm, n_reads
 from lechat_jax.model.mistral import Mistral, bind, shapes_of, weights_of
 
 
@@ -20,9 +21,9 @@ def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0)
     rng = np.random.default_rng(seed)
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name.endswith("scale"):
+        if is_norm(name):
             return rng.uniform(0.5, 1.5, shape)
-        inputs = math.prod(shape[1:]) if name.endswith("o.kernel") else shape[-1]
+        inputs = math.prod(shape[-n_reads(name) :])
         is_lookup = name.startswith("embed") and not config.tied_embeddings
         return rng.standard_normal(shape) * (1.0 if is_lookup else inputs**-0.5)
 

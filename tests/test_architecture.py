@@ -66,11 +66,6 @@ MAY_IMPORT = {
 }
 # What still breaks it, and has to go: a module and what it imports. This list only shrinks.
 EXCEPTIONS: set[tuple[str, str]] = {
-    ("lechat_jax.devices.mesh", "model.lora"),
-    ("lechat_jax.devices.mesh", "quantize.scheme"),
-    ("lechat_jax.model.adapters", "checkpoint.weights"),
-    ("lechat_jax.model.adapters", "quantize.scheme"),
-    ("lechat_jax.model.mistral", "quantize.scheme"),
     ("parity.peers.transformers", "bench.learners"),
 }
 

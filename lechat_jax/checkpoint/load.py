@@ -13,11 +13,11 @@ from jaxtyping import Array
 from lechat_jax.checkpoint.safetensors import TensorFiles
 from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.checkpoint.weights import weight_shapes
+from lechat_jax.config.layout import is_adapter, is_part
 from lechat_jax.devices.memory import available_bytes, check_fits
 from lechat_jax.errors import BadInput
-from lechat_jax.model.lora import is_adapter
 from lechat_jax.model.mistral import Weights
-from lechat_jax.quantize.scheme import Format, is_part
+from lechat_jax.quantize.scheme import Format
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 

@@ -25,10 +25,10 @@ from jaxtyping import Array
 from lechat_jax.checkpoint.safetensors import TensorFiles, write_tensors
 from lechat_jax.checkpoint.weights import FLOATS
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import LORA_A, LORA_B
 from lechat_jax.errors import BadInput
 from lechat_jax.files.safetensors_header import TensorInfo, parse_json
 from lechat_jax.model.adapters import Adapters, in_short
-from lechat_jax.model.lora import A, B
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
 MAPS = {
@@ -85,8 +85,8 @@ def write_adapter(
     """
     arrays = {}
     for name, shape in adapters.shapes(config).items():
-        letter = "A" if name.endswith(A) else "B"
-        key = f"base_model.model.{_theirs(name[: -len(A)])}.lora_{letter}.weight"
+        letter = "A" if name.endswith(LORA_A) else "B"
+        key = f"base_model.model.{_theirs(name[: -len(LORA_A)])}.lora_{letter}.weight"
         arrays[key] = np.asarray(weights[name]).reshape(_flat(name, shape))
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -164,7 +164,7 @@ def _read_mistrals(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[
                 "(save_adapters: False) and convert the result"
             )
         name = f"blocks.{match[1]}.{MISTRALS_MAPS[match[2]]}"
-        found[name + (A if match[3] == "A" else B)] = files[key]
+        found[name + (LORA_A if match[3] == "A" else LORA_B)] = files[key]
     params = folder / "params.json"
     said = parse_json(params.read_bytes(), params).get("lora") if params.is_file() else None
     scaling = said.get("scaling", SCALING) if isinstance(said, dict) else SCALING
@@ -179,7 +179,9 @@ def _read_mistrals(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[
     adapters = Adapters(rank, scaling * rank, in_short(ranks, config), others, alphas)
     weights = _weights(folder, files, found, adapters, config)
     for name in weights:
-        if name.endswith((f".q{B}", f".k{B}")):  # rotated pairs are neighbours in their rows
+        if name.endswith(
+            (f".q{LORA_B}", f".k{LORA_B}")
+        ):  # rotated pairs are neighbours in their rows
             N, H, rank = weights[name].shape
             pairs = weights[name].reshape(N, H // 2, 2, rank)
             weights[name] = pairs.swapaxes(1, 2).reshape(N, H, rank)
@@ -188,12 +190,12 @@ def _read_mistrals(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[
 
 def _map_of(name: str) -> str:
     """The map that A or B is of."""
-    return name.removesuffix(A).removesuffix(B)
+    return name.removesuffix(LORA_A).removesuffix(LORA_B)
 
 
 def _ranks(found: Mapping[str, TensorInfo]) -> dict[str, int]:
     """The rank of each map, by its name."""
-    return {_map_of(name): info.shape[0] for name, info in found.items() if name.endswith(A)}
+    return {_map_of(name): info.shape[0] for name, info in found.items() if name.endswith(LORA_A)}
 
 
 def _weights(
@@ -228,7 +230,7 @@ def _weights(
 
 def _flat(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """The shape that A or B has in a file, where heads have no axis of their own."""
-    if name.endswith(A):
+    if name.endswith(LORA_A):
         return shape[0], math.prod(shape[1:])
     return math.prod(shape[:-1]), shape[-1]
 
@@ -255,7 +257,7 @@ def _ours(key: str, path: Path) -> tuple[str, str]:
             f"{path} has {key}, and only lora_A and lora_B of the maps {', '.join(OURS)} are read "
             f"here; {MERGE}"
         )
-    return f"blocks.{match[2]}.{OURS[match[3]]}{A if match[4] == 'A' else B}", match[1]
+    return f"blocks.{match[2]}.{OURS[match[3]]}{LORA_A if match[4] == 'A' else LORA_B}", match[1]
 
 
 def _fields(adapters: Adapters, base: str | None) -> dict[str, Any]:

@@ -29,11 +29,12 @@ from lechat_jax.checkpoint.folder import fault_of, read_config, stored_format
 from lechat_jax.checkpoint.run import CONFIG
 from lechat_jax.checkpoint.safetensors import TensorFiles, write_tensors
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import is_part
 from lechat_jax.devices.host_memory import host_empty
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST, sync, write_manifest
 from lechat_jax.model.mistral import Weights, shapes_of
-from lechat_jax.quantize.scheme import QUANTIZATION, Form, Format, asked, form_of, in_parts, is_part
+from lechat_jax.quantize.scheme import QUANTIZATION, Form, Format, asked, form_of, in_parts
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 FLOATS = tuple(np.dtype(name) for name in (jnp.bfloat16, "float16", "float32", "float64"))

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
+from lechat_jax.config.layout import Axes, is_expert, weights
 from lechat_jax.errors import BadInput
 
 Window = int | None
@@ -180,6 +181,30 @@ class MistralConfig:
         return self.n_heads // self.n_kv_heads
 
     @property
+    def weights(self) -> dict[str, Axes]:
+        """Every weight by name, and its axes."""
+        return weights(self.n_layers, self.n_experts > 0, self.tied_embeddings)
+
+    def shape(self, letters: str) -> tuple[int, ...]:
+        """The sizes of axes, see `layout`.
+
+        >>> from lechat_jax.config import PRESETS
+        >>> PRESETS["lechat-15m"].shape("NHD")
+        (8, 24, 192)
+        """
+        sizes = {
+            "V": self.vocab_size,
+            "D": self.dim,
+            "N": self.n_heads,
+            "K": self.n_kv_heads,
+            "H": self.head_dim,
+            "F": self.hidden_dim,
+            "E": self.n_experts,
+            "L": self.n_layers,
+        }
+        return tuple(sizes[letter] for letter in letters)
+
+    @property
     def n_params(self) -> int:
         """Number of weights, embedding and head included.
 
@@ -200,11 +225,11 @@ class MistralConfig:
         return self._count(max(1, self.n_experts_per_token))
 
     def _count(self, n_feed_forwards: int) -> int:
-        attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
-        feed_forward = self.dim * (3 * self.hidden_dim * n_feed_forwards + self.n_experts)
-        block = attention + feed_forward + 2 * self.dim
-        tables = self.vocab_size * self.dim * (1 if self.tied_embeddings else 2)
-        return tables + self.n_layers * block + self.dim
+        total = 0
+        for name, axes in self.weights.items():
+            size = math.prod(self.shape(axes.letters))
+            total += size * n_feed_forwards // self.n_experts if is_expert(name) else size
+        return total
 
     @property
     def n_products(self) -> int:

@@ -24,34 +24,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import LORA_SCALE, is_part, letters
 from lechat_jax.errors import BadInput
-from lechat_jax.model.lora import SCALE
-from lechat_jax.quantize.scheme import is_part
 
 ROWS, HEADS = "fsdp", "tp"
 RULES = {"B": ROWS, "L": ROWS, "D": ROWS, "N": HEADS, "K": HEADS, "F": HEADS, "V": HEADS}
 RULES |= {"E": HEADS}
-KERNELS = {"embed": "VD", "head": "VD", "q": "NHD", "k": "KHD", "v": "KHD", "o": "DNH"}
-KERNELS |= {"gate": "FD", "up": "FD", "down": "DF", "router": "ED"}
-KERNELS |= {f"experts.{name}": f"E{KERNELS[name]}" for name in ("gate", "up", "down")}
 
 Tree = TypeVar("Tree")
-
-
-def letters(name: str) -> str:
-    """What the axes of a weight are; of the same weight of all blocks in a stack, too.
-
-    What is none of the model's own has no letters, and every device has all of it.
-
-    >>> letters("blocks.0.attn.q.kernel"), letters("blocks.attn.q.kernel"), letters("norm.scale")
-    ('NHD', 'LNHD', 'D')
-    """
-    path = r"(blocks\.)?(\d+\.)?(?:attn\.|mlp\.)?((?:experts\.)?\w+)\.(kernel|scale)"
-    match = re.fullmatch(path, name)
-    if match is None:
-        return ""
-    own = KERNELS.get(match[3], "") if match[4] == "kernel" else "D"
-    return "L" + own if own and match[1] and not match[2] else own
 
 
 def spec(axes: str, shape: tuple[int, ...] = (), mesh: Mesh | None = None) -> P:
@@ -337,7 +317,7 @@ def keeps_its_type(name: str, leaf: Array) -> bool:
     that they multiply.
     """
     is_number = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return not is_number or is_part(name) or name.endswith(SCALE)
+    return not is_number or is_part(name) or name.endswith(LORA_SCALE)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

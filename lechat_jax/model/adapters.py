@@ -2,21 +2,16 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import ATTENTION, LORA_A, LORA_B, LORA_SCALE, MAPS, is_expert
 from lechat_jax.errors import BadInput
-from lechat_jax.model.lora import SCALE, A, B
 from lechat_jax.model.mistral import Weights
-from lechat_jax.quantize.scheme import scale_shape
-
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class Part(NamedTuple):
@@ -51,7 +46,7 @@ class Adapters:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = MAPS
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rslora: bool = False
@@ -70,43 +65,46 @@ class Adapters:
         Raises:
             BadInput: a target is no map of such a model.
         """
-        shapes = {
-            name.removesuffix(".kernel"): leaf.shape
-            for name, leaf in weight_shapes(config).items()
-            if re.fullmatch(r"blocks\.\d+\.(attn|mlp)\.\w+\.kernel", name) and "router" not in name
+        maps = {
+            name.removesuffix(".kernel"): axes
+            for name, axes in config.weights.items()
+            if name.split(".")[-2] in MAPS and not is_expert(name)
         }
-        names = sorted(shapes, key=_layer_first)
-        if strangers := set(self.targets).difference(names, TARGETS):
+        names = sorted(maps, key=_layer_first)
+        if strangers := set(self.targets).difference(names, MAPS):
             raise BadInput(
                 f"{', '.join(sorted(strangers))} cannot have an adapter; the maps that can are "
-                f"{', '.join(TARGETS)}"
+                f"{', '.join(MAPS)}"
             )
         words = {target.split(".")[-1] for target in self.targets}
-        if config.n_experts and not words <= {"q", "k", "v", "o"}:
+        if config.n_experts and not words <= ATTENTION.keys():
             raise BadInput(
                 "experts have no adapters here; name q, k, v and o, attention's maps, as targets"
             )
         parts = {}
         for name in names:
             if name in self.targets or name.split(".")[-1] in self.targets:
-                shape, rank = shapes[name], self.ranks.get(name, self.rank)
+                rank = self.ranks.get(name, self.rank)
                 alpha = self.alphas.get(name, self.alpha)
-                writes = scale_shape(f"{name}.kernel", shape)
                 scale = alpha / (math.sqrt(rank) if self.rslora else rank)
-                parts[name] = Part(rank, scale, writes, shape[len(writes) :])
+                writes, reads = map(config.shape, maps[name])
+                parts[name] = Part(rank, scale, writes, reads)
         return parts
 
     def shapes(self, config: MistralConfig) -> dict[str, tuple[int, ...]]:
         """The shape of each weight that learns, by name."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name, part in self.parts(config).items():
-            shapes[name + A] = (part.rank, *part.reads)
-            shapes[name + B] = (*part.writes, part.rank)
+            shapes[name + LORA_A] = (part.rank, *part.reads)
+            shapes[name + LORA_B] = (*part.writes, part.rank)
         return shapes
 
     def described(self, config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and type of each weight that learns, and of the scales, by name."""
-        parts = [*self.shapes(config).items(), *((name + SCALE, ()) for name in self.parts(config))]
+        parts = [
+            *self.shapes(config).items(),
+            *((name + LORA_SCALE, ()) for name in self.parts(config)),
+        ]
         return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in parts}
 
     def draw(self, config: MistralConfig, seed: int) -> Weights:
@@ -117,7 +115,7 @@ class Adapters:
         weights: Weights = {}
         key = jax.random.key(seed)
         for i, (name, shape) in enumerate(self.shapes(config).items()):
-            if name.endswith(A):
+            if name.endswith(LORA_A):
                 bound = math.prod(shape[1:]) ** -0.5
                 drawn = jax.random.fold_in(key, i)
                 weights[name] = jax.random.uniform(drawn, shape, minval=-bound, maxval=bound)
@@ -128,7 +126,7 @@ class Adapters:
     def scales(self, config: MistralConfig) -> Weights:
         """The weights of the adapters that do not learn."""
         parts = self.parts(config)
-        return {name + SCALE: jnp.float32(part.scale) for name, part in parts.items()}
+        return {name + LORA_SCALE: jnp.float32(part.scale) for name, part in parts.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; `from_dict` gives the same adapters back."""
@@ -149,12 +147,12 @@ def in_short(names: Iterable[str], config: MistralConfig) -> tuple[str, ...]:
     ('v', 'blocks.1.mlp.up')
     """
     names = set(names)
-    by_word = {word: {n for n in names if n.split(".")[-1] == word} for word in TARGETS}
-    everywhere = [word for word in TARGETS if len(by_word[word]) == config.n_layers]
+    by_word = {word: {n for n in names if n.split(".")[-1] == word} for word in MAPS}
+    everywhere = [word for word in MAPS if len(by_word[word]) == config.n_layers]
     rest = names.difference(*(by_word[word] for word in everywhere))
     return (*everywhere, *sorted(rest, key=_layer_first))
 
 
 def _layer_first(name: str) -> tuple[int, int]:
     _, layer, _, word = name.split(".")
-    return int(layer), TARGETS.index(word)
+    return int(layer), MAPS.index(word)

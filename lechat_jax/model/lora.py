@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lechat_jax.config.layout import LORA_A
 from lechat_jax.ops.matmul import project
-
-A, B, SCALE = ".lora.a", ".lora.b", ".lora.scale"  # behind the name of a map
 
 
 class Adapter(nnx.Module):
@@ -43,13 +42,4 @@ def adapted(names: Iterable[str]) -> frozenset[str]:
     >>> adapted(["norm.scale", "blocks.0.attn.q.kernel", "blocks.0.attn.q.lora.a"])
     frozenset({'blocks.0.attn.q'})
     """
-    return frozenset(name.removesuffix(A) for name in names if name.endswith(A))
-
-
-def is_adapter(name: str) -> bool:
-    """Whether this is the name of a part of an adapter.
-
-    >>> is_adapter("blocks.0.attn.q.lora.scale"), is_adapter("norm.scale")
-    (True, False)
-    """
-    return name.endswith((A, B, SCALE))
+    return frozenset(name.removesuffix(LORA_A) for name in names if name.endswith(LORA_A))

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import is_part
 from lechat_jax.data.rows import positions_in
 from lechat_jax.model.attention import Backend, attend_cached, training_attention
 from lechat_jax.model.cache import Cache, Ring, distinct_windows, places
@@ -27,7 +28,6 @@ from lechat_jax.model.rope import Turns, rotate, turns
 from lechat_jax.ops.matmul import from_bits, project
 from lechat_jax.ops.matmul_int4 import project_pairs
 from lechat_jax.ops.remat import Remat, recomputing
-from lechat_jax.quantize.scheme import is_part
 
 # The weights of a model by the name under which every format of lechat stores them.
 Weights = dict[str, Array]

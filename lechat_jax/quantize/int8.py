@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int8, Shaped
 from numpy.typing import DTypeLike
 
+from lechat_jax.config.layout import n_reads
 from lechat_jax.errors import BadInput
 
 LARGEST = 127  # so that the range is symmetric; -128 is left out
@@ -32,14 +33,14 @@ class Quantized(NamedTuple):
 
 
 def scale_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The output axes of a kernel; of attention's output it reads the last two, N and H.
+    """The axes that a kernel writes, each of whose channels has a scale.
 
     >>> scale_shape("blocks.0.attn.q.kernel", (6, 8, 40))
     (6, 8)
     >>> scale_shape("blocks.0.attn.o.kernel", (40, 6, 8))
     (40,)
     """
-    return shape[: -2 if name.endswith("attn.o.kernel") else -1]
+    return shape[: -n_reads(name)]
 
 
 def quantized(

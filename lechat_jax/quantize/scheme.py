@@ -20,11 +20,11 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import ORDER, SCALE, ZERO, is_expert, is_kernel, is_part, is_scale
 from lechat_jax.errors import BadInput
 from lechat_jax.quantize.int4 import Packed, packed, unpacked
 from lechat_jax.quantize.int8 import dequantize, quantized, scale_shape
 
-SCALE, ZERO, ORDER = ".scale", ".zero", ".order"  # behind the name of a kernel, that of its parts
 Format = Literal["int8", "int4"]
 QUANTIZATION = "quantization"  # key of a config that names the form
 TABLES = ("embed.kernel", "head.kernel")
@@ -93,7 +93,7 @@ class Form:
                 grid = (*writes, features // self.group)
                 found = {name: (uint8, (*shape[:-1], shape[-1] // 2))}
                 found |= {name + SCALE: (float32, grid), name + ZERO: (uint8, grid)}
-                experts = shape[:1] if ".experts." in name else ()
+                experts = shape[:1] if is_expert(name) else ()
                 order: Spec = (np.dtype(np.int32), (*experts, features))
                 return found | ({name + ORDER: order} if self.is_ordered else {})
 
@@ -132,35 +132,6 @@ def asked(quantize: Format | None, config: MistralConfig) -> Form | None:
             f"{config.hidden_dim}; choose int8"
         )
     return Form("int4", group)
-
-
-def is_kernel(name: str) -> bool:
-    """Whether the weight of that name is one that is quantised.
-
-    >>> is_kernel("blocks.0.attn.q.kernel"), is_kernel("embed.kernel")
-    (True, True)
-    >>> is_kernel("norm.scale"), is_kernel("blocks.0.mlp.router.kernel")
-    (False, False)
-    """
-    return name.endswith(".kernel") and not name.endswith("router.kernel")
-
-
-def is_scale(name: str) -> bool:
-    """Whether this is the name of the scale of a kernel; a norm has another scale.
-
-    >>> is_scale("embed.kernel.scale"), is_scale("norm.scale")
-    (True, False)
-    """
-    return name.endswith(f".kernel{SCALE}")
-
-
-def is_part(name: str) -> bool:
-    """Whether this is the name of what belongs to a quantised kernel, beside its numbers.
-
-    >>> is_part("embed.kernel.scale"), is_part("norm.scale"), is_part("head.kernel")
-    (True, False, False)
-    """
-    return name.endswith(tuple(f".kernel{part}" for part in (SCALE, ZERO, ORDER)))
 
 
 def is_quantized(names: Iterable[str]) -> bool:

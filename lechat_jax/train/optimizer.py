@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
+from lechat_jax.config import layout
 from lechat_jax.model.mistral import Weights
 
 WARMUP_STEPS = 10
@@ -66,25 +67,19 @@ def usual_rule(kind: Kind, start: Start, weight_decay: float = 0.0) -> Rule:
     return Rule(kind, rates, weight_decay)
 
 
-# Which axes of a stacked kernel [L, ...] a map reads, and which it writes.
-AXES = {
-    "q": MuonDimensionNumbers(reduction_axis=(3,), output_axis=(1, 2)),
-    "k": MuonDimensionNumbers(reduction_axis=(3,), output_axis=(1, 2)),
-    "v": MuonDimensionNumbers(reduction_axis=(3,), output_axis=(1, 2)),
-    "o": MuonDimensionNumbers(reduction_axis=(2, 3), output_axis=(1,)),
-    "gate": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(1,)),
-    "up": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(1,)),
-    "down": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(1,)),
-    # Of experts [L, E, ...] each is a map of its own.
-    "experts": MuonDimensionNumbers(reduction_axis=(3,), output_axis=(2,)),
-    "router": MuonDimensionNumbers(reduction_axis=(2,), output_axis=(1,)),
-}
-
-
 def axes_of(name: str) -> MuonDimensionNumbers:
-    """Those of a stacked kernel, by its name."""
-    word = "experts" if ".experts." in name else name.split(".")[-2]
-    return AXES[word]
+    """Which axes of a stacked kernel [L, ...] a map reads, and which it writes.
+
+    Of experts [L, E, ...] each is a map of its own.
+    """
+    axes = layout.axes_of(name)
+    if axes is None:
+        raise ValueError(f"{name} is no weight of a model")
+    first = 2 if layout.is_expert(name) else 1
+    n = len(axes.writes)
+    return MuonDimensionNumbers(
+        reduction_axis=tuple(range(n, n + len(axes.reads))), output_axis=tuple(range(first, n))
+    )
 
 
 def group(name: str) -> str:
@@ -93,7 +88,7 @@ def group(name: str) -> str:
     >>> group("blocks.0.attn.q.kernel"), group("blocks.attn_norm.scale"), group("head.kernel")
     ('matrix', 'norm', 'head')
     """
-    if name.endswith(".scale"):
+    if layout.is_norm(name):
         return "norm"
     return "matrix" if name.startswith("blocks.") else name.removesuffix(".kernel")
 

@@ -11,8 +11,9 @@ from lechat_jax.checkpoint.peft import read_adapter
 from lechat_jax.checkpoint.saved_model import Loaded, Trained
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import MAPS
 from lechat_jax.errors import BadInput
-from lechat_jax.model.adapters import TARGETS, Adapters
+from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.mistral import Weights
 from lechat_jax.shell import command
 from lechat_jax.train.options import Dtype, TrainConfig
@@ -47,7 +48,7 @@ def adapters_asked(options: TrainConfig, config: MistralConfig) -> Asked | None:
     if options.lora_rank is None:
         return None
     alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
-    adapters = Adapters(options.lora_rank, alpha, options.lora_targets or TARGETS)
+    adapters = Adapters(options.lora_rank, alpha, options.lora_targets or MAPS)
     adapters.parts(config)
     return Asked(adapters)
 

@@ -16,11 +16,11 @@ from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.checkpoint.weights import save_weights, weight_shapes
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import letters
 from lechat_jax.data.batches import Batches
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import (
     check_divides,
-    letters,
     make_mesh,
     on_one_device,
     own_rows,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import is_kernel
 from lechat_jax.data.rows import Rows
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
@@ -18,7 +19,7 @@ from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.mistral import Weights, bind, weights_of
 from lechat_jax.model.scoring import total_nats
-from lechat_jax.quantize.scheme import dequantize, is_kernel, quantize_weights
+from lechat_jax.quantize.scheme import dequantize, quantize_weights
 from lechat_jax.train.optimizer import usual_rule
 from lechat_jax.train.step import StepOptions, state_of, train_steps
 from parity.convert.merge_adapters import Product, merged

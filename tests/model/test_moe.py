@@ -12,15 +12,16 @@ from transformers.models.mixtral import modeling_mixtral as theirs
 
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig, preset
+from lechat_jax.config.layout import is_scale, letters
 from lechat_jax.data.rows import Rows
-from lechat_jax.devices.mesh import check_divides, letters, make_mesh, settled
+from lechat_jax.devices.mesh import check_divides, make_mesh, settled
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.model.moe import Load, imbalance
-from lechat_jax.quantize.scheme import INT8, Form, form_of, is_scale, numbers_of, quantize_weights
+from lechat_jax.quantize.scheme import INT8, Form, form_of, numbers_of, quantize_weights
 from lechat_jax.train.step import StepOptions, gradient
 from parity.architectures import SMALL_MIXTURE
 from parity.check.oracles.transformers import TransformersOracle

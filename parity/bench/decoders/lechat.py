@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import SCALE, is_norm, n_reads
 from lechat_jax.devices.host_memory import host_empty
 from lechat_jax.generate.continuation import Sample
 from lechat_jax.generate.decode import MOST
@@ -24,7 +25,6 @@ from lechat_jax.generate.generator import MOST_DRAFT, Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.cache import Cache
 from lechat_jax.model.mistral import Weights, bind
-from lechat_jax.quantize.scheme import SCALE
 
 Impl = Literal["lechat_jax", "lechat_torch", "transformers"]
 DtypeName = Literal["float32", "bfloat16", "int8", "int4"]
@@ -126,10 +126,10 @@ def random_weights(config: MistralConfig, dtype: DTypeLike, seed: int) -> Weight
     key = jax.random.key(seed)
     weights: Weights = {}
     for number, (name, leaf) in enumerate(weight_shapes(config).items()):
-        if name.endswith(SCALE):
+        if is_norm(name):
             weights[name] = jnp.ones(leaf.shape, dtype)
             continue
-        reads = math.prod(leaf.shape[1:]) if name.endswith("o.kernel") else leaf.shape[-1]
+        reads = math.prod(leaf.shape[-n_reads(name) :])
         drawn = _normal(jax.random.fold_in(key, number), leaf.shape, jnp.dtype(dtype), reads**-0.5)
         if jax.default_backend() == "cpu":
             place = host_empty(drawn.shape, drawn.dtype)

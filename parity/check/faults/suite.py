@@ -15,6 +15,7 @@ from jaxtyping import Float
 from scipy.special import softmax
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import is_norm
 from parity.check.faults.code import CODE
 from parity.check.faults.experts import EXPERTS
 from parity.check.faults.plant import Planted
@@ -179,7 +180,7 @@ def _initial_weights(config: MistralConfig) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(0)
     return {
         name: np.ones(shape, np.float32)
-        if name.endswith("scale")
+        if is_norm(name)
         else (0.02 * draw.standard_normal(shape)).astype(np.float32)
         for name, shape in names.shapes(config, "lechat").items()
     }

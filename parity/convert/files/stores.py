@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lechat_jax.checkpoint.safetensors import TensorFiles
+from lechat_jax.config.layout import is_part
 from lechat_jax.errors import BadInput
-from lechat_jax.quantize.scheme import Form, Parts, is_part, numbers_of
+from lechat_jax.quantize.scheme import Form, Parts, numbers_of
 
 
 @dataclasses.dataclass(frozen=True)

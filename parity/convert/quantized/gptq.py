@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int, Int32, Shaped, UInt8
 
+from lechat_jax.config.layout import ORDER, SCALE, ZERO
 from lechat_jax.errors import BadInput
 from lechat_jax.quantize.int4 import pack
 from lechat_jax.quantize.int8 import pieces
-from lechat_jax.quantize.scheme import LEAST_GROUP, ORDER, SCALE, ZERO, Form
+from lechat_jax.quantize.scheme import LEAST_GROUP, Form
 from parity.convert.files.stores import Store, Stored
 from parity.convert.quantized.fp8 import WEIGHT, float_type
 
