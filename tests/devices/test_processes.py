@@ -25,7 +25,9 @@ STEPS = "--steps 20 --checkpoint-every 4 --eval-every 10 --sample-every 20".spli
 PROCESS = """
 import os, sys
 import jax
-from lechat_jax import cli, run, train
+from lechat_jax.checkpoint import run
+from lechat_jax.cli import flags
+from lechat_jax.train import command
 
 jax.config.update("jax_num_cpu_devices", 2)
 log = run.Run.log
@@ -36,7 +38,7 @@ def log_and_signal(self, rows):
         os.kill(os.getpid(), {signal})
 
 run.Run.log = log_and_signal
-cli.run(train.main)
+flags.run(command.main)
 """
 
 

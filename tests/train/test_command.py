@@ -62,7 +62,9 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # of step 4, and before the one of step 8.
 INTERRUPTED = """
 import os, signal
-from lechat_jax import cli, run, train
+from lechat_jax.checkpoint import run
+from lechat_jax.cli import flags
+from lechat_jax.train import command
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it,
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and what nohup started to this
@@ -75,7 +77,7 @@ def log_and_signal(self, rows):
         os.kill(os.getpid(), {signal})
 
 run.Run.log = log_and_signal
-cli.run(train.main)
+flags.run(command.main)
 """
 
 

@@ -379,7 +379,7 @@ def test_a_killed_conversion_leaves_no_half_and_the_next_one_cleans_up(tmp_path:
     src, dst = tmp_path / "src", tmp_path / "dst"
     assert make([str(src), "--preset", "lechat-15m", "--dtype", "float32"]) == 0
     program = (
-        "import signal, os, sys, parity.convert as c\n"
+        "import signal, os, sys, parity.convert.command as c\n"
         "c.is_finite = lambda piece: os.kill(os.getpid(), signal.SIGKILL)\n"
         "c.main(sys.argv[1:])"
     )
@@ -396,7 +396,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     shape = ["--preset", "bench-284m", "--layers", "4", "--shard-gb", "0.1"]
     assert make([str(src), *shape]) == 0
     program = (
-        "import sys, re, pathlib, torch, parity.convert as c\n"
+        "import sys, re, pathlib, torch, parity.convert.command as c\n"
         "def anon():\n"
         "    text = pathlib.Path('/proc/self/status').read_text()\n"
         "    return int(re.search(r'RssAnon:\\s*(\\d+)', text)[1]) * 1024\n"
