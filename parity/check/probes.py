@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -133,8 +134,15 @@ class Answers:
 
     @functools.cached_property
     def trajectory(self) -> Trajectory:
-        """What some steps of AdamW make of the weights."""
-        return self.oracle.train(self.task.steps, AdamW())
+        """What some steps of AdamW make of the weights.
+
+        Its epsilon is the root mean square of the gradients. The usual 1e-8 would make steps of
+        full size of gradients that are rounding alone, in which no two right programs agree.
+        """
+        gradients = self.gradients.by_weight.values()
+        squares = sum(float(np.square(leaf).sum()) for leaf in gradients)
+        eps = math.sqrt(squares / sum(leaf.size for leaf in gradients))
+        return self.oracle.train(self.task.steps, AdamW(eps=eps))
 
     @functools.cached_property
     def cached(self) -> Float[np.ndarray, "B T V"]:

@@ -28,10 +28,10 @@ Stages = dict[str, Float[np.ndarray, "B T ..."]]
 class AdamW:
     """The optimiser of a trajectory: every weight decays, and the rate stays the same."""
 
+    eps: float
     rate: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.95
-    eps: float = 1e-8
     decay: float = 0.1
 
 
