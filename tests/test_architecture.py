@@ -65,9 +65,7 @@ MAY_IMPORT = {
     },
 }
 # What still breaks it, and has to go: a module and what it imports. This list only shrinks.
-EXCEPTIONS: set[tuple[str, str]] = {
-    ("parity.peers.transformers", "bench.learners"),
-}
+EXCEPTIONS: set[tuple[str, str]] = set()
 
 
 @dataclasses.dataclass(frozen=True)

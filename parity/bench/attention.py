@@ -18,6 +18,7 @@ from rich.console import Console
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
 from lechat_jax.model.attention import Backend, choose_backend, training_attention
+from parity.bench.learners.race import PEER
 from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
 from parity.peers.installed import load_peer
 from parity.report import Report, Row, TableText
@@ -96,7 +97,7 @@ class Attention:
             BadInput: the options or the machine do not fit; PyTorch is missing.
         """
         config = preset(self.preset)
-        peer = load_peer("--no-sdpa") if self.sdpa else None
+        peer = load_peer(PEER, "--no-sdpa") if self.sdpa else None
         read = read_speed(self.read_gb)
         report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
         for window in self.windows:

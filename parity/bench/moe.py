@@ -14,7 +14,7 @@ from lechat_jax.data.batches import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.train.flops import peak_flops
 from parity.bench.learners.lechat import AdamW, LechatAdamW, Lesson, initial_weights
-from parity.bench.learners.race import Runner
+from parity.bench.learners.race import PEER, Runner
 from parity.measure import machine_line, read_speed, wait_until_idle
 from parity.peers.installed import load_peer
 from parity.report import Report, Row, TableText
@@ -64,7 +64,7 @@ class Moe:
         Raises:
             BadInput: PyTorch is missing.
         """
-        peer: Any = load_peer("lechat_jax.train")
+        peer: Any = load_peer(PEER, "lechat_jax.train")
         read, peak = read_speed(self.read_gb), peak_flops("float32")
         report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
         adamw = AdamW(rate=3e-4)

@@ -31,7 +31,7 @@ from parity.bench.learners.lechat import (
     NotCompiled,
     initial_weights,
 )
-from parity.bench.learners.race import HeldOut, Point, Runner, draw, race, side_by_side_table
+from parity.bench.learners.race import PEER, HeldOut, Point, Runner, draw, race, side_by_side_table
 from parity.measure import machine_line, read_speed, wait_until_idle
 from parity.peers.installed import cold_torch_compiler, load_peer, need
 from parity.report import Report, Row, TableText
@@ -148,7 +148,7 @@ class Train:
             BadInput: the options, the text or the machine do not fit; PyTorch is missing.
         """
         config = self.model()
-        peer = load_peer(WITHOUT) if self.asks_torch else None
+        peer = load_peer(PEER, WITHOUT) if self.asks_torch else None
         if self.torch:
             need("xformers")
         if self.apart:

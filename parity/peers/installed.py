@@ -11,8 +11,8 @@ from types import ModuleType
 from lechat_jax.errors import BadInput
 
 
-def load_peer(instead: str) -> ModuleType:
-    """`parity.peers.transformers`, which imports PyTorch and transformers.
+def load_peer(module: str, instead: str) -> ModuleType:
+    """The module of that name, which imports PyTorch and transformers.
 
     Raises:
         BadInput: one of them is not installed; `instead` is how to measure without.
@@ -21,7 +21,7 @@ def load_peer(instead: str) -> ModuleType:
         need("torch", "transformers")
     except BadInput as error:
         raise BadInput(f"{error}, or measure lechat alone with {instead}") from None
-    return importlib.import_module("parity.peers.transformers")
+    return importlib.import_module(module)
 
 
 def need(*packages: str) -> None:

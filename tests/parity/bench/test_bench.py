@@ -23,11 +23,12 @@ from lechat_jax.model.attention import dense_attention
 from lechat_jax.model.mistral import bind
 from parity.bench.command import main
 from parity.bench.isolated import commands
+from parity.bench.learners import transformers
 from parity.bench.learners.lechat import AdamW, Lesson, initial_weights
 from parity.bench.learners.race import HeldOut, Point, Runner, race
 from parity.bench.train import Train
 from parity.measure import PeakMemory, machine_line, read_speed, wait_until_idle
-from parity.peers import transformers
+from parity.peers.transformers import build
 
 ROW = "work impl dtype batch context tokens_per_s peak_bytes losses".split()
 
@@ -168,14 +169,14 @@ def test_converted_weights_compute_the_same_logits(config: MistralConfig) -> Non
     ids = rng.integers(config.vocab_size, size=(2, 33))
     ours = jax.jit(lambda weights: bind(config, weights)(jnp.asarray(ids)))(weights)
     with torch.no_grad():
-        theirs = transformers.build(config, weights)(input_ids=torch.from_numpy(ids)).logits
+        theirs = build(config, weights)(input_ids=torch.from_numpy(ids)).logits
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * float(np.std(ours)))  # measured: 1e-5
 
 
 def test_windows_of_several_sizes_are_refused(config: MistralConfig) -> None:
     ragged = dataclasses.replace(config, n_layers=3, sliding_window=(7, None, 9))
     with pytest.raises(BadInput, match="windows of 2 sizes"):
-        transformers.build(ragged, {})
+        build(ragged, {})
 
 
 def test_the_faster_attention_is_named_with_its_reason(config: MistralConfig) -> None:
