@@ -27,7 +27,7 @@ class Forward:
         chunk: tokens whose logits are in memory at a time; `None` takes 8192, and on a CPU 256,
             which its cache holds, or 1024 of a wide model, whose products are worth more.
         backend: attention kernel; `None` takes the best for the platform.
-        mesh: of the devices that share the work, see `mesh`; `None` is one device.
+        mesh: of the devices that share the work, see `devices.mesh`; `None` is one device.
         remat: what a layer keeps for its backward pass.
         router_aux_loss: multiple of the `imbalance` of the experts, in whose slope it is and not
             in the loss, which is of the text alone.

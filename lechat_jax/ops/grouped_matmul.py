@@ -3,7 +3,7 @@
 Rows [T, D] come sorted by group, the first sizes[0] for the kernel of group 0 and so on, as
 many as it may be: none is dropped, and none is multiplied with a kernel that is not its own.
 
-A GPU or TPU has `jax.lax.ragged_dot` for that; on a CPU see `by_group`.
+A GPU or TPU has `jax.lax.ragged_dot` for that; on a CPU see `grouped_matmul_cpu`.
 
 An int4 kernel has two features of an output in a byte, and gives all that are in low halves and
 then all in high ones. So that is the order of features in which the rows meet it.
