@@ -16,7 +16,6 @@ from typing import Literal
 
 import tyro
 
-from lechat_jax.chat.dialogue import Dialogue
 from lechat_jax.chat.slash_commands import Commands
 from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.cli import flags
@@ -25,9 +24,11 @@ from lechat_jax.cli.signals import Stop
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
 from lechat_jax.files.text import stdin_encoding
-from lechat_jax.generate.generator import CONTEXT, Generator, stop_texts
+from lechat_jax.generate.continuation import stop_texts
+from lechat_jax.generate.dialogue import Dialogue
+from lechat_jax.generate.generator import Generator
+from lechat_jax.generate.loaded_model import CONTEXT
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.generate.session import Session
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.tokenizer.tokenizer import preferred
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
@@ -101,14 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         draft=draft,
         on_read=Reading(),
     )
-    tokenizer = generator.tokenizer
-    assert tokenizer  # there is a file
-    dialogue = Dialogue(
-        Session(generator, draft),
-        tokenizer,
-        system=options.system,
+    dialogue = generator.chat(
+        options.system,
         max_tokens=options.max_tokens,
         sampling=sampling,
+        draft=draft,
         stop=options.stop,
     )
     note(f"ready after {time.perf_counter() - began:.1f} s; /help lists the commands")

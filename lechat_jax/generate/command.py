@@ -20,8 +20,9 @@ from lechat_jax.cli.display import Reading, Visible
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_whole
-from lechat_jax.generate.continuation import Sample, join
-from lechat_jax.generate.generator import CONTEXT, Generator, stop_texts
+from lechat_jax.generate.continuation import Sample, join, stop_texts
+from lechat_jax.generate.generator import Generator
+from lechat_jax.generate.loaded_model import CONTEXT
 from lechat_jax.generate.prompt_files import Prompt, read_prompts
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.quantize.scheme import Format
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draft=options.draft if options.speculate else 0,
         on_read=Reading(),
     )
-    rows = [ids for ids in generator.ids_of(asked) for _ in range(options.samples)]
+    rows = [ids for ids in map(generator.ids_of, asked) for _ in range(options.samples)]
     generator.check(rows, options.max_tokens)
     timed, samples = Timed(), list[Sample]()
     try:
@@ -155,7 +156,7 @@ def _batches(
     """The rounds of one batch after the other."""
     for first in range(0, len(rows), options.batch):
         yield timed.watch(
-            generator.stream(
+            generator.stream_batch(
                 rows[first : first + options.batch],
                 options.max_tokens,
                 sampling,

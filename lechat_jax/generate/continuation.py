@@ -176,3 +176,15 @@ class Continuation:
             self.stopped = "eos"
         elif self._produced == self.limit and not self.stopped:
             self.stopped = self._at_limit
+
+
+def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """The texts that end a continuation, of which a text alone is one.
+
+    Raises:
+        BadInput: one is empty.
+    """
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in texts:
+        raise BadInput("a stop text is empty; give at least a character to stop at")
+    return texts

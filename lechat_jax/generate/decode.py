@@ -1,11 +1,11 @@
-"""The two hot functions of generation: prompts into the cache, and tokens out of the model.
+"""The hot functions of generation: prefill of a prompt's chunk, and the decode loop.
 
 Both are compiled once for a model and a number of rows, whatever the lengths: prompts go
-in a chunk at a time, and one call of `decode` makes as many tokens as it is told to.
+in a chunk of one row at a time, and one call of `decode` makes as many tokens as it is told to.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from lechat_jax.model.cache import EMPTY, Cache, empty_cache
 from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.ops.matmul import as_bits
 
+T = TypeVar("T")
 MOST = 64  # steps that one call of `decode` can take: its buffers have room for their tokens
 
 
@@ -30,7 +31,8 @@ class DecodeState(NamedTuple):
         cache: keys and values of all tokens before `token`.
         token: the newest of each row, which the model has not read yet; at first the last
             of the prompt.
-        position: of `token`, counted from the row's own first token.
+        position: of `token`, counted from the row's own first token; `EMPTY` for a row that is
+            free, or whose prompt is still being read: nothing is written into its ring.
         left: tokens that each row may still produce; at 0 the row is done.
         seen: the newest tokens, `token` among them, as `look_up` wants them; without
             speculation there are no slots.
@@ -54,7 +56,7 @@ class Request(NamedTuple):
 
     controls: Controls
     streams: UInt[Array, "B 2"]
-    ends: Bool[Array, "V"]
+    ends: Bool[Array, "B V"]
 
 
 class Produced(NamedTuple):
@@ -82,15 +84,44 @@ def prefill(
     config: MistralConfig,
     weights: Weights,
     cache: Cache,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
+    row: Int[Array, ""],
+    tokens: Int[Array, "1 T"],
+    positions: Int[Array, "1 T"],
 ) -> Cache:
-    """The cache with one more chunk of the prompts in it; `EMPTY` positions are padding.
+    """The cache with one more chunk of one row's prompt in it; `EMPTY` positions are padding.
 
-    No logits are made: the last token of a prompt is left to `decode`, which is then the
-    only place where anything is sampled. The cache passed in is used up.
+    One row at a time, so that nobody is padded to the length of the others and what is computed
+    does not depend on them. No logits are made: the last token of a prompt is left to `decode`,
+    which is then the only place where anything is sampled. The cache passed in is used up.
     """
-    return bind(config, weights).extend(tokens, positions, cache)[1]
+    alone = jax.tree.map(lambda rows: jax.lax.dynamic_slice_in_dim(rows, row, 1), cache)
+    alone = bind(config, weights).extend(tokens, positions, alone)[1]
+    return _put(cache, row, alone)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def clear(cache: Cache, row: Int[Array, ""]) -> Cache:
+    """The cache with nothing in one row, as if it had never been used.
+
+    Not only its positions go: a value that is no number would be none under any mask. The cache
+    passed in is used up.
+    """
+    alone = jax.tree.map(lambda rows: jnp.zeros_like(rows[:1]), cache)
+    rings = [ring._replace(position=ring.position + EMPTY) for ring in alone.rings]
+    return _put(cache, row, Cache(tuple(rings)))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def with_row(rows: T, row: Int[Array, ""], alone: T) -> T:
+    """Arrays of B rows with one of them replaced; what is passed in is used up."""
+    return _put(rows, row, alone)
+
+
+def _put(rows: T, row: Int[Array, ""], alone: T) -> T:
+    def put(into: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(into, new, row, 0)
+
+    return jax.tree.map(put, rows, alone)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=(2,))
@@ -134,7 +165,8 @@ def decode(
         state, out, rate = carry
         guess = look_up(state.seen, state.position, draft) if draft else state.seen[:, :0]
         tokens = jnp.concatenate([state.token[:, None], guess], axis=1)
-        positions = state.position[:, None] + ahead
+        is_free = state.position[:, None] == EMPTY
+        positions = jnp.where(is_free, EMPTY, state.position[:, None] + ahead)
         hidden, cache = model.extend(tokens, positions, state.cache)
         ids, logprobs = _choose(model.logits(hidden), positions + 1, request)
         kept = _kept(ids, guess, request.ends, state.left)
@@ -190,7 +222,7 @@ def _choose(
 def _kept(
     ids: Int[Array, "B T"],
     guess: Int[Array, "B draft"],
-    ends: Bool[Array, "V"],
+    ends: Bool[Array, "B V"],
     left: Int[Array, "B"],
 ) -> Bool[Array, "B T"]:
     """Which of the chosen tokens stand: all that were chosen after what is in the text.
@@ -198,7 +230,7 @@ def _kept(
     The first was; each later one was chosen after a guess, and stands if all guesses before
     it were right, none of them ended the row, and there is room.
     """
-    right = (guess == ids[:, :-1]) & ~ends[guess]
+    right = (guess == ids[:, :-1]) & ~jnp.take_along_axis(ends, guess, axis=1)
     reached = jnp.cumprod(jnp.pad(right, ((0, 0), (1, 0)), constant_values=True), axis=1) > 0
     return reached & (jnp.arange(ids.shape[1]) < left[:, None])
 
@@ -214,7 +246,7 @@ def _advance(
     ids: Int[Array, "B T"],
     logprobs: Float[Array, "B T"],
     kept: Bool[Array, "B T"],
-    ends: Bool[Array, "V"],
+    ends: Bool[Array, "B V"],
 ) -> tuple[DecodeState, Produced]:
     """The state and the output with the kept tokens behind the others of their rows."""
     rows, T = jnp.arange(ids.shape[0])[:, None], ids.shape[1]
@@ -226,14 +258,15 @@ def _advance(
         out.length + n,
         out.steps + 1,
     )
-    last = jnp.take_along_axis(ids, jnp.maximum(n - 1, 0)[:, None], axis=1)[:, 0]
+    last = jnp.take_along_axis(ids, jnp.maximum(n - 1, 0)[:, None], axis=1)
+    is_end = jnp.take_along_axis(ends, last, axis=1)[:, 0]
     positions = state.position[:, None] + jnp.arange(1, T + 1, dtype=jnp.int32)
     seen = record(state.seen, jnp.where(kept, positions, EMPTY), ids) if T > 1 else state.seen
     moved = DecodeState(
         cache=state.cache,
-        token=jnp.where(n > 0, last, state.token),
+        token=jnp.where(n > 0, last[:, 0], state.token),
         position=state.position + n,
-        left=jnp.where((n > 0) & ends[last], 0, state.left - n),
+        left=jnp.where((n > 0) & is_end, 0, state.left - n),
         seen=seen,
     )
     return moved, out
@@ -242,29 +275,31 @@ def _advance(
 def compile_for(
     config: MistralConfig, weights: Described, batch: int, chunk: int, context: int, draft: int
 ) -> None:
-    """Compiles both functions for so many rows; a call like that then starts at once.
+    """Compiles the functions for so many rows; a call like that then starts at once.
 
     With a draft that is `decode` with guesses and without. `weights` may be descriptions, so this
     can be done before they are there. Compiling takes 0.1 to 0.2 GB, most of it for a moment, and
     the weights will want all there is.
     """
 
-    def arguments(ahead: int) -> tuple[DecodeState, Request, Int[Array, "B T"], Int[Array, ""]]:
+    def arguments(ahead: int) -> tuple[DecodeState, Request]:
         cache = empty_cache(*cache_size(config, weights, batch, chunk, context, draft))
         rows = jnp.zeros(batch, jnp.int32)
         seen = jnp.zeros((batch, SEEN if ahead else 0), jnp.int32)
         plain = Sampling()
         controls, streams = plain.controls(batch), plain.streams(batch)
-        request = Request(controls, streams, jnp.zeros(config.vocab_size, bool))
-        tokens = jnp.zeros((batch, chunk), jnp.int32)
-        return DecodeState(cache, rows, rows, rows, seen), request, tokens, jnp.int32(0)
+        request = Request(controls, streams, jnp.zeros((batch, config.vocab_size), bool))
+        return DecodeState(cache, rows, rows, rows, seen), request
 
-    state, _, tokens, _ = jax.eval_shape(lambda: arguments(0))
-    to_read = as_bits(weights, batch * chunk)
-    prefill.lower(config, to_read, state.cache, tokens, tokens).compile()
+    state, _ = jax.eval_shape(lambda: arguments(0))
+    number, tokens = (
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((1, chunk), jnp.int32),
+    )
+    prefill.lower(config, as_bits(weights, chunk), state.cache, number, tokens, tokens).compile()
     give_back_memory()
     for ahead in sorted({0, draft}):
-        state, request, _, n = jax.eval_shape(lambda ahead=ahead: arguments(ahead))
+        state, request = jax.eval_shape(lambda ahead=ahead: arguments(ahead))
         to_decode = as_bits(weights, batch * (1 + ahead))
-        decode.lower(config, to_decode, state, request, n, ahead).compile()
+        decode.lower(config, to_decode, state, request, number, ahead).compile()
         give_back_memory()

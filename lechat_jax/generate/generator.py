@@ -1,94 +1,30 @@
-"""A model ready to continue prompts: what the command line, training and servers hold."""
+"""Text generation: a model that continues prompts, all at once or piece by piece, and chats."""
 
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import cast, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from lechat_jax.checkpoint.load import free_bytes, load_to_compute
+from lechat_jax.checkpoint.load import load_to_compute
 from lechat_jax.checkpoint.saved_model import Trained
-from lechat_jax.config import MistralConfig
-from lechat_jax.devices.memory import check_fits
 from lechat_jax.errors import BadInput
-from lechat_jax.generate.continuation import Continuation, Sample, join
-from lechat_jax.generate.decode import (
-    MOST,
-    DecodeState,
-    Request,
-    break_even,
-    compile_for,
-    decode,
-    prefill,
-)
-from lechat_jax.generate.prefill import CacheSize, best_chunk, cache_size, cached_bytes, left_padded
-from lechat_jax.generate.prompt_lookup import SEEN, Repeats, newest
+from lechat_jax.generate.continuation import Continuation, Sample, join, stop_texts
+from lechat_jax.generate.decode import compile_for
+from lechat_jax.generate.dialogue import Dialogue
+from lechat_jax.generate.engine import OnRead, rounds
+from lechat_jax.generate.loaded_model import CONTEXT, SHORTER, LoadedModel, Prompt, Prompts
+from lechat_jax.generate.prefill import best_chunk, cache_size, cached_bytes
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.model.cache import Cache, empty_cache
-from lechat_jax.model.mistral import Mistral, Weights, bind, weights_of
-from lechat_jax.ops.matmul import as_bits
+from lechat_jax.generate.session import Session
+from lechat_jax.model.mistral import bind
 from lechat_jax.quantize.scheme import Format
-from lechat_jax.tokenizer.tokenizer import Tokenizer
-
-MOST_DRAFT = 32  # tokens that may be guessed ahead
-CONTEXT = 4096  # positions of a layer without a window, unless told otherwise
-SHORTER = "ask for a shorter context or fewer samples"
-PATIENCE = 0.1  # seconds of decoding until a stream shows something
-
-# What can be continued: a text, or the ids of one, BOS included.
-Prompt = str | Sequence[int]
-# Is told how many tokens of the longest prompt are read, and of how many; at first of none.
-OnRead = Callable[[int, int], None]
 
 
-class Generator:
-    """A model, and how to feed it.
-
-    Two functions are compiled for each number of prompts; nothing else that can be asked
-    for, neither lengths nor sampling, compiles anything.
-
-    Attributes:
-        config: the model's.
-        weights: the model's, by name; the dtype of the norms is what is computed in.
-        tokenizer: makes text of ids; without one there are only ids.
-        eos_ids: tokens that end a text, unless told otherwise: those given and the tokenizer's.
-        chunk: tokens of a prompt that are read at once.
-        context: positions that a layer without a window can hold, prompt included.
-        on_read: is told how far prompts are read, after each chunk, for which it waits.
-
-    Raises:
-        BadInput: chunk or context is below 1, or the tokenizer is another model's.
-    """
-
-    def __init__(
-        self,
-        model: Mistral,
-        tokenizer: Tokenizer | None = None,
-        *,
-        chunk: int | None = None,
-        context: int = CONTEXT,
-        on_read: OnRead | None = None,
-        eos_ids: Collection[int] = (),
-    ) -> None:
-        self.config: MistralConfig = model.config
-        self.weights = weights_of(model)
-        self._for_one, self._for_more = (as_bits(self.weights, positions) for positions in (1, 2))
-        self.tokenizer = tokenizer
-        self.eos_ids = {*eos_ids, *([tokenizer.eos_id] if tokenizer else [])}
-        self.chunk = best_chunk() if chunk is None else chunk
-        self.context = context
-        self.on_read = on_read
-        if self.chunk < 1 or context < 1:
-            raise BadInput(f"chunk ({self.chunk}) and context ({context}) must be at least 1")
-        if tokenizer and tokenizer.vocab_size != self.config.vocab_size:
-            raise BadInput(
-                f"{tokenizer.path} has {tokenizer.vocab_size} tokens and the model "
-                f"{self.config.vocab_size}; use the tokenizer that the model was trained with"
-            )
+class Generator(LoadedModel):
+    """Continues prompts: what the command line, training and Python programs hold."""
 
     @classmethod
     def from_checkpoint(
@@ -143,45 +79,70 @@ class Generator:
             eos_ids=trained.eos_ids,
         )
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a prompt: BOS, and those of the text.
+    @overload
+    def generate(
+        self,
+        prompts: Prompt,
+        max_tokens: int = ...,
+        sampling: Sampling | None = ...,
+        eos_ids: Collection[int] | None = ...,
+        draft: int = ...,
+        stop: str | Sequence[str] = ...,
+    ) -> Sample: ...
 
-        Raises:
-            BadInput: there is no tokenizer.
-        """
-        if self.tokenizer is None:
-            raise BadInput("there is no tokenizer beside the weights; give the prompt as ids")
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
-
-    def ids_of(self, prompts: Prompt | Sequence[Prompt]) -> list[Sequence[int]]:
-        """The ids of each prompt; one alone is a list of one.
-
-        Raises:
-            BadInput: there is no tokenizer for a text.
-        """
-        is_one = isinstance(prompts, str) or any(isinstance(p, int | np.integer) for p in prompts)
-        all_prompts = cast(Sequence[Prompt], [prompts] if is_one else prompts)
-        return [
-            self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in all_prompts
-        ]
+    @overload
+    def generate(
+        self,
+        prompts: Prompts,
+        max_tokens: int = ...,
+        sampling: Sampling | None = ...,
+        eos_ids: Collection[int] | None = ...,
+        draft: int = ...,
+        first_row: int = ...,
+        stop: str | Sequence[str] = ...,
+    ) -> list[Sample]: ...
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Prompts,
         max_tokens: int = 200,
         sampling: Sampling | None = None,
         eos_ids: Collection[int] | None = None,
         draft: int = 0,
         first_row: int = 0,
         stop: str | Sequence[str] = (),
-    ) -> list[Sample]:
-        """What follows each prompt, all made in one batch; the arguments are `stream`'s."""
-        rounds = self.stream(prompts, max_tokens, sampling, eos_ids, draft, first_row, stop)
-        return [join(pieces) for pieces in zip(*rounds, strict=True)]
+    ) -> Sample | list[Sample]:
+        """What follows a prompt, or each of several in one batch.
+
+        The arguments are `stream_batch`'s.
+
+        Returns:
+            A sample for one text, or for the ids of one; a list of them for a list of prompts.
+        """
+        is_one = isinstance(prompts, str) or any(isinstance(p, int | np.integer) for p in prompts)
+        several = cast(Prompts, [prompts] if is_one else prompts)
+        pieces = self.stream_batch(several, max_tokens, sampling, eos_ids, draft, first_row, stop)
+        samples = [join(row) for row in zip(*pieces, strict=True)]
+        return samples[0] if is_one else samples
 
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompt: Prompt,
+        max_tokens: int = 200,
+        sampling: Sampling | None = None,
+        eos_ids: Collection[int] | None = None,
+        draft: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[Sample]:
+        """What follows a prompt, piece by piece as it is made; arguments as for `stream_batch`."""
+        rounds_ = self.stream_batch(
+            [self.ids_of(prompt)], max_tokens, sampling, eos_ids, draft, stop=stop
+        )
+        return (piece for (piece,) in rounds_)
+
+    def stream_batch(
+        self,
+        prompts: Prompts,
         max_tokens: int = 200,
         sampling: Sampling | None = None,
         eos_ids: Collection[int] | None = None,
@@ -196,7 +157,7 @@ class Generator:
         on the model, the row's prompt and number, and `sampling`.
 
         Args:
-            prompts: texts, or the ids of each, BOS included; at least one, or one alone.
+            prompts: texts, or the ids of each, BOS included; at least one.
             max_tokens: new tokens for each prompt, or fewer.
             sampling: how tokens are chosen; by default as `Sampling()`.
             eos_ids: tokens that end a text; by default those of the model. Empty: none.
@@ -211,169 +172,67 @@ class Generator:
                 `max_tokens` or `draft` is out of range, a stop text is empty or there is no
                 tokenizer for it, or the cache does not fit into memory.
         """
-        prompts = self.ids_of(prompts)
-        self.check(prompts, max_tokens, draft)
+        ids = [self.ids_of(prompt) for prompt in prompts]
+        self.check(ids, max_tokens, draft)
+        self.check_memory(len(ids), draft)
         eos_ids = self.eos_ids if eos_ids is None else eos_ids
-        self.check_memory(len(prompts), draft)
-        stop, tokenizer = stop_texts(stop), self.tokenizer
+        stop = stop_texts(stop)
         rows = [
-            Continuation(prompt, max_tokens, self.room(len(prompt)), eos_ids, tokenizer, stop)
-            for prompt in prompts
+            Continuation(prompt, max_tokens, self.room(len(prompt)), eos_ids, self.tokenizer, stop)
+            for prompt in ids
         ]
-        request = self.request(sampling, eos_ids, len(rows), first_row)
-        return self._rounds(prompts, rows, request, draft)
+        return self._rounds(ids, rows, sampling or Sampling(), eos_ids, draft, first_row)
 
-    def empty_cache(self, batch: int, draft: int) -> Cache:
-        """A cache for so many rows and for guesses of up to `draft` tokens."""
-        return empty_cache(*self._cache_size(batch, draft))
-
-    def read(self, prompts: Sequence[Sequence[int]], cache: Cache, start: int = 0) -> Cache:
-        """The cache with all but the last token of each prompt in it, from position `start` on.
-
-        The cache passed in is used up.
-        """
-        tokens, positions = left_padded(prompts, self.chunk, start)
-        weights = self._for(len(prompts) * self.chunk)
-        longest = max(map(len, prompts)) - 1
-        padding = tokens.shape[1] - longest
-        if self.on_read:
-            self.on_read(0, longest)
-        for begin in range(0, tokens.shape[1], self.chunk):
-            part = slice(begin, begin + self.chunk)
-            cache = prefill(self.config, weights, cache, tokens[:, part], positions[:, part])
-            if self.on_read:
-                jax.block_until_ready(cache)
-                self.on_read(part.stop - padding, longest)
-        return cache
-
-    def request(
+    def chat(
         self,
-        sampling: Sampling | None,
-        eos_ids: Collection[int],
-        batch: int,
-        first_row: int = 0,
-    ) -> Request:
-        """What is asked of `decode` for so many rows."""
-        sampling = sampling or Sampling()
-        ends = np.isin(np.arange(self.config.vocab_size), list(eos_ids))
-        streams = sampling.streams(batch, first_row)
-        return Request(sampling.controls(batch), streams, jnp.asarray(ends))
+        system: str = "",
+        *,
+        max_tokens: int = 1024,
+        sampling: Sampling | None = None,
+        draft: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> Dialogue:
+        """A conversation by the model's chat template, whose `say` answers a question.
 
-    def rounds(
-        self,
-        state: DecodeState,
-        rows: list[Continuation],
-        request: Request,
-        draft: int,
-        prompts: Sequence[Sequence[int]],
-    ) -> Iterator[tuple[DecodeState, list[Sample]]]:
-        """The state and the pieces after each call of `decode`, until all rows have stopped.
+        What was said stays in the KV cache, so that a question costs its own tokens only.
 
-        A state is used up when the next one is asked for. Guesses are made where they would have
-        been right of late.
+        Args:
+            system: what the model is told before all questions.
+            max_tokens: most tokens of an answer.
+            sampling: how tokens are chosen; by default at a temperature of 0.7.
+            draft: tokens to guess ahead, as for `stream`.
+            stop: texts that end an answer.
+
+        Raises:
+            BadInput: there is no tokenizer, or the cache does not fit into memory.
         """
-        n, guessing = 1, 0
-        repeats = [Repeats(prompt, draft) for prompt in prompts] if draft else []
-        is_drawn = bool(np.any(np.asarray(request.controls.temperature) > 0))
-        enough = break_even(draft, len(rows), is_drawn)
-        while not all(row.stopped for row in rows):
-            if draft:
-                rates = [r.rate for r, row in zip(repeats, rows, strict=True) if not row.stopped]
-                guessing = draft if sum(rates) / len(rates) >= enough else 0
-                if state.seen.shape[1] != (SEEN if guessing else 0):
-                    seen = newest([r.text for r in repeats], SEEN if guessing else 0)
-                    state = state._replace(seen=jnp.asarray(seen))
-            began = time.perf_counter()
-            weights = self._for(len(rows) * (1 + guessing))
-            state, out = decode(self.config, weights, state, request, np.int32(n), guessing)
-            ids, logprobs, lengths = jax.device_get((out.ids, out.logprobs, out.length))
-            quick = time.perf_counter() - began < PATIENCE
-            n = min(MOST, 2 * n) if quick else max(1, n // 2)
-            for repeat, row_ids, length in zip(repeats, ids, lengths, strict=bool(repeats)):
-                repeat.add(row_ids[:length].tolist())
-            pieces = [
-                row.take(ids[b, :length].tolist(), logprobs[b, :length].tolist())
-                for b, (row, length) in enumerate(zip(rows, lengths, strict=True))
-            ]
-            if any(row.stopped == "stop" for row in rows):  # of which the loop knows nothing
-                is_over = np.array([row.stopped is not None for row in rows])
-                left = np.where(is_over, np.int32(0), np.asarray(state.left))
-                state = state._replace(left=jnp.asarray(left))
-            yield state, pieces
-
-    def room(self, length: int) -> int | None:
-        """Tokens that fit behind so many; without end when every layer has a window."""
-        return self.context - length if None in self.config.windows else None
-
-    def _for(self, positions: int) -> Weights:
-        """The weights as a product of so many positions wants them."""
-        return self._for_one if positions == 1 else self._for_more
+        if self.tokenizer is None:
+            raise BadInput("there is no tokenizer beside the weights, so there is no chat")
+        return Dialogue(
+            Session(self, draft),
+            self.tokenizer,
+            system=system,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop_texts(stop),
+        )
 
     def _rounds(
         self,
         prompts: Sequence[Sequence[int]],
         rows: list[Continuation],
-        request: Request,
+        sampling: Sampling,
+        eos_ids: Collection[int],
         draft: int,
+        first_row: int,
     ) -> Iterator[list[Sample]]:
         if all(row.stopped for row in rows):
             yield [row.take([], []) for row in rows]
             return
-        state = self._read(prompts, [row.limit for row in rows], draft)
-        for _, pieces in self.rounds(state, rows, request, draft, prompts):
-            yield pieces
-
-    def _read(self, prompts: Sequence[Sequence[int]], limits: list[int], draft: int) -> DecodeState:
-        """The state after all prompts, from which each row may produce so many tokens."""
-        cache = self.read(prompts, self.empty_cache(len(prompts), draft))
-        return DecodeState(
-            cache=cache,
-            token=jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32),
-            position=jnp.asarray([len(prompt) - 1 for prompt in prompts], jnp.int32),
-            left=jnp.asarray(limits, jnp.int32),
-            seen=jnp.asarray(newest(prompts, 0)),
-        )
-
-    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int = 0, draft: int = 0) -> None:
-        """Raises `BadInput` for what this model cannot continue, or not so far."""
-        if not 0 <= max_tokens < 2**31:
-            raise BadInput(f"max_tokens must be at least 0 and below 2**31, not {max_tokens}")
-        if not 0 <= draft <= MOST_DRAFT:
-            raise BadInput(f"draft must be from 0 (off) to {MOST_DRAFT} tokens, not {draft}")
-        if not prompts:
-            raise BadInput("there is no prompt; give at least one")
-        for prompt in prompts:
-            if not len(prompt):
-                raise BadInput("a prompt has no tokens; an empty text is the BOS token alone")
-            for id_ in prompt:
-                if not 0 <= id_ < self.config.vocab_size:
-                    raise BadInput(
-                        f"prompt token {id_} is not an id of the model, which has "
-                        f"0 to {self.config.vocab_size - 1}"
-                    )
-            if (self.room(len(prompt)) or 0) < 0:
-                raise BadInput(
-                    f"the prompt has {len(prompt)} tokens and the context {self.context}; "
-                    "ask for a longer context"
-                )
-
-    def check_memory(self, batch: int, draft: int) -> None:
-        """Raises `BadInput` when the cache for so many rows would not fit."""
-        needed = cached_bytes(self._cache_size(batch, draft))
-        free = free_bytes(self.weights["norm.scale"])
-        check_fits("the cache takes", needed, free, SHORTER)
-
-    def _cache_size(self, batch: int, draft: int) -> CacheSize:
-        return cache_size(self.config, self.weights, batch, self.chunk, self.context, draft)
-
-
-def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """The texts that end a continuation, of which a text alone is one.
-
-    Raises:
-        BadInput: one is empty.
-    """
-    texts = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in texts:
-        raise BadInput("a stop text is empty; give at least a character to stop at")
-    return texts
+        engine = self.engine(len(rows), draft)
+        for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            if not row.stopped:
+                stream = first_row + number
+                engine.admit(number, prompt, row.limit, sampling, eos_ids, stream=stream)
+        engine.read_all(self.on_read)
+        yield from rounds(engine, rows)

@@ -49,11 +49,15 @@ def cache_size(
 
 
 def cached_bytes(size: CacheSize) -> int:
-    """Memory of a cache and of what reads it: its rings, and the scores of one layer's chunk."""
+    """Memory of a cache and of what reads it: its rings, and the scores of one layer.
+
+    Those are of a chunk of one row, which is read apart from the others.
+    """
     config, batch, chunk, context, dtype = size
     slots = max(capacity(window, chunk, context) for window in config.windows)
     wide = jnp.promote_types(dtype, jnp.float32).itemsize
-    return cache_bytes(*size) + batch * config.n_heads * chunk * slots * wide
+    alone = cache_bytes(*size._replace(batch=1)) if batch > 1 else 0
+    return cache_bytes(*size) + alone + config.n_heads * max(batch, chunk) * slots * wide
 
 
 def best_chunk() -> int:
@@ -67,19 +71,18 @@ def best_chunk() -> int:
     return FEW if jax.default_backend() == "cpu" else 256
 
 
-def left_padded(
-    prompts: Sequence[Sequence[int]], chunk: int, start: int = 0
-) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-    """Tokens and positions of all but the last token of each prompt, in whole chunks.
+def chunk_of(
+    prompt: Sequence[int], at: int, chunk: int
+) -> tuple[Int[np.ndarray, "1 T"], Int[np.ndarray, "1 T"]]:
+    """Tokens and positions of a prompt from position `at` on, without its last token.
 
-    The first token of each is at position `start` of its text.
+    What is missing behind them is padding, at no position.
+
+    >>> chunk_of([11, 12, 13, 14, 15], at=3, chunk=3)
+    (array([[14,  0,  0]], dtype=int32), array([[ 3, -1, -1]], dtype=int32))
     """
-    longest = max(len(prompt) for prompt in prompts) - 1
-    T = -(-longest // chunk) * chunk
-    tokens = np.zeros((len(prompts), T), np.int32)
-    positions = np.full_like(tokens, EMPTY)
-    for row, prompt in enumerate(prompts):
-        n = len(prompt) - 1
-        tokens[row, T - n :] = prompt[:-1]
-        positions[row, T - n :] = np.arange(start, start + n)
+    part = prompt[at : min(at + chunk, len(prompt) - 1)]
+    tokens, positions = np.zeros((1, chunk), np.int32), np.full((1, chunk), EMPTY, np.int32)
+    tokens[0, : len(part)] = part
+    positions[0, : len(part)] = np.arange(at, at + len(part))
     return tokens, positions

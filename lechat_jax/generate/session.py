@@ -2,15 +2,10 @@
 
 from collections.abc import Collection, Iterator, Sequence
 
-import jax.numpy as jnp
-import numpy as np
-
-from lechat_jax.generate.continuation import Continuation, Sample
-from lechat_jax.generate.decode import DecodeState
-from lechat_jax.generate.generator import Generator, stop_texts
-from lechat_jax.generate.prompt_lookup import newest
+from lechat_jax.generate.continuation import Continuation, Sample, stop_texts
+from lechat_jax.generate.engine import Engine, rounds
+from lechat_jax.generate.loaded_model import LoadedModel
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.model.cache import Cache
 
 
 class Session:
@@ -22,12 +17,11 @@ class Session:
         ids: all tokens so far, those that were fed and those that were produced.
     """
 
-    def __init__(self, generator: Generator, draft: int = 0) -> None:
-        generator.check([[0]], draft=draft)
-        generator.check_memory(1, draft)
-        self._generator = generator
-        self._draft = draft
-        self._cache: Cache | None = None
+    def __init__(self, model: LoadedModel, draft: int = 0) -> None:
+        model.check([[0]], draft=draft)
+        model.check_memory(1, draft)
+        self._model, self._draft = model, draft
+        self._engine: Engine | None = None
         self.reset()
 
     def reset(self, length: int = 0) -> None:
@@ -42,13 +36,13 @@ class Session:
         self.ids: list[int] = []
         self._read = 0  # tokens of `ids` that are in the cache
         self._written = 0  # positions that the cache holds, those that were taken back among them
-        self._cache = None  # so that there are never two
-        self._cache = self._generator.empty_cache(1, self._draft)
+        self._engine = None  # so that there are never two
+        self._engine = self._model.engine(1, self._draft)
 
     @property
     def room(self) -> int | None:
         """Tokens that still fit; `None` is without end."""
-        return self._generator.room(len(self.ids))
+        return self._model.room(len(self.ids))
 
     def feed(self, ids: Sequence[int]) -> None:
         """Appends tokens, which the next `stream` reads first.
@@ -57,7 +51,7 @@ class Session:
             BadInput: they are not of this vocabulary, or do not fit into the context.
         """
         if ids:
-            self._generator.check([[*self.ids, *ids]])
+            self._model.check([[*self.ids, *ids]])
         self.ids += ids
 
     def stream(
@@ -82,39 +76,23 @@ class Session:
         Raises:
             BadInput: nothing was fed yet, `max_tokens` is negative, or a stop text is empty.
         """
-        made = self._generator
-        made.check([self.ids], max_tokens)
-        eos_ids = made.eos_ids if eos_ids is None else eos_ids
-        row = Continuation(
-            self.ids, max_tokens, self.room, eos_ids, made.tokenizer, stop_texts(stop)
-        )
+        model, sampling = self._model, sampling or Sampling()
+        model.check([self.ids], max_tokens)
+        eos_ids = model.eos_ids if eos_ids is None else eos_ids
+        stop = stop_texts(stop)
+        row = Continuation(self.ids, max_tokens, self.room, eos_ids, model.tokenizer, stop)
         if row.stopped:
             yield row.take([], [])
             return
-        cache = self._kept()
-        cache = made.read([self.ids[self._read :]], cache, self._read)
-        self._keep(cache, len(self.ids) - 1)
-        state = DecodeState(
-            cache=cache,
-            token=jnp.asarray(self.ids[-1:], jnp.int32),
-            position=jnp.asarray([len(self.ids) - 1], jnp.int32),
-            left=jnp.asarray([row.limit], jnp.int32),
-            seen=jnp.asarray(newest([self.ids], 0)),
-        )
-        request = made.request(sampling, eos_ids, batch=1)
-        for after, (piece,) in made.rounds(state, [row], request, self._draft, [[*self.ids]]):
+        engine = self._engine
+        assert engine is not None
+        spare = engine.spare()
+        is_lost = spare is not None and self._written - self._read > spare  # taken back too far
+        start = 0 if is_lost else self._read
+        engine.admit(0, self.ids, row.limit, sampling, eos_ids, start=start)
+        engine.read_all(model.on_read)
+        self._read = self._written = len(self.ids) - 1
+        for (piece,) in rounds(engine, [row]):
             self.ids += piece.ids
-            self._keep(after.cache, int(np.asarray(after.position)[0]) + self._draft)
+            self._read, self._written = len(self.ids) - 1, engine.lengths[0] - 1 + self._draft
             yield piece
-
-    def _keep(self, cache: Cache, written: int) -> None:
-        self._cache, self._read, self._written = cache, len(self.ids) - 1, written
-
-    def _kept(self) -> Cache:
-        """The cache, ready to read on; an empty one if too much of it was taken back."""
-        assert self._cache is not None
-        spare = self._cache.spare(self._generator.config)
-        if spare is not None and self._written - self._read > spare:
-            self._cache = None  # so that there are never two
-            self._cache, self._read = self._generator.empty_cache(1, self._draft), 0
-        return self._cache

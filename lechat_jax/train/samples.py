@@ -12,7 +12,8 @@ from lechat_jax.data.dataset import Lessons
 from lechat_jax.devices.mesh import on_one_device
 from lechat_jax.devices.processes import from_first, is_first
 from lechat_jax.errors import BadInput
-from lechat_jax.generate.generator import CONTEXT, Generator
+from lechat_jax.generate.generator import Generator
+from lechat_jax.generate.loaded_model import CONTEXT
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.tokenizer.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lechat_jax.config import preset
 from lechat_jax.errors import BadInput
-from lechat_jax.generate.generator import MOST_DRAFT
+from lechat_jax.generate.loaded_model import MOST_DRAFT
 from parity.bench.decoders.contestants import (
     SEED,
     Contestant,

@@ -13,13 +13,13 @@ import pytest
 
 from lechat_jax.chat import command as chat
 from lechat_jax.chat.command import ask, main, talk
-from lechat_jax.chat.dialogue import Dialogue
 from lechat_jax.checkpoint.run import Run
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.continuation import Sample, Stopped
+from lechat_jax.generate.dialogue import Dialogue
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.generate.session import Session

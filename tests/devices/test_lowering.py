@@ -73,7 +73,8 @@ def scoring(options: StepOptions) -> Call:
 
 def prefilling(dtype: str, form: Form | None = None) -> Call:
     cache = empty_cache(CONFIG, B, chunk=64, context=T, dtype=dtype)
-    return partial(prefill, CONFIG), (weights(dtype, form), cache, shape(B, 64), shape(B, 64))
+    row, tokens = shape(), shape(1, 64)
+    return partial(prefill, CONFIG), (weights(dtype, form), cache, row, tokens, tokens)
 
 
 def decoding(dtype: str, form: Form | None = None, config: MistralConfig = CONFIG) -> Call:
@@ -81,7 +82,7 @@ def decoding(dtype: str, form: Form | None = None, config: MistralConfig = CONFI
     rows = jnp.zeros(B, jnp.int32)
     state = DecodeState(cache, token=rows, position=rows, left=rows, seen=rows[:, None])
     sampling = Sampling(temperature=0.8, top_k=50, top_p=0.9, min_p=0.05)
-    ends = jnp.zeros(config.vocab_size, bool)
+    ends = jnp.zeros((B, config.vocab_size), bool)
     request = Request(sampling.controls(B), sampling.streams(B), ends)
     return partial(decode, config), (weights(dtype, form, config), state, request, shape())
 

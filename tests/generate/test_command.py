@@ -240,7 +240,7 @@ def test_ctrl_c_ends_it_without_a_traceback(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Generator, "stream", interrupted)
+    monkeypatch.setattr(Generator, "stream_batch", interrupted)
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: main([run]))
     assert stop.value.code == 130
@@ -329,7 +329,7 @@ def test_a_stop_text_ends_a_sample(run: str, capsys: Output, tmp_path: Path) -> 
 def test_what_was_made_until_ctrl_c_is_written(
     run: str, capsys: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, file = Generator.stream, tmp_path / "out.json"
+    right, file = Generator.stream_batch, tmp_path / "out.json"
 
     def interrupted(self: Generator, *args: Any, **asked: Any) -> Iterator[list[Sample]]:
         rounds = right(self, *args, **asked)
@@ -338,7 +338,7 @@ def test_what_was_made_until_ctrl_c_is_written(
             raise KeyboardInterrupt
         yield from rounds
 
-    monkeypatch.setattr(Generator, "stream", interrupted)
+    monkeypatch.setattr(Generator, "stream_batch", interrupted)
     asked = [part for text in "abc" for part in ("--prompt", text)]
     with pytest.raises(KeyboardInterrupt):
         main([run, *asked, "--batch", "1", "--max-tokens", "3", "--json", str(file)])

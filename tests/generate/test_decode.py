@@ -11,7 +11,7 @@ from jaxtyping import Array
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.generate.decode import MOST, DecodeState, Produced, Request, decode, prefill
-from lechat_jax.generate.prefill import left_padded
+from lechat_jax.generate.prefill import chunk_of
 from lechat_jax.generate.prompt_lookup import SEEN
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.cache import EMPTY, empty_cache
@@ -20,15 +20,12 @@ from lechat_jax.quantize.scheme import INT8, Form
 from parity.random_models import lively
 
 
-def test_prompts_are_padded_on_the_left_to_whole_chunks_without_their_last_token() -> None:
-    tokens, positions = left_padded([[11, 12, 13, 14, 15], [21], [31, 32]], chunk=3)
-    assert tokens.tolist() == [[0, 0, 11, 12, 13, 14], [0] * 6, [0, 0, 0, 0, 0, 31]]
-    assert positions.tolist() == [[-1, -1, 0, 1, 2, 3], [-1] * 6, [-1, -1, -1, -1, -1, 0]]
-
-
-@pytest.mark.parametrize(("length", "T"), [(1, 0), (2, 4), (5, 4), (6, 8)])
-def test_a_prompt_takes_as_few_chunks_as_hold_it(length: int, T: int) -> None:
-    assert left_padded([[7] * length], chunk=4)[0].shape == (1, T)
+def test_a_prompt_is_read_in_chunks_without_its_last_token() -> None:
+    """Whole chunks from where reading starts; behind the last token there is padding."""
+    prompt = [11, 12, 13, 14, 15, 16]
+    read = [chunk_of(prompt, at, chunk=3) for at in (0, 3, 4)]
+    assert [tokens.tolist() for tokens, _ in read] == [[[11, 12, 13]], [[14, 15, 0]], [[15, 0, 0]]]
+    assert [where.tolist() for _, where in read] == [[[0, 1, 2]], [[3, 4, -1]], [[4, -1, -1]]]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +44,7 @@ def start(config: MistralConfig, left: list[int], dtype: str = "float32") -> Dec
 def request(config: MistralConfig, B: int, ends: tuple[int, ...] = ()) -> Request:
     greedy = Sampling(temperature=0)
     is_end = jnp.asarray(np.isin(np.arange(config.vocab_size), ends))
-    return Request(greedy.controls(B), greedy.streams(B), is_end)
+    return Request(greedy.controls(B), greedy.streams(B), jnp.tile(is_end, (B, 1)))
 
 
 def run(
@@ -157,9 +154,10 @@ def test_reading_a_prompt_takes_memory_for_one_layer_at_a_time(
             n_experts_per_token=min(2, n_experts),
         )
         weights = weight_shapes(config, form)
-        cache = jax.eval_shape(lambda: empty_cache(config, 4, 64, 64, "float32"))
-        rows = jax.ShapeDtypeStruct((4, 64), jnp.int32)
-        memory = prefill.lower(config, weights, cache, rows, rows).compile().memory_analysis()
+        cache = jax.eval_shape(lambda: empty_cache(config, 1, 64, 64, "float32"))
+        row, tokens = (jax.ShapeDtypeStruct(dims, jnp.int32) for dims in ((), (1, 64)))
+        lowered = prefill.lower(config, weights, cache, row, tokens, tokens)
+        memory = lowered.compile().memory_analysis()
         assert memory is not None
         return memory.temp_size_in_bytes
 
@@ -171,7 +169,7 @@ def test_what_is_passed_in_is_given_up(tiny: MistralConfig, weights: Weights) ->
     after, _ = decode(tiny, weights, state, request(tiny, 1), jnp.int32(2))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache))
     rows = jnp.zeros((1, 4), jnp.int32)
-    later = prefill(tiny, weights, after.cache, rows, jnp.full((1, 4), EMPTY))
+    later = prefill(tiny, weights, after.cache, jnp.int32(0), rows, jnp.full((1, 4), EMPTY))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(after.cache))
     assert not any(leaf.is_deleted() for leaf in [*weights.values(), *jax.tree.leaves(later)])
 
@@ -183,7 +181,8 @@ def test_padding_alone_changes_nothing_that_is_seen(tiny: MistralConfig, weights
         state, _ = decode(tiny, weights, start(tiny, [9]), request(tiny, 1), jnp.int32(3))
         if pad:
             rows = jnp.zeros((1, 1), jnp.int32)
-            cache = prefill(tiny, weights, state.cache, rows, jnp.full((1, 1), EMPTY))
+            where = jnp.full((1, 1), EMPTY)
+            cache = prefill(tiny, weights, state.cache, jnp.int32(0), rows, where)
             state = state._replace(cache=cache)
         return decode(tiny, weights, state, request(tiny, 1), jnp.int32(6))[1].logprobs
 

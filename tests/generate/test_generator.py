@@ -24,8 +24,8 @@ from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.devices import memory as room
 from lechat_jax.errors import BadInput
-from lechat_jax.generate import generator
-from lechat_jax.generate.continuation import Sample
+from lechat_jax.generate import engine
+from lechat_jax.generate.continuation import Sample, join
 from lechat_jax.generate.decode import decode
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
@@ -63,8 +63,8 @@ def test_a_stream_is_the_text_in_pieces_however_they_are_cut(
 ) -> None:
     prompts = [prompt_of(5), prompt_of(8)]
     whole = made.generate(prompts, 40, PLAIN)
-    monkeypatch.setattr(generator, "PATIENCE", patience)
-    rounds = list(made.stream(prompts, 40, PLAIN))
+    monkeypatch.setattr(engine, "PATIENCE", patience)
+    rounds = list(made.stream_batch(prompts, 40, PLAIN))
     sizes = [len(pieces[0].ids) for pieces in rounds]
     assert sizes == ([1] * 40 if patience < 0 else [1, 2, 4, 8, 16, 9])
     for row, sample in enumerate(whole):
@@ -112,7 +112,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(tiny: MistralCon
     model = lively(dataclasses.replace(tiny, sliding_window=None))
     # Keys and values of 3 layers, 2 heads and 8 lanes, positions, and the scores of 6 heads.
     with pytest.raises(BadInput, match=r"the cache takes 484\.00 GB .* shorter context"):
-        Generator(model, chunk=4, context=10**9).stream([prompt_of(5)])
+        Generator(model, chunk=4, context=10**9).stream_batch([prompt_of(5)])
 
 
 def test_a_context_that_does_not_fit_is_refused_before_the_weights_are_read(
@@ -177,7 +177,7 @@ def test_what_cannot_be_continued_is_refused_at_once(
     made: Generator, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadInput, match=message):
-        made.stream(**arguments)
+        made.stream_batch(**arguments)
 
 
 def test_settings_without_sense_are_refused(tiny: MistralConfig) -> None:
@@ -220,7 +220,7 @@ def test_a_run_is_continued_with_its_newest_weights(run: Run) -> None:
     assert sample.ids == same.ids
     tokenizer = Tokenizer.mistral_v1()
     assert "The cat" + sample.text == tokenizer.decode(prompt + sample.ids)
-    pieces = made.stream([prompt], 30, Sampling(seed=2))
+    pieces = made.stream_batch([prompt], 30, Sampling(seed=2))
     assert "".join(piece.text for (piece,) in pieces) == sample.text
 
 
@@ -277,7 +277,7 @@ def test_a_cpu_computes_in_float32_unless_told_otherwise(folder: Path, run: Run)
 def test_elsewhere_it_computes_in_the_type_that_is_stored(
     folder: Path, tiny: MistralConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generator.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     made = Generator.from_checkpoint(folder)
     assert {str(leaf.dtype) for leaf in made.weights.values()} == {"bfloat16"}
     mixed = weights_of(lively(tiny))
@@ -438,7 +438,7 @@ def drafts_of(made: Generator, monkeypatch: pytest.MonkeyPatch, *asked: Any, **h
         calls.append((int(found[1].steps), arguments[5]))
         return found
 
-    monkeypatch.setattr(generator, "decode", noted)
+    monkeypatch.setattr(engine, "decode", noted)
     made.generate(*asked, **how)
     return calls
 
@@ -447,7 +447,7 @@ def test_guesses_are_made_only_where_they_have_been_right(
     counting: Generator, made: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A text that counts around repeats itself after 97 tokens, and any other model's does not."""
-    monkeypatch.setattr(generator, "PATIENCE", 1e9)
+    monkeypatch.setattr(engine, "PATIENCE", 1e9)
     ordinary = drafts_of(made, monkeypatch, [prompt_of(30)], 60, PLAIN, [], draft=5)
     assert {draft for _, draft in ordinary} == {0}
     around = drafts_of(counting, monkeypatch, [[1]], 400, GREEDY, [], draft=5)
@@ -459,7 +459,7 @@ def test_guesses_end_where_they_are_no_longer_right(
     counting: Generator, made: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prompt repeats itself and the model does not go on with it."""
-    monkeypatch.setattr(generator, "PATIENCE", 1e9)
+    monkeypatch.setattr(engine, "PATIENCE", 1e9)
     calls = drafts_of(made, monkeypatch, [prompt_of(20) * 5], 60, PLAIN, [], draft=5)
     guessing = [steps for steps, draft in calls if draft]
     assert 0 < sum(guessing) < 12
@@ -478,7 +478,7 @@ def test_rows_end_at_their_own_stop_texts(run: Run) -> None:
         assert one.text == all_.text[: min(places)] if places else all_.text
         assert one.ids == all_.ids[: len(one.ids)]
         assert one.logprobs == all_.logprobs[: len(one.ids)]
-    pieces = made.stream(prompts[:1], 40, GREEDY, stop=stop[0])
+    pieces = made.stream_batch(prompts[:1], 40, GREEDY, stop=stop[0])
     assert "".join(piece.text for (piece,) in pieces) == whole[0].text.partition(stop[0])[0]
 
 
@@ -486,8 +486,9 @@ def test_a_prompt_may_be_a_text_and_one_alone_is_one(run: Run) -> None:
     made = Generator.from_checkpoint(run.folder)
     both = made.generate(["The cat", [1, 415, 5255]], 5, GREEDY)
     assert both[0].ids == both[1].ids
-    assert [sample.ids for sample in made.generate("The cat", 5, GREEDY)] == [both[0].ids]
-    assert [sample.ids for sample in made.generate([1, 415, 5255], 5, GREEDY)] == [both[0].ids]
+    for alone in ("The cat", [1, 415, 5255]):
+        assert made.generate(alone, 5, GREEDY).ids == both[0].ids
+        assert join([*made.stream(alone, 5, GREEDY)]) == made.generate(alone, 5, GREEDY)
     with pytest.raises(BadInput, match="a stop text is empty"):
         made.generate("The cat", stop=["a", ""])
 
@@ -496,7 +497,7 @@ def test_whoever_asks_is_told_how_far_the_prompts_are_read(tiny: MistralConfig) 
     told: list[tuple[int, int]] = []
     made = Generator(lively(tiny), chunk=4, on_read=lambda *place: told.append(place))
     made.generate([prompt_of(11), prompt_of(2)], 1)
-    assert told == [(0, 10), (2, 10), (6, 10), (10, 10)]
+    assert told == [(0, 11), (4, 11), (8, 11), (10, 11), (11, 11)]
 
 
 @pytest.mark.parametrize("draft", [-1, 33])

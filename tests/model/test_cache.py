@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lechat_jax.config import MistralConfig, preset
-from lechat_jax.generate.prefill import cache_size, left_padded
+from lechat_jax.generate.prefill import cache_size
 from lechat_jax.model.cache import (
     EMPTY,
     Cache,
@@ -181,11 +181,3 @@ def test_keys_are_kept_in_what_is_computed_in(
     for chunk, draft, wide in ((8, 3, 8), (2, 5, 6), (1, 0, 1)):
         size = cache_size(tiny, weights, 2, chunk, 50, draft)
         assert size == (tiny, 2, wide, 50 + draft, jnp.dtype(expected))
-
-
-def test_prompts_are_padded_in_front_to_whole_chunks_without_their_last_tokens() -> None:
-    tokens, positions = left_padded([[5, 6, 7, 8], [9], [1, 2]], chunk=2, start=10)
-    assert tokens.tolist() == [[0, 5, 6, 7], [0, 0, 0, 0], [0, 0, 0, 1]]
-    assert positions.tolist() == [[-1, 10, 11, 12], [-1, -1, -1, -1], [-1, -1, -1, 10]]
-    assert left_padded([[5]], chunk=2)[0].shape == (1, 0)
-    assert left_padded([[5, 6, 7]], chunk=2)[1].tolist() == [[0, 1]]

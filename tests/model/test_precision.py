@@ -106,7 +106,7 @@ def decoding(platform: str, config: MistralConfig, form: Form | None = None) -> 
     row = jnp.zeros(4, jnp.int32)
     state = DecodeState(cache, token=row, position=row, left=row, seen=row[:, None])
     sampling = Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1)
-    request = Request(sampling.controls(4), sampling.streams(4), jnp.zeros(97, bool))
+    request = Request(sampling.controls(4), sampling.streams(4), jnp.zeros((4, 97), bool))
     return traced(
         platform, functools.partial(decode, config), weights, state, request, jnp.int32(3)
     )

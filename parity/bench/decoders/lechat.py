@@ -19,11 +19,11 @@ from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import SCALE, is_norm, n_reads
 from lechat_jax.devices.host_memory import host_empty
-from lechat_jax.generate.continuation import Sample
+from lechat_jax.generate.continuation import Continuation, Sample
 from lechat_jax.generate.decode import MOST
-from lechat_jax.generate.generator import MOST_DRAFT, Generator
+from lechat_jax.generate.engine import rounds
+from lechat_jax.generate.loaded_model import MOST_DRAFT, LoadedModel
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.model.cache import Cache
 from lechat_jax.model.mistral import Weights, bind
 
 Impl = Literal["lechat_jax", "lechat_torch", "transformers"]
@@ -71,18 +71,8 @@ class Decoder(Protocol):
         ...
 
 
-class _Skipping(Generator):
-    """A generator that leaves out the first `skip` tokens when it reads prompts."""
-
-    skip = 0
-
-    def read(self, prompts: Prompts, cache: Cache, start: int = 0) -> Cache:
-        """See `Generator.read`."""
-        return super().read([prompt[self.skip :] for prompt in prompts], cache, start + self.skip)
-
-
 class Lechat:
-    """lechat as everyone drives it, by `Generator.stream`.
+    """lechat as everyone drives it, in the rounds of `Generator.stream`.
 
     With a `draft` it guesses so many tokens ahead from the text itself.
     """
@@ -97,9 +87,13 @@ class Lechat:
         """See `Decoder.start`."""
         self.ids, self._rounds = [[] for _ in prompts], iter(())  # the last cache is given back
         limit = room + SPARE
-        made = _Skipping(self._model, context=len(prompts[0]) + limit)
-        made.skip = skip
-        self._rounds = made.stream(prompts, limit, GREEDY, eos_ids=(), draft=self._draft)
+        model = LoadedModel(self._model, context=len(prompts[0]) + limit)
+        engine = model.engine(len(prompts), self._draft)
+        for row, prompt in enumerate(prompts):
+            engine.admit(row, prompt, limit, GREEDY, start=skip)
+        engine.read_all()
+        rows = [Continuation(prompt, limit, None, (), None) for prompt in prompts]
+        self._rounds = rounds(engine, rows)
         self.advance(1)
 
     def advance(self, n: int) -> int:

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.generate import decode, generator
+from lechat_jax.generate import engine
 from lechat_jax.model import attention, cache, mistral, rope, scoring
 from parity.check.faults.plant import in_code
 
@@ -198,23 +198,21 @@ def _top_left(right: Callable) -> Callable:
 
 
 def _decode_one_late(right: Callable) -> Callable:
-    def read(
-        self: generator.Generator, prompts: Any, limits: Any, draft: int
-    ) -> decode.DecodeState:
-        state = right(self, prompts, limits, draft)
-        return state._replace(position=state.position + 1)
+    def seat(
+        self: engine.Engine, row: int, token: int, position: int, left: int, request: Any
+    ) -> None:
+        right(self, row, token, position + 1, left, request)
 
-    return read
+    return seat
 
 
 def _padding_seen(right: Callable) -> Callable:
-    def left_padded(prompts: Any, chunk: int, start: int) -> Any:
-        tokens, positions = right(prompts, chunk, start)
-        return tokens, np.broadcast_to(
-            np.arange(positions.shape[1], dtype=np.int32), positions.shape
-        )
+    def chunk_of(prompt: Any, at: int, chunk: int) -> Any:
+        tokens, positions = right(prompt, at, chunk)
+        n_empty = int(np.sum(positions == cache.EMPTY))
+        return np.roll(tokens, n_empty), np.arange(at, at + chunk, dtype=np.int32)[None]
 
-    return left_padded
+    return chunk_of
 
 
 def _wraps(config: MistralConfig) -> bool:
@@ -330,7 +328,7 @@ CODE = (
     in_code(
         "decoding starts one position late",
         "decode",
-        (generator.Generator, "_read", _decode_one_late),
+        (engine.Engine, "_seat", _decode_one_late),
     ),
-    in_code("padding is seen", "padding", (generator, "left_padded", _padding_seen)),
+    in_code("padding is seen", "padding", (engine, "chunk_of", _padding_seen)),
 )

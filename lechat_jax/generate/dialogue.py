@@ -99,6 +99,10 @@ class Dialogue:
         kept = slice(-1 if foreign else None)
         return piece.ids[kept], piece.logprobs[kept]
 
+    def say(self, question: str) -> str:
+        """The whole answer to a question; as `answer`, which gives it piece by piece."""
+        return "".join(self.answer(question))
+
     def reset(self) -> None:
         """From here on nothing was said; the system prompt stays."""
         self.conversation.exchanges.clear()

@@ -1,0 +1,257 @@
+"""Continuous batching: rows of one decode state that are admitted, advanced and freed singly.
+
+A row is a text with its own ring of keys and values, its own sampling and its own end. Prompts
+are read one row and one chunk at a time, so that whoever drives the engine can decode the other
+rows in between, and all rows are decoded together. No token depends on the other rows: each is
+computed by the same compiled programs from its own prompt, stream and position alone.
+"""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.generate.continuation import Continuation, Sample
+from lechat_jax.generate.decode import (
+    MOST,
+    DecodeState,
+    Request,
+    break_even,
+    clear,
+    decode,
+    prefill,
+    with_row,
+)
+from lechat_jax.generate.prefill import cache_size, chunk_of
+from lechat_jax.generate.prompt_lookup import SEEN, Repeats, newest
+from lechat_jax.generate.sampling import Sampling
+from lechat_jax.model.cache import EMPTY, empty_cache
+from lechat_jax.model.mistral import Weights
+
+# Is told how many tokens of the prompts are read, and of how many; at first of none.
+OnRead = Callable[[int, int], None]
+PATIENCE = 0.1  # seconds of decoding until a stream shows something
+IDLE = Sampling(temperature=0)  # what a free row costs least with
+
+
+class Made(NamedTuple):
+    """What one row produced in a call: token ids, and nats that the model itself gave each."""
+
+    ids: list[int]
+    logprobs: list[float]
+
+
+@dataclasses.dataclass
+class _Reading:
+    """A prompt that is not in the cache yet, from position `at` on, and what follows it."""
+
+    row: int
+    prompt: Sequence[int]
+    at: int
+    limit: int
+    sampling: Sampling
+    request: Request
+
+
+class Engine:
+    """Rows of a decode state that are filled, continued and freed one by one.
+
+    Three functions are compiled for a number of rows, and one that writes a row; nothing that
+    can be asked for compiles anything else.
+
+    Attributes:
+        n_rows: rows B, free ones included.
+        lengths: tokens of the text in each row, those that were produced included; 0 is free.
+        unread: tokens of admitted prompts that are still to be read.
+
+    Args:
+        config: the model's.
+        weights_for: the weights as a product of so many positions wants them.
+        n_rows: rows B.
+        chunk: tokens T of a prompt that are read at once.
+        context: positions that a layer without a window can hold.
+        draft: tokens that are guessed ahead by prompt lookup, where guesses have been right.
+    """
+
+    def __init__(
+        self,
+        config: MistralConfig,
+        weights_for: Callable[[int], Weights],
+        n_rows: int,
+        *,
+        chunk: int,
+        context: int,
+        draft: int = 0,
+    ) -> None:
+        self.n_rows, self.lengths, self.unread = n_rows, [0] * n_rows, 0
+        self._config, self._weights_for = config, weights_for
+        self._chunk, self._draft = chunk, draft
+        size = cache_size(config, weights_for(chunk), n_rows, chunk, context, draft)
+        idle = jnp.full(n_rows, EMPTY, jnp.int32)
+        seen = jnp.zeros((n_rows, 0), jnp.int32)
+        self._state = DecodeState(empty_cache(*size), idle + 1, idle, idle + 1, seen)
+        ends = jnp.zeros((n_rows, config.vocab_size), bool)
+        self._request = Request(IDLE.controls(n_rows), IDLE.streams(n_rows), ends)
+        self._waiting: deque[_Reading] = deque()
+        self._left = np.zeros(n_rows, np.int32)
+        self._used = [False] * n_rows  # rows whose ring holds somebody's tokens
+        self._drawn = [False] * n_rows
+        self._repeats: list[Repeats | None] = [None] * n_rows
+
+    def admit(
+        self,
+        row: int,
+        prompt: Sequence[int],
+        limit: int,
+        sampling: Sampling,
+        eos_ids: Collection[int] = (),
+        stream: int = 0,
+        start: int = 0,
+    ) -> None:
+        """Gives a row a prompt, which `read` brings into the cache chunk by chunk.
+
+        Args:
+            row: from 0 to n_rows - 1; what was in it is forgotten.
+            prompt: ids, BOS included; at least one.
+            limit: most new tokens.
+            sampling: how they are chosen.
+            eos_ids: tokens that end the row.
+            stream: number of the random stream: rows of one seed differ by it.
+            start: tokens of the prompt that the row has read already, or that are left out.
+        """
+        self.free(row)
+        if not start and self._used[row]:
+            cache = clear(self._state.cache, np.int32(row))
+            self._state = self._state._replace(cache=cache)
+        self._used[row] = True
+        reading = _Reading(
+            row, prompt, start, limit, sampling, self._asked(sampling, eos_ids, stream)
+        )
+        self.lengths[row] = len(prompt)
+        self.unread += len(prompt) - 1 - start
+        self._waiting.append(reading)
+
+    def read(self) -> bool:
+        """Reads one chunk of the prompt that was admitted first; whether there is more to read.
+
+        The last token of a prompt is left to `advance`.
+        """
+        if not self._waiting:
+            return False
+        first = self._waiting[0]
+        last = len(first.prompt) - 1
+        if first.at < last:
+            tokens, positions = chunk_of(first.prompt, first.at, self._chunk)
+            weights = self._weights_for(self._chunk)
+            row, cache = np.int32(first.row), self._state.cache
+            cache = prefill(self._config, weights, cache, row, tokens, positions)
+            self._state = self._state._replace(cache=cache)
+            self.unread -= min(last, first.at + self._chunk) - first.at
+            first.at = min(last, first.at + self._chunk)
+        if first.at == last:
+            self._waiting.popleft()
+            self._begin(first)
+        return bool(self._waiting)
+
+    def read_all(self, on_read: OnRead | None = None) -> None:
+        """Reads all prompts that were admitted; with `on_read` it waits for every chunk."""
+        total = self.unread
+        if on_read:
+            on_read(0, total)
+        while self._waiting:
+            before = self.unread
+            self.read()
+            if on_read and self.unread < before:
+                jax.block_until_ready(self._state.cache)
+                on_read(total - self.unread, total)
+
+    def advance(self, n: int) -> list[Made]:
+        """Up to `n` steps, at most `MOST`, of all rows that are read: what each has produced.
+
+        Fewer when all rows are at their end, or guesses do not pay any more.
+        """
+        guessing = self._guessing()
+        weights = self._weights_for(self.n_rows * (1 + guessing))
+        self._state, out = decode(
+            self._config, weights, self._state, self._request, np.int32(n), guessing
+        )
+        ids, logprobs, lengths, left = jax.device_get(
+            (out.ids, out.logprobs, out.length, self._state.left)
+        )
+        self._left = np.array(left)
+        made = []
+        for row, length in enumerate(lengths.tolist()):
+            made.append(Made(ids[row, :length].tolist(), logprobs[row, :length].tolist()))
+            self.lengths[row] += length
+            if repeats := self._repeats[row]:
+                repeats.add(made[row].ids)
+        return made
+
+    def free(self, row: int) -> None:
+        """Forgets what a row was to produce; until it is admitted anew it costs least."""
+        for reading in [reading for reading in self._waiting if reading.row == row]:
+            self._waiting.remove(reading)
+            self.unread -= len(reading.prompt) - 1 - reading.at
+        if self._left[row]:
+            self._seat(row, 0, EMPTY, 0, self._asked(IDLE, (), 0))
+        self.lengths[row], self._repeats[row], self._drawn[row] = 0, None, False
+
+    def spare(self) -> int | None:
+        """Tokens that a text may be cut by, so that its ring still holds what is before."""
+        return self._state.cache.spare(self._config)
+
+    def _begin(self, read: _Reading) -> None:
+        """A row whose prompt is in the cache takes part from now on."""
+        last = len(read.prompt) - 1
+        self._seat(read.row, int(read.prompt[last]), last, read.limit, read.request)
+        self._drawn[read.row] = read.sampling.temperature > 0
+        if self._draft:
+            self._repeats[read.row] = Repeats(read.prompt, self._draft)
+            self._state = self._state._replace(seen=jnp.zeros((self.n_rows, 0), jnp.int32))
+
+    def _seat(self, row: int, token: int, position: int, left: int, request: Request) -> None:
+        state = self._state
+        numbers = (np.full(1, number, np.int32) for number in (token, position, left))
+        kept = state.token, state.position, state.left, self._request
+        *kept, self._request = with_row(kept, np.int32(row), (*numbers, request))
+        self._state = state._replace(token=kept[0], position=kept[1], left=kept[2])
+        self._left[row] = left
+
+    def _asked(self, sampling: Sampling, eos_ids: Collection[int], stream: int) -> Request:
+        ends = np.isin(np.arange(self._config.vocab_size), list(eos_ids))
+        return Request(sampling.controls(1), sampling.streams(1, stream), jnp.asarray(ends[None]))
+
+    def _guessing(self) -> int:
+        """Tokens to guess in the next call, for which the state has what is looked up."""
+        live = [row for row in range(self.n_rows) if self._left[row]]
+        rates = [repeats.rate for row in live if (repeats := self._repeats[row])]
+        enough = break_even(self._draft, self.n_rows, any(self._drawn[row] for row in live))
+        guessing = self._draft if rates and sum(rates) / len(rates) >= enough else 0
+        if self._draft and self._state.seen.shape[1] != (SEEN if guessing else 0):
+            texts = [repeats.text if repeats else [] for repeats in self._repeats]
+            seen = newest(texts, SEEN if guessing else 0)
+            self._state = self._state._replace(seen=jnp.asarray(seen))
+        return guessing
+
+
+def rounds(engine: Engine, rows: Sequence[Continuation]) -> Iterator[list[Sample]]:
+    """The pieces of all rows after each call of `Engine.advance`, until all have stopped.
+
+    A call makes one token at first, for an early start, and more as long as they come quickly.
+    """
+    n = 1
+    while not all(row.stopped for row in rows):
+        began = time.perf_counter()
+        made = engine.advance(n)
+        is_quick = time.perf_counter() - began < PATIENCE
+        n = min(MOST, 2 * n) if is_quick else max(1, n // 2)
+        yield [row.take(*tokens) for row, tokens in zip(rows, made, strict=True)]
+        for number, row in enumerate(rows):
+            if row.stopped == "stop" and len(rows) > 1:  # of which the engine knows nothing
+                engine.free(number)

@@ -1,0 +1,134 @@
+"""A model that is loaded for generation: its weights, its tokenizer, and what it can be asked."""
+
+from collections.abc import Collection, Sequence
+
+from lechat_jax.checkpoint.load import free_bytes
+from lechat_jax.config import MistralConfig
+from lechat_jax.devices.memory import check_fits
+from lechat_jax.errors import BadInput
+from lechat_jax.generate.engine import Engine, OnRead
+from lechat_jax.generate.prefill import best_chunk, cache_size, cached_bytes
+from lechat_jax.model.mistral import Mistral, Weights, weights_of
+from lechat_jax.ops.matmul import as_bits
+from lechat_jax.tokenizer.tokenizer import Tokenizer
+
+MOST_DRAFT = 32  # tokens that may be guessed ahead
+CONTEXT = 4096  # positions of a layer without a window, unless told otherwise
+SHORTER = "ask for a shorter context or fewer samples"
+
+# What can be continued: a text, or the ids of one, BOS included.
+Prompt = str | Sequence[int]
+Prompts = Sequence[Sequence[int]] | list[str] | list[str | list[int]]
+
+
+class LoadedModel:
+    """A model, and how to feed it.
+
+    For each number of prompts the functions of `Engine` are compiled; nothing else that can be
+    asked for, neither lengths nor sampling, compiles anything.
+
+    Attributes:
+        config: the model's.
+        weights: the model's, by name; the dtype of the norms is what is computed in.
+        tokenizer: makes text of ids; without one there are only ids.
+        eos_ids: tokens that end a text, unless told otherwise: those given and the tokenizer's.
+        chunk: tokens of a prompt that are read at once.
+        context: positions that a layer without a window can hold, prompt included.
+        on_read: is told how many tokens of the prompts are read, and of how many: at first of
+            none, then after each chunk, for which it waits.
+
+    Raises:
+        BadInput: chunk or context is below 1, or the tokenizer is another model's.
+    """
+
+    def __init__(
+        self,
+        model: Mistral,
+        tokenizer: Tokenizer | None = None,
+        *,
+        chunk: int | None = None,
+        context: int = CONTEXT,
+        on_read: OnRead | None = None,
+        eos_ids: Collection[int] = (),
+    ) -> None:
+        self.config: MistralConfig = model.config
+        self.weights = weights_of(model)
+        self._for_one, self._for_more = (as_bits(self.weights, positions) for positions in (1, 2))
+        self.tokenizer = tokenizer
+        self.eos_ids = {*eos_ids, *([tokenizer.eos_id] if tokenizer else [])}
+        self.chunk = best_chunk() if chunk is None else chunk
+        self.context = context
+        self.on_read = on_read
+        if self.chunk < 1 or context < 1:
+            raise BadInput(f"chunk ({self.chunk}) and context ({context}) must be at least 1")
+        if tokenizer and tokenizer.vocab_size != self.config.vocab_size:
+            raise BadInput(
+                f"{tokenizer.path} has {tokenizer.vocab_size} tokens and the model "
+                f"{self.config.vocab_size}; use the tokenizer that the model was trained with"
+            )
+
+    def engine(self, n_rows: int, draft: int = 0) -> Engine:
+        """So many free rows for texts of this model, with guesses of up to `draft` tokens."""
+        return Engine(
+            self.config,
+            self._weights_for,
+            n_rows,
+            chunk=self.chunk,
+            context=self.context,
+            draft=draft,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a prompt: BOS, and those of the text.
+
+        Raises:
+            BadInput: there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise BadInput("there is no tokenizer beside the weights; give the prompt as ids")
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+
+    def ids_of(self, prompt: Prompt) -> Sequence[int]:
+        """The tokens of a prompt, which may be a text.
+
+        Raises:
+            BadInput: there is no tokenizer for a text.
+        """
+        return self.encode(prompt) if isinstance(prompt, str) else prompt
+
+    def room(self, length: int) -> int | None:
+        """Tokens that fit behind so many; without end when every layer has a window."""
+        return self.context - length if None in self.config.windows else None
+
+    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int = 0, draft: int = 0) -> None:
+        """Raises `BadInput` for what this model cannot continue, or not so far."""
+        if not 0 <= max_tokens < 2**31:
+            raise BadInput(f"max_tokens must be at least 0 and below 2**31, not {max_tokens}")
+        if not 0 <= draft <= MOST_DRAFT:
+            raise BadInput(f"draft must be from 0 (off) to {MOST_DRAFT} tokens, not {draft}")
+        if not prompts:
+            raise BadInput("there is no prompt; give at least one")
+        for prompt in prompts:
+            if not len(prompt):
+                raise BadInput("a prompt has no tokens; an empty text is the BOS token alone")
+            for id_ in prompt:
+                if not 0 <= id_ < self.config.vocab_size:
+                    raise BadInput(
+                        f"prompt token {id_} is not an id of the model, which has "
+                        f"0 to {self.config.vocab_size - 1}"
+                    )
+            if (self.room(len(prompt)) or 0) < 0:
+                raise BadInput(
+                    f"the prompt has {len(prompt)} tokens and the context {self.context}; "
+                    "ask for a longer context"
+                )
+
+    def check_memory(self, batch: int, draft: int) -> None:
+        """Raises `BadInput` when the cache for so many rows would not fit."""
+        size = cache_size(self.config, self.weights, batch, self.chunk, self.context, draft)
+        free = free_bytes(self.weights["norm.scale"])
+        check_fits("the cache takes", cached_bytes(size), free, SHORTER)
+
+    def _weights_for(self, positions: int) -> Weights:
+        """The weights as a product of so many positions wants them."""
+        return self._for_one if positions == 1 else self._for_more

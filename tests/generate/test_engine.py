@@ -1,0 +1,152 @@
+"""Rows of the engine come and go, and none of them can be told from one that is alone."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.generate.engine import Engine, Made
+from lechat_jax.generate.loaded_model import LoadedModel
+from lechat_jax.generate.sampling import Sampling
+from lechat_jax.model.mistral import bind, weights_of
+from parity.random_models import lively
+
+GREEDY = Sampling(temperature=0)
+ASKED = {  # row by row, and each of another kind
+    0: (23, GREEDY, 17),
+    1: (1, Sampling(temperature=1.3, top_k=9, seed=5), 40),
+    2: (38, Sampling(temperature=0.9, top_p=0.8, seed=6), 9),
+    3: (5, Sampling(temperature=0.7, min_p=0.05, seed=7), 25),
+}
+
+
+def prompt_of(row: int) -> list[int]:
+    return np.random.default_rng(row).integers(97, size=ASKED[row][0]).tolist()
+
+
+@pytest.fixture(scope="module", params=["one window", "windows and none"])
+def model(request: pytest.FixtureRequest, tiny: MistralConfig) -> LoadedModel:
+    windows = 5 if request.param == "one window" else (None, 5)
+    config = dataclasses.replace(tiny, n_layers=2, sliding_window=windows)
+    return LoadedModel(lively(config), chunk=4, context=128)
+
+
+def join(rounds: list[Made]) -> Made:
+    ids, logprobs = zip(*rounds, strict=True)
+    return Made([*itertools.chain(*ids)], [*itertools.chain(*logprobs)])
+
+
+def alone(model: LoadedModel, n_rows: int, row: int, draft: int = 0) -> Made:
+    """What a row says when nobody else is there."""
+    engine, (_, sampling, limit) = model.engine(n_rows, draft), ASKED[row]
+    engine.admit(row, prompt_of(row), limit, sampling, stream=row)
+    engine.read_all()
+    return finish(engine, row)
+
+
+def finish(engine: Engine, row: int) -> Made:
+    made = []
+    while not made or made[-1].ids:
+        made.append(engine.advance(8)[row])
+    return join(made)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 64])
+def test_a_row_is_bit_for_bit_what_it_is_alone(model: LoadedModel, steps: int) -> None:
+    """Whoever joins, is being read or leaves meanwhile, and however many steps a call takes."""
+    engine = model.engine(4)
+    waiting, made = [*ASKED], {row: list[Made]() for row in ASKED}
+    while waiting or any(not rounds or rounds[-1].ids for rounds in made.values()):
+        if waiting:
+            row = waiting.pop()
+            engine.admit(row, prompt_of(row), ASKED[row][2], ASKED[row][1], stream=row)
+        engine.read()  # one chunk, between two calls of the others
+        for row, piece in enumerate(engine.advance(steps)):
+            made[row] += [piece] if piece.ids or made[row] else []
+    for row, rounds in made.items():
+        assert join(rounds) == alone(model, 4, row)
+
+
+def test_a_row_that_was_used_is_as_good_as_new(model: LoadedModel) -> None:
+    engine = model.engine(4)
+    for row in ASKED:
+        engine.admit(row, prompt_of(3 - row), 30, GREEDY)
+    engine.read_all()
+    engine.advance(20)
+    for row, (_, sampling, limit) in ASKED.items():
+        engine.free(row)
+        engine.admit(row, prompt_of(row), limit, sampling, stream=row)
+        engine.read_all()
+        assert finish(engine, row) == alone(model, 4, row)
+
+
+def test_what_is_no_number_does_not_outlive_its_row(tiny: MistralConfig) -> None:
+    """A value of NaN has weight 0 under a mask, and 0 times NaN is NaN."""
+    weights = weights_of(lively(tiny))
+    weights["embed.kernel"] = weights["embed.kernel"].at[96].set(np.nan)
+    model = LoadedModel(bind(tiny, weights), chunk=4)
+    engine = model.engine(2)
+    engine.admit(0, [5, 96, 7, 8], 5, GREEDY)
+    engine.admit(1, [5, 6], 5, GREEDY)
+    engine.read_all()
+    broken, right = engine.advance(2)
+    assert np.isnan(broken.logprobs).all()
+    assert np.isfinite(right.logprobs).all()
+    engine.free(0)
+    engine.admit(0, [5, 6], 2, GREEDY)
+    engine.read_all()
+    assert engine.advance(2)[0] == right
+
+
+@pytest.mark.parametrize("when", ["waiting", "half read", "decoding"])
+def test_a_row_that_is_freed_makes_nothing_more(model: LoadedModel, when: str) -> None:
+    engine = model.engine(4)
+    engine.admit(0, prompt_of(0), 17, GREEDY, stream=0)
+    engine.read_all()
+    engine.admit(2, prompt_of(2), 9, GREEDY)
+    made = [engine.advance(2)]
+    if when == "half read":
+        engine.read()
+    if when == "decoding":
+        engine.read_all()
+        made.append(engine.advance(2))
+    engine.free(2)
+    assert (engine.unread, engine.lengths[2]) == (0, 0)
+    assert not engine.read()
+    made.append(engine.advance(64))
+    assert made[-1][2].ids == []
+    assert join([row[0] for row in made]) == alone(model, 4, 0)
+
+
+def test_rows_that_guess_say_what_they_say_alone(model: LoadedModel) -> None:
+    """Guesses are the engine's, whose rows may be read to different lengths or free."""
+    engine = model.engine(4, draft=3)
+    made = {row: list[Made]() for row in (0, 2)}
+    for row in made:
+        engine.admit(row, prompt_of(row) * 2, 30, GREEDY)
+        engine.read_all()
+        pieces = engine.advance(3)
+        for other in made:
+            made[other].append(pieces[other])
+    while any(rounds[-1].ids for rounds in made.values()):
+        for row, piece in enumerate(engine.advance(3)):
+            if row in made:
+                made[row].append(piece)
+    for row, rounds in made.items():
+        single = model.engine(1)
+        single.admit(0, prompt_of(row) * 2, 30, GREEDY)
+        single.read_all()
+        assert join(rounds).ids == finish(single, 0).ids
+
+
+def test_an_end_is_that_of_its_row_alone(model: LoadedModel) -> None:
+    engine = model.engine(2)
+    said = alone(model, 2, 0).ids
+    engine.admit(0, prompt_of(0), 17, GREEDY, eos_ids=[said[4]])
+    engine.admit(1, prompt_of(0), 17, GREEDY)
+    engine.read_all()
+    ended, other = engine.advance(64)
+    assert ended.ids == said[: said.index(said[4]) + 1]
+    assert other.ids == said
