@@ -236,3 +236,6 @@ class Generator(LoadedModel):
                 engine.admit(number, prompt, row.limit, sampling, eos_ids, stream=stream)
         engine.read_all(self.on_read)
         yield from rounds(engine, rows)
+
+
+load = Generator.from_checkpoint

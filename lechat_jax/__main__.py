@@ -1,0 +1,37 @@
+"""The command `lechat VERB`, for `python -m lechat_jax.VERB` and `python -m parity.VERB`."""
+
+import runpy
+import sys
+
+import lechat_jax
+
+VERBS = {
+    "train": ("lechat_jax", "train a Mistral, or fine-tune one, and print samples"),
+    "generate": ("lechat_jax", "continue prompts"),
+    "chat": ("lechat_jax", "talk with a model by its chat template"),
+    "eval": ("lechat_jax", "perplexity of a text under a model"),
+    "convert": ("parity", "move weights between the formats of PyTorch and lechat"),
+    "check": ("parity", "prove that the port is the same function as PyTorch's Mistral"),
+    "bench": ("parity", "speed and memory side by side with PyTorch"),
+    "quality": ("parity", "what bfloat16, int8 and int4 cost in quality"),
+}
+
+
+def main() -> None:
+    """Runs the command that the first argument names, with the others."""
+    verb, *rest = sys.argv[1:] or ["--help"]
+    if verb in ("-h", "--help"):
+        print("usage: lechat VERB [--help] ...\n")
+        print("\n".join(f"  {name:9} {what}" for name, (_, what) in VERBS.items()))
+    elif verb == "--version":
+        print(f"lechat {lechat_jax.__version__}")
+    elif verb in VERBS:
+        sys.argv = [f"lechat {verb}", *rest]
+        runpy.run_module(f"{VERBS[verb][0]}.{verb}", run_name="__main__")
+    else:
+        print(f"error: lechat can {', '.join(VERBS)}, not {verb!r}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
