@@ -26,7 +26,7 @@ from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_whole
-from lechat_jax.model.mistral import Weights, bind
+from lechat_jax.model.binding import Weights, bind
 from lechat_jax.ops.matmul import project
 from lechat_jax.quantize.scheme import INT8, Format, asked, form_of, quantize_weights
 from parity.held_out import Text, held_out

@@ -8,7 +8,8 @@ from jax.typing import DTypeLike
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import is_norm, n_reads
-from lechat_jax.model.mistral import Mistral, bind, shapes_of, weights_of
+from lechat_jax.model.binding import bind, shapes_of, weights_of
+from lechat_jax.model.mistral import Mistral
 
 
 def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Mistral:

@@ -16,7 +16,7 @@ from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config.layout import is_adapter, is_part
 from lechat_jax.devices.memory import available_bytes, check_fits
 from lechat_jax.errors import BadInput
-from lechat_jax.model.mistral import Weights
+from lechat_jax.model.binding import Weights
 from lechat_jax.quantize.scheme import Format
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]

@@ -18,7 +18,7 @@ from lechat_jax.devices.mesh import described, shardings
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
 from lechat_jax.model.adapters import Adapters
-from lechat_jax.model.mistral import Weights
+from lechat_jax.model.binding import Weights
 from lechat_jax.quantize.scheme import Form, Format, asked, quantize_weights
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import ends

@@ -33,7 +33,7 @@ from lechat_jax.config.layout import is_part
 from lechat_jax.devices.host_memory import host_empty
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST, sync, write_manifest
-from lechat_jax.model.mistral import Weights, shapes_of
+from lechat_jax.model.binding import Weights, shapes_of
 from lechat_jax.quantize.scheme import QUANTIZATION, Form, Format, asked, form_of, in_parts
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 

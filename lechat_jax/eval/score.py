@@ -14,7 +14,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data.held_out import HeldOut
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import ROWS, placed
-from lechat_jax.model.mistral import Weights
+from lechat_jax.model.binding import Weights
 from lechat_jax.model.scoring import Forward, score
 
 

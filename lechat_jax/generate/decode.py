@@ -16,8 +16,8 @@ from lechat_jax.devices.host_memory import give_back_memory
 from lechat_jax.generate.prefill import Described, cache_size
 from lechat_jax.generate.prompt_lookup import SEEN, lately, look_up, record
 from lechat_jax.generate.sampling import Controls, Sampling, sample, token_keys
+from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.cache import EMPTY, Cache, empty_cache
-from lechat_jax.model.mistral import Weights, bind
 from lechat_jax.ops.matmul import as_bits
 
 T = TypeVar("T")

@@ -31,8 +31,8 @@ from lechat_jax.generate.decode import (
 from lechat_jax.generate.prefill import cache_size, chunk_of
 from lechat_jax.generate.prompt_lookup import SEEN, Repeats, newest
 from lechat_jax.generate.sampling import Sampling
+from lechat_jax.model.binding import Weights
 from lechat_jax.model.cache import EMPTY, empty_cache
-from lechat_jax.model.mistral import Weights
 
 # Is told how many tokens of the prompts are read, and of how many; at first of none.
 OnRead = Callable[[int, int], None]

@@ -19,7 +19,7 @@ from lechat_jax.generate.loaded_model import CONTEXT, SHORTER, LoadedModel, Prom
 from lechat_jax.generate.prefill import best_chunk, cache_size, cached_bytes
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.generate.session import Session
-from lechat_jax.model.mistral import bind
+from lechat_jax.model.binding import bind
 from lechat_jax.quantize.scheme import Format
 
 

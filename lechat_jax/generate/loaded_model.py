@@ -8,7 +8,8 @@ from lechat_jax.devices.memory import check_fits
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.engine import Engine, OnRead
 from lechat_jax.generate.prefill import best_chunk, cache_size, cached_bytes
-from lechat_jax.model.mistral import Mistral, Weights, weights_of
+from lechat_jax.model.binding import Weights, weights_of
+from lechat_jax.model.mistral import Mistral
 from lechat_jax.ops.matmul import as_bits
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 

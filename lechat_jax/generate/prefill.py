@@ -10,8 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.model.binding import Weights
 from lechat_jax.model.cache import EMPTY, cache_bytes, capacity
-from lechat_jax.model.mistral import Weights
 from lechat_jax.ops.matmul import FEW
 
 # Weights by name, or only their shapes and types.

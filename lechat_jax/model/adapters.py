@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import ATTENTION, LORA_A, LORA_B, LORA_SCALE, MAPS, is_expert
 from lechat_jax.errors import BadInput
-from lechat_jax.model.mistral import Weights
+from lechat_jax.model.binding import Weights
 
 
 class Part(NamedTuple):

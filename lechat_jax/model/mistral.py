@@ -7,33 +7,23 @@ scores and softmax are at least float32.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.config.layout import is_part
 from lechat_jax.data.rows import positions_in
 from lechat_jax.model.attention import Backend, attend_cached, training_attention
 from lechat_jax.model.cache import Cache, Ring, distinct_windows, places
-from lechat_jax.model.lora import Adapter, adapted
+from lechat_jax.model.layers import Embedding, Linear, RMSNorm
 from lechat_jax.model.mask import window_mask
-from lechat_jax.model.moe import Load, Mixture, Stack
+from lechat_jax.model.moe import Load, Mixture
 from lechat_jax.model.rope import Turns, rotate, turns
-from lechat_jax.ops.matmul import from_bits, project
-from lechat_jax.ops.matmul_int4 import project_pairs
 from lechat_jax.ops.remat import Remat, recomputing
-
-# The weights of a model by the name under which every format of lechat stores them.
-Weights = dict[str, Array]
-
-# Where a module has the parts of a quantised kernel: under the names of those, but for the dot.
-ATTRIBUTES = ("kernel_scale", "kernel_zero", "kernel_order")
 
 # What a layer remembers of the tokens before: its keys and values, or nothing.
 Memory = TypeVar("Memory", Ring, None)
@@ -41,71 +31,6 @@ Memory = TypeVar("Memory", Ring, None)
 # From rotated queries, keys and values, and the memory, to what each query gathers and the
 # memory after it.
 Mixer = Callable[[Array, Array, Array, Memory], tuple[Array, Memory]]
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (Zhang & Sennrich 2019, arXiv:1910.07467).
-
-    Normalised in at least float32 and rounded before the product with the scale, in the
-    order of both PyTorch references. That product is exact in float32, so rounding it is
-    what bfloat16 would have made of it; but the gradient of the scale, a sum over all
-    positions, is then summed in float32, where XLA would take bfloat16 (measured: wrong by
-    1.3 % after 4,096 positions instead of 0.2 %).
-    """
-
-    def __init__(self, dim: int, eps: float) -> None:
-        self.scale = nnx.Param(jnp.ones(dim))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """The same shape and dtype, with a root mean square of `scale`."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        rounded = (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
-        scale = self.scale[...].astype(wide.dtype)
-        return (rounded.astype(wide.dtype) * scale).astype(x.dtype)
-
-
-class Linear(nnx.Module):
-    """A linear map without bias, whose kernel has the axes it writes and then those it reads.
-
-    All positions and all axes are flattened to one matrix product. The gradient of a
-    product with batch axes writes transposed copies of its operands on a CPU, which costs
-    a feed-forward layer 1.6 times its time.
-    """
-
-    def __init__(
-        self, writes: tuple[int, ...], reads: tuple[int, ...], std: float, *, rngs: nnx.Rngs
-    ) -> None:
-        self.writes, self.reads = writes, reads
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*writes, *reads)))
-        self.kernel_scale: nnx.Param | None = None
-        self.kernel_zero: nnx.Param | None = None
-        self.kernel_order: nnx.Param | None = None
-        self.lora: Adapter | None = None
-
-    def __call__(self, x: Array) -> Array:
-        """`x` [..., *reads] mapped to [..., *writes]."""
-        positions = x.shape[: x.ndim - len(self.reads)]
-        flat = x.reshape(-1, math.prod(self.reads))
-        y = self._product(flat)
-        if self.lora is not None:
-            y = y + self.lora(flat)
-        return y.reshape(*positions, *self.writes)
-
-    def _product(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
-        """The kernel's own product, in whichever form it is: floats, int8 or int4."""
-        F = math.prod(self.writes)
-        matrix = self.kernel[...].reshape(F, -1)
-        if self.kernel_scale is None:
-            return project(x, matrix)
-        scale = self.kernel_scale[...]
-        if self.kernel_zero is None:
-            return project(x, matrix, scale.reshape(F))
-        zero = self.kernel_zero[...].reshape(F, -1)
-        if self.kernel_order is not None:
-            x = x[:, self.kernel_order[...]]
-        return project_pairs(x, matrix, scale.reshape(F, -1), zero)
 
 
 class Attention(nnx.Module):
@@ -170,66 +95,6 @@ class Block(nnx.Module):
         return x + made, memory, load
 
 
-class Table(nnx.Module):
-    """One vector of width D for each token id: the embedding, and the head.
-
-    Attributes:
-        dtype: of the rows of an int8 table, which have none of their own.
-    """
-
-    dtype: str = "float32"
-
-    def __init__(self, config: MistralConfig, std: float, *, rngs: nnx.Rngs) -> None:
-        self.writes = (config.vocab_size,)
-        shape = (config.vocab_size, config.dim)
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
-        self.kernel_scale: nnx.Param | None = None
-
-    def rows(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The vectors of these ids."""
-        if self.kernel_scale is not None:
-            scale = self.kernel_scale[...][tokens][..., None]
-            return (self.kernel[...][tokens] * scale).astype(self.dtype)
-        return from_bits(_looked_up(self.kernel[...], tokens))
-
-    def matrix(self) -> Float[Array, "V D"]:
-        """All vectors; those of an int8 table are made, and are whole in memory."""
-        if self.kernel_scale is None:
-            return self.kernel[...]
-        return (self.kernel[...] * self.kernel_scale[...][:, None]).astype(self.dtype)
-
-    def scores(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """The product with every vector, at least float32."""
-        kernel = self.kernel[...]
-        scale = None if self.kernel_scale is None else self.kernel_scale[...]
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        flat = hidden.reshape(-1, kernel.shape[1])
-        return project(flat, kernel, scale, wide).reshape(*hidden.shape[:-1], kernel.shape[0])
-
-
-@jax.custom_vjp
-def _looked_up(kernel: Shaped[Array, "V D"], tokens: Int[Array, "B T"]) -> Shaped[Array, "B T D"]:
-    """`kernel[tokens]`, whose gradient is added up in at least float32 and rounded once.
-
-    A token may come thousands of times in a batch, and a sum in bfloat16 stops to grow when it
-    has some hundred terms.
-    """
-    return kernel[tokens]
-
-
-def _slope_of_table(kept: tuple[Array, Array], dy: Float[Array, "B T D"]) -> tuple[Array, None]:
-    kernel, tokens = kept
-    wide = jnp.promote_types(dy.dtype, jnp.float32)
-    total = jnp.zeros(kernel.shape, wide).at[tokens].add(dy.astype(wide))
-    return total.astype(kernel.dtype), None
-
-
-_looked_up.defvjp(
-    lambda kernel, tokens: (kernel[tokens], (kernel, tokens)),
-    _slope_of_table,
-)
-
-
 class Mistral(nnx.Module):
     """A decoder of `config.n_layers` blocks between an embedding and a head.
 
@@ -244,11 +109,11 @@ class Mistral(nnx.Module):
 
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.embed = Table(config, 1.0, rngs=rngs)
+        self.embed = Embedding(config, 1.0, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layers)])
         self.norm = RMSNorm(config.dim, config.norm_eps)
         std = config.dim**-0.5
-        self.head = self.embed if config.tied_embeddings else Table(config, std, rngs=rngs)
+        self.head = self.embed if config.tied_embeddings else Embedding(config, std, rngs=rngs)
 
     def __call__(
         self,
@@ -365,77 +230,3 @@ def _mix_cached(
 ) -> tuple[Array, Ring]:
     ring = ring.write(0, positions, k, v)
     return attend_cached(q, *ring.read(0), mask), ring
-
-
-def weights_of(model: Mistral) -> Weights:
-    """The weights by name, sharing memory with the model.
-
-    >>> from lechat_jax.config import preset
-    >>> list(weights_of(Mistral(preset("lechat-15m"), rngs=nnx.Rngs(0))))[:3]
-    ['blocks.0.attn.k.kernel', 'blocks.0.attn.o.kernel', 'blocks.0.attn.q.kernel']
-    """
-    return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
-
-
-def bind(config: MistralConfig, weights: Weights) -> Mistral:
-    """A model of that shape around these weights, which may be traced: no copy is made.
-
-    The hot functions take the plain dict, since passing a module to a jitted function
-    costs milliseconds of Python a call, and bind it inside. A kernel is quantised if its parts
-    are there too, under its name and behind it, and a map has an adapter if that is there.
-    """
-    parts = frozenset(filter(is_part, weights))
-    dtype = str(weights["norm.scale"].dtype)
-    graph, names = _skeleton(config, parts, adapted(weights), dtype)
-    flat = [(path, nnx.Param(weights[name])) for name, path in names.items()]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
-
-
-def shapes_of(config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """The weights that a freshly made model would have, by name, none of which is made.
-
-    >>> from lechat_jax.config import preset
-    >>> shapes_of(preset("lechat-15m"))["norm.scale"]
-    ShapeDtypeStruct(shape=(192,), dtype=float32)
-    """
-    return dict(_shapes_of(config, jax.config.values["jax_enable_x64"]))
-
-
-@functools.lru_cache(maxsize=8)
-def _shapes_of(config: MistralConfig, in_float64: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """`in_float64` is what JAX is told just now: what is freshly made has another type in it."""
-    return jax.eval_shape(lambda: weights_of(Mistral(config, rngs=_OneKey())))
-
-
-@functools.lru_cache(maxsize=8)
-def _skeleton(
-    config: MistralConfig, parts: frozenset[str], with_adapter: frozenset[str], dtype: str
-) -> tuple[nnx.GraphDef, dict[str, tuple]]:
-    def build() -> Mistral:
-        model = Mistral(config, rngs=_OneKey())
-        model.embed.dtype = dtype
-        for path, module in nnx.iter_modules(model):
-            for part in ATTRIBUTES if isinstance(module, Linear | Table | Stack) else ():
-                if _name((*path, part)) in parts:  # of whichever shape
-                    setattr(module, part, nnx.data(nnx.Param(jnp.ones(()))))
-            if isinstance(module, Linear) and _name(path) in with_adapter:
-                module.lora = nnx.data(Adapter(module.writes, module.reads, rank=1))
-        return model
-
-    graph, state = nnx.split(nnx.eval_shape(build))
-    return graph, {_name(path): path for path, _ in nnx.to_flat_state(state)}
-
-
-class _OneKey(nnx.Rngs):
-    """Where nothing is drawn: counting draws takes three quarters of the time."""
-
-    def __init__(self) -> None:
-        self.key = nnx.data(jax.random.key(0))
-
-    def params(self) -> Array:
-        """The same key for every weight."""
-        return self.key
-
-
-def _name(path: tuple) -> str:
-    return ".".join(map(str, path)).replace("kernel_", "kernel.")

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lechat_jax.config import MistralConfig
 from lechat_jax.devices.mesh import ROWS, keeps_its_type, sum_over_rows
 from lechat_jax.model.attention import Backend
-from lechat_jax.model.mistral import Weights, bind
+from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.moe import Load, imbalance
 from lechat_jax.ops.cross_entropy import cross_entropy
 from lechat_jax.ops.remat import Remat

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
 from lechat_jax.config import layout
-from lechat_jax.model.mistral import Weights
+from lechat_jax.model.binding import Weights
 
 WARMUP_STEPS = 10
 COOLDOWN = 0.6  # the last part of the run in which the rate falls to zero, as a fraction

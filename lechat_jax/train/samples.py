@@ -15,7 +15,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.loaded_model import CONTEXT
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.model.mistral import Weights, bind
+from lechat_jax.model.binding import Weights, bind
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import ends
 from lechat_jax.train.options import TrainConfig

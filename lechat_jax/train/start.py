@@ -14,7 +14,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import MAPS
 from lechat_jax.errors import BadInput
 from lechat_jax.model.adapters import Adapters
-from lechat_jax.model.mistral import Weights
+from lechat_jax.model.binding import Weights
 from lechat_jax.shell import command
 from lechat_jax.train.options import Dtype, TrainConfig
 

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import made_sharded, pinned
-from lechat_jax.model.mistral import Mistral, Weights, weights_of
+from lechat_jax.model.binding import Weights, weights_of
+from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.scoring import Forward, total_nats
 from lechat_jax.ops.remat import KEPT_ON_A_CPU
 from lechat_jax.train.optimizer import MUON, Optimizer, Rule, Schedule, warmup_then_cooldown

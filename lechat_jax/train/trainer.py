@@ -29,7 +29,7 @@ from lechat_jax.devices.processes import anywhere, from_first, is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.eval.score import Validator
 from lechat_jax.model.adapters import Adapters
-from lechat_jax.model.mistral import Weights
+from lechat_jax.model.binding import Weights
 from lechat_jax.shell import quoted
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.optimizer import usual_rule

@@ -23,7 +23,7 @@ from lechat_jax.generate.dialogue import Dialogue
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.generate.session import Session
-from lechat_jax.model.mistral import weights_of
+from lechat_jax.model.binding import weights_of
 from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.random_models import lively

@@ -18,7 +18,7 @@ from lechat_jax.checkpoint import peft
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.model.mistral import bind, weights_of
+from lechat_jax.model.binding import bind, weights_of
 from parity.convert import command as convert
 from parity.convert import names
 from parity.random_models import lively

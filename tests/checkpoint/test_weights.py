@@ -25,7 +25,7 @@ from lechat_jax.checkpoint.weights import load_weights, save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import write_manifest
-from lechat_jax.model.mistral import Weights, weights_of
+from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.quantize.scheme import Form, quantize_weights
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.random_models import lively

@@ -32,7 +32,7 @@ from lechat_jax.devices.mesh import (
 from lechat_jax.errors import BadInput
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.attention import KERNELS, dense_attention
-from lechat_jax.model.mistral import weights_of
+from lechat_jax.model.binding import weights_of
 from lechat_jax.model.scoring import score
 from lechat_jax.quantize.scheme import INT8, Form, quantize_weights
 from lechat_jax.train.step import StepOptions, TrainState, gradient, init_state, train_steps

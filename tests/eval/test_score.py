@@ -19,7 +19,7 @@ from lechat_jax.data.batches import Tokens
 from lechat_jax.data.held_out import HeldOut
 from lechat_jax.devices.mesh import ROWS, make_mesh, settled
 from lechat_jax.eval.score import Score, Validator
-from lechat_jax.model.mistral import Weights, bind, shapes_of
+from lechat_jax.model.binding import Weights, bind, shapes_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.step import StepOptions
 

@@ -25,7 +25,7 @@ from lechat_jax.generate.continuation import Sample
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.prompt_files import read_prompts
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.model.mistral import weights_of
+from lechat_jax.model.binding import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.random_models import lively
 

@@ -14,8 +14,8 @@ from lechat_jax.generate.decode import MOST, DecodeState, Produced, Request, dec
 from lechat_jax.generate.prefill import chunk_of
 from lechat_jax.generate.prompt_lookup import SEEN
 from lechat_jax.generate.sampling import Sampling
+from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.model.cache import EMPTY, empty_cache
-from lechat_jax.model.mistral import Weights, weights_of
 from lechat_jax.quantize.scheme import INT8, Form
 from parity.random_models import lively
 

@@ -10,7 +10,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.generate.engine import Engine, Made
 from lechat_jax.generate.loaded_model import LoadedModel
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.model.mistral import bind, weights_of
+from lechat_jax.model.binding import bind, weights_of
 from parity.random_models import lively
 
 GREEDY = Sampling(temperature=0)

@@ -19,8 +19,9 @@ from lechat_jax.generate.continuation import Sample
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model import cache
+from lechat_jax.model.binding import Weights, bind, weights_of
 from lechat_jax.model.cache import Ring
-from lechat_jax.model.mistral import Mistral, Weights, bind, weights_of
+from lechat_jax.model.mistral import Mistral
 from parity.random_models import lively
 
 W = 7

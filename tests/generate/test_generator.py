@@ -29,7 +29,7 @@ from lechat_jax.generate.continuation import Sample, join
 from lechat_jax.generate.decode import decode
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.model.mistral import bind, weights_of
+from lechat_jax.model.binding import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.random_models import lively
 

@@ -13,7 +13,7 @@ from lechat_jax.generate.continuation import join
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.generate.session import Session
-from lechat_jax.model.mistral import bind
+from lechat_jax.model.binding import bind
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.random_models import lively
 

@@ -17,7 +17,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.adapters import Adapters
-from lechat_jax.model.mistral import Weights, bind, weights_of
+from lechat_jax.model.binding import Weights, bind, weights_of
 from lechat_jax.model.scoring import total_nats
 from lechat_jax.quantize.scheme import dequantize, quantize_weights
 from lechat_jax.train.optimizer import usual_rule

@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn, preset
+from lechat_jax.model.binding import bind, shapes_of, weights_of
 from lechat_jax.model.cache import EMPTY, empty_cache
-from lechat_jax.model.mistral import MLP, Mistral, RMSNorm, bind, shapes_of, weights_of
+from lechat_jax.model.layers import RMSNorm
+from lechat_jax.model.mistral import MLP, Mistral
 from tests.support.jaxprs import equations
 
 T = 33  # more than twice the window of the tiny model

@@ -19,7 +19,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.adapters import Adapters
-from lechat_jax.model.mistral import Weights, bind
+from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.moe import Load, imbalance
 from lechat_jax.quantize.scheme import INT8, Form, form_of, numbers_of, quantize_weights
 from lechat_jax.train.step import StepOptions, gradient

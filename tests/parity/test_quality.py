@@ -21,7 +21,7 @@ from lechat_jax.data.corpus import load_corpus
 from lechat_jax.data.held_out import HeldOut
 from lechat_jax.errors import BadInput
 from lechat_jax.eval.score import Validator
-from lechat_jax.model.mistral import bind, weights_of
+from lechat_jax.model.binding import bind, weights_of
 from lechat_jax.quantize.scheme import dequantize, quantize_weights
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.step import StepOptions

@@ -13,7 +13,7 @@ from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.checkpoint.weights import load_weights, save_weights, weight_shapes
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
-from lechat_jax.model.mistral import bind, weights_of
+from lechat_jax.model.binding import bind, weights_of
 from lechat_jax.ops import matmul_int4
 from lechat_jax.ops.matmul_int4 import project_pairs
 from lechat_jax.quantize import int8

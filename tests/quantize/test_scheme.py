@@ -18,7 +18,7 @@ from lechat_jax.checkpoint.weights import save_weights, weight_shapes
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.model.mistral import bind, weights_of
+from lechat_jax.model.binding import bind, weights_of
 from lechat_jax.quantize import int8 as module
 from lechat_jax.quantize.scheme import INT8, check_format, dequantize, quantize_weights, quantized
 from lechat_jax.tokenizer.tokenizer import Tokenizer

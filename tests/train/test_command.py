@@ -25,7 +25,7 @@ from lechat_jax.data.batches import Batches, load_tokens
 from lechat_jax.data.corpus import load_corpus
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
-from lechat_jax.model.mistral import bind, weights_of
+from lechat_jax.model.binding import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main, set_up
 from lechat_jax.train.options import TrainConfig

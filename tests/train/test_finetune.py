@@ -15,7 +15,8 @@ from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.cli import flags
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.dataset import Lessons, Packing, load_lessons
-from lechat_jax.model.mistral import Mistral, weights_of
+from lechat_jax.model.binding import weights_of
+from lechat_jax.model.mistral import Mistral
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main
 from parity.random_models import lively

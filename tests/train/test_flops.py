@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.model.binding import bind
 from lechat_jax.model.mask import window_mask
-from lechat_jax.model.mistral import Mistral, bind
+from lechat_jax.model.mistral import Mistral
 from lechat_jax.train import flops
 from lechat_jax.train.flops import flops_per_token, peak_flops
 from tests.support.jaxprs import equations
@@ -34,7 +35,7 @@ def products(config: MistralConfig, T: int) -> float:
 def _weights(config: MistralConfig) -> Any:
     from flax import nnx
 
-    from lechat_jax.model.mistral import weights_of
+    from lechat_jax.model.binding import weights_of
 
     return weights_of(Mistral(config, rngs=nnx.Rngs(0)))
 

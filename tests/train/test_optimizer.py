@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.model.mistral import Weights, shapes_of
+from lechat_jax.model.binding import Weights, shapes_of
 from lechat_jax.train.optimizer import (
     Kind,
     Optimizer,

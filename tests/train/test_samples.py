@@ -17,7 +17,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data.dataset import load_lessons
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
-from lechat_jax.model.mistral import weights_of
+from lechat_jax.model.binding import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import samples
 from lechat_jax.train.options import TrainConfig

@@ -14,7 +14,7 @@ import pytest
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
 from lechat_jax.errors import BadInput
-from lechat_jax.model.mistral import Weights, bind
+from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.scoring import score, total_nats
 from lechat_jax.ops.remat import Remat, recomputing
 from lechat_jax.train.optimizer import Optimizer

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.model.mistral import Weights
+from lechat_jax.model.binding import Weights
 from lechat_jax.quantize.scheme import asked, quantize_weights
 from parity.bench.decoders.lechat import (
     QUANTIZED,

@@ -24,7 +24,7 @@ from lechat_jax.generate.decode import MOST
 from lechat_jax.generate.engine import rounds
 from lechat_jax.generate.loaded_model import MOST_DRAFT, LoadedModel
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.model.mistral import Weights, bind
+from lechat_jax.model.binding import Weights, bind
 
 Impl = Literal["lechat_jax", "lechat_torch", "transformers"]
 DtypeName = Literal["float32", "bfloat16", "int8", "int4"]

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.generate import engine
-from lechat_jax.model import attention, cache, mistral, rope, scoring
+from lechat_jax.model import attention, cache, layers, mistral, rope, scoring
 from parity.check.faults.plant import in_code
 
 
@@ -96,7 +96,7 @@ def _float32_angles(right: Callable) -> Callable:
 
 def _rms_norm(f: Callable[[Array, Array, float], Array]) -> Callable[[Callable], Callable]:
     def spoil(_: Callable) -> Callable:
-        def call(self: mistral.RMSNorm, x: Array) -> Array:
+        def call(self: layers.RMSNorm, x: Array) -> Array:
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             return f(wide, self.scale[...].astype(wide.dtype), self.eps).astype(x.dtype)
 
@@ -251,7 +251,7 @@ CODE = (
         "the mean is subtracted before the norm",
         "attn.0",
         (
-            mistral.RMSNorm,
+            layers.RMSNorm,
             "__call__",
             _rms_norm(
                 lambda x, scale, eps: (
@@ -264,7 +264,7 @@ CODE = (
         "norm scales are added to one",
         "attn.0",
         (
-            mistral.RMSNorm,
+            layers.RMSNorm,
             "__call__",
             _rms_norm(lambda x, scale, eps: x * jax.lax.rsqrt(_mean_square(x) + eps) * (1 + scale)),
         ),
@@ -273,7 +273,7 @@ CODE = (
         "eps is added to the root instead of below it",
         "attn.0",
         (
-            mistral.RMSNorm,
+            layers.RMSNorm,
             "__call__",
             _rms_norm(lambda x, scale, eps: x / (jnp.sqrt(_mean_square(x)) + eps) * scale),
         ),
@@ -282,7 +282,7 @@ CODE = (
         "norms scale before they round",
         "norm.0",
         (
-            mistral.RMSNorm,
+            layers.RMSNorm,
             "__call__",
             _rms_norm(lambda x, scale, eps: x * jax.lax.rsqrt(_mean_square(x) + eps) * scale),
         ),

@@ -15,7 +15,8 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model import cache, scoring
-from lechat_jax.model.mistral import Mistral, Weights, bind
+from lechat_jax.model.binding import Weights, bind
+from lechat_jax.model.mistral import Mistral
 from parity.check.oracles.interface import (
     AdamW,
     Arrays,

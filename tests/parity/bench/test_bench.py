@@ -20,7 +20,7 @@ from lechat_jax.config import PRESETS, MistralConfig
 from lechat_jax.data.batches import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.model.attention import dense_attention
-from lechat_jax.model.mistral import bind
+from lechat_jax.model.binding import bind
 from parity.bench.command import main
 from parity.bench.isolated import commands
 from parity.bench.learners import transformers

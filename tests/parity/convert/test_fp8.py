@@ -18,7 +18,7 @@ from lechat_jax.checkpoint.weights import load_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
-from lechat_jax.model.mistral import bind
+from lechat_jax.model.binding import bind
 from lechat_jax.quantize.scheme import quantized
 from parity.convert.command import main
 from parity.convert.names import names
