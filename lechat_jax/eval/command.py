@@ -47,21 +47,23 @@ class EvalConfig:
 
     Attributes:
         dir: Folder of the model: a training run, or weights in lechat's format.
-        data: What is scored, as for training: text, or examples, of which the answers are. By
-            default what the run was trained on.
-        part: Whether all of it is scored, or the tenth that training holds out. By default all
-            of --data, and the part held out of what the run was trained on.
-        block: Tokens that are read at once at most.
-        stride: Tokens between two windows of a long document; fewer give each token more to go
-            by, and take longer. By default half of --block.
-        dtype: Type to compute in; by default as stored, but float32 on a CPU where that fits.
-        quantize: How the weights are quantised when they are loaded.
-        tokens: Most tokens that are scored, evenly spread over the text: the same ones each time.
-            By default all.
-        minutes: Time to score for, in minutes; then the figures are of what was scored so far, as
-            they are after Ctrl-C, and --tokens with their number scores just these again. By
-            default as long as it takes.
-        json: File for the figures, for scripts.
+        data: Text to score, as in training: files, a folder or a dataset; of examples only the
+            answers are scored. By default what the run was trained on.
+        part: Whether all of the text is scored or the held-out tenth (held-out). By default all of
+            --data, and the held-out part of what the run was trained on.
+        block: Upper limit of tokens in a window.
+        stride: Tokens between the starts of two windows of a long document; fewer give each token
+            more context, and take longer. By default half of --block.
+        dtype: Type to compute in, float32 or bfloat16. By default as stored, but float32 on a CPU
+            where that fits.
+        quantize: Quantise the weights to int8 or int4 when they are loaded. By default they stay as
+            stored.
+        tokens: Upper limit of tokens to score, evenly spread over the text: the same ones each
+            time. By default all.
+        minutes: Time limit, in minutes; the figures then are of what was scored so far, as they are
+            after Ctrl-C, and --tokens with their number scores just these again. By default there
+            is none.
+        json: JSON file to write the figures to, for scripts. By default there is none.
     """
 
     dir: tyro.conf.Positional[Path]

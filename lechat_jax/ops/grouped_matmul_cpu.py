@@ -22,7 +22,6 @@ from lechat_jax.ops.matmul import BLOCK, zeros_after
 ALONE = 8  # rows up to which each takes its kernel on its own
 TILE = 128  # rows of a group at a time
 SMALL = 32  # of the last of them, if two such tiles are enough
-KERNEL = 64  # rows whose products take as long as to add to a kernel's gradient
 
 
 class Tile(NamedTuple):
@@ -55,12 +54,10 @@ class Groups(NamedTuple):
     end: Int[Array, " E"]
 
     @classmethod
-    def of(cls, sizes: Int[Array, " E"], skipped: Array | int = 0) -> "Groups":
-        """The groups of these sizes, without the first rows of each that are `skipped`."""
-        end = jnp.cumsum(sizes)
-        start = jnp.minimum(end - sizes + skipped, end)
-        is_empty = start == end
-        return cls(jnp.sum(~is_empty), jnp.argsort(is_empty, stable=True), start, end)
+    def of(cls, sizes: Int[Array, " E"]) -> "Groups":
+        """The groups of these sizes."""
+        end, is_empty = jnp.cumsum(sizes), sizes == 0
+        return cls(jnp.sum(~is_empty), jnp.argsort(is_empty, stable=True), end - sizes, end)
 
     def by_blocks(
         self, F: int, n: int, each: Callable[[Array, Array, Array], Array], y: Array
@@ -186,27 +183,10 @@ def gradient_of_rows(
 def gradient_of_kernels(
     dy: Float[Array, "T F"], rows: Float[Array, "T D"], sizes: Int[Array, " E"]
 ) -> Float[Array, "E F D"]:
-    """The sum of the outer products of each group.
-
-    XLA is fastest at one batched product that makes them all. It has to have as many rows of
-    each group, so it has slots for a little more than the fair part, where that is less work:
-    slots that stay empty are worked on in vain, and rows that find none are added in tiles.
-    """
+    """The sum of the outer products of each group."""
     dy, rows = _wide(dy), _wide(rows)
     (T, F), D, E = dy.shape, rows.shape[1], len(sizes)
-    slots = jnp.arange(16 * -(-17 * T // (256 * E)))  # 17/16 of it, in whole sixteens
-    work = E * len(slots) + _work_in_tiles(sizes - len(slots), T)
-    is_worth = work < _work_in_tiles(sizes, T)
-
-    def in_slots() -> Float[Array, "E F D"]:
-        start = (jnp.cumsum(sizes) - sizes)[:, None]
-        at = jnp.minimum(start + slots, T - 1)
-        own = jnp.where((slots < sizes[:, None])[..., None], dy[at], 0)
-        return jnp.einsum("ETF,ETD->EFD", own, rows[at])
-
-    total = jax.lax.cond(is_worth, in_slots, lambda: zeros_after(dy, (E, F, D), dy.dtype))
-    groups = Groups.of(sizes, jnp.where(is_worth, len(slots), 0))
-    n = _rows_of_block(F, D)
+    n, groups = _rows_of_block(F, D), Groups.of(sizes)
 
     def block(e: Array, begin: Array, total: Array) -> Array:
         first = jnp.minimum(begin, F - n)
@@ -215,17 +195,10 @@ def gradient_of_kernels(
             dy_tile = jnp.where(tile.is_own, cut(dy, (tile.at, first), (tile.size, n)), 0)
             return part + dy_tile.T @ cut(rows, (tile.at, 0), (tile.size, D))
 
-        before = cut(total, (e, first, 0), (1, n, D))[0]
-        part = groups.by_tiles(e, T, add, before)
+        part = groups.by_tiles(e, T, add, jnp.zeros((n, D), dy.dtype))
         return put(total, part[None], (e, first, 0))
 
-    return groups.by_blocks(F, n, block, total)
-
-
-def _work_in_tiles(sizes: Int[Array, " E"], T: int) -> Int[Array, ""]:
-    """Of groups of these sizes, in rows of large tiles; those of small ones take twice as long."""
-    work = KERNEL + sum(n * min(TILE, 2 * size) for n, size in _tiles(sizes, T))
-    return jnp.sum(jnp.where(sizes > 0, work, 0))
+    return groups.by_blocks(F, n, block, zeros_after(dy, (E, F, D), dy.dtype))
 
 
 def _wide(x: Float[Array, "T D"]) -> Float[Array, "T D"]:

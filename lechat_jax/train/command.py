@@ -5,89 +5,106 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lechat_jax.checkpoint.load import free_bytes, shapes_to_compute
-from lechat_jax.checkpoint.run import HELD_OUT, RECIPE, Run
-from lechat_jax.checkpoint.saved_model import Loaded, Trained
+from lechat_jax.checkpoint.load import free_bytes
+from lechat_jax.checkpoint.run import RECIPE, Run
+from lechat_jax.checkpoint.saved_model import Loaded
 from lechat_jax.checkpoint.training_state import Checkpoints
-from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.cli import flags as cli
 from lechat_jax.cli.config_file import to_yaml
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
-from lechat_jax.config import MistralConfig
 from lechat_jax.data.dataset import Lessons, load_lessons
 from lechat_jax.devices import processes
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.devices.memory import OutOfMemory, running_out
 from lechat_jax.devices.mesh import check_divides, make_mesh, usual_mesh
-from lechat_jax.devices.processes import anywhere, from_first
+from lechat_jax.devices.processes import from_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
-from lechat_jax.files.find import located
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.tokenizer.vocabulary import beside, no_tokenizer
+from lechat_jax.tokenizer.vocabulary import beside
 from lechat_jax.train.memory_plan import (
     REMEDY,
-    Parts,
     check_memory,
     checkpoint_bytes,
     needed,
     simulated_mesh,
     told,
 )
-from lechat_jax.train.options import DEFAULT_PRESET, MOVABLE, TrainConfig
-from lechat_jax.train.schedule import elapsed
-from lechat_jax.train.start import Asked, adapters_asked, check_source, load_base
+from lechat_jax.train.options import MOVABLE, TrainConfig
+from lechat_jax.train.schedule import elapsed, process_start
+from lechat_jax.train.start import Start, load_base, resumed, run_of, started
 from lechat_jax.train.trackers import track_in_tensorboard, track_in_wandb
-from lechat_jax.train.trainer import Diverged, Trainer, step_options
+from lechat_jax.train.trainer import Trainer
+from lechat_jax.train.training_run import Diverged, Job, TrainingRun, step_options
 
 
-class Start(NamedTuple):
-    """What a run begins or goes on with.
+def run(options: TrainConfig) -> Run:
+    """Trains from Python as the command does, and returns the folder of the run.
 
-    Attributes:
-        options: as asked, or those of the run that is resumed.
-        model: its shape.
-        tokenizer: of the folder that the weights come from, or Mistral's first.
-        source: the folder with the weights to begin with, instead of random ones; or the run that
-            is resumed, if it learns adapters beside weights that are elsewhere.
-        learning: the adapters that learn, if not all weights do.
-        run: the run to resume.
-        corpus_sha256: of the text that it was started on.
+    It prints its progress, and its minutes count from this call. Ctrl-C and SIGTERM save the
+    run, which `TrainConfig(resume=run.folder)` goes on with. Call it in the main thread.
+
+    Raises:
+        BadInput: the options, the text, the weights or the folder cannot be used.
+        Diverged: the loss or a weight is NaN or infinite.
+        BrokenPipeError: stdout is a pipe that nobody reads any more; the run was saved.
     """
-
-    options: TrainConfig
-    model: MistralConfig
-    tokenizer: Tokenizer
-    source: Trained | None = None
-    learning: Asked | None = None
-    run: Run | None = None
-    corpus_sha256: str = ""
+    if options.config or options.dry_run:
+        raise BadInput("config and dry_run are for the command line; leave them out")
+    return _trained(options, time.time())
 
 
-def set_up(asked: TrainConfig, display: Display) -> Trainer:
+def _trained(options: TrainConfig, began: float) -> Run:
+    """The run, finished or stopped by a signal; its minutes count from `began`."""
+    if options.distributed or options.coordinator:
+        processes.start(options.coordinator, options.num_processes, options.process_id)
+    enable_compilation_cache()
+    with processes.ending_together(), Display(None, audible=processes.is_first()) as display:
+        run = run_of(options)
+        try:
+            trainer = set_up(run, options, began, display)
+            training = trainer.training
+            display.total = training.total
+            kept = _forgotten_if_it_fails(run, training.job.tokenizer)
+            with Stop() as stop, kept, running_out(REMEDY):
+                trainer.train(stop)
+            if training.step == training.total:
+                finish(trainer)
+            else:
+                pause(trainer, stop.asked)
+        except Diverged as error:
+            display.say(f"stopped: {error}", style="red")
+            raise
+        finally:
+            run.release()
+    if display.has_no_reader:
+        raise BrokenPipeError(f"nobody reads stdout any more; {run.folder} was saved")
+    return run
+
+
+def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trainer:
     """A trainer at the first step of a new run, or where a stopped one is to go on.
 
     Raises:
         BadInput: the options, the text, the weights or the folder cannot be used; nothing
             was written.
     """
-    start = _resumed(asked) if asked.resume else _started(asked)
+    is_new = asked.resume is None
+    start = started(asked) if is_new else resumed(run, asked)
     options, config, tokenizer = start.options, start.model, start.tokenizer
     shape = options.shape(jax.default_backend())
     mesh = make_mesh(options.mesh) if options.mesh else usual_mesh()
     if mesh:
         check_divides(mesh, config, shape.batch // options.accumulate)
-    folder = start.run.folder if start.run else _new_folder(options)
-    _check_room(start, folder, mesh, display)
+    _check_room(start, run, is_new, mesh, display)
     lessons = load_lessons(
         options.data,
         tokenizer,
@@ -100,74 +117,64 @@ def set_up(asked: TrainConfig, display: Display) -> Trainer:
     display.say(f"text:  {lessons.name}, {lessons.size}, SHA-256 {lessons.sha256}")
     for note in lessons.notes:
         display.say(f"note: {note}")
-    if start.run and start.corpus_sha256 != lessons.sha256:
+    known = lessons.sha256 if is_new else run.config["train"].get("corpus_sha256", "unknown")
+    if known != lessons.sha256:
         raise BadInput(
-            f"the text is not the one that {asked.resume} was started on (SHA-256 "
-            f"{start.corpus_sha256}); restore it or say with --data where it is, or start a new run"
+            f"the text is not the one that {asked.resume} was started on (SHA-256 {known}); "
+            "restore it or say with --data where it is, or start a new run"
         )
-    source = start.source
     with running_out(REMEDY):
+        source = start.source
         loaded = load_base(source, options, shape.dtype, mesh, display) if source else None
-    run = start.run or Run(folder)
-    if start.run:
-        _remember(run, options)
-    else:
+    if is_new:
         from_first(lambda: _begin_run(run, start, lessons, loaded))
+    else:
+        _remember(run, options)
     with _forgotten_if_it_fails(run, tokenizer), running_out(REMEDY):
         if options.tensorboard:
             track_in_tensorboard(run)
         if options.wandb:
             track_in_wandb(run, options.wandb)
-        trainer = Trainer(run, config, options, lessons, tokenizer, display, mesh)
+        job = Job(run, config, options, lessons, tokenizer, display, began, mesh)
+        training = TrainingRun(job)
+        trainer = Trainer(training)
         weights = loaded.weights if loaded else None
         if start.learning and loaded:
-            trainer.stay(loaded.weights, start.learning.adapters)
+            training.freeze(loaded.weights, start.learning.adapters)
             weights = start.learning.first(config, options.seed)
         display.say(
             f"model: {options.model_name}, {config.n_params:,} parameters, "
             f"window {config.sliding_window or 'full'}\n"
             f"step:  {shape.batch} x {shape.block} tokens, {shape.dtype} on {_devices(mesh)}\n"
             f"run:   {run.folder}, {options.keep} checkpoints of "
-            f"{checkpoint_bytes(trainer.step_options, _parts(start)) / 1e9:.2f} GB"
+            f"{checkpoint_bytes(training.step_options, start.parts) / 1e9:.2f} GB"
         )
-        if start.run:
-            trainer.restore()
+        if is_new:
+            training.begin(weights)
         else:
-            trainer.begin(weights)
-    if start.run and (asked.steps or asked.minutes):
-        trainer.extend(asked.steps, asked.minutes)
-    elif start.run and not asked.asks_again():
-        from_first(trainer.check_unfinished)
+            training.restore()
+    if not is_new and (asked.steps or asked.minutes):
+        training.extend(asked.steps, asked.minutes)
+    elif not is_new and not asked.asks_again():
+        from_first(training.check_unfinished)
     return trainer
 
 
-def _check_room(start: Start, folder: Path, mesh: Mesh | None, display: Display) -> None:
+def _check_room(start: Start, run: Run, is_new: bool, mesh: Mesh | None, display: Display) -> None:
     """Raises `BadInput` for a training that does not fit into memory, or a run onto the disk."""
-    options, parts = start.options, _parts(start)
-    step = step_options(options, mesh)
-    batch = options.shape(jax.default_backend()).batch
+    options, parts = start.options, start.parts
+    step, shape = step_options(options, mesh), options.shape(jax.default_backend())
     free = free_bytes(jnp.zeros(()))
     asking = "asking XLA whether a step fits into memory"
-    check_memory(start.model, step, batch, free, parts, lambda: display.wait(asking))
+    check_memory(
+        start.model, step, shape.batch, shape.block, free, parts, lambda: display.wait(asking)
+    )
     n_bytes = (options.keep + 1) * checkpoint_bytes(step, parts)
-    if start.run is None:
-        from_first(lambda: Run.check_new(folder, n_bytes))
+    if is_new:
+        from_first(lambda: Run.check_new(run.folder, n_bytes))
     else:
-        there = sum(path.stat().st_size for path in start.run.checkpoints.glob("[0-9]*/**/*"))
-        from_first(lambda: check_new_folder(folder, max(0, n_bytes - there)))
-
-
-def _parts(start: Start) -> Parts:
-    """The weights that learn, and those beside which they do."""
-    if start.learning is None or start.source is None:
-        return Parts(weight_shapes(start.model), {})
-    adapters, options = start.learning.adapters, start.options
-    dtype = options.shape(jax.default_backend()).dtype
-    described = adapters.described(start.model)
-    names = adapters.shapes(start.model)
-    base = shapes_to_compute(start.source.base, dtype, start.source.of_base(options.quantize))
-    scales = {name: leaf for name, leaf in described.items() if name not in names}
-    return Parts({name: described[name] for name in names}, {**base, **scales})
+        there = sum(path.stat().st_size for path in run.checkpoints.glob("[0-9]*/**/*"))
+        from_first(lambda: check_new_folder(run.folder, max(0, n_bytes - there)))
 
 
 @contextlib.contextmanager
@@ -182,66 +189,6 @@ def _forgotten_if_it_fails(run: Run, tokenizer: Tokenizer) -> Iterator[None]:
         raise
 
 
-def _started(asked: TrainConfig) -> Start:
-    """A new run."""
-    if asked.init_from is None:
-        options = _located(dataclasses.replace(asked, preset=asked.preset or DEFAULT_PRESET))
-        model, tokenizer, source = asked.model(), Tokenizer.mistral_v1(), None
-        if model.vocab_size != tokenizer.vocab_size:
-            raise BadInput(
-                f"the model has {model.vocab_size} token ids but the tokenizer {tokenizer.path} "
-                f"{tokenizer.vocab_size}; choose another preset"
-            )
-    else:
-        options = _located(asked)
-        source = Trained.open(asked.init_from)
-        check_source(source, options)
-        model, tokenizer = source.config, source.tokenizer
-        if tokenizer is None:
-            raise BadInput(no_tokenizer(asked.init_from, "no text can be read"))
-        if flags := asked.contradictions_to(model):
-            raise BadInput(
-                f"--init-from takes the model from {asked.init_from}, which is another one; "
-                f"leave out {', '.join(flags)}"
-            )
-    learning = adapters_asked(options, model)
-    options = dataclasses.replace(options, optimizer=options.usual_optimizer)
-    return Start(options, model, tokenizer, source, learning)
-
-
-def _located(options: TrainConfig) -> TrainConfig:
-    """The same options, whose text and weights are found from any folder, as a run may move on."""
-    init_from = options.init_from and options.init_from.absolute()
-    return dataclasses.replace(options, data=located(options.data), init_from=init_from)
-
-
-def _resumed(asked: TrainConfig) -> Start:
-    """What `config.json` of a run says, with its own tokenizer."""
-    if flags := asked.contradictions():
-        raise BadInput(f"--resume goes on with the run's own options; leave out {', '.join(flags)}")
-    run = Run.open(Path(asked.resume or ""))
-    from_first(run.hold)
-    config = run.config
-    trained = Trained.open(run.folder)
-    if asked.init_from and not trained.adapters:
-        raise BadInput(
-            f"{run.folder} has all its weights and needs no others to go on; leave out --init-from"
-        )
-    trained = dataclasses.replace(trained, moved=asked.init_from and asked.init_from.absolute())
-    tokenizer = trained.tokenizer
-    if tokenizer is None:
-        raise BadInput(f"{run.folder} has no tokenizer any more; put the run's own back into it")
-    return Start(
-        options=_located(TrainConfig.from_dict(config["train"]).with_changes_of(asked)),
-        model=MistralConfig.from_dict(config["model"]),
-        tokenizer=tokenizer,
-        source=trained if trained.adapters else None,
-        learning=Asked(trained.adapters) if trained.adapters else None,
-        run=run,
-        corpus_sha256=config["train"].get("corpus_sha256", "unknown"),
-    )
-
-
 def _devices(mesh: Mesh | None) -> str:
     """What it runs on, in words."""
     if mesh is None:
@@ -250,14 +197,8 @@ def _devices(mesh: Mesh | None) -> str:
     return f"{mesh.size} x {jax.default_backend()}, {axes}, of {jax.process_count()} processes"
 
 
-def _new_folder(options: TrainConfig) -> Path:
-    """The folder of a new run, which all processes share."""
-    name = options.name or f"{options.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Path(from_first(lambda: str(options.out or Path("runs") / name)))
-
-
 def _remember(run: Run, options: TrainConfig) -> None:
-    """Where text and weights of a run are, which were just found to be the same, is stored."""
+    """Stores where text and weights of a run are, which were just found to be the same."""
     config, fields = run.config, options.to_dict()
     if any(config["train"].get(name) != fields[name] for name in MOVABLE):
         config["train"] |= {name: fields[name] for name in MOVABLE}
@@ -283,76 +224,42 @@ def _begin_run(run: Run, start: Start, lessons: Lessons, loaded: Loaded | None) 
     run.write(RECIPE, to_yaml(options.recipe(jax.default_backend())))
 
 
-def finish(trainer: Trainer, display: Display) -> None:
+def finish(trainer: Trainer) -> None:
     """The samples, the full validation, the curve and the summary.
 
     A signal ends the validation, and what was scored so far counts.
     """
+    training, job = trainer.training, trainer.job
     with Stop() as stop:
-        trainer.sample()
-        adapter = trainer.keep_adapter()
-        scored = _validate(trainer, stop, display)
-        curve = trainer.run.draw()
-    folder = trainer.run.folder
-    display.say(
+        trainer.events.sample()
+        adapter = training.keep_adapter()
+        scored = trainer.events.validate_all(stop)
+        curve = job.run.draw()
+    if job.lessons.chat:
+        more = command("lechat_jax.chat", job.run.folder)
+    else:
+        more = command("lechat_jax.generate", job.run.folder, prompt=job.lessons.opening)
+    job.display.say(
         f"{scored}\n"
-        f"trained on {trainer.seen:,} tokens in {trainer.step} steps, "
-        f"lately {trainer.speed.rate:,.0f} tokens/s, {clock(elapsed())} since the start\n"
+        f"trained on {training.seen:,} tokens in {training.step} steps, lately "
+        f"{trainer.speed.rate:,.0f} tokens/s, {clock(elapsed(job.began))} since the start\n"
         f"curve    {curve}\n"
-        f"metrics  {folder / 'metrics.jsonl'}\n"
-        f"samples  {trainer.run.samples}\n"
-        f"weights  {adapter or trainer.run.checkpoints / str(trainer.step)}\n"
-        f"generate more:\n{_next_command(trainer)}"
+        f"metrics  {job.run.folder / 'metrics.jsonl'}\n"
+        f"samples  {job.run.samples}\n"
+        f"weights  {adapter or job.run.checkpoints / str(training.step)}\n"
+        f"generate more:\n  {more}"
     )
 
 
-def _validate(trainer: Trainer, stop: Stop, display: Display) -> str:
-    """Scores what was held out, as much as there is time for, logs that and says it in words."""
-    options, began = trainer.options, time.perf_counter()
-    usual = trainer.timetable.minutes / 2
-    minutes = usual if options.eval_minutes is None else options.eval_minutes
-
-    def late() -> bool:
-        return time.perf_counter() - began > 60 * minutes
-
-    def show(done: int, of: int) -> None:
-        left = clock((of - done) * (time.perf_counter() - began) / done)
-        display.work("validating, row", done, of, f" · {left} left")
-
-    final = trainer.validator.full(
-        trainer.weights, show, options.eval_tokens, lambda: anywhere(bool(stop.asked) or late())
-    )
-    rate, of = final.tokens / (time.perf_counter() - began), trainer.validator.n_tokens
-    known = (row for row in trainer.run.metrics() if row["step"] == trainer.step)
-    if not any(row.get(HELD_OUT) and row["val/tokens"] >= final.tokens for row in known):
-        trainer.run.log([trainer.row() | final.metrics() | {HELD_OUT: of}])
-    part = f"all {of:,} held-out tokens"
-    if final.tokens < of:
-        bound = "--eval-tokens" if final.tokens >= options.eval_tokens else "--eval-minutes"
-        part = f"{final.tokens:,} of {of:,} held-out tokens, evenly spread ({stop.asked or bound})"
-    return (
-        f"{final.bits_per_byte:.4f} bits per byte on {part} "
-        f"({final.n_bytes:,} bytes, scored at {rate:,.0f} tokens/s)"
-    )
-
-
-def _next_command(trainer: Trainer) -> str:
-    """How to talk to what was trained."""
-    if trainer.lessons.chat:
-        return f"  {command('lechat_jax.chat', trainer.run.folder)}"
-    opening = trainer.lessons.opening
-    return f"  {command('lechat_jax.generate', trainer.run.folder, prompt=opening)}"
-
-
-def pause(trainer: Trainer, signal: str, display: Display) -> None:
+def pause(trainer: Trainer, signal: str) -> None:
     """The samples, the curve and the way on of a run that was asked to stop."""
-    trainer.sample()
-    trainer.run.draw()
-    trainer.keep_adapter()
-    display.say(
-        f"stopped by {signal or 'a signal to another process'} after step {trainer.step}, saved; "
-        "continue with\n"
-        f"  {command('lechat_jax.train', resume=trainer.run.folder)}"
+    training, run = trainer.training, trainer.job.run
+    trainer.events.sample()
+    run.draw()
+    training.keep_adapter()
+    trainer.job.display.say(
+        f"stopped by {signal or 'a signal to another process'} after step {training.step}, saved; "
+        f"continue with\n  {command('lechat_jax.train', resume=run.folder)}"
     )
 
 
@@ -365,7 +272,7 @@ def foretell(asked: TrainConfig) -> str:
     if asked.resume:
         raise BadInput("--dry-run tells of a new run; give its options instead of --resume")
     mesh = simulated_mesh(asked.mesh or "fsdp=1")
-    start = _started(asked)
+    start = started(asked)
     shape = start.options.shape(jax.default_backend())
     check_divides(mesh, start.model, shape.batch // start.options.accumulate)
     options = step_options(start.options, mesh if mesh.size > 1 else None)
@@ -373,13 +280,13 @@ def foretell(asked: TrainConfig) -> str:
     long = start.model.windows[0] is not None and shape.block > start.model.windows[0] // 4
     backend = "banded" if long else None
     step = dataclasses.replace(options, backend=backend)
-    memory = needed(start.model, step, shape.batch, _parts(start))
+    memory = needed(start.model, step, shape.batch, shape.block, start.parts)
     return (
         f"{start.options.model_name} on {mesh.size} devices, {shape.batch} x {shape.block} tokens "
         f"in {shape.dtype} with --remat {start.options.remat}, memory of each as XLA plans it for "
         "a CPU, where bfloat16 is computed in float32 (an accelerator needs less):\n"
         f"{told(memory)}\n"
-        f"and of the disk {checkpoint_bytes(options, _parts(start)) / 1e9:.2f} GB for each of "
+        f"and of the disk {checkpoint_bytes(options, start.parts) / 1e9:.2f} GB for each of "
         f"{start.options.keep} checkpoints (--keep) and one that is being written"
     )
 
@@ -390,23 +297,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.dry_run:
         print(foretell(asked))
         return 0
-    if asked.distributed or asked.coordinator:
-        processes.start(asked.coordinator, asked.num_processes, asked.process_id)
-    enable_compilation_cache()
-    with processes.ending_together(), Display(None, audible=processes.is_first()) as display:
-        trainer = set_up(asked, display)
-        display.total = trainer.total
-        try:
-            kept = _forgotten_if_it_fails(trainer.run, trainer.tokenizer)
-            with Stop() as stop, kept, running_out(REMEDY):
-                trainer.train(stop)
-        except Diverged as error:
-            display.say(f"stopped: {error}", style="red")
-            trainer.run.release()
-            return 1
-        if trainer.step == trainer.total:
-            finish(trainer, display)
-        else:
-            pause(trainer, stop.asked, display)
-        trainer.run.release()
-    return cli.SIGPIPE if display.has_no_reader else 0
+    try:
+        _trained(asked, process_start())
+    except Diverged:  # it was said
+        return 1
+    return 0

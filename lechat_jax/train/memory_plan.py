@@ -82,12 +82,13 @@ class Memory(NamedTuple):
 def check_memory(
     config: MistralConfig,
     options: StepOptions,
-    batch: int,
+    B: int,
+    T: int,
     free: int | None,
     parts: Parts | None = None,
     asking: Callable[[], None] = lambda: None,
 ) -> None:
-    """Raises `BadInput` for a step that would not fit into so many bytes of each device.
+    """Raises `BadInput` for a step of B rows of T tokens that would not fit into `free` bytes.
 
     XLA is asked only where it is not plain anyway, since it compiles for that; `asking` is told.
     """
@@ -98,11 +99,11 @@ def check_memory(
     check_fits(
         "the weights, their gradients and what the optimiser remembers take", kept, free, NO_STATE
     )
-    least, most = (kept + extra for extra in _activations(config, options, batch, state))
+    least, most = (kept + extra for extra in _activations(config, options, B, T, state))
     check_fits("a training step takes at least", least, free, REMEDY)
     if most > free:
         asking()
-        total = needed(config, options, batch, parts).total
+        total = needed(config, options, B, T, parts).total
         check_fits("a training step takes", total, free, REMEDY)
 
 
@@ -113,14 +114,14 @@ def checkpoint_bytes(options: StepOptions, parts: Parts) -> int:
 
 
 def needed(
-    config: MistralConfig, options: StepOptions, batch: int, parts: Parts | None = None
+    config: MistralConfig, options: StepOptions, B: int, T: int, parts: Parts | None = None
 ) -> Memory:
     """The memory of a step, of a deep model as shallow ones have it."""
     parts = parts or Parts(weight_shapes(config), {})
     if config.n_layers <= SHALLOW[1]:
-        return compiled(config, options, batch, parts)
+        return compiled(config, options, B, T, parts)
     few, more = (
-        compiled(_of_layers(config, depth), options, batch, parts.of_layers(depth))
+        compiled(_of_layers(config, depth), options, B, T, parts.of_layers(depth))
         for depth in SHALLOW
     )
     layers = (config.n_layers - SHALLOW[0]) / (SHALLOW[1] - SHALLOW[0])
@@ -128,12 +129,12 @@ def needed(
 
 
 def compiled(
-    config: MistralConfig, options: StepOptions, batch: int, parts: Parts | None = None
+    config: MistralConfig, options: StepOptions, B: int, T: int, parts: Parts | None = None
 ) -> Memory:
     """The memory of a step as XLA has planned it."""
     learning, frozen = parts or Parts(weight_shapes(config), {})
     state, frozen = described(options.mesh, (_begun(learning, options), dict(frozen)))
-    tokens = jax.ShapeDtypeStruct((1, batch, options.block + 1), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((1, B, T + 1), jnp.int32)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     step = jitted_steps(options).lower(config, options, state, frozen, Rows(tokens), number, number)
     analysis = step.compile().memory_analysis()
@@ -156,15 +157,15 @@ def _state(options: StepOptions, parts: Parts) -> Memory:
 
 
 def _activations(
-    config: MistralConfig, options: StepOptions, batch: int, state: Memory
+    config: MistralConfig, options: StepOptions, B: int, T: int, state: Memory
 ) -> tuple[int, int]:
     """Bytes that a step certainly needs beside the state, and bytes that certainly do."""
     ways = options.mesh.size if options.mesh else 1
-    tokens = batch * options.block / options.accumulate / ways
+    tokens = B * T / options.accumulate / ways
     D, F, N = config.dim, config.hidden_dim, config.n_heads
     experts = max(1, config.n_experts_per_token)
     heads = (N + 2 * config.n_kv_heads) * config.head_dim
-    seen = sum(min(options.block, 2 * (window or options.block)) for window in config.windows)
+    seen = sum(min(T, 2 * (window or T)) for window in config.windows)
     width = config.n_layers * (8 * D + 4 * heads + 6 * experts * F) + 6 * N * seen
     kept = config.n_layers * (D if options.remat == "full" else D + F)
     itemsize = 2 if options.dtype == "bfloat16" else 4

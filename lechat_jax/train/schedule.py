@@ -26,9 +26,14 @@ CLOSING_SECONDS = 3.0  # the curve, and the end of the interpreter
 EVENTS = {"eval": 10, "sample": 4, "checkpoint": 0}  # how often in a run, unless asked otherwise
 
 
-def elapsed() -> float:
-    """Seconds since this process started, interpreter and imports included."""
-    return time.time() - psutil.Process().create_time()
+def process_start() -> float:
+    """When this process started, interpreter and imports included, in seconds of the epoch."""
+    return psutil.Process().create_time()
+
+
+def elapsed(began: float) -> float:
+    """Seconds since then."""
+    return time.time() - began
 
 
 class Plan(NamedTuple):
@@ -57,7 +62,8 @@ class Timetable:
 
     Attributes:
         plans: one after the other, by the step from which on they are in force.
-        minutes: to train for, from the start of the process, if steps are not given.
+        minutes: to train for, from `began` on, if steps are not given.
+        began: when the run started, in seconds of the epoch.
         pace: seconds of a step, lately; 0 before any was timed.
     """
 
@@ -66,8 +72,9 @@ class Timetable:
         options: TrainConfig,
         steps_per_epoch: float,
         stored: Iterable[Mapping[str, Any]] = (),
+        began: float = 0.0,
     ) -> None:
-        self.options, self.steps_per_epoch = options, steps_per_epoch
+        self.options, self.steps_per_epoch, self.began = options, steps_per_epoch, began
         self.plans = [Plan(**plan) for plan in stored] or [Plan.whole(0, options.steps)]
         self.minutes = options.usual_minutes
         self.pace = 0.0
@@ -173,7 +180,7 @@ class Timetable:
 
     def _fitting(self, step: int) -> int:
         """The step at which training has to end for the rest to be done in time."""
-        left = 60 * self.minutes - elapsed()
+        left = 60 * self.minutes - elapsed(self.began)
         if self.total is None or "eval" not in self._cost:
             return step + int(max(0.0, TRAINING_SHARE * left) / self.pace)
         events = self._cost.keys() & EVENTS.keys()

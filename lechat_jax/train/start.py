@@ -1,22 +1,34 @@
-"""What a run begins with when its weights are trained already: all of them, or adapters."""
+"""What a run begins with, new or resumed: options, model, tokenizer, weights to start from."""
 
+import dataclasses
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lechat_jax.checkpoint.load import shapes_to_compute
 from lechat_jax.checkpoint.peft import read_adapter
+from lechat_jax.checkpoint.run import Run
 from lechat_jax.checkpoint.saved_model import Loaded, Trained
+from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import MAPS
+from lechat_jax.devices.processes import from_first
 from lechat_jax.errors import BadInput
+from lechat_jax.files.find import located
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.binding import Weights
 from lechat_jax.shell import command
-from lechat_jax.train.options import Dtype, TrainConfig
+from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.tokenizer.vocabulary import no_tokenizer
+from lechat_jax.train.memory_plan import Parts
+from lechat_jax.train.options import DEFAULT_PRESET, Dtype, TrainConfig
 
 
 class Asked(NamedTuple):
@@ -35,6 +47,118 @@ class Asked(NamedTuple):
         if self.arrays is None:
             return self.adapters.draw(config, seed)
         return {name: jnp.asarray(array) for name, array in self.arrays.items()}
+
+
+class Start(NamedTuple):
+    """What a run begins or goes on with.
+
+    Attributes:
+        options: as asked, or those of the run that is resumed.
+        model: its shape.
+        tokenizer: of the folder that the weights come from, or Mistral's first.
+        source: the folder with the weights to begin with, instead of random ones; or the run that
+            is resumed, if it learns adapters beside weights that are elsewhere.
+        learning: the adapters that learn, if not all weights do.
+    """
+
+    options: TrainConfig
+    model: MistralConfig
+    tokenizer: Tokenizer
+    source: Trained | None = None
+    learning: Asked | None = None
+
+    @property
+    def parts(self) -> Parts:
+        """Shapes of the weights that learn, and of those beside which they do."""
+        if self.learning is None or self.source is None:
+            return Parts(weight_shapes(self.model), {})
+        adapters = self.learning.adapters
+        dtype = self.options.shape(jax.default_backend()).dtype
+        described = adapters.described(self.model)
+        names = adapters.shapes(self.model)
+        quantized = self.source.of_base(self.options.quantize)
+        base = shapes_to_compute(self.source.base, dtype, quantized)
+        scales = {name: leaf for name, leaf in described.items() if name not in names}
+        return Parts({name: described[name] for name in names}, {**base, **scales})
+
+
+def run_of(asked: TrainConfig) -> Run:
+    """The run that is to be resumed, or a new one, of which there is nothing yet.
+
+    All processes share its folder.
+
+    Raises:
+        BadInput: there is no such run, or it could not honour the flags beside --resume.
+    """
+    if asked.resume is None:
+        name = asked.name or f"{asked.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return Run(Path(from_first(lambda: str(asked.out or Path("runs") / name))))
+    if flags := asked.contradictions():
+        raise BadInput(f"--resume goes on with the run's own options; leave out {', '.join(flags)}")
+    return Run.open(asked.resume)
+
+
+def started(asked: TrainConfig) -> Start:
+    """The start of a new run.
+
+    Raises:
+        BadInput: the model, the weights or their tokenizer cannot be used.
+    """
+    if asked.init_from is None:
+        options = _located(dataclasses.replace(asked, preset=asked.preset or DEFAULT_PRESET))
+        model, tokenizer, source = asked.model(), Tokenizer.mistral_v1(), None
+        if model.vocab_size != tokenizer.vocab_size:
+            raise BadInput(
+                f"the model has {model.vocab_size} token ids but the tokenizer {tokenizer.path} "
+                f"{tokenizer.vocab_size}; choose another preset"
+            )
+    else:
+        options = _located(asked)
+        source = Trained.open(asked.init_from)
+        check_source(source, options)
+        model, tokenizer = source.config, source.tokenizer
+        if tokenizer is None:
+            raise BadInput(no_tokenizer(asked.init_from, "no text can be read"))
+        if flags := asked.contradictions_to(model):
+            raise BadInput(
+                f"--init-from takes the model from {asked.init_from}, which is another one; "
+                f"leave out {', '.join(flags)}"
+            )
+    learning = adapters_asked(options, model)
+    options = dataclasses.replace(options, optimizer=options.usual_optimizer)
+    return Start(options, model, tokenizer, source, learning)
+
+
+def resumed(run: Run, asked: TrainConfig) -> Start:
+    """What `config.json` of a run says, which no other process trains from now on.
+
+    Raises:
+        BadInput: another one does, or the folder is not as the run left it.
+    """
+    from_first(run.hold)
+    config = run.config
+    trained = Trained.open(run.folder)
+    if asked.init_from and not trained.adapters:
+        raise BadInput(
+            f"{run.folder} has all its weights and needs no others to go on; leave out --init-from"
+        )
+    trained = dataclasses.replace(trained, moved=asked.init_from and asked.init_from.absolute())
+    tokenizer = trained.tokenizer
+    if tokenizer is None:
+        raise BadInput(f"{run.folder} has no tokenizer any more; put the run's own back into it")
+    return Start(
+        options=_located(TrainConfig.from_dict(config["train"]).with_changes_of(asked)),
+        model=MistralConfig.from_dict(config["model"]),
+        tokenizer=tokenizer,
+        source=trained if trained.adapters else None,
+        learning=Asked(trained.adapters) if trained.adapters else None,
+    )
+
+
+def _located(options: TrainConfig) -> TrainConfig:
+    """The same options, whose text and weights are found from any folder, as a run may move on."""
+    init_from = options.init_from and options.init_from.absolute()
+    return dataclasses.replace(options, data=located(options.data), init_from=init_from)
 
 
 def adapters_asked(options: TrainConfig, config: MistralConfig) -> Asked | None:

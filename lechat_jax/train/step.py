@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOptions(Forward):
     """What a compiled training step is specialised to.
 
@@ -37,13 +37,11 @@ class StepOptions(Forward):
     parts of a batch.
 
     Attributes:
-        block: tokens T in a training row.
         learning_rate: multiple of the peak rates of the rule.
         rule: the optimiser.
         accumulate: parts that a batch is worked through in, one after the other.
     """
 
-    block: int
     learning_rate: float = 1.0
     rule: Rule = MUON
     accumulate: int = 1

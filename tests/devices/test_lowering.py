@@ -46,7 +46,7 @@ def weights(
     dtype: str, form: Form | None = None, config: MistralConfig = CONFIG
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What the model has, with its kernels in the parts of that form."""
-    state = jax.eval_shape(lambda: init_state(config, StepOptions(T), seed=0))
+    state = jax.eval_shape(lambda: init_state(config, StepOptions(), seed=0))
     found = {}
     for name, leaf in state.weights.items():
         parts = form.parts(name, leaf.shape) if form else {}
@@ -126,7 +126,7 @@ def cudnn_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_training_step_for_tpu_runs_splash_attention(dtype: Any) -> None:
-    options = StepOptions(T, dtype=dtype, backend="splash")
+    options = StepOptions(dtype=dtype, backend="splash")
     program = lowered("tpu", training(options))
     assert kernels(program) == {"tpu_custom_call"}
     for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
@@ -135,7 +135,7 @@ def test_a_training_step_for_tpu_runs_splash_attention(dtype: Any) -> None:
 
 @pytest.mark.usefixtures("cudnn_is_there")
 def test_a_training_step_for_cuda_runs_cudnn_with_the_window() -> None:
-    options = StepOptions(T, dtype="bfloat16", backend="cudnn")
+    options = StepOptions(dtype="bfloat16", backend="cudnn")
     program = lowered("cuda", training(options))
     assert kernels(program) == set(CUDNN)
     calls = [line for line in program.splitlines() if "custom_call @__cudnn" in line]
@@ -155,21 +155,19 @@ def test_a_training_step_for_cuda_runs_cudnn_with_the_window() -> None:
 def test_the_kernels_run_on_many_devices(
     platform: str, backend: Any, called: str, mesh: str
 ) -> None:
-    options = StepOptions(T, dtype="bfloat16", backend=backend, mesh=make_mesh(mesh))
+    options = StepOptions(dtype="bfloat16", backend=backend, mesh=make_mesh(mesh))
     assert called in kernels(lowered(platform, training(options)))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_a_training_step_needs_neither_kernel(platform: str) -> None:
-    options = StepOptions(T, dtype="float32", backend="banded")
+    options = StepOptions(dtype="float32", backend="banded")
     assert kernels(lowered(platform, training(options))) == set()
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_a_mixture_multiplies_its_experts_as_groups(platform: str) -> None:
-    program = lowered(
-        platform, training(StepOptions(T, dtype="bfloat16", backend="banded"), MIXTURE)
-    )
+    program = lowered(platform, training(StepOptions(dtype="bfloat16", backend="banded"), MIXTURE))
     # Of three kernels: forward, and back twice.
     assert grouped_products(program) == 3 * 3 * CONFIG.n_layers
 
@@ -189,7 +187,7 @@ def test_quantised_experts_are_multiplied_as_groups_too(platform: str, form: For
 def test_scoring_runs_the_forward_kernel_alone(
     platform: str, backend: Any, called: set[str]
 ) -> None:
-    options = StepOptions(T, dtype="bfloat16", backend=backend)
+    options = StepOptions(dtype="bfloat16", backend=backend)
     assert kernels(lowered(platform, scoring(options))) == called
 
 

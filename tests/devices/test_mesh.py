@@ -64,7 +64,7 @@ def curve(config: MistralConfig, options: StepOptions) -> tuple[np.ndarray, Trai
 
 @pytest.fixture(scope="module")
 def alone(small: MistralConfig) -> tuple[np.ndarray, TrainState]:
-    return curve(small, StepOptions(block=T))
+    return curve(small, StepOptions())
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_many_devices_take_the_steps_of_one(
     alone: tuple[np.ndarray, TrainState],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    options = StepOptions(block=T, mesh=make_mesh(mesh))
+    options = StepOptions(mesh=make_mesh(mesh))
     assert options.mesh
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         losses, state = curve(small, options)
@@ -103,7 +103,7 @@ def test_many_devices_take_the_steps_of_one(
     nats = score(
         small, options, state.weights, *(placed(options.mesh, "BT", leaf) for leaf in rows)
     )
-    expected = score(small, StepOptions(block=T), gathered, *rows)
+    expected = score(small, StepOptions(), gathered, *rows)
     assert float(nats) == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -118,13 +118,13 @@ def test_a_hand_written_kernel_has_the_heads_of_its_device(
 
     monkeypatch.setitem(KERNELS, "splash", kernel)
     small = dataclasses.replace(small, n_layers=1)
-    state = init_state(small, StepOptions(block=T), seed=0)
+    state = init_state(small, StepOptions(), seed=0)
     batch = Rows(*(jax.numpy.asarray(leaf[0, 0]) for leaf in (TOKENS, COUNTED, DOCUMENTS)))
     (loss, slopes), (expected, their_slopes) = (
         jax.jit(partial(gradient, small, options, frozen={}, batch=batch))(state.weights)
         for options in (
-            StepOptions(block=T, mesh=make_mesh("fsdp=4,tp=2"), backend="splash"),
-            StepOptions(block=T, backend="dense"),
+            StepOptions(mesh=make_mesh("fsdp=4,tp=2"), backend="splash"),
+            StepOptions(backend="dense"),
         )
     )
     N, K, H = small.n_heads // 2, small.n_kv_heads // 2, small.head_dim
@@ -146,7 +146,7 @@ def test_bytes_that_a_mesh_does_not_divide_are_whole_on_every_device(small: Mist
     assert on_mesh[name].addressable_data(0).shape == (56, 20)
     rows = TOKENS[0, 0, :, :-1], TOKENS[0, 0, :, 1:], COUNTED[0, 0, :, 1:]
     nats, expected = (
-        float(score(small, StepOptions(block=T, mesh=where), of, *rows))
+        float(score(small, StepOptions(mesh=where), of, *rows))
         for where, of in ((mesh, on_mesh), (None, weights))
     )
     assert nats == pytest.approx(expected, rel=1e-6)

@@ -26,7 +26,7 @@ from lechat_jax.train.step import StepOptions
 TOKENIZER = Tokenizer.mistral_v1()
 BOS, EOS, FIRST_BYTE = 1, 2, 3
 T = 16  # tokens in a row
-OPTIONS = StepOptions(block=8, chunk=20)
+OPTIONS = StepOptions(chunk=20)
 TEXT = "TO BE, OR NOT TO BE, THAT IS THE QUESTION: WHETHER 'TIS NOBLER IN THE MIND TO SUFFER "
 
 

@@ -92,7 +92,7 @@ def test_a_packed_row_is_learned_as_each_document_alone(
     interpreted = functools.partial(splash_attention, interpret=True)
     monkeypatch.setattr(attention, "splash_attention", interpreted)
     config = dataclasses.replace(ARCHITECTURES[kind], n_layers=2)
-    options = StepOptions(block=ROW - 1, dtype=dtype, backend=backend)
+    options = StepOptions(dtype=dtype, backend=backend)
     alone = dataclasses.replace(options, backend="dense")
     with jax.enable_x64(dtype == "float64"):
         weights = weights_of(lively(config, dtype))
@@ -114,7 +114,7 @@ def test_a_packed_row_is_learned_as_each_document_alone(
 def test_a_step_on_packed_rows_is_one_on_their_documents() -> None:
     """Loss and gradient, each target with the document of what comes before it."""
     config = dataclasses.replace(ARCHITECTURES["mistral"], n_layers=1)
-    options = StepOptions(block=ROW - 1, backend="dense")
+    options = StepOptions(backend="dense")
     weights = weights_of(lively(config))
     slope = jax.jit(functools.partial(gradient_of, config, options))
     (loss, grads), (expected, theirs) = (slope(weights, {}, of()) for of in (packed, apart))

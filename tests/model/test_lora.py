@@ -28,7 +28,7 @@ from parity.random_models import lively
 ADAPTERS = Adapters(
     rank=3, alpha=5.0, ranks={"blocks.1.attn.q": 2}, alphas={"blocks.0.mlp.down": 7.0}
 )
-OPTIONS = StepOptions(block=16, chunk=20, rule=usual_rule("adamw", "adapters"), learning_rate=20.0)
+OPTIONS = StepOptions(chunk=20, rule=usual_rule("adamw", "adapters"), learning_rate=20.0)
 TOKENS = np.random.default_rng(0).integers(97, size=(4, 3, 17), dtype=np.int32)
 
 

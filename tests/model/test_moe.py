@@ -74,7 +74,7 @@ def test_gradients_are_those_of_transformers_with_its_auxiliary_loss(
     ours = {name: jnp.asarray(leaf, jnp.float64) for name, leaf in weights.items()}
 
     def found(coefficient: float) -> tuple:
-        options = StepOptions(block=12, dtype="float64", router_aux_loss=coefficient)
+        options = StepOptions(dtype="float64", router_aux_loss=coefficient)
         return slope(mixture, options, ours, {}, Rows(tokens))
 
     loss, grads = found(COEFFICIENT)
@@ -97,7 +97,7 @@ def test_experts_on_many_devices_learn_as_on_one(
     found = []
     for where in (None, make_mesh(mesh)):
         remat = "dots" if where else "none"
-        options = StepOptions(block=12, mesh=where, router_aux_loss=COEFFICIENT, remat=remat)
+        options = StepOptions(mesh=where, router_aux_loss=COEFFICIENT, remat=remat)
         found.append(slope(mixture, options, weights, {}, Rows(tokens)))
     (loss, grads), (sharded_loss, sharded) = found
     assert float(sharded_loss) == pytest.approx(float(loss), rel=1e-6)
@@ -121,7 +121,7 @@ def test_parts_of_a_batch_add_up_but_for_their_own_balance(
     twice = Rows(np.concatenate([tokens[:2], tokens[:2]])[[0, 2, 1, 3]])  # each part the same
     found = []
     for n in (1, 2):
-        options = StepOptions(block=12, accumulate=n, router_aux_loss=COEFFICIENT)
+        options = StepOptions(accumulate=n, router_aux_loss=COEFFICIENT)
         found.append(slope(mixture, options, weights, {}, twice))
     for name, wanted in found[0][1].items():
         atol = 1e-5 * np.abs(wanted).max()
@@ -193,7 +193,7 @@ def test_adapters_beside_quantised_experts_learn_on_many_devices_what_they_do_on
     found = []
     for where, base in ((None, numbers), (None, weights), (make_mesh("fsdp=2,tp=2"), weights)):
         frozen = settled(where, base | adapters.scales(in_groups))
-        options = StepOptions(block=12, dtype="float64", mesh=where)
+        options = StepOptions(dtype="float64", mesh=where)
         found.append(slope(in_groups, options, settled(where, learning), frozen, Rows(tokens))[1])
     for name, wanted in found[0].items():
         for other in found[1:]:

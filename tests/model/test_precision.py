@@ -80,7 +80,7 @@ def traced(platform: str, program: Callable[..., Any], *arguments: Any) -> list[
 def training(platform: str, config: MistralConfig, form: Form | None = None) -> list[Any]:
     """A step in bfloat16, of all weights or of adapters beside those of that form."""
     rule = usual_rule("muon" if form is None else "adamw", "random")
-    options = StepOptions(T, dtype="bfloat16", rule=rule, backend="dense", router_aux_loss=0.1)
+    options = StepOptions(dtype="bfloat16", rule=rule, backend="dense", router_aux_loss=0.1)
     frozen: dict[str, Any] = {}
     learning: dict[str, Any] = weight_shapes(config)
     if form is not None:

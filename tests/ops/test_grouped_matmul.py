@@ -13,9 +13,8 @@ from lechat_jax.ops import grouped_matmul_cpu
 from lechat_jax.ops.expert_weights import Kernels
 from lechat_jax.ops.grouped_matmul import grouped
 
-E, F, D = 5, 24, 8
-# Rows in all, some of which may be nobody's, and those of each group: of "even" ones the few that
-# one has beyond its fair part are added to what all have in slots, and of "uneven" ones all are.
+E, F, D = 5, 25, 8
+# Rows in all, some of which may be nobody's, and those of each group.
 CASES = {
     "even": (40, [11, 0, 17, 9, 0]),
     "uneven": (40, [0, 38, 0, 0, 0]),

@@ -145,7 +145,7 @@ def test_a_run_reads_what_was_held_out_when_it_was_trained(run: Path, tmp_path: 
     assert trained.run
     tokens = load_tokens(load_corpus(trained.run.config["train"]["data"]), tokenizer)
     held = HeldOut.of_text(tokens, tokenizer)
-    validator = Validator(trained.config, StepOptions(block=128), held)
+    validator = Validator(trained.config, StepOptions(), held)
     score = validator.full(trained.load().weights, lambda done, of: None)
     reference = found["rows"][0]
     assert (found["text"], found["note"]) == (tokens.name, "")

@@ -24,6 +24,7 @@ from lechat_jax.quantize.scheme import INT8, check_format, dequantize, quantize_
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import set_up
 from lechat_jax.train.options import TrainConfig
+from lechat_jax.train.start import run_of
 from parity.random_models import lively
 
 DTYPES = ["float32", "float64", "float16", ml_dtypes.bfloat16]
@@ -191,5 +192,5 @@ def test_training_does_not_start_from_int8(tmp_path: Path, tiny: MistralConfig) 
         Display(None) as display,
         pytest.raises(BadInput, match=r"--init-from needs floating-point .*int8 are int8; start"),
     ):
-        set_up(options, display)
+        set_up(run_of(options), options, 0.0, display)
     assert not (tmp_path / "run").exists()

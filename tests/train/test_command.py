@@ -9,12 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lechat_jax.train
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.cli import flags as cli
 from lechat_jax.cli.display import Display
@@ -29,6 +31,7 @@ from lechat_jax.model.binding import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main, set_up
 from lechat_jax.train.options import TrainConfig
+from lechat_jax.train.start import run_of
 from lechat_jax.train.trainer import Trainer
 from parity.random_models import lively
 from tests.support import tokenizers
@@ -229,13 +232,14 @@ def test_the_device_is_kept_busy_while_losses_are_read_and_nothing_else_changes(
     flags = ["--out", str(folder), "--data", str(text), *SMALL, *STEPS]
     asked = cli.parse(TrainConfig, "train", "Trains.", flags)
     with Display(None) as display, Stop() as stop:
-        trainer = set_up(asked, display)
+        trainer = set_up(run_of(asked), asked, 0.0, display)
         trainer.calls, trainer.ahead = 1, 1
         record = trainer.record
 
         def counted(losses: np.ndarray) -> None:
             record(losses)
-            ahead[trainer.step] = trainer.sent - trainer.step
+            step = trainer.training.step
+            ahead[step] = trainer.sent - step
 
         monkeypatch.setattr(trainer, "record", counted)
         trainer.train(stop)
@@ -246,6 +250,39 @@ def test_the_device_is_kept_busy_while_losses_are_read_and_nothing_else_changes(
             expected = float.fromhex(metrics(whole, key)[step])
             assert float.fromhex(loss) == pytest.approx(expected, rel=1e-6)
     assert {int(path.parent.name) for path in folder.glob("checkpoints/*/SHA256SUMS")} >= {8, 12}
+
+
+def test_from_python_a_run_is_trained_as_by_the_command(
+    whole: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder holds the same losses, is free for other processes, and can be gone on with."""
+    flags, began = (
+        ["--out", str(tmp_path / "run"), "--data", str(text), *SMALL, *STEPS],
+        time.time(),
+    )
+    run = lechat_jax.train.run(cli.parse(TrainConfig, "train", "Trains.", flags))
+    assert run.folder == tmp_path / "run"
+    assert "trained on 384 tokens in 12 steps" in capsys.readouterr().out
+    losses = {r["step"]: r["train/loss"] for r in run.metrics() if "train/loss" in r}
+    # Within 1e-6, since the tests' process divides its CPU into eight devices.
+    expected = {step: float.fromhex(loss) for step, loss in metrics(whole, "train/loss").items()}
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert [row["time_s"] for row in run.metrics()][-1] < time.time() - began, "since the call"
+    assert weights(run.folder).keys() == weights(whole).keys()
+    held = "from pathlib import Path; from lechat_jax.files.lock import Lock; Lock(Path({!r}))"
+    subprocess.run([sys.executable, "-c", held.format(str(run.folder))], check=True)
+    with pytest.raises(BadInput, match="is finished"):
+        lechat_jax.train.run(TrainConfig(resume=run.folder))
+    with pytest.raises(BadInput, match="for the command line"):
+        lechat_jax.train.run(TrainConfig(config=Path("run.yaml")))
+
+
+def test_its_names_are_loaded_when_they_are_asked_for() -> None:
+    program = (
+        "import sys, lechat_jax.train as train; print('jax' in sys.modules, train.TrainConfig)"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    assert said == f"False {TrainConfig}\n"
 
 
 def test_minutes_become_steps_and_the_plan_is_stored(text: Path, tmp_path: Path) -> None:
@@ -424,10 +461,11 @@ def test_weights_without_a_tokenizer_learn_nothing_until_theirs_is_put_in(
     options = TrainConfig(init_from=source, data=str(text), out=tmp_path / "run")
     words = r"and a tokenizer\.json is none that is read here, so no text can be read; put the "
     with pytest.raises(BadInput, match=words):
-        set_up(options, Display(None))
+        set_up(run_of(options), options, 0.0, Display(None))
     assert not (tmp_path / "run").exists()
     v1.save(source)
-    assert set_up(options, Display(None)).tokenizer.sha256 == v1.sha256
+    trainer = set_up(run_of(options), options, 0.0, Display(None))
+    assert trainer.job.tokenizer.sha256 == v1.sha256
     assert Tokenizer.from_file(tmp_path / "run" / "tokenizer.model.v1").sha256 == v1.sha256
 
 

@@ -29,8 +29,8 @@ from lechat_jax.train.step import StepOptions
 
 
 def test_the_default_job_is_foretold_from_shallow_models() -> None:
-    config, options = preset("lechat-15m"), StepOptions(block=128)
-    whole, foretold = compiled(config, options, 8), needed(config, options, 8)
+    config, options = preset("lechat-15m"), StepOptions()
+    whole, foretold = compiled(config, options, 8, 128), needed(config, options, 8, 128)
     assert foretold.parameters == whole.parameters == 4 * config.n_params
     assert foretold.optimizer == whole.optimizer
     assert foretold.total == pytest.approx(whole.total, rel=0.1)
@@ -41,8 +41,8 @@ def test_the_default_job_is_foretold_from_shallow_models() -> None:
 @pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tp=2"])
 def test_so_is_a_mesh(mesh: str, tiny: MistralConfig) -> None:
     config = dataclasses.replace(tiny, n_layers=8, vocab_size=98)
-    options = StepOptions(block=64, mesh=make_mesh(mesh))
-    whole, foretold = compiled(config, options, 32), needed(config, options, 32)
+    options = StepOptions(mesh=make_mesh(mesh))
+    whole, foretold = compiled(config, options, 32, 64), needed(config, options, 32, 64)
     assert foretold.parameters == pytest.approx(whole.parameters, rel=1e-3)
     assert foretold.total == pytest.approx(whole.total, rel=0.1)
     assert whole.parameters < 1.1 * 4 * config.n_params / 8
@@ -64,10 +64,10 @@ def watch():
         peak.append(max(peak.pop(), resident()))
         time.sleep(0.002)
 
-config, options, B = preset("lechat-15m"), StepOptions(block=256), 32
+config, options, B = preset("lechat-15m"), StepOptions(), 32
 rows = Rows(np.random.default_rng(0).integers(0, 32000, (1, B, 257)).astype(np.int32))
 state, one, many = init_state(config, options, 0), jnp.int32(1), jnp.int32(100)
-foretold = compiled(config, options, B)
+foretold = compiled(config, options, B, 256)
 step = jitted_steps(options).lower(config, options, state, {}, rows, one, many).compile()
 before, peak = resident(), [0]
 threading.Thread(target=watch, daemon=True).start()
@@ -100,13 +100,13 @@ def test_a_dry_run_says_what_fits_and_writes_nothing(
         main(["--resume", "there", "--dry-run"])
 
 
-REMATS: list[StepOptions] = [StepOptions(block=256, remat=name) for name in ("none", "full")]
+REMATS: list[StepOptions] = [StepOptions(remat=name) for name in ("none", "full")]
 
 
 @pytest.fixture(scope="module")
 def plans(tiny: MistralConfig) -> dict[StepOptions, Memory]:
     """What XLA plans for 16 rows, and what they are rows of."""
-    return {options: compiled(deeper(tiny), options, 16) for options in REMATS}
+    return {options: compiled(deeper(tiny), options, 16, 256) for options in REMATS}
 
 
 def deeper(tiny: MistralConfig) -> MistralConfig:
@@ -133,7 +133,7 @@ def test_xla_decides_wherever_it_is_not_plain(
     monkeypatch.setattr(memory_plan, "needed", lambda *args: plan)
 
     def check(free: int | None) -> None:
-        check_memory(deeper(tiny), options, 16, free, asking=lambda: asked.append(free))
+        check_memory(deeper(tiny), options, 16, 256, free, asking=lambda: asked.append(free))
 
     check(plan.total)
     with pytest.raises(BadInput, match=r"a training step takes .* GB and .*--remat full\)$"):
@@ -147,12 +147,12 @@ def test_xla_decides_wherever_it_is_not_plain(
 def test_what_is_plain_is_refused_without_asking() -> None:
     large, usual = preset("mistral-7b-v0.1"), preset("lechat-15m")
     with pytest.raises(BadInput, match=r"remembers take 87\.95 GB and 24\.00 GB are free; train a"):
-        check_memory(large, StepOptions(block=128), 8, 24 * 10**9, asking=pytest.fail)
+        check_memory(large, StepOptions(), 8, 128, 24 * 10**9, asking=pytest.fail)
     with pytest.raises(
         BadInput, match=r"takes at least 265\.65 GB .*--batch.*--accumulate.*--remat"
     ):
-        check_memory(usual, StepOptions(block=128), 100_000, 24 * 10**9, asking=pytest.fail)
-    check_memory(usual, StepOptions(block=128), 8, 2 * 10**9, asking=pytest.fail)
+        check_memory(usual, StepOptions(), 100_000, 128, 24 * 10**9, asking=pytest.fail)
+    check_memory(usual, StepOptions(), 8, 128, 2 * 10**9, asking=pytest.fail)
 
 
 def test_weights_that_stay_have_no_gradient_and_nothing_is_remembered_of_them() -> None:
@@ -161,9 +161,9 @@ def test_weights_that_stay_have_no_gradient_and_nothing_is_remembered_of_them() 
         n: jax.ShapeDtypeStruct(x.shape, "bfloat16") for n, x in weight_shapes(config).items()
     }
     learning = {"blocks.0.attn.q.kernel.lora_a": jax.ShapeDtypeStruct((16, 4096), "float32")}
-    options = StepOptions(block=128, rule=usual_rule("adamw", "adapters", 0.0))
+    options = StepOptions(rule=usual_rule("adamw", "adapters", 0.0))
     with pytest.raises(BadInput, match=r"remembers take 14\.48 GB and 14\.00 GB are free"):
-        check_memory(config, options, 1, 14 * 10**9, Parts(learning, frozen), pytest.fail)
+        check_memory(config, options, 1, 128, 14 * 10**9, Parts(learning, frozen), pytest.fail)
 
 
 def test_what_fits_nowhere_is_said() -> None:

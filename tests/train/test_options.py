@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lechat_jax.cli import flags as cli
-from lechat_jax.config import preset
+from lechat_jax.config import PRESETS, preset
 from lechat_jax.errors import BadInput
 from lechat_jax.train.options import TrainConfig
 
@@ -62,6 +62,10 @@ def test_every_flag_says_its_default(help_of: dict[str, str]) -> None:
             assert re.search("By default|instead of", text), f"{flag}: {text}"
         elif isinstance(default, (str, float, int)) and not isinstance(default, bool):
             assert f"default: {default}" in text, f"{flag}: {text}"
+
+
+def test_every_preset_is_named(help_of: dict[str, str]) -> None:
+    assert [name for name in PRESETS if name not in help_of["--preset"]] == []
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import samples
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.samples import Samples
+from lechat_jax.train.training_run import Job
 from parity.random_models import lively
 
 Sampled = Callable[..., str]
@@ -48,8 +49,8 @@ def sampled(config: MistralConfig, tmp_path: Path) -> Sampled:
         with Display(9, Console(file=told, soft_wrap=True, highlight=False)) as display:
             run = Run.create(tmp_path / "run")
             options = TrainConfig(max_tokens=4, **asked)
-            made = Samples(run, config, options, lessons, tokenizer, display, None, "float32")
-            made.take(2, weights_of(lively(config)))
+            job = Job(run, config, options, lessons, tokenizer, display, began=0.0)
+            Samples(job).take(2, weights_of(lively(config)))
         return told.getvalue()
 
     return take

@@ -32,7 +32,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine(lambda now: 0.5)
-    monkeypatch.setattr(schedule, "elapsed", lambda: machine.now)
+    monkeypatch.setattr(schedule, "elapsed", lambda began: machine.now)
     monkeypatch.setattr(schedule, "time", types.SimpleNamespace(monotonic=lambda: machine.now))
     return machine
 

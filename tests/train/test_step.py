@@ -30,7 +30,7 @@ from lechat_jax.train.step import (
 )
 
 B, CALLS = 3, 4
-OPTIONS = StepOptions(block=16, chunk=20)  # 20 does not divide the 48 tokens of a batch
+OPTIONS = StepOptions(chunk=20)  # 20 does not divide the 48 tokens of a batch
 STREAM = np.random.default_rng(0).integers(97, size=200, dtype=np.uint16)
 STARTS = np.random.default_rng(1).integers(200 - 17, size=(CALLS, B), dtype=np.int32)
 

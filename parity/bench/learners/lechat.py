@@ -102,7 +102,7 @@ class Lechat:
 
     def __init__(self, lesson: Lesson, backend: Backend | None = None) -> None:
         self.lesson = lesson
-        self.options = StepOptions(lesson.batches.block, dtype=lesson.dtype, backend=backend)
+        self.options = StepOptions(dtype=lesson.dtype, backend=backend)
         weights = {name: jnp.array(leaf) for name, leaf in lesson.weights.items()}
         self.state = state_of(weights, self.options)
         self.step = 0

@@ -1,0 +1,91 @@
+"""Validation, checkpoints and samples between the steps of a run, and after its last one."""
+
+import time
+
+from lechat_jax.checkpoint.run import HELD_OUT
+from lechat_jax.cli.display import clock
+from lechat_jax.cli.signals import Stop
+from lechat_jax.devices.processes import anywhere
+from lechat_jax.eval.score import Validator
+from lechat_jax.train.samples import Samples
+from lechat_jax.train.schedule import elapsed
+from lechat_jax.train.training_run import TrainingRun
+
+
+class Events:
+    """What a run does beside its steps, with the weights as they then are."""
+
+    def __init__(self, training: TrainingRun) -> None:
+        self.training, self.job = training, training.job
+        held_out = self.job.lessons.held_out()
+        self.validator = Validator(self.job.config, training.step_options, held_out)
+        self.samples = Samples(self.job)
+
+    def do_those_due(self) -> None:
+        """Validates, saves and samples if it is time; after the last step that comes later.
+
+        Saves before it samples: what takes memory that nobody foretold may be killed.
+        """
+        timetable = self.training.timetable
+        for what, do in (
+            ("eval", self.validate),
+            ("checkpoint", self.training.save),
+            ("sample", self.sample),
+        ):
+            if timetable.due(what, self.training.step):
+                began = time.perf_counter()
+                do()
+                timetable.took(what, time.perf_counter() - began)
+
+    def sample(self) -> None:
+        """Continues the prompts with the weights as they are."""
+        self.samples.take(self.training.step, self.training.weights)
+
+    def validate(self) -> None:
+        """Scores a fixed part of the held-out rows, and learns how long all of them will take."""
+        score = self.validator.interim(self.training.weights)
+        if seconds := self.validator.seconds_for_all:
+            share = min(1.0, self.job.options.eval_tokens / self.validator.n_tokens)
+            self.training.timetable.took("ending", share * seconds)
+        self.job.run.log([self.training.row() | score.metrics()])
+        self.job.display.say(
+            f"step {self.training.step} · {clock(elapsed(self.job.began))} · validation loss "
+            f"{score.loss:.3f} · {score.bits_per_byte:.3f} bits per byte "
+            f"(on {score.tokens:,} tokens)"
+        )
+
+    def validate_all(self, stop: Stop) -> str:
+        """Scores the held-out rows, as many as there is time for, logs that and says it in words.
+
+        A signal ends it too, and what was scored so far counts.
+        """
+        options, run, began = self.job.options, self.job.run, time.perf_counter()
+        usual = self.training.timetable.minutes / 2
+        minutes = usual if options.eval_minutes is None else options.eval_minutes
+
+        def late() -> bool:
+            return time.perf_counter() - began > 60 * minutes
+
+        def show(done: int, of: int) -> None:
+            left = clock((of - done) * (time.perf_counter() - began) / done)
+            self.job.display.work("validating, row", done, of, f" · {left} left")
+
+        final = self.validator.full(
+            self.training.weights,
+            show,
+            options.eval_tokens,
+            lambda: anywhere(bool(stop.asked) or late()),
+        )
+        rate, of = final.tokens / (time.perf_counter() - began), self.validator.n_tokens
+        known = (row for row in run.metrics() if row["step"] == self.training.step)
+        if not any(row.get(HELD_OUT) and row["val/tokens"] >= final.tokens for row in known):
+            run.log([self.training.row() | final.metrics() | {HELD_OUT: of}])
+        part = f"all {of:,} held-out tokens"
+        if final.tokens < of:
+            bound = "--eval-tokens" if final.tokens >= options.eval_tokens else "--eval-minutes"
+            why = stop.asked or bound
+            part = f"{final.tokens:,} of {of:,} held-out tokens, evenly spread ({why})"
+        return (
+            f"{final.bits_per_byte:.4f} bits per byte on {part} "
+            f"({final.n_bytes:,} bytes, scored at {rate:,.0f} tokens/s)"
+        )

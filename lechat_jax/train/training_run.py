@@ -1,0 +1,255 @@
+"""The state of a training run: drawn, saved as checkpoints, restored, logged and planned.
+
+A run that resumes takes the same steps as one that was never stopped, bit for bit on a
+CPU: the weights and the optimiser come from the checkpoint, and everything else (which
+text, at which rate) follows from the number of the step.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lechat_jax.checkpoint.peft import write_adapter
+from lechat_jax.checkpoint.run import Run
+from lechat_jax.checkpoint.training_state import Checkpoints
+from lechat_jax.cli.display import Display
+from lechat_jax.config import MistralConfig
+from lechat_jax.data.dataset import Lessons
+from lechat_jax.devices.mesh import described, placed, settled
+from lechat_jax.devices.processes import from_first, is_first
+from lechat_jax.errors import BadInput
+from lechat_jax.model.adapters import Adapters
+from lechat_jax.model.binding import Weights
+from lechat_jax.shell import quoted
+from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.train.optimizer import usual_rule
+from lechat_jax.train.options import TrainConfig
+from lechat_jax.train.schedule import Timetable, elapsed
+from lechat_jax.train.step import StepOptions, TrainState, all_finite, init_state, state_of
+
+WORTH_SAYING = 0.05  # of the steps
+
+
+class Diverged(Exception):
+    """The loss or a weight is NaN or infinite; the message says where and what to try."""
+
+
+class Job(NamedTuple):
+    """What every part of a training run works with.
+
+    Attributes:
+        run: the folder that it fills.
+        config: of the model.
+        options: as resolved.
+        lessons: the dataset.
+        tokenizer: of the model.
+        display: shows its progress.
+        began: the time of its start, in seconds of the epoch, from which its minutes count.
+        mesh: the devices, if there are several.
+    """
+
+    run: Run
+    config: MistralConfig
+    options: TrainConfig
+    lessons: Lessons
+    tokenizer: Tokenizer
+    display: Display
+    began: float
+    mesh: Mesh | None = None
+
+
+def step_options(options: TrainConfig, mesh: Mesh | None) -> StepOptions:
+    """What the compiled steps of a run are specialised to."""
+    return StepOptions(
+        dtype=options.shape(jax.default_backend()).dtype,
+        learning_rate=options.learning_rate,
+        remat=options.remat,
+        accumulate=options.accumulate,
+        router_aux_loss=options.router_aux_loss,
+        rule=usual_rule(options.usual_optimizer, options.start, options.weight_decay),
+        mesh=mesh,
+    )
+
+
+class TrainingRun:
+    """A run between two steps: its weights, optimiser and step, and the plan for the rest.
+
+    Attributes:
+        state: weights that learn, and optimiser; there after `begin` or `restore`.
+        step: optimiser steps taken.
+        frozen: weights of the base model, where adapters learn beside them.
+        adapters: those that learn, if not all weights do.
+        timetable: how long the run is, and when it does something else.
+    """
+
+    state: TrainState
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.step_options = step_options(job.options, job.mesh)
+        self.checkpoints = Checkpoints(job.run.checkpoints, job.options.keep)
+        self.frozen: Weights = {}
+        self.adapters: Adapters | None = None
+        self.step = 0
+        epoch = job.lessons.reader.windows / job.lessons.reader.batch
+        plans = job.run.config.get("plan", ())
+        self.timetable = Timetable(job.options, epoch, plans, job.began)
+
+    @property
+    def total(self) -> int | None:
+        """Steps of the run; `None` while their number is still to be measured."""
+        return self.timetable.total
+
+    @property
+    def seen(self) -> int:
+        """Tokens trained on."""
+        return self.step * self.job.lessons.reader.batch * self.job.lessons.reader.block
+
+    @property
+    def weights(self) -> Weights:
+        """All weights of the model, learning and frozen."""
+        return self.frozen | self.state.weights
+
+    def freeze(self, weights: Weights, adapters: Adapters) -> None:
+        """Keeps these weights as they are; the adapters beside them learn."""
+        self.frozen = settled(self.job.mesh, weights | adapters.scales(self.job.config))
+        self.adapters = adapters
+
+    def begin(self, weights: Weights | None = None) -> None:
+        """At step 0, with weights drawn from the seed, or with those given, which it consumes.
+
+        Those given are saved at once: from then on nobody needs the folder they came from.
+        """
+        if weights is None:
+            self.state = self._drawn()
+        else:
+            self.state = state_of(settled(self.job.mesh, weights), self.step_options)
+            self.save()
+
+    def restore(self) -> None:
+        """Continues from the last good checkpoint, or from the start if there is none yet.
+
+        Raises:
+            BadInput: none is good, or there is none and the run did not start at random.
+        """
+        run, display, mesh = self.job.run, self.job.display, self.job.mesh
+        if from_first(self.checkpoints.steps):
+            # Shapes alone: drawing weights to throw them away takes seconds, and a second model.
+            shapes = described(mesh, _items(jax.eval_shape(self._drawn)))
+            restored = self.checkpoints.restore(shapes)
+            for sentence in restored.refused:
+                display.say(f"warning: {sentence}", style="yellow")
+            self.state = TrainState(
+                restored.items["model"],
+                restored.items["optimizer"],
+                placed(mesh, "", np.array(restored.step, np.int32)),
+            )
+            self.step = restored.step
+            display.say(
+                f"resuming at step {self.step} of {self.total or 'a number to be measured'}"
+            )
+        elif self.job.options.init_from:
+            again = quoted(["--init-from", str(self.job.options.init_from)])
+            raise BadInput(
+                f"{run.folder} was stopped before the weights it starts from were saved; "
+                f"delete it and start again with {again}"
+            )
+        else:
+            display.say("no checkpoint was saved yet: starting again at step 0")
+            self.begin()
+        run.rewind(self.step)
+
+    def _drawn(self) -> TrainState:
+        seed = self.job.options.seed
+        if self.adapters:
+            return state_of(self.adapters.draw(self.job.config, seed), self.step_options)
+        return init_state(self.job.config, self.step_options, seed)
+
+    def save(self) -> None:
+        """A checkpoint of this step.
+
+        Raises:
+            Diverged: a weight is not finite, so that the last checkpoint stays the last.
+        """
+        if not all_finite(self.state.weights):
+            raise Diverged(f"weights are not finite after step {self.step}; {self.advice()}")
+        self.checkpoints.save(self.step, _items(self.state), {"tokens": self.seen})
+        self.timetable.start_the_clock()
+
+    def keep_adapter(self) -> Path | None:
+        """The folder of the adapters in PEFT's format, written anew; `None` without any."""
+        if self.adapters is None or not is_first():
+            return None
+        folder = self.job.run.folder / "adapter"
+        write_adapter(folder, self.job.config, self.adapters, self.state.weights)
+        return folder
+
+    def advice(self) -> str:
+        """What is left after a divergence, and what to do."""
+        steps = self.checkpoints.steps()
+        last = "no checkpoint was saved before"
+        if steps:
+            folder = self.job.run.checkpoints / str(steps[-1])
+            last = f"the last good checkpoint is step {steps[-1]} in {folder}"
+        rate = self.job.options.learning_rate / 2
+        return f"{last}; try a new run with --learning-rate {rate:g}"
+
+    def row(self) -> dict[str, Any]:
+        """The keys that every line of metrics has."""
+        seconds = round(elapsed(self.job.began), 3)
+        return {"step": self.step, "time_s": seconds, "tokens": self.seen}
+
+    def plan(self, seconds_per_step: float) -> None:
+        """Turns the minutes into a number of steps, once, and stores it with the run.
+
+        The steps so far are saved first, so that no resumed run takes them again otherwise.
+        """
+        why = self.timetable.settle(self.step, seconds_per_step)
+        self.save()
+        self.store_plans()
+        self.job.display.say(f"{self.total} steps of {seconds_per_step * 1e3:,.0f} ms: {why}")
+
+    def revise(self, sent: int, seconds_per_step: float) -> None:
+        """Plans the steps after those `sent` anew if the minutes would be missed, and stores it."""
+        before = self.total
+        if self.timetable.revise(self.step, sent, seconds_per_step):
+            self.store_plans()
+            if before and self.total and abs(self.total - before) > WORTH_SAYING * before:
+                self.job.display.say(
+                    f"{self.total} steps now, of {seconds_per_step * 1e3:,.0f} ms, to keep to "
+                    f"{self.timetable.minutes:g} minutes"
+                )
+
+    def store_plans(self) -> None:
+        """What is planned is part of the run, so that it resumes as it would have gone on."""
+        self.job.display.total = self.total
+        config = self.job.run.config
+        config["train"] |= {"steps": self.total, "minutes": self.timetable.minutes}
+        config["plan"] = [plan._asdict() for plan in self.timetable.plans]
+        self.job.run.config = config
+
+    def extend(self, steps: int | None, minutes: float | None) -> None:
+        """Trains further from the step that was restored, at rates that rise and fall again."""
+        self.timetable.extend(self.step, steps, minutes)
+        self.store_plans()
+        more = f"{steps} steps" if steps else f"{self.timetable.minutes:g} minutes"
+        self.job.display.say(f"training on from step {self.step} for {more}")
+
+    def check_unfinished(self) -> None:
+        """Raises `BadInput` if all is done; a run that was killed in its last part is not."""
+        run = self.job.run
+        scored = any(row["step"] == self.step and "val/bpb" in row for row in run.metrics())
+        if self.step == self.total and scored:
+            raise BadInput(
+                f"{run.folder} is finished, it has taken all its {self.total} steps; train it "
+                "further with --minutes 10 or --steps 100 beside --resume, or other text with "
+                f"--init-from {run.folder}"
+            )
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds; the step is its number, and data and rates follow from it."""
+    return {"model": state.weights, "optimizer": state.optimizer}
