@@ -37,7 +37,7 @@ MAY_IMPORT = {
         "shell": "",
         "files": "",
         "config": "",
-        "ops": "",
+        "ops": "config",
         "devices": "config files",
         "cli": "devices files",
         "tokenizer": "files",
