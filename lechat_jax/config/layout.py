@@ -235,7 +235,7 @@ def is_kernel(name: str) -> bool:
     >>> is_kernel("norm.scale"), is_kernel("blocks.0.mlp.router.kernel")
     (False, False)
     """
-    return stacked(name) + SCALE in KNOWN
+    return part_of(name + SCALE) == SCALE
 
 
 def is_matrix(name: str) -> bool:

@@ -63,6 +63,8 @@ def test_an_adapter_belongs_to_a_map_of_attention_or_the_dense_feed_forward() ->
 
 
 STRANGERS = [
+    "norm",
+    "blocks.0.attn.q.lora",
     "kernel",
     "blocks.0.attn.x.kernel",
     "blocks.0.norm.scale",
