@@ -7,7 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.config.layout import is_norm, n_reads
+from lechat_jax.config.layout import is_norm, module_of, n_reads
 from lechat_jax.model.binding import bind, shapes_of, weights_of
 from lechat_jax.model.mistral import Mistral
 
@@ -25,7 +25,7 @@ def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0)
         if is_norm(name):
             return rng.uniform(0.5, 1.5, shape)
         inputs = math.prod(shape[-n_reads(name) :])
-        is_lookup = name.startswith("embed") and not config.tied_embeddings
+        is_lookup = module_of(name) == "embed" and not config.tied_embeddings
         return rng.standard_normal(shape) * (1.0 if is_lookup else inputs**-0.5)
 
     drawn = {name: draw(name, leaf.shape) for name, leaf in shapes_of(config).items()}

@@ -1,12 +1,11 @@
-"""Adapters in the format of Hugging Face's PEFT, which Python's `peft` and most servers read.
+"""LoRA adapters in PEFT's format, which Python's `peft` and most servers read.
 
 <folder>/
   adapter_config.json         which maps have one, rank and alpha
   adapter_model.safetensors   A [r, in] and B [out, r] of each, heads joined to one axis
 
-The rows of queries and keys are in Hugging Face's order, which is lechat's own.
-
-Read is also what mistral-finetune leaves, `lora.safetensors`, in Mistral's names and order of rows.
+The rows of queries and keys are in Hugging Face's order, which is lechat's own. Also read is the
+`lora.safetensors` of mistral-finetune, in Mistral's names and order of rows.
 """
 
 import json
@@ -25,17 +24,27 @@ from jaxtyping import Array
 from lechat_jax.checkpoint.safetensors import TensorFiles, write_tensors
 from lechat_jax.checkpoint.weights import FLOATS
 from lechat_jax.config import MistralConfig
-from lechat_jax.config.layout import LORA_A, LORA_B
+from lechat_jax.config.layout import (
+    LORA_A,
+    LORA_B,
+    MAPS,
+    TABLE,
+    in_layer,
+    kernel_of,
+    layer_of,
+    module_of,
+    part_of,
+    row_of,
+)
 from lechat_jax.errors import BadInput
 from lechat_jax.files.safetensors_header import TensorInfo, parse_json
 from lechat_jax.model.adapters import Adapters, in_short
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
-MAPS = {
-    **{f"attn.{word}": f"self_attn.{word}_proj" for word in "qkvo"},
-    **{f"mlp.{word}": f"mlp.{word}_proj" for word in ("gate", "up", "down")},
-}
-OURS = {theirs: ours for ours, theirs in MAPS.items()}
+PARTS = {"A": LORA_A, "B": LORA_B}
+# The maps of a layer by their names in Hugging Face's model, and in Mistral's own.
+OURS = {TABLE[name].hf: module_of(name) for name in MAPS.values()}
+MISTRALS = {TABLE[name].mistral: module_of(name) for name in MAPS.values()}
 # A map's name in the model that the adapter was trained on, which may be the text part of one that
 # sees (transformers 5 and 4 name it in two ways), or lack its head.
 KEY = re.compile(
@@ -43,12 +52,8 @@ KEY = re.compile(
     r"layers\.(\d+)\.([\w.]+))\.lora_([AB])(?:\.default)?\.weight"
 )
 VISION = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(vision_tower|multi_modal_projector)\.")
-MISTRALS = "lora"  # stem of mistral-finetune's file
+MISTRALS_STEM = "lora"  # of mistral-finetune's file
 MISTRALS_KEY = re.compile(r"layers\.(\d+)\.([\w.]+)\.lora_([AB])\.weight")
-MISTRALS_MAPS = {
-    **{f"attention.w{word}": f"attn.{word}" for word in "qkvo"},
-    **{f"feed_forward.w{n}": f"mlp.{word}" for n, word in ((1, "gate"), (3, "up"), (2, "down"))},
-}
 SCALING = 2.0  # of mistral-finetune and mistral-inference, where nothing is said
 MERGE = "merge the adapter with peft (merge_and_unload) and convert the result"
 
@@ -85,8 +90,8 @@ def write_adapter(
     """
     arrays = {}
     for name, shape in adapters.shapes(config).items():
-        letter = "A" if name.endswith(LORA_A) else "B"
-        key = f"base_model.model.{_theirs(name[: -len(LORA_A)])}.lora_{letter}.weight"
+        letter = "A" if part_of(name) == LORA_A else "B"
+        key = f"base_model.model.{_theirs(module_of(name))}.lora_{letter}.weight"
         arrays[key] = np.asarray(weights[name]).reshape(_flat(name, shape))
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -120,11 +125,11 @@ def read_adapter(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[st
     """
     path = folder / CONFIG
     if not path.is_file():
-        if (folder / f"{MISTRALS}.safetensors").is_file():
+        if (folder / f"{MISTRALS_STEM}.safetensors").is_file():
             return _read_mistrals(folder, config)
         raise BadInput(
             f"{folder} holds no adapter: neither PEFT's {CONFIG} nor mistral-finetune's "
-            f"{MISTRALS}.safetensors"
+            f"{MISTRALS_STEM}.safetensors"
         )
     fields = parse_json(path.read_bytes(), path)
     _check(fields, path)
@@ -140,7 +145,7 @@ def read_adapter(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[st
         name, module = _ours(key, files[key].path)
         if name in found:
             raise BadInput(f"{folder} has {name} twice: {found[name].name} and {key}")
-        found[name], theirs[_map_of(name)] = files[key], module
+        found[name], theirs[module_of(name)] = files[key], module
     if not found:
         raise BadInput(f"{folder} has no adapter of a model's text part, so it changes nothing")
     adapters = _adapters(fields, path, _ranks(found), theirs, config)
@@ -153,18 +158,18 @@ def _read_mistrals(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[
     Raises:
         BadInput: as `read_adapter` does.
     """
-    files = TensorFiles.open(folder, MISTRALS)
+    files = TensorFiles.open(folder, MISTRALS_STEM)
     found: dict[str, TensorInfo] = {}
     for key in files:
         match = MISTRALS_KEY.fullmatch(key)
-        if match is None or match[2] not in MISTRALS_MAPS:
+        if match is None or match[2] not in MISTRALS:
             raise BadInput(
                 f"{files[key].path} has {key}, and only lora_A and lora_B of the maps "
-                f"{', '.join(MISTRALS_MAPS)} are read here; let mistral-finetune merge it "
+                f"{', '.join(MISTRALS)} are read here; let mistral-finetune merge it "
                 "(save_adapters: False) and convert the result"
             )
-        name = f"blocks.{match[1]}.{MISTRALS_MAPS[match[2]]}"
-        found[name + (LORA_A if match[3] == "A" else LORA_B)] = files[key]
+        name = in_layer(MISTRALS[match[2]], int(match[1])) + PARTS[match[3]]
+        found[name] = files[key]
     params = folder / "params.json"
     said = parse_json(params.read_bytes(), params).get("lora") if params.is_file() else None
     scaling = said.get("scaling", SCALING) if isinstance(said, dict) else SCALING
@@ -172,30 +177,25 @@ def _read_mistrals(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[
         raise BadInput(f"{params} has a scaling of its lora that is no number: {scaling!r}")
     ranks = _ranks(found)
     if not ranks:
-        raise BadInput(f"{folder} has no adapter in its {MISTRALS}.safetensors; get it again")
+        raise BadInput(f"{folder} has no adapter in its {MISTRALS_STEM}.safetensors; get it again")
     rank = next(iter(ranks.values()))
     others = {name: r for name, r in ranks.items() if r != rank}
     alphas = {name: scaling * r for name, r in others.items()}
     adapters = Adapters(rank, scaling * rank, in_short(ranks, config), others, alphas)
     weights = _weights(folder, files, found, adapters, config)
     for name in weights:
-        if name.endswith(
-            (f".q{LORA_B}", f".k{LORA_B}")
-        ):  # rotated pairs are neighbours in their rows
+        if part_of(name) == LORA_B and row_of(kernel_of(name)).is_rotated:
             N, H, rank = weights[name].shape
             pairs = weights[name].reshape(N, H // 2, 2, rank)
             weights[name] = pairs.swapaxes(1, 2).reshape(N, H, rank)
     return adapters, weights
 
 
-def _map_of(name: str) -> str:
-    """The map that A or B is of."""
-    return name.removesuffix(LORA_A).removesuffix(LORA_B)
-
-
 def _ranks(found: Mapping[str, TensorInfo]) -> dict[str, int]:
     """The rank of each map, by its name."""
-    return {_map_of(name): info.shape[0] for name, info in found.items() if name.endswith(LORA_A)}
+    return {
+        module_of(name): info.shape[0] for name, info in found.items() if part_of(name) == LORA_A
+    }
 
 
 def _weights(
@@ -230,7 +230,7 @@ def _weights(
 
 def _flat(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """The shape that A or B has in a file, where heads have no axis of their own."""
-    if name.endswith(LORA_A):
+    if part_of(name) == LORA_A:
         return shape[0], math.prod(shape[1:])
     return math.prod(shape[:-1]), shape[-1]
 
@@ -241,8 +241,7 @@ def _theirs(name: str) -> str:
     >>> _theirs("blocks.3.attn.q")
     'model.layers.3.self_attn.q_proj'
     """
-    _, layer, word = name.split(".", 2)
-    return f"model.layers.{layer}.{MAPS[word]}"
+    return f"model.layers.{layer_of(name)}.{row_of(f'{name}.kernel').hf}"
 
 
 def _ours(key: str, path: Path) -> tuple[str, str]:
@@ -257,7 +256,7 @@ def _ours(key: str, path: Path) -> tuple[str, str]:
             f"{path} has {key}, and only lora_A and lora_B of the maps {', '.join(OURS)} are read "
             f"here; {MERGE}"
         )
-    return f"blocks.{match[2]}.{OURS[match[3]]}{LORA_A if match[4] == 'A' else LORA_B}", match[1]
+    return in_layer(OURS[match[3]], int(match[2])) + PARTS[match[4]], match[1]
 
 
 def _fields(adapters: Adapters, base: str | None) -> dict[str, Any]:
@@ -275,7 +274,8 @@ def _fields(adapters: Adapters, base: str | None) -> dict[str, Any]:
         "lora_alpha": number(adapters.alpha),
         "use_rslora": adapters.rslora,
         "target_modules": [
-            _theirs(target) if "." in target else f"{target}_proj" for target in adapters.targets
+            TABLE[MAPS[target]].hf.split(".")[-1] if target in MAPS else _theirs(target)
+            for target in adapters.targets
         ],
         "rank_pattern": {_theirs(name): rank for name, rank in adapters.ranks.items()},
         "alpha_pattern": {_theirs(name): number(a) for name, a in adapters.alphas.items()},

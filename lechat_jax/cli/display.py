@@ -1,4 +1,4 @@
-"""What a person sees while it trains: a live bar in a terminal, plain lines elsewhere."""
+"""Progress displays: a live bar in a terminal, plain lines elsewhere."""
 
 import errno
 import os
@@ -217,6 +217,34 @@ class Display:
             parts.pop()
         status = " · ".join(parts)
         self._bar.update(self._task, completed=done, total=total, description=what, status=status)
+
+
+class Meter(Display):
+    """Bytes done of a total, with their rate and the time left. Use it as a context."""
+
+    def __init__(self, total: int, console: Console) -> None:
+        super().__init__(total, console)
+        self._bytes, self.done = total, 0
+        self._began = self._last = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return time.monotonic() - self._began
+
+    def add(self, n: int) -> None:
+        """So many more bytes are done."""
+        self.done += n
+        rate = max(self.done, 1) / max(self.seconds, 1e-9)
+        status = (
+            f"{self.done / 1e9:.2f} of {self._bytes / 1e9:.2f} GB · {rate / 1e9:.2f} GB/s · "
+            f"{clock(max(0.0, (self._bytes - self.done) / rate))} left"
+        )
+        if self.console.is_terminal:
+            self._move("", self.done, self._bytes, status)
+        elif time.monotonic() - self._last >= PLAIN_SECONDS:
+            self._last = time.monotonic()
+            self.say(status)
 
 
 def clock(seconds: float) -> str:

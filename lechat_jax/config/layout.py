@@ -1,75 +1,133 @@
-"""The layout of the weights: the name of each, its axes, and which of them it reads.
+"""The table of a model's weights: the name of each, its axes, and its names in other files.
 
 One letter, one size: V token ids, D model width, N query heads, K key-value heads, H head width,
 F feed-forward width, E experts, L layers. A kernel has the axes that it writes first and those that
 it reads last, so y[writes] = sum over [reads] of kernel[writes, reads] * x[reads]. What other
 files have to know of a weight follows from this table: how it is split over devices, which of
-its axes the optimiser and the scales of int8 reduce over, and how many weights a model has.
+its axes the optimiser and the scales of int8 reduce over, which maps can have an adapter, how many
+weights a model has, and what they are called in the files of Hugging Face and of Mistral. No other
+file decides by an end or another part of a name; `tests/test_architecture.py` sees to it.
 """
 
 import functools
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 
-class Axes(NamedTuple):
-    """The axes of a weight, a letter each.
+class Row(NamedTuple):
+    """A row of the table: the axes of a weight, a letter each, and its name elsewhere.
 
     Attributes:
-        writes: of what it makes; experts are counted by their first letter.
-        reads: of what it is multiplied with; none of what only scales.
+        writes: axes of what it makes; experts are counted by their first letter.
+        reads: axes of what it is multiplied with; none of a norm, which only scales.
+        hf: name in Hugging Face's files, less the layer's beginning and `.weight`; `{e}` is the
+            number of an expert, each of which has a tensor of its own there.
+        mistral: likewise, in Mistral's own files.
+        is_rotated: whether RoPE rotates what it makes, in pairs of rows that are half a head apart
+            here and in Hugging Face's files, and neighbours in Mistral's.
     """
 
     writes: str
-    reads: str = ""
+    reads: str
+    hf: str
+    mistral: str
+    is_rotated: bool = False
 
     @property
     def letters(self) -> str:
-        """All of them, in the order of the array."""
+        """All axes, in the order of the array."""
         return self.writes + self.reads
 
 
-TABLES = {"embed.kernel": Axes("V", "D"), "norm.scale": Axes("D"), "head.kernel": Axes("V", "D")}
-ATTENTION = {
-    "q": Axes("NH", "D"),
-    "k": Axes("KH", "D"),
-    "v": Axes("KH", "D"),
-    "o": Axes("D", "NH"),
+# Without the number of the layer, which is also the name of a stack of all layers, [L, ...].
+TABLE = {
+    "embed.kernel": Row("V", "D", "model.embed_tokens", "tok_embeddings"),
+    "blocks.attn_norm.scale": Row("D", "", "input_layernorm", "attention_norm"),
+    "blocks.attn.q.kernel": Row("NH", "D", "self_attn.q_proj", "attention.wq", is_rotated=True),
+    "blocks.attn.k.kernel": Row("KH", "D", "self_attn.k_proj", "attention.wk", is_rotated=True),
+    "blocks.attn.v.kernel": Row("KH", "D", "self_attn.v_proj", "attention.wv"),
+    "blocks.attn.o.kernel": Row("D", "NH", "self_attn.o_proj", "attention.wo"),
+    "blocks.mlp_norm.scale": Row("D", "", "post_attention_layernorm", "ffn_norm"),
+    "norm.scale": Row("D", "", "model.norm", "norm"),
+    "blocks.mlp.gate.kernel": Row("F", "D", "mlp.gate_proj", "feed_forward.w1"),
+    "blocks.mlp.up.kernel": Row("F", "D", "mlp.up_proj", "feed_forward.w3"),
+    "blocks.mlp.down.kernel": Row("D", "F", "mlp.down_proj", "feed_forward.w2"),
+    "blocks.mlp.router.kernel": Row("E", "D", "block_sparse_moe.gate", "feed_forward.gate"),
+    "blocks.mlp.experts.gate.kernel": Row(
+        "EF", "D", "block_sparse_moe.experts.{e}.w1", "feed_forward.experts.{e}.w1"
+    ),
+    "blocks.mlp.experts.up.kernel": Row(
+        "EF", "D", "block_sparse_moe.experts.{e}.w3", "feed_forward.experts.{e}.w3"
+    ),
+    "blocks.mlp.experts.down.kernel": Row(
+        "ED", "F", "block_sparse_moe.experts.{e}.w2", "feed_forward.experts.{e}.w2"
+    ),
+    "head.kernel": Row("V", "D", "lm_head", "output"),
 }
-FEED_FORWARD = {"gate": Axes("F", "D"), "up": Axes("F", "D"), "down": Axes("D", "F")}
-MAPS = tuple(ATTENTION | FEED_FORWARD)  # of a layer, in the order in which they are used
-BLOCK = {
-    "attn_norm.scale": Axes("D"),
-    "mlp_norm.scale": Axes("D"),
-    **{f"attn.{name}.kernel": axes for name, axes in ATTENTION.items()},
-    **{f"mlp.{name}.kernel": axes for name, axes in FEED_FORWARD.items()},
-    "mlp.router.kernel": Axes("E", "D"),
-    **{
-        f"mlp.experts.{name}.kernel": Axes("E" + axes.writes, axes.reads)
-        for name, axes in FEED_FORWARD.items()
-    },
-}
+HEAD = "head.kernel"  # not of a tied model, whose head is the embedding
+ROUTER = "blocks.mlp.router.kernel"
+EXPERTS = tuple(name for name in TABLE if name.startswith("blocks.mlp.experts."))
+# The maps that can have an adapter, by their word, in the order in which they are used.
+ATTENTION = {word: f"blocks.attn.{word}.kernel" for word in "qkvo"}
+FEED_FORWARD = {word: f"blocks.mlp.{word}.kernel" for word in ("gate", "up", "down")}
+MAPS = ATTENTION | FEED_FORWARD
 
 # Behind the name of a kernel: the parts of a quantised one; behind that of a map: its adapter's.
 SCALE, ZERO, ORDER = ".scale", ".zero", ".order"
 LORA_A, LORA_B, LORA_SCALE = ".lora.a", ".lora.b", ".lora.scale"
 
+# Of every name that there is, less the layer's number: the row, and which part of it this is.
+KNOWN = {
+    **{name: (name, "") for name in TABLE},
+    **{
+        name + part: (name, part)
+        for name, row in TABLE.items()
+        if row.reads and name != ROUTER
+        for part in (SCALE, ZERO, ORDER)
+    },
+    **{
+        name.removesuffix(".kernel") + part: (name, part)
+        for name in MAPS.values()
+        for part in (LORA_A, LORA_B, LORA_SCALE)
+    },
+}
+LAYER = re.compile(r"blocks\.(\d+)\.")
 
-def axes_of(name: str) -> Axes | None:
-    """The axes of a weight, or of the same weight of all layers in a stack; `None` of no weight.
 
-    >>> axes_of("blocks.0.attn.o.kernel")
-    Axes(writes='D', reads='NH')
-    >>> axes_of("blocks.mlp.experts.up.kernel").letters
-    'LEFD'
+@functools.lru_cache(maxsize=8)
+def weights(n_layers: int, is_mixture: bool, tied_embeddings: bool) -> Mapping[str, Row]:
+    """Every weight of such a model by name, with its row; shared, so it cannot be changed.
+
+    >>> list(weights(2, is_mixture=False, tied_embeddings=True))[:3]
+    ['embed.kernel', 'blocks.0.attn_norm.scale', 'blocks.1.attn_norm.scale']
     """
-    if name in TABLES:
-        return TABLES[name]
-    match = re.fullmatch(r"blocks\.(\d+\.)?(.+)", name)
-    axes = BLOCK.get(match[2]) if match else None
-    if match is None or axes is None:
-        return None
-    return axes if match[1] else Axes("L" + axes.writes, axes.reads)
+    absent = {*FEED_FORWARD.values()} if is_mixture else {ROUTER, *EXPERTS}
+    absent |= {HEAD} if tied_embeddings else set()
+    found = {
+        in_layer(name, i): row
+        for name, row in TABLE.items()
+        if name not in absent
+        for i in range(n_layers if is_stack(name) else 1)
+    }
+    return MappingProxyType(found)
+
+
+def row_of(name: str) -> Row:
+    """The row of a weight, or of the same weight of all layers in a stack.
+
+    >>> row_of("blocks.0.attn.o.kernel").letters, row_of("blocks.mlp.experts.up.kernel").letters
+    ('DNH', 'LEFD')
+
+    Raises:
+        ValueError: there is no weight of that name.
+    """
+    key, part = KNOWN.get(stacked(name), ("", ""))
+    if not key or part:
+        raise ValueError(f"{name} is no weight of a model")
+    row = TABLE[key]
+    return row._replace(writes=f"L{row.writes}") if is_stack(name) else row
 
 
 def letters(name: str) -> str:
@@ -78,44 +136,95 @@ def letters(name: str) -> str:
     >>> letters("blocks.0.attn.q.kernel"), letters("blocks.attn.q.kernel"), letters("norm.scale")
     ('NHD', 'LNHD', 'D')
     """
-    axes = axes_of(name)
-    return axes.letters if axes else ""
+    return row_of(name).letters if part_of(name) == "" else ""
 
 
 def n_reads(name: str) -> int:
-    """How many of the last axes of a kernel are read.
+    """How many of the last axes of a weight are read; none of a norm's.
 
     >>> n_reads("blocks.0.attn.q.kernel"), n_reads("blocks.0.attn.o.kernel")
     (1, 2)
+
+    Raises:
+        ValueError: there is no weight of that name.
     """
-    axes = axes_of(name)
-    return len(axes.reads) if axes else 1
+    return len(row_of(name).reads)
 
 
-@functools.lru_cache(maxsize=8)
-def weights(n_layers: int, is_mixture: bool, tied_embeddings: bool) -> dict[str, Axes]:
-    """Every weight of such a model, by name; shared, and not to be changed.
+def part_of(name: str) -> str | None:
+    """Which part of a kernel or of an adapter has that name; "" of a weight, `None` of nothing.
 
-    >>> list(weights(1, is_mixture=False, tied_embeddings=True))[:3]
-    ['embed.kernel', 'blocks.0.attn_norm.scale', 'blocks.0.mlp_norm.scale']
+    >>> [part_of(name) for name in ("embed.kernel.scale", "norm.scale", "blocks.0.attn.q.lora.a")]
+    ['.scale', '', '.lora.a']
     """
-    block = {name: axes for name, axes in BLOCK.items() if _is_there(name, is_mixture)}
-    found = {"embed.kernel": TABLES["embed.kernel"]}
-    for i in range(n_layers):
-        found |= {f"blocks.{i}.{name}": axes for name, axes in block.items()}
-    found["norm.scale"] = TABLES["norm.scale"]
-    return found if tied_embeddings else found | {"head.kernel": TABLES["head.kernel"]}
+    known = KNOWN.get(stacked(name))
+    return known and known[1]
 
 
-def _is_there(name: str, is_mixture: bool) -> bool:
-    if not name.startswith("mlp."):
-        return True
-    return is_mixture == name.startswith(("mlp.router", "mlp.experts"))
+def kernel_of(name: str) -> str:
+    """The kernel that a part or an adapter belongs to; a weight's own name.
+
+    >>> kernel_of("blocks.3.attn.q.lora.a"), kernel_of("embed.kernel.scale")
+    ('blocks.3.attn.q.kernel', 'embed.kernel')
+    """
+    key, layer = KNOWN[stacked(name)][0], layer_of(name)
+    return key if layer is None else in_layer(key, layer)
+
+
+def module_of(name: str) -> str:
+    """The module that a weight, a part of it or its adapter lies in.
+
+    >>> module_of("blocks.3.attn.q.lora.a"), module_of("blocks.0.mlp_norm.scale")
+    ('blocks.3.attn.q', 'blocks.0.mlp_norm')
+    """
+    return kernel_of(name).rpartition(".")[0]
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a weight is of; `None` outside the layers and of a stack.
+
+    >>> layer_of("blocks.3.attn.q.kernel"), layer_of("blocks.attn.q.kernel"), layer_of("norm.scale")
+    (3, None, None)
+    """
+    match = LAYER.match(name)
+    return int(match[1]) if match else None
+
+
+def stacked(name: str) -> str:
+    """The name of the stack of all layers that a weight is in; outside the layers its own.
+
+    >>> stacked("blocks.3.attn.q.kernel"), stacked("norm.scale")
+    ('blocks.attn.q.kernel', 'norm.scale')
+    """
+    return LAYER.sub("blocks.", name, count=1)
+
+
+def is_stack(name: str) -> bool:
+    """Whether a name is that of a stack of all layers."""
+    return name.startswith("blocks.") and layer_of(name) is None
+
+
+def in_layer(name: str, layer: int) -> str:
+    """The inverse of `stacked`: the name that a weight of the stack has in a layer.
+
+    >>> in_layer("blocks.attn.q.kernel", 3), in_layer("norm.scale", 3)
+    ('blocks.3.attn.q.kernel', 'norm.scale')
+    """
+    return name.replace("blocks.", f"blocks.{layer}.", 1)
 
 
 def is_expert(name: str) -> bool:
     """Whether a weight is of the experts of a layer, each of which is a map of its own."""
-    return ".experts." in name
+    return KNOWN.get(stacked(name), ("",))[0] in EXPERTS
+
+
+def is_map(name: str) -> bool:
+    """Whether a weight is the kernel of a map that can have an adapter.
+
+    >>> is_map("blocks.0.attn.q.kernel"), is_map("blocks.0.mlp.experts.up.kernel")
+    (True, False)
+    """
+    return stacked(name) in MAPS.values()
 
 
 def is_kernel(name: str) -> bool:
@@ -126,7 +235,16 @@ def is_kernel(name: str) -> bool:
     >>> is_kernel("norm.scale"), is_kernel("blocks.0.mlp.router.kernel")
     (False, False)
     """
-    return name.endswith(".kernel") and not name.endswith("router.kernel")
+    return part_of(name + SCALE) == SCALE
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a weight is multiplied with what it reads: any but a norm.
+
+    >>> is_matrix("blocks.0.mlp.router.kernel"), is_matrix("norm.scale")
+    (True, False)
+    """
+    return bool(part_of(name) == "" and row_of(name).reads)
 
 
 def is_norm(name: str) -> bool:
@@ -135,7 +253,7 @@ def is_norm(name: str) -> bool:
     >>> is_norm("norm.scale"), is_norm("blocks.3.attn_norm.scale"), is_norm("embed.kernel.scale")
     (True, True, False)
     """
-    return name.endswith("norm.scale")
+    return part_of(name) == "" and not row_of(name).reads
 
 
 def is_scale(name: str) -> bool:
@@ -144,7 +262,7 @@ def is_scale(name: str) -> bool:
     >>> is_scale("embed.kernel.scale"), is_scale("norm.scale")
     (True, False)
     """
-    return name.endswith(f".kernel{SCALE}")
+    return part_of(name) == SCALE
 
 
 def is_part(name: str) -> bool:
@@ -153,7 +271,7 @@ def is_part(name: str) -> bool:
     >>> is_part("embed.kernel.scale"), is_part("norm.scale"), is_part("head.kernel")
     (True, False, False)
     """
-    return name.endswith(tuple(f".kernel{part}" for part in (SCALE, ZERO, ORDER)))
+    return part_of(name) in (SCALE, ZERO, ORDER)
 
 
 def is_adapter(name: str) -> bool:
@@ -162,4 +280,4 @@ def is_adapter(name: str) -> bool:
     >>> is_adapter("blocks.0.attn.q.lora.scale"), is_adapter("norm.scale")
     (True, False)
     """
-    return name.endswith((LORA_A, LORA_B, LORA_SCALE))
+    return part_of(name) in (LORA_A, LORA_B, LORA_SCALE)

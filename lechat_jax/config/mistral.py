@@ -5,9 +5,10 @@ Standard library only, so that a tool can read a checkpoint's config without JAX
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from lechat_jax.config.layout import Axes, is_expert, weights
+from lechat_jax.config.layout import Row, is_expert, weights
 from lechat_jax.errors import BadInput
 
 Window = int | None
@@ -181,8 +182,8 @@ class MistralConfig:
         return self.n_heads // self.n_kv_heads
 
     @property
-    def weights(self) -> dict[str, Axes]:
-        """Every weight by name, and its axes."""
+    def weights(self) -> Mapping[str, Row]:
+        """Every weight by name, with its row of the table, `layout`."""
         return weights(self.n_layers, self.n_experts > 0, self.tied_embeddings)
 
     def shape(self, letters: str) -> tuple[int, ...]:
@@ -226,8 +227,8 @@ class MistralConfig:
 
     def _count(self, n_feed_forwards: int) -> int:
         total = 0
-        for name, axes in self.weights.items():
-            size = math.prod(self.shape(axes.letters))
+        for name, row in self.weights.items():
+            size = math.prod(self.shape(row.letters))
             total += size * n_feed_forwards // self.n_experts if is_expert(name) else size
         return total
 

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.config.layout import LORA_SCALE, is_part, letters
+from lechat_jax.config.layout import LORA_SCALE, is_part, letters, part_of
 from lechat_jax.errors import BadInput
 
 ROWS, HEADS = "fsdp", "tp"
@@ -317,7 +317,7 @@ def keeps_its_type(name: str, leaf: Array) -> bool:
     that they multiply.
     """
     is_number = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return not is_number or is_part(name) or name.endswith(LORA_SCALE)
+    return not is_number or is_part(name) or part_of(name) == LORA_SCALE
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

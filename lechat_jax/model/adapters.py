@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.config.layout import ATTENTION, LORA_A, LORA_B, LORA_SCALE, MAPS, is_expert
+from lechat_jax.config.layout import (
+    ATTENTION,
+    LORA_A,
+    LORA_B,
+    LORA_SCALE,
+    MAPS,
+    is_map,
+    module_of,
+    part_of,
+)
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import Weights
 
@@ -46,7 +55,7 @@ class Adapters:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = MAPS
+    targets: tuple[str, ...] = tuple(MAPS)
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rslora: bool = False
@@ -65,11 +74,7 @@ class Adapters:
         Raises:
             BadInput: a target is no map of such a model.
         """
-        maps = {
-            name.removesuffix(".kernel"): axes
-            for name, axes in config.weights.items()
-            if name.split(".")[-2] in MAPS and not is_expert(name)
-        }
+        maps = {module_of(name): row for name, row in config.weights.items() if is_map(name)}
         names = sorted(maps, key=_layer_first)
         if strangers := set(self.targets).difference(names, MAPS):
             raise BadInput(
@@ -87,7 +92,7 @@ class Adapters:
                 rank = self.ranks.get(name, self.rank)
                 alpha = self.alphas.get(name, self.alpha)
                 scale = alpha / (math.sqrt(rank) if self.rslora else rank)
-                writes, reads = map(config.shape, maps[name])
+                writes, reads = config.shape(maps[name].writes), config.shape(maps[name].reads)
                 parts[name] = Part(rank, scale, writes, reads)
         return parts
 
@@ -115,7 +120,7 @@ class Adapters:
         weights: Weights = {}
         key = jax.random.key(seed)
         for i, (name, shape) in enumerate(self.shapes(config).items()):
-            if name.endswith(LORA_A):
+            if part_of(name) == LORA_A:
                 bound = math.prod(shape[1:]) ** -0.5
                 drawn = jax.random.fold_in(key, i)
                 weights[name] = jax.random.uniform(drawn, shape, minval=-bound, maxval=bound)
@@ -155,4 +160,4 @@ def in_short(names: Iterable[str], config: MistralConfig) -> tuple[str, ...]:
 
 def _layer_first(name: str) -> tuple[int, int]:
     _, layer, _, word = name.split(".")
-    return int(layer), MAPS.index(word)
+    return int(layer), [*MAPS].index(word)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lechat_jax.config.layout import LORA_A
+from lechat_jax.config.layout import LORA_A, module_of, part_of
 from lechat_jax.ops.matmul import project
 
 
@@ -42,4 +42,4 @@ def adapted(names: Iterable[str]) -> frozenset[str]:
     >>> adapted(["norm.scale", "blocks.0.attn.q.kernel", "blocks.0.attn.q.lora.a"])
     frozenset({'blocks.0.attn.q'})
     """
-    return frozenset(name.removesuffix(LORA_A) for name in names if name.endswith(LORA_A))
+    return frozenset(module_of(name) for name in names if part_of(name) == LORA_A)

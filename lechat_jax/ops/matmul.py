@@ -36,6 +36,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Int32, Shaped
 
+from lechat_jax.config.layout import is_expert, is_matrix
+
 FEW = 64  # positions up to which a CPU multiplies and sums
 BLOCK = 2 << 20  # numbers of a kernel that are float32 at once, 8 MB
 # jax 0.12 is faster than the ones before at integers and at the sum of one position and a bfloat16
@@ -132,7 +134,7 @@ def as_bits(
         return dict(weights)
     as_they_are = IS_NEW and positions == 1
     return {
-        name: leaf if as_they_are and ".experts." not in name else _bits(name, leaf)
+        name: leaf if as_they_are and not is_expert(name) else _bits(name, leaf)
         for name, leaf in weights.items()
     }
 
@@ -148,7 +150,7 @@ def is_on_cpu() -> bool:
 
 
 def _bits(name: str, leaf: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
-    if leaf.dtype != jnp.bfloat16 or not name.endswith("kernel"):
+    if leaf.dtype != jnp.bfloat16 or not is_matrix(name):
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, jnp.uint16)

@@ -20,7 +20,17 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.config.layout import ORDER, SCALE, ZERO, is_expert, is_kernel, is_part, is_scale
+from lechat_jax.config.layout import (
+    ORDER,
+    SCALE,
+    ZERO,
+    is_expert,
+    is_kernel,
+    is_part,
+    is_scale,
+    kernel_of,
+    part_of,
+)
 from lechat_jax.errors import BadInput
 from lechat_jax.quantize.int4 import Packed, packed, unpacked
 from lechat_jax.quantize.int8 import dequantize, quantized, scale_shape
@@ -147,11 +157,10 @@ def form_of(weights: Mapping[str, Any]) -> Form | None:
     """The form that weights have, told by their parts."""
     if not is_quantized(weights):
         return None
-    has_int8_tables = f"{TABLES[0]}{SCALE}" in weights
-    zeros = [name for name in weights if name.endswith(f".kernel{ZERO}")]
-    if not zeros:
+    has_int8_tables = TABLES[0] + SCALE in weights
+    name = next((kernel_of(name) for name in weights if part_of(name) == ZERO), None)
+    if name is None:
         return Form("int8", has_int8_tables=has_int8_tables)
-    name = zeros[0].removesuffix(ZERO)
     kernel, scale = weights[name], weights[name + SCALE]
     group = 2 * math.prod(kernel.shape) // math.prod(scale.shape)
     return Form("int4", group, name + ORDER in weights, has_int8_tables)

@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import layer_of
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.memory import check_fits
 from lechat_jax.devices.mesh import HEADS, ROWS, described, mesh_of, sizes_of
@@ -213,8 +214,8 @@ def _bytes(tree: PyTree) -> int:
 
 def _is_within(name: str, depth: int) -> bool:
     """Whether the weight is of one of the first layers, or of none."""
-    first, _, rest = name.partition(".")
-    return first != "blocks" or int(rest.partition(".")[0]) < depth
+    layer = layer_of(name)
+    return layer is None or layer < depth
 
 
 def _of_layers(config: MistralConfig, depth: int) -> MistralConfig:

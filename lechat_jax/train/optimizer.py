@@ -8,7 +8,6 @@ Muon turns a whole matrix at each step, as random weights need it. Trained ones 
 nudged, and the two thin factors of an adapter are no map by themselves: these take AdamW.
 """
 
-import re
 from typing import Any, Literal, NamedTuple, cast
 
 import jax.numpy as jnp
@@ -72,13 +71,11 @@ def axes_of(name: str) -> MuonDimensionNumbers:
 
     Of experts [L, E, ...] each is a map of its own.
     """
-    axes = layout.axes_of(name)
-    if axes is None:
-        raise ValueError(f"{name} is no weight of a model")
+    row = layout.row_of(name)
     first = 2 if layout.is_expert(name) else 1
-    n = len(axes.writes)
+    n = len(row.writes)
     return MuonDimensionNumbers(
-        reduction_axis=tuple(range(n, n + len(axes.reads))), output_axis=tuple(range(first, n))
+        reduction_axis=tuple(range(n, n + len(row.reads))), output_axis=tuple(range(first, n))
     )
 
 
@@ -90,7 +87,8 @@ def group(name: str) -> str:
     """
     if layout.is_norm(name):
         return "norm"
-    return "matrix" if name.startswith("blocks.") else name.removesuffix(".kernel")
+    module = layout.module_of(name)
+    return module if module in ("embed", "head") else "matrix"
 
 
 class Schedule(NamedTuple):
@@ -180,8 +178,8 @@ def stack_blocks(weights: Weights) -> Weights:
     layers: dict[str, dict[int, Array]] = {}
     stacked = {}
     for name, leaf in weights.items():
-        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
-            layers.setdefault(f"blocks.{match[2]}", {})[int(match[1])] = leaf
+        if (layer := layout.layer_of(name)) is not None:
+            layers.setdefault(layout.stacked(name), {})[layer] = leaf
         else:
             stacked[name] = leaf
     return stacked | {
@@ -193,9 +191,8 @@ def unstack_blocks(stacked: Weights) -> Weights:
     """The inverse of `stack_blocks`."""
     weights = {}
     for name, leaf in stacked.items():
-        if name.startswith("blocks."):
-            rest = name.removeprefix("blocks.")
-            weights |= {f"blocks.{i}.{rest}": leaf[i] for i in range(leaf.shape[0])}
+        if layout.is_stack(name):
+            weights |= {layout.in_layer(name, i): leaf[i] for i in range(leaf.shape[0])}
         else:
             weights[name] = leaf
     return weights

@@ -172,7 +172,7 @@ def adapters_asked(options: TrainConfig, config: MistralConfig) -> Asked | None:
     if options.lora_rank is None:
         return None
     alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
-    adapters = Adapters(options.lora_rank, alpha, options.lora_targets or MAPS)
+    adapters = Adapters(options.lora_rank, alpha, options.lora_targets or tuple(MAPS))
     adapters.parts(config)
     return Asked(adapters)
 

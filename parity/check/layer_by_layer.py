@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from lechat_jax.config.layout import in_layer, layer_of, stacked
 from parity.check.oracles.interface import Oracle, Stages
 from parity.check.oracles.lechat_jax import JaxOracle
 from parity.check.oracles.lechat_torch import TorchOracle
@@ -127,10 +128,10 @@ class Streamed:
                 sliding_window=short.windows[i],
                 tied_embeddings=False,
             )
-            inside = [name for name in names.shapes(one, "lechat") if name.startswith("blocks.")]
             weights = {
-                name: _float32(source.read(name.replace("blocks.0.", f"blocks.{i}.")))
-                for name in inside
+                name: _float32(source.read(in_layer(stacked(name), i)))
+                for name in one.weights
+                if layer_of(name) == 0
             }
             ends = {"embed.kernel": stream, "head.kernel": np.zeros_like(stream)}
             return Model(one, weights | ends | {"norm.scale": np.ones(one.dim, np.float32)})

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from scipy.special import logsumexp
 
 from lechat_jax.config import MistralConfig, Window
+from lechat_jax.config.layout import layer_of
 from parity.check.oracles.interface import (
     AdamW,
     Arrays,
@@ -238,7 +239,7 @@ Topic = Callable[[Answers, Answers], Iterator[Item]]
 
 def forward(found: Answers, truth: Answers) -> Iterator[Item]:
     """The stages of one pass, from the embedding to the logits."""
-    layers = range(sum(name.startswith("attn.") for name in truth.stages))
+    layers = range(sum(label.partition(".")[0] == "attn" for label in truth.stages))
     blocks = [f"{stage}.{i}" for i in layers for stage in ("attn", "mlp")]
     for label in ("embed", *blocks, "norm", "logits"):
         a, b = found.stages[label], truth.stages[label]
@@ -253,15 +254,10 @@ def loss(found: Answers, truth: Answers) -> Iterator[Item]:
 
 def gradients(found: Answers, truth: Answers) -> Iterator[Item]:
     """The gradient of every weight, those outside the blocks last."""
-
-    def layer(name: str) -> int | None:
-        parts = name.split(".")
-        return int(parts[1]) if parts[0] == "blocks" else None
-
     wanted = truth.gradients.by_weight
-    by_layer = sorted(wanted, key=lambda name: (layer(name) is None, layer(name) or 0))
+    by_layer = sorted(wanted, key=lambda name: (layer_of(name) is None, layer_of(name) or 0))
     for name in by_layer:
-        label = "grad" if (i := layer(name)) is None else f"grad.{i}"
+        label = "grad" if (i := layer_of(name)) is None else f"grad.{i}"
         yield Item(label, relative(found.gradients.by_weight[name], wanted[name]), note=name)
 
 

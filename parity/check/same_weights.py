@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Shaped
 
+from lechat_jax.config.layout import layer_of, module_of, stacked
 from lechat_jax.errors import BadInput
 from parity.check.tolerances import relative
 from parity.check.verdict import Stage
@@ -91,7 +92,6 @@ def _place(name: str) -> tuple[str, int | None]:
     >>> _place("blocks.3.mlp_norm.scale"), _place("head.kernel")
     (('mlp', 3), ('logits', None))
     """
-    parts = name.split(".")
-    if parts[0] == "blocks":
-        return parts[2].removesuffix("_norm"), int(parts[1])
-    return {"embed": "embed", "norm": "norm", "head": "logits"}[parts[0]], None
+    stage = module_of(stacked(name)).split(".")[:2][-1]
+    stages = {"head": "logits", "attn_norm": "attn", "mlp_norm": "mlp"}
+    return stages.get(stage, stage), layer_of(name)

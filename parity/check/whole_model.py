@@ -20,7 +20,7 @@ from parity.check.oracles.transformers import TransformersOracle
 from parity.check.probes import TOPICS, Answers, Item, Model, Task, Topic, padding, trajectory
 from parity.check.tolerances import EXACT, ROUNDINGS, SAME_ROUNDING, UNIT, flips, slack
 from parity.check.verdict import Stage
-from parity.convert.configs import to_hugging_face
+from parity.convert.configs.hugging_face import to_hugging_face
 
 
 class Exam:

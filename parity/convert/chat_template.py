@@ -1,4 +1,4 @@
-"""Mistral's chat templates in Jinja, as transformers renders them: what a model was taught here.
+"""Jinja chat templates of Mistral's SentencePiece tokenizers, for transformers to render.
 
 mistral-common writes conversations down for training (see `lechat_jax.tokenizer.transcripts`),
 and a base model has no template. Of tekken transformers has its own, from mistral-common as well.
@@ -38,7 +38,7 @@ TEMPLATE = """\
 
 
 def chat_template(version: str, starts_anew: bool = True) -> str:
-    """The template of a SentencePiece tokenizer's version.
+    """The Jinja chat template for a version of the SentencePiece tokenizer, v1 to v7.
 
     Args:
         version: of the tokenizer.

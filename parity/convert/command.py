@@ -1,4 +1,4 @@
-"""Converts weights between the formats, both ways: python -m parity.convert SRC DST --to FORMAT.
+"""Converts checkpoints between formats: python -m parity.convert SRC DST --to FORMAT.
 
 SRC is a folder in any format (what it is, is found out), a training run, or a model of the
 Hugging Face Hub such as mistralai/Mistral-7B-v0.1. Nothing is held in memory, whatever the
@@ -22,6 +22,8 @@ from rich.console import Console
 
 from lechat_jax.checkpoint.safetensors import Wanted, write_tensors
 from lechat_jax.cli import flags
+from lechat_jax.cli.display import Meter
+from lechat_jax.config.layout import kernel_of
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
 from lechat_jax.files.checksums import sync, write_manifest
@@ -30,12 +32,11 @@ from lechat_jax.quantize.scheme import Format as Quantization
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.tokenizer import preferred
 from lechat_jax.tokenizer.vocabulary import control_ids, no_tokenizer
+from parity.convert.files.finite import is_finite
 from parity.convert.files.torch_files import write_pickle
-from parity.convert.finite import is_finite
 from parity.convert.layouts import to_format
 from parity.convert.names import Format, names, parts, rows, shapes, tied_head
 from parity.convert.open_source import check_whole, open_source
-from parity.convert.progress import Meter
 from parity.convert.source import Source
 from parity.convert.write import write_config, write_tokenizer
 
@@ -60,13 +61,14 @@ class Convert:
             dict of lechat_torch (torch).
         rope_theta: Base of the rotary frequencies, for a params.json that does not say it.
         revision: Branch, tag or commit of the model on the Hub.
-        dtype: Type of the weights written; with --quantize, of the norms.
+        dtype: Type of the weights to write; with --quantize, of the norms.
         adapter: Folder of adapters in PEFT's format or mistral-finetune's (lora.safetensors), which
             are merged into SRC. Those of a training run are merged without it.
         quantize: Write the kernels as int8 with a scale for each output channel, a quarter of
             float32, or as int4 with one for each group of 128 features, an eighth; there is no way
-            back. In lechat's format only, where what is so already stays as it is.
-        dequantize: Write the numbers that others' int4 and int8 stand for, in lechat's format too.
+            back. In lechat's format only; kernels that are stored so already are copied.
+        dequantize: Write quantised weights (GPTQ, AWQ, compressed-tensors) as floats, in lechat's
+            format too.
         shard_gb: Most GB of weights in a file; 0 is one file. Mistral's own and torch have one.
         allow_nonfinite: Write weights that are infinite or not a number too.
         overwrite: Replace a checkpoint at DST, once the new one is complete.
@@ -154,7 +156,7 @@ def _what_next(source: Source, options: Convert) -> Iterator[str]:
 
 
 def convert(source: Source, options: Convert, console: Console) -> Meter:
-    """Writes the source as the options say, and tells how much that was and how long it took.
+    """Writes the source in the format of the options; returns the meter of bytes and seconds.
 
     Raises:
         BadInput: the disk has too little room, the format has no words for the model, or a
@@ -174,7 +176,8 @@ def convert(source: Source, options: Convert, console: Console) -> Meter:
             )
         new = partial / "new"
         new.mkdir(parents=True)
-        with Meter(total, console) as meter, ThreadPoolExecutor(1) as beside:
+        meter = Meter(total, console)
+        with meter, ThreadPoolExecutor(1) as beside:
             # The source is verified while it is read, and nothing appears before that is done.
             whole = beside.submit(check_whole, source.path) if source.format == "lechat" else None
             write_config(new, options.to, source, dtype, form)
@@ -198,7 +201,7 @@ def _write_weights(
     form: Form | None,
     meter: Meter,
 ) -> None:
-    """The weights of the source in the folder, and the manifest of a folder of lechat's."""
+    """Writes the weights into the folder; in lechat's format the manifest, too."""
     config, fmt = source.config, options.to
     table = rows(config)
     ours = {theirs: name for name, theirs in names(config, fmt).items()}
@@ -218,7 +221,7 @@ def _write_weights(
     def check(key: str, piece: Shaped[np.ndarray, "..."]) -> None:
         is_finite_anyway = np.issubdtype(piece.dtype, np.integer) or options.allow_nonfinite
         if not is_finite_anyway and not is_finite(piece):
-            name = ours.get(key) or key.rpartition(".")[0]  # the kernel of a part
+            name = ours.get(key) or kernel_of(key)  # of a part
             raise BadInput(_complaint(source, name, piece.dtype))
 
     def count(n: int) -> None:

@@ -1,4 +1,7 @@
-"""The same weight in the shape and row order of each format; bytes move, none changes."""
+"""Reshapes weights between formats: heads split or joined, RoPE's rows reordered, experts stacked.
+
+Bytes move, and none changes.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,22 +16,22 @@ from parity.convert.names import Format, Tensor, parts, rows, shape
 def to_format(
     array: Shaped[np.ndarray, "..."], config: MistralConfig, fmt: Format, row: Tensor
 ) -> Shaped[np.ndarray, "..."]:
-    """A weight of lechat's as a format has it: a view, but for rows that change their order."""
+    """Lechat's weight in the shape and row order of a format; a view, unless rows are reordered."""
     if fmt == "mistral" and row.rotary:
         array = _neighbours(array)
-    return array.reshape(shape(config, fmt, row.axes))
+    return array.reshape(shape(config, fmt, row))
 
 
 def from_format(
     array: Shaped[np.ndarray, "..."], config: MistralConfig, fmt: Format, row: Tensor
 ) -> Shaped[np.ndarray, "..."]:
-    """A weight of a format's as lechat has it: a view, but for rows that change their order."""
-    array = array.reshape(shape(config, "lechat", row.axes))
+    """A format's weight in lechat's shape and row order; a view, unless rows are reordered."""
+    array = array.reshape(shape(config, "lechat", row))
     return _halves(array) if fmt == "mistral" and row.rotary else array
 
 
 def taken_apart(config: MistralConfig, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of lechat's weights: of those of experts, each expert's own, which is a view."""
+    """Unstacks the experts: every part of lechat's weights by its name, all of them views."""
     return {
         part: weights[row.lechat] if row.expert is None else weights[row.lechat][row.expert]
         for part, row in rows(config).items()
@@ -38,15 +41,15 @@ def taken_apart(config: MistralConfig, weights: Mapping[str, Any]) -> dict[str, 
 def put_together(
     config: MistralConfig, found: Mapping[str, Shaped[np.ndarray, "..."]]
 ) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """Lechat's weights of parts in its shapes; those of experts are copied."""
+    """Stacks the experts, which copies them: the inverse of `taken_apart`."""
     return {
-        name: found[name] if of == [name] else np.stack([found[part] for part in of])
+        name: found[name] if of == (name,) else np.stack([found[part] for part in of])
         for name, of in parts(config).items()
     }
 
 
 def _halves(array: Shaped[np.ndarray, "N H D"]) -> Shaped[np.ndarray, "N H D"]:
-    """The two lanes of each rotated pair half a head apart, that were neighbours.
+    """RoPE's pairs from interleaved rows (2h, 2h + 1) to half-split ones (h, h + H/2).
 
     >>> _halves(np.arange(6).reshape(1, 6, 1)).ravel().tolist()
     [0, 2, 4, 1, 3, 5]
@@ -56,7 +59,7 @@ def _halves(array: Shaped[np.ndarray, "N H D"]) -> Shaped[np.ndarray, "N H D"]:
 
 
 def _neighbours(array: Shaped[np.ndarray, "N H D"]) -> Shaped[np.ndarray, "N H D"]:
-    """The two lanes of each rotated pair side by side, that were half a head apart.
+    """RoPE's pairs from half-split rows (h, h + H/2) to interleaved ones (2h, 2h + 1).
 
     >>> _neighbours(np.array([0, 2, 4, 1, 3, 5]).reshape(1, 6, 1)).ravel().tolist()
     [0, 1, 2, 3, 4, 5]

@@ -1,4 +1,4 @@
-"""Kernels and the adapters learned beside them, read as the one model that they make.
+"""Merges LoRA adapters into their kernels as these are read: W + scale * B A.
 
 Without JAX, which takes a second to load.
 """
@@ -33,7 +33,7 @@ class Product(NamedTuple):
 
 
 def merged(kernel: Shaped[np.ndarray, "..."], added: Product) -> Float[np.ndarray, "..."]:
-    """The kernel that does alone what it did with its adapter, in at least float32.
+    """The merged kernel, W + scale * B A, in at least float32.
 
     >>> a, b = np.array([[1.0, 0.0]]), np.array([[1.0], [3.0]])
     >>> merged(np.ones((2, 2)), Product(a, b, scale=2.0)).tolist()
@@ -54,7 +54,7 @@ def with_products(
     products: Mapping[str, Product],
     dtype: np.dtype | None = None,
 ) -> dict[str, Stored]:
-    """The tensors with what the adapters add to them.
+    """The tensors of a checkpoint with the adapters merged into their kernels.
 
     A kernel is merged when it is read, in float32, rounded once, and is the only one in memory.
 
@@ -84,7 +84,7 @@ def with_products(
 
 
 def rounded(stored: Mapping[str, Stored], form: Form) -> dict[str, Stored]:
-    """The numbers that kernels, of lechat's names and shapes, stand for once they are quantised."""
+    """Kernels, by lechat's names, that are quantised and dequantised again when they are read."""
 
     def whole(name: str, one: Stored) -> Stored:
         def read() -> Shaped[np.ndarray, "..."]:

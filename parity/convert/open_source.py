@@ -1,4 +1,4 @@
-"""Opens a checkpoint in any format, and makes sure that all of it is there and fits.
+"""Opens a checkpoint of any format and checks that its tensors are there and fit its config.
 
 A repository often holds the same weights twice; Hugging Face's index is preferred to
 Mistral's consolidated file, and safetensors to a pickle. Files are never looked for by a
@@ -23,7 +23,9 @@ from lechat_jax.files.safetensors_header import check_inside, parse_json
 from lechat_jax.quantize.scheme import pop_format
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.vocabulary import control_ids
-from parity.convert import configs
+from parity.convert.configs.hugging_face import from_hugging_face
+from parity.convert.configs.mistral import contradiction, from_params
+from parity.convert.configs.vision import SEEING, without_vision
 from parity.convert.files import first_mixtral, hub
 from parity.convert.files.stores import (
     Store,
@@ -37,7 +39,6 @@ from parity.convert.merge_adapters import Product, rounded
 from parity.convert.names import match, names, shapes, tied_head
 from parity.convert.quantized.detect import Quantization, take_quantization
 from parity.convert.source import Source, SourceFormat, format_of
-from parity.convert.vision import SEEING, without_vision
 
 DTYPES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32), np.dtype(float))
 ADAPTERS = ("adapter_model.safetensors", "lora.safetensors")
@@ -56,7 +57,7 @@ def open_source(
     adapter: Path | None = None,
     dtype: np.dtype | None = None,
 ) -> Source:
-    """The checkpoint in a folder, or of a model of the Hugging Face Hub such as `org/name`.
+    """Opens the checkpoint in a folder, or of a model on the Hugging Face Hub such as `org/name`.
 
     Args:
         path: a folder in any format, also a training run's; or the Hub's name of a model.
@@ -141,7 +142,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 def _hugging_face(folder: Path, fields: dict[str, Any], metadata: dict[str, str]) -> Source:
     quantization = take_quantization(fields, folder / "config.json")
-    config = configs.from_hugging_face(fields, folder / "config.json")
+    config = from_hugging_face(fields, folder / "config.json")
     if not _has(folder, "model"):
         for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
             if (folder / name).is_file():
@@ -157,7 +158,7 @@ def _hugging_face(folder: Path, fields: dict[str, Any], metadata: dict[str, str]
         if tied_head(config, "hf") in store.tensors:  # transformers believes the weights, too
             config = dataclasses.replace(config, tied_embeddings=False)
     if (params := folder / "params.json").is_file():
-        said = configs.contradiction(config, parse_json(params.read_bytes(), params), params)
+        said = contradiction(config, parse_json(params.read_bytes(), params), params)
         store = dataclasses.replace(store, notes=(*store.notes, *([said] if said else ())))
     source = _source("hf", folder, config, _as_weights(store, quantization), metadata)
     said = fields | {key: value for key, value in text.items() if value is not None}
@@ -168,7 +169,7 @@ def _mistral(
     folder: Path, fields: dict[str, Any], rope_theta: float | None, metadata: dict[str, str]
 ) -> Source:
     quantization = take_quantization(fields, folder / "params.json")
-    config = configs.from_params(fields, folder / "params.json", rope_theta)
+    config = from_params(fields, folder / "params.json", rope_theta)
     old = folder / "consolidated.00.pth"
     first = first_mixtral.files_of(folder)
     if first and not _has(folder, "consolidated") and not old.is_file():
@@ -198,7 +199,7 @@ def _as_weights(store: Store, quantization: Quantization | None) -> Store:
 
 
 def check_whole(folder: Path) -> None:
-    """Nothing, for a folder of lechat's whose files are what was written.
+    """Compares a folder of lechat's with its checksums; nothing is returned.
 
     Raises:
         BadInput: one is not; it is named.

@@ -1,4 +1,4 @@
-"""A checkpoint in any format, found and described, whose tensors are read one at a time."""
+"""An open checkpoint of any format: its config and files, and tensors that are read one by one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ SourceFormat = Literal["hf", "mistral", "lechat", "torch", "run"]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checkpoint that has been found whole and fitting, but not read.
+    """A checkpoint whose tensors are all there and fit its config; none has been read.
 
     Attributes:
         format: what it is.
@@ -73,19 +73,19 @@ class Source:
         return next(iter(dtypes))
 
     def read(self, name: str) -> Shaped[np.ndarray, "..."]:
-        """A weight or a part of one in lechat's shape.
+        """A weight, or an expert's part of one, in lechat's shape.
 
         A view of its file, unless its rows change their order, or it has to be put together of
         what each expert has.
         """
         row = rows(self.config).get(name)
-        if name not in self.stored and row is None:
-            return np.stack([self.read(part) for part in parts(self.config)[name]])
-        array = self.stored_of(name).read()
-        if row is None:  # of all experts, as lechat has it
-            return array
-        if name not in self.stored:
-            array = array[row.expert]
+        if row is None and name not in self.stored:  # all experts', of which each has its own
+            return np.stack([self._part(part) for part in parts(self.config)[name]])
+        return self.stored[name].read() if row is None else self._part(name)
+
+    def _part(self, name: str) -> Shaped[np.ndarray, "..."]:
+        row, array = rows(self.config)[name], self.stored_of(name).read()
+        array = array if name in self.stored else array[row.expert]
         return from_format(array, self.config, format_of(self.format), row)
 
     def stored_of(self, name: str) -> Stored:
@@ -128,5 +128,5 @@ class Source:
 
 
 def format_of(kind: SourceFormat) -> Format:
-    """The names and shapes of a kind of checkpoint."""
+    """The format whose names and shapes a kind of checkpoint has; a training run has lechat's."""
     return "lechat" if kind == "run" else kind

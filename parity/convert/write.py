@@ -1,4 +1,4 @@
-"""What a checkpoint consists of in each format, beside the bytes of its tensors."""
+"""Writes config, tokenizer and generation settings of a checkpoint in each format."""
 
 import json
 import shutil
@@ -11,8 +11,9 @@ from lechat_jax.files.safetensors_header import parse_json
 from lechat_jax.quantize.scheme import QUANTIZATION, Form
 from lechat_jax.tokenizer.tokenizer import Tokenizer, preferred
 from lechat_jax.tokenizer.vocabulary import GENERATION, SETTINGS
-from parity.convert import configs
 from parity.convert.chat_template import chat_template
+from parity.convert.configs.hugging_face import to_hugging_face
+from parity.convert.configs.mistral import to_params
 from parity.convert.names import Format
 from parity.convert.open_source import POSITIONS
 from parity.convert.source import Source
@@ -42,7 +43,7 @@ def write_config(
     dtype: np.dtype,
     form: Form | None = None,
 ) -> None:
-    """Puts the config of the model into the folder, in the words of the format.
+    """Writes config.json or params.json into the folder, in the words of the format.
 
     Only lechat's has words for weights that are quantised.
 
@@ -50,12 +51,12 @@ def write_config(
         BadInput: the format has no words for such a model.
     """
     if fmt == "mistral":
-        _write(folder / "params.json", configs.to_params(source.config))
+        _write(folder / "params.json", to_params(source.config))
     elif fmt == "hf":
         said = source.metadata.get(POSITIONS)
         positions = int(said) if said else None
         bos_id, eos_id = _control_ids(source)
-        fields = configs.to_hugging_face(source.config, dtype.name, positions, bos_id, eos_id)
+        fields = to_hugging_face(source.config, dtype.name, positions, bos_id, eos_id)
         _write(folder / "config.json", fields)
     else:
         said = {QUANTIZATION: form.to_dict()} if form else {}
@@ -63,7 +64,7 @@ def write_config(
 
 
 def write_tokenizer(folder: Path, fmt: Format, source: Source) -> None:
-    """Puts the tokenizer's files into the folder, under the names that the format's readers know.
+    """Copies the tokenizer's files into the folder, under the names that the format's readers know.
 
     All formats have the same files. Mistral's names say the version of a SentencePiece model,
     of which Hugging Face knows one name and has settings beside it.
@@ -93,7 +94,7 @@ def _has_template(folder: Path, settings: dict[str, Any]) -> bool:
 
 
 def _write_generation(folder: Path, fmt: Format, source: Source) -> None:
-    """What starts and ends a text, if the format asks for it or the tokenizer says otherwise."""
+    """Writes generation_config.json, BOS and EOS, for hf or if they are not the tokenizer's."""
     path, said = folder / GENERATION, source.control_ids
     own = _of_tokenizer(source)
     bos_id, eos_id = _control_ids(source)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from parity.convert.configs import to_hugging_face
+from parity.convert.configs.hugging_face import to_hugging_face
 from parity.convert.layouts import taken_apart, to_format
 from parity.convert.names import rows
 from parity.measure import cores

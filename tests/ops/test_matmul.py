@@ -34,7 +34,7 @@ def test_every_form_is_the_product(
     wide = [np.asarray(array, np.float64) for array in (x, kernel)]
     exact = wide[0] @ wide[1].T * (1 if scale is None else np.asarray(scale))
     size = np.sqrt(np.mean(exact**2))
-    (asked,) = as_bits({"kernel": kernel}, 2).values() if dtype == "bits" else (kernel,)
+    (asked,) = as_bits({"head.kernel": kernel}, 2).values() if dtype == "bits" else (kernel,)
     for result in ("float32", x.dtype):
         found = project(x, asked, scale, jnp.dtype(result))
         assert found.dtype == result
@@ -71,7 +71,7 @@ def test_integers_stand_for_every_number(monkeypatch: pytest.MonkeyPatch, number
 
 def test_bits_are_those_of_the_kernels_and_share_their_memory() -> None:
     kernel, scale = kernel_of("bfloat16"), jnp.ones(F, jnp.bfloat16)
-    weights = {"head.kernel": kernel, "norm.scale": scale, "q.kernel": kernel_of("int8")}
+    weights = {"head.kernel": kernel, "norm.scale": scale, "embed.kernel": kernel_of("int8")}
     bits = as_bits(weights, 2)
     assert [leaf.dtype for leaf in bits.values()] == ["uint16", "bfloat16", "int8"]
     assert bits["head.kernel"].unsafe_buffer_pointer() == kernel.unsafe_buffer_pointer()
@@ -85,7 +85,7 @@ def test_bits_are_those_of_the_kernels_and_share_their_memory() -> None:
 def test_a_loop_does_not_convert_the_kernel_beforehand(T: int, dtype: str) -> None:
     """Nor between all the layers of a prompt: the scratch is far below the kernels in float32."""
     kernel = jax.ShapeDtypeStruct((1024, 2048), dtype)
-    kernels = [*as_bits({"kernel": kernel}, T).values()] * 8
+    kernels = [*as_bits({"head.kernel": kernel}, T).values()] * 8
     scale = jax.ShapeDtypeStruct((1024,), "float32") if dtype == "int8" else None
     x = jax.ShapeDtypeStruct((T, 2048), "float32" if dtype == "int8" else "bfloat16")
 

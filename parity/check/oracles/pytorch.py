@@ -149,9 +149,7 @@ class Watched(abc.ABC, Generic[M]):
         tensors = self.from_model(tensors)
         table = names.rows(self.config)
         found = {
-            part: to_numpy(tensors[name]).reshape(
-                names.shape(self.config, "lechat", table[part].axes)
-            )
+            part: to_numpy(tensors[name]).reshape(names.shape(self.config, "lechat", table[part]))
             for part, name in names.names(self.config, self.layout).items()
         }
         return put_together(self.config, found)

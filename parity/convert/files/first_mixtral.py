@@ -1,4 +1,4 @@
-"""The first release of Mixtral-8x7B, of which all experts of a layer are one tensor.
+"""Files of the first Mixtral-8x7B release, in which all experts of a layer are one tensor.
 
 Its files, `consolidated.00.pt` to `.07.pt`, have different tensors each. In `w1`, `w2` and `w3`
 of `layers.N.block_sparse_moe` the experts lie below each other, F rows each; of `w2` what each

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub: one copy of the weights, of a commit that is written down."""
+"""Downloads models from the Hugging Face Hub: one copy of the weights, at a recorded commit."""
 
 import os
 import re
@@ -25,7 +25,7 @@ WEIGHTS = (
 
 
 def is_name(text: str) -> bool:
-    """Whether this is how the Hub names a model.
+    """Whether a text has the form of a model's name on the Hub, `org/name`.
 
     >>> is_name("mistralai/Mistral-7B-v0.1"), is_name("./runs/x"), is_name("runs/x/y")
     (True, False, False)
@@ -34,7 +34,7 @@ def is_name(text: str) -> bool:
 
 
 def download(name: str, revision: str | None) -> tuple[Path, dict[str, str]]:
-    """The folder with a model in the Hub's cache, and what to write down about its origin.
+    """Downloads a model: its folder in the Hub's cache, and its name and commit as metadata.
 
     What is in the cache already is not downloaded again; with `HF_HUB_OFFLINE=1` in the
     environment nothing is.

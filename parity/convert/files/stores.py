@@ -1,4 +1,4 @@
-"""Tensors on the disk by their own keys, whatever kind of file they lie in.
+"""Lazily read tensors by their keys in the files, whatever kind of file that is.
 
 A store knows what it holds without reading it; a tensor is read when it is asked for, and
 where the kind of file permits, as a view of it.
@@ -19,7 +19,7 @@ from lechat_jax.quantize.scheme import Form, Parts, numbers_of
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor that has not been read.
+    """A tensor on the disk: its dtype and shape, and a function that reads it.
 
     Attributes:
         dtype: of its elements.
@@ -39,7 +39,7 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """What one checkpoint holds, by key.
+    """The tensors of one checkpoint, by key.
 
     Attributes:
         tensors: in the order in which they are best read.
@@ -86,7 +86,7 @@ def array_store(where: object, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) 
 
 
 def dequantized_store(store: Store, form: Form) -> Store:
-    """The weights that the parts of lechat's kernels stand for, to be of the type of the norms.
+    """Dequantises lechat's int8 and int4 kernels as they are read, into the type of the norms.
 
     Each is made when it is read, in float32, so that whoever casts it rounds it once, and is the
     only one in memory.

@@ -1,4 +1,4 @@
-"""Tensors in the files of `torch.save`: mapped, never run, and written a slab at a time."""
+"""Files of `torch.save`: tensors are memory-mapped, no pickled code runs, writing is streamed."""
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence

@@ -1,1 +1,1 @@
-"""Weights that other programs have quantised: FP8, GPTQ, AWQ, compressed-tensors."""
+"""Readers of other programs' quantised weights: FP8, GPTQ, AWQ, compressed-tensors."""

@@ -1,4 +1,4 @@
-"""What a config says about weights that another program has quantised: understood, or refused.
+"""Which quantisation a config names, quant_method and its fields: a reader for it, or a refusal.
 
 Hugging Face's `quantization_config` has a `quant_method` and then that method's own words;
 Mistral's `params.json` has `quantization`, or the same `quantization_config`.
@@ -32,7 +32,7 @@ class Quantization(NamedTuple):
 
 
 def take_quantization(fields: dict[str, Any], where: object) -> Quantization | None:
-    """What a config says about it, which is taken out of `fields`; `None` if it says nothing.
+    """Takes the quantisation out of a config's `fields`; `None` if there is none.
 
     >>> fields = {"dim": 40, "quantization": {"qformat_weight": "fp8_e4m3"}}
     >>> take_quantization(fields, "params.json").name, fields

@@ -33,7 +33,7 @@ class Block(NamedTuple):
 
 
 def scaled_store(store: Store, block: Block | None) -> Store:
-    """The weights that bytes and scales stand for, each made when it is read, in float32.
+    """Dequantises FP8 and int8 weights as they are read, into float32.
 
     They count as of the type of the tensors that are no bytes, bfloat16 in every release, so
     that is what they are written as.
@@ -77,7 +77,7 @@ def scaled_store(store: Store, block: Block | None) -> Store:
 def scaled(
     weight: Shaped[np.ndarray, "F D"], scale: Shaped[np.ndarray, "..."], block: Block
 ) -> Float32[np.ndarray, "F D"]:
-    """The numbers of the bytes, each times the scale of its block, in float32.
+    """Each byte's number times the scale of its block, in float32.
 
     >>> weight = np.array([[1.5, -2.0, 448.0]], FP8)
     >>> scaled(weight, np.array([[2.0, 0.5]], np.float32), Block(128, 2))

@@ -1,4 +1,4 @@
-"""Weights of four or eight bits in groups, as others pack them: GPTQ, AWQ, compressed-tensors.
+"""GPTQ, AWQ and compressed-tensors: weights of four or eight bits, in groups, packed into words.
 
 All stand for w = (q - zero) * scale, with a scale and a zero for each output and group of features,
 and pack whole numbers q into words of 32 bits; they differ in which of those lie in a word.
@@ -110,7 +110,7 @@ class Layout(NamedTuple):
 
 
 def packed_store(store: Store, layout: Layout, bits: int, size: int | None) -> Store:
-    """The weights that packed words stand for, in float32, and as the parts that lechat has.
+    """Unpacks the kernels as they are read: float32, or the parts of lechat's int4 and int8.
 
     Args:
         store: of the files.

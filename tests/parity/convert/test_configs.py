@@ -18,7 +18,8 @@ from lechat_jax.config import PRESETS, Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
 from lechat_jax.model.rope import rotation
 from lechat_torch.rotary import turns
-from parity.convert.configs import from_hugging_face, from_params, to_hugging_face, to_params
+from parity.convert.configs.hugging_face import from_hugging_face, to_hugging_face
+from parity.convert.configs.mistral import from_params, to_params
 
 Fields = dict[str, Any]
 

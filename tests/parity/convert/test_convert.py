@@ -30,7 +30,7 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.architectures import ARCHITECTURES, SMALL_MIXTURE
 from parity.convert import command as module
 from parity.convert.command import main
-from parity.convert.finite import is_finite
+from parity.convert.files.finite import is_finite
 from parity.convert.names import FORMATS, Format, names
 from parity.convert.open_source import open_source
 from parity.make_checkpoint import main as make
@@ -459,8 +459,8 @@ def test_help_describes_each_flag(capsys: pytest.CaptureFixture[str]) -> None:
 def test_progress_is_plain_lines_without_a_terminal(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("parity.convert.progress.PLAIN_SECONDS", 0.0)
-    monkeypatch.setattr(time, "monotonic", iter(range(10**6)).__next__)
+    monkeypatch.setattr("lechat_jax.cli.display.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(time, "monotonic", map(float, range(10**6)).__next__)
     convert(start, tmp_path / "hf", "hf")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 30

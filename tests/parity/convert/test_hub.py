@@ -20,7 +20,8 @@ from lechat_jax.checkpoint.safetensors import TensorFiles
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from parity.convert.command import main
-from parity.convert.configs import to_hugging_face, to_params
+from parity.convert.configs.hugging_face import to_hugging_face
+from parity.convert.configs.mistral import to_params
 from parity.convert.files.hub import is_name
 from parity.convert.names import Format, names, shapes
 from parity.convert.open_source import open_source

@@ -16,7 +16,7 @@ from lechat_jax.errors import BadInput
 from parity.architectures import ARCHITECTURES
 from parity.check.oracles.lechat_jax import JaxOracle
 from parity.convert.command import main as convert
-from parity.convert.configs import to_hugging_face
+from parity.convert.configs.hugging_face import to_hugging_face
 from parity.convert.open_source import open_source
 
 VISION = {

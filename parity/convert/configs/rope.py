@@ -1,19 +1,16 @@
-"""How far apart positions turn, in the words of each format: theta, YaRN, growing queries.
+"""RoPE in the configs of each format: theta, YaRN, and queries that grow with their position.
 
 Mistral's `params.json` has lechat's words. Hugging Face has one object for all three, called
 `rope_scaling` in transformers 4 and `rope_parameters` since; of its many ways to say how long
 queries and keys are after YaRN, Mistral's models use two, as they are and 0.1 ln(factor) + 1.
 """
 
-import json
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-
-Fields = Mapping[str, Any]
+from parity.convert.configs.common import Fields, short
 
 PLAIN = {"rope_type", "type", "rope_theta"}
 ORIGINAL = "original_max_position_embeddings"
@@ -146,9 +143,3 @@ def _number(rope: Fields, key: str, where: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadInput(f"{where} has {key} = {short(value)} in its YaRN, which is no number")
     return float(value)
-
-
-def short(value: Any) -> str:
-    """A value in a message, cut when it is long."""
-    text = json.dumps(value)
-    return text if len(text) < 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""Whether weights are numbers, at the speed of reading them."""
+"""Finds infinite and NaN weights at the speed of reading them."""
 
 import numpy as np
 from jaxtyping import Shaped

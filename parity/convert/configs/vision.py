@@ -1,4 +1,4 @@
-"""The text part of a model that can also see: what belongs to it, and what is left out.
+"""The language model of a vision-language checkpoint, without its vision encoder.
 
 Mistral Small 3.1, Ministral 3 and their kin are a language model behind a vision encoder.
 The files have both; the text part is a model like any other once its names are.

@@ -1,0 +1,1 @@
+"""A model's shape in the words of each format: config.json and params.json, both ways."""

@@ -1,0 +1,128 @@
+"""Mistral's own params.json, read and written.
+
+What decides the arithmetic is read or refused by name, never skipped. Where Mistral's programs
+disagree on what an absent field means, as on `rope_theta`, the user is asked.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.config.mistral import PARTS
+from lechat_jax.errors import BadInput
+from parity.convert.configs import rope as rotary
+from parity.convert.configs.common import EXPERTS, WORDS, Fields, config_of, short, uniform
+
+MOE = {"n_experts": "num_experts", "n_experts_per_token": "num_experts_per_tok"}
+# What says nothing about the arithmetic, or only this.
+TOLERATED: dict[str, Callable[[Any], bool]] = {
+    "max_seq_len": lambda value: True,
+    "max_position_embeddings": lambda value: True,
+    "max_batch_size": lambda value: True,
+    "dtype": lambda value: True,
+    "lora": lambda value: True,  # how mistral-finetune made it: its weights are merged
+    "model_type": lambda value: value == "transformer",
+    "activation": lambda value: value == "silu",
+    "causal": lambda value: value is True,
+}
+
+
+def from_params(fields: Fields, where: object, rope_theta: float | None) -> MistralConfig:
+    """Reads a `params.json` of Mistral's.
+
+    Args:
+        fields: the JSON object.
+        where: for messages.
+        rope_theta: for an old file without one; Mistral's own program has taken 1e4 and 1e6
+            for that at different times, so nothing is assumed.
+
+    Raises:
+        BadInput: it has parts that lechat does not have, or no `rope_theta`.
+    """
+    fields = _in_mistrals_words(fields, where)
+    found = {name: fields[name] for name in (*WORDS, *EXPERTS) if name in fields}
+    known = {*found, *PARTS, "rope_theta", "sliding_window", "_sliding_window", "tied_embeddings"}
+    known |= {"vision_encoder"}  # whose weights are left out
+    for key in fields.keys() - known:
+        value = fields[key]
+        if value not in (None, False, {}) and not TOLERATED.get(key, lambda _: False)(value):
+            raise BadInput(f"{where} has {key} = {short(value)}, which lechat does not support")
+    found["n_kv_heads"] = found.get("n_kv_heads", found.get("n_heads"))
+    found["tied_embeddings"] = fields.get("tied_embeddings") or False
+    found |= rotary.from_params(fields)
+    window = fields.get("sliding_window", fields.get("_sliding_window"))
+    found["sliding_window"] = _pattern(window, fields.get("n_layers"), where)
+    theta = fields.get("rope_theta")
+    if theta is None and rope_theta is None:
+        raise BadInput(
+            f"{where} does not say rope_theta, on which releases differ; pass "
+            "--rope-theta 10000 for Mistral-7B v0.1, --rope-theta 1000000 for v0.2 and later"
+        )
+    if None not in (theta, rope_theta) and theta != rope_theta:
+        raise BadInput(f"{where} has rope_theta {short(theta)}; leave out --rope-theta")
+    found["rope_theta"] = rope_theta if theta is None else theta
+    return config_of(found, where)
+
+
+def contradiction(config: MistralConfig, params: Fields, where: object) -> str:
+    """What a `params.json` beside a `config.json` says otherwise of windows, in a sentence.
+
+    Ministral-8B's do: transformers gives every layer the window, Mistral three of four.
+    """
+    said = params.get("sliding_window", params.get("_sliding_window"))
+    windows = _pattern(said, params.get("n_layers"), where)
+    if config_of(config.to_dict() | {"sliding_window": windows}, where).windows == config.windows:
+        return ""
+    shown = config.sliding_window if type(config.sliding_window) is int else "another window"
+    return (
+        f"config.json is read, and {where} beside it says sliding_window {short(said)} instead of "
+        f"{shown}: longer texts will differ from Mistral's own program; to follow that, take "
+        "config.json away"
+    )
+
+
+def to_params(config: MistralConfig) -> dict[str, Any]:
+    """A `params.json` for Mistral's own program; what a model has not goes unsaid."""
+    fields = config.to_dict()
+    if fields["sliding_window"] is None:
+        del fields["sliding_window"]
+    if not fields["tied_embeddings"]:
+        del fields["tied_embeddings"]
+    moe = {theirs: fields.pop(ours) for ours, theirs in MOE.items() if ours in fields}
+    return fields | ({"moe": moe} if moe else {})
+
+
+def _in_mistrals_words(fields: Fields, where: object) -> dict[str, Any]:
+    """The fields with those of `moe` among them, and in today's words.
+
+    The first release of Mixtral-8x7B, for Mistral's program of then, has those that Hugging Face
+    uses.
+    """
+    fields = dict(fields)
+    for ours, theirs in (WORDS | EXPERTS).items():
+        if theirs in fields and ours not in fields:
+            fields[ours] = fields.pop(theirs)
+    moe = fields.pop("moe", None) or {}
+    if not isinstance(moe, dict) or moe.keys() - MOE.values():
+        raise BadInput(
+            f"{where} has moe = {short(moe)}; only {' and '.join(MOE.values())} are supported"
+        )
+    return fields | {ours: moe[theirs] for ours, theirs in MOE.items() if theirs in moe}
+
+
+def _pattern(window: Any, n_layers: Any, where: object) -> Any:
+    """The window of `params.json`; a list is repeated until every layer has one."""
+    if isinstance(window, str):
+        try:
+            window = json.loads(window)
+        except ValueError:
+            raise BadInput(f"{where} has sliding_window = {window!r}, which is no number") from None
+    if not isinstance(window, list):
+        return window
+    if not window or type(n_layers) is not int or n_layers % len(window):
+        raise BadInput(
+            f"{where} has a sliding_window of {len(window)} layers, which does not repeat "
+            f"evenly over its {n_layers}"
+        )
+    return uniform(window * (n_layers // len(window)))
