@@ -5,7 +5,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -16,13 +15,13 @@ from jaxtyping import Array, Float
 from rich.console import Console
 
 from lechat_jax.config import MistralConfig, preset
-from lechat_jax.errors import BadInput
 from lechat_jax.model.attention import Backend, choose_backend, training_attention
-from parity.bench.learners.race import PEER
-from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
+from parity.bench.work import Work, cell
+from parity.measure import in_turn, wait_until_idle
 from parity.peers.installed import load_peer
 from parity.report import Report, Row, TableText
 
+PEER = "parity.peers.transformers"  # imported only when it is measured
 MULTIPLES = (2, 4, 8, 16)  # of the window: the lengths T
 LEAST_SECONDS = 0.02  # of one repetition: what is shorter runs several times in it
 
@@ -58,7 +57,7 @@ class Prepared(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Attention:
+class Attention(Work):
     """Time of window attention over T = 2W, 4W, 8W and 16W tokens, forward and backward.
 
     lechat's kernel for this machine beside its dense form, which makes all T * T scores, and
@@ -76,30 +75,14 @@ class Attention:
     """Times that each case is measured; the median counts."""
     sdpa: bool = True
     """Measure PyTorch's attention too."""
-    json: Path | None = None
-    """JSON file for the report."""
-    read_gb: float = 1.0
-    """Size of the array whose reading measures the memory bandwidth, in GB."""
 
-    def __post_init__(self) -> None:
-        for name in ("batch", "repetitions"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if not self.windows or min(self.windows) < 1:
-            raise BadInput("--windows must be one or more numbers of tokens, each at least 1")
-        if not self.read_gb > 0:
-            raise BadInput(f"--read-gb must be more than 0, not {self.read_gb}")
+    COUNTS = ("windows", "batch", "repetitions")
 
     def run(self, console: Console) -> Report:
-        """Measures, and prints a table and the largest ratio of a doubling.
-
-        Raises:
-            BadInput: the options or the machine do not fit; PyTorch is missing.
-        """
+        """See `Work.run`; the report has the largest ratio of a doubling."""
         config = preset(self.preset)
         peer = load_peer(PEER, "--no-sdpa") if self.sdpa else None
-        read = read_speed(self.read_gb)
-        report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
+        report = self.report()
         for window in self.windows:
             for passes in PASSES:
                 console.print(f"{passes}, window {window}")
@@ -223,20 +206,18 @@ def largest_doublings(rows: list[Row]) -> dict[str, float]:
 
 def figures(rows: list[Row]) -> TableText:
     """The rows of the report in words."""
-    lines = []
-    for row in rows:
-        doubling = row.details["doubling"]
-        lines.append(
-            [
-                f"{row.impl} {row.details['kernel']}",
-                row.details["pass"],
-                str(row.details["window"]),
-                str(row.context),
-                f"{row.details['seconds'] * 1e3:.3f}",
-                f"{row.tokens_per_s:,.0f}",
-                "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.1f}",
-                f"{doubling:.2f}" if doubling else "",
-            ]
-        )
+    lines = [
+        [
+            f"{row.impl} {row.details['kernel']}",
+            row.details["pass"],
+            str(row.details["window"]),
+            str(row.context),
+            f"{row.details['seconds'] * 1e3:.3f}",
+            f"{row.tokens_per_s:,.0f}",
+            cell("{:,.1f}", row.peak_bytes, 1e6),
+            cell("{:.2f}", row.details["doubling"]),
+        ]
+        for row in rows
+    ]
     header = ["attention", "pass", "window", "tokens", "ms", "tokens/s", "MB", "per doubling"]
     return TableText(header, lines)

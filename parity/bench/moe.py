@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import statistics
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -15,7 +13,8 @@ from lechat_jax.errors import BadInput
 from lechat_jax.train.flops import peak_flops
 from parity.bench.learners.lechat import AdamW, LechatAdamW, Lesson, initial_weights
 from parity.bench.learners.race import PEER, Runner
-from parity.measure import machine_line, read_speed, wait_until_idle
+from parity.bench.work import Work, cell
+from parity.measure import wait_until_idle
 from parity.peers.installed import load_peer
 from parity.report import Report, Row, TableText
 
@@ -23,7 +22,7 @@ STEPS_PER_CALL = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Moe:
+class Moe(Work):
     """Tokens a second in training, in float32 and by AdamW.
 
     lechat and transformers take turns with the same weights and rows, transformers with both of its
@@ -49,29 +48,23 @@ class Moe:
     """Turns of each, of two steps, that are counted; one before them is not."""
     seed: int = 0
     """Seed of weights and tokens."""
-    json: Path | None = None
-    """JSON file for the report."""
-    read_gb: float = 1.0
-    """Size of the array whose reading measures the memory bandwidth, in GB."""
+
+    COUNTS = ("turns",)
 
     def __post_init__(self) -> None:
-        if self.turns < 1 or min(self.n_experts, *self.others, 2) < 2:
-            raise BadInput("--turns must be at least 1 and --n-experts at least 2")
+        super().__post_init__()
+        if min(self.n_experts, *self.others) < 2:
+            raise BadInput("--n-experts and --others must be at least 2")
 
     def run(self, console: Console) -> Report:
-        """Measures, and prints the table at the end.
-
-        Raises:
-            BadInput: PyTorch is missing.
-        """
-        peer: Any = load_peer(PEER, "lechat_jax.train")
-        read, peak = read_speed(self.read_gb), peak_flops("float32")
-        report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
+        """See `Work.run`."""
+        peer = load_peer(PEER, "lechat_jax.train")
+        report, peak = self.report(), peak_flops("float32")
         adamw = AdamW(rate=3e-4)
         lesson = self.lesson(self.n_experts)
         runners = [Runner("lechat_jax", functools.partial(LechatAdamW, lesson, adamw), lesson)]
         for experts in ("eager", "grouped_mm"):
-            make = functools.partial(peer.Peer, lesson, adamw, "sdpa", False, experts)
+            make = functools.partial(peer.transformers, lesson, adamw, "sdpa", False, experts)
             runners.append(Runner(f"transformers-{experts}", make, lesson))
         self.in_turn(runners, console)
         peak = peak and max(peak, peak_flops("float32") or 0.0)
@@ -149,16 +142,14 @@ class Moe:
 
 def figures(rows: list[Row]) -> TableText:
     """The rows of the report in words."""
-    lines = []
-    for row in rows:
-        ratio, mfu = row.details["ratio"], row.details["mfu"]
-        lines.append(
-            [
-                row.impl,
-                str(row.details["n_experts"]),
-                f"{row.tokens_per_s:,.0f}",
-                "" if mfu is None else f"{100 * mfu:.0f} %",
-                "" if ratio is None else f"{ratio:.2f}",
-            ]
-        )
+    lines = [
+        [
+            row.impl,
+            str(row.details["n_experts"]),
+            cell("{:,.0f}", row.tokens_per_s),
+            cell("{:.0f} %", row.details["mfu"], 0.01),
+            cell("{:.2f}", row.details["ratio"]),
+        ]
+        for row in rows
+    ]
     return TableText(["training", "experts", "tokens/s", "MFU", "of lechat's time"], lines)

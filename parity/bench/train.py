@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from lechat_jax.model.attention import Backend
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.flops import peak_flops
 from lechat_jax.train.options import Dtype
-from parity.bench.isolated import measured_apart
+from parity.bench import isolated
 from parity.bench.learners.lechat import (
     FOREVER,
     AdamW,
@@ -32,15 +31,22 @@ from parity.bench.learners.lechat import (
     initial_weights,
 )
 from parity.bench.learners.race import PEER, HeldOut, Point, Runner, draw, race, side_by_side_table
-from parity.measure import machine_line, read_speed, wait_until_idle
+from parity.bench.work import Work, cell
+from parity.measure import machine_line, wait_until_idle
 from parity.peers.installed import cold_torch_compiler, load_peer, need
 from parity.report import Report, Row, TableText
 
+# By the name of the flag, that of the peer in a report.
+PEERS = {
+    "torch": "lechat_torch",
+    "eager": "transformers-eager",
+    "compile": "transformers-compiled",
+}
 WITHOUT = "--no-torch --no-eager --no-compile"
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(Work):
     """Tokens a second in training, or with --minutes the bits per byte over time.
 
     lechat trains as in its main job; transformers' Mistral and lechat_torch start in PyTorch
@@ -97,26 +103,18 @@ class Train:
     """Held-out rows in a score, of 1024 tokens each, evenly spread, with --minutes."""
     plot: Path | None = None
     """PNG file for the curves of --minutes."""
-    json: Path | None = None
-    """JSON file for the report."""
-    read_gb: float = 1.0
-    """Size of the array whose reading measures the memory bandwidth, in GB."""
+
+    COUNTS = ("batch", "steps_per_call", "eval_rows")
+    AMOUNTS = ("slice", "eval_every", "read_gb", "peer_learning_rate", "minutes")
 
     def __post_init__(self) -> None:
-        for name in ("batch", "steps_per_call", "eval_rows"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
+        super().__post_init__()
         self._check_blocks()
         if self.steps <= self.steps_per_call:
             raise BadInput(
                 f"--steps must be more than --steps-per-call ({self.steps_per_call}), since the "
                 f"first repetition is not counted, not {self.steps}"
             )
-        for name in ("slice", "eval_every", "read_gb", "peer_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise BadInput(f"{_flag(name)} must be more than 0, not {getattr(self, name)}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise BadInput(f"--minutes must be more than 0, not {self.minutes}")
         if self.plot and self.minutes is None:
             raise BadInput("--plot draws the curves of --minutes; say how many minutes")
         if self.same_optimizer and self.minutes is not None:
@@ -129,6 +127,8 @@ class Train:
                 f"--block must be numbers that divide the {tokens} tokens of a step (--batch rows "
                 f"of the first), not {' '.join(map(str, self.block)) or 'nothing'}"
             )
+        if not (self.lechat and self.attention) and not self.asks_torch:
+            raise BadInput(f"nothing is measured: leave out --no-lechat, or one of {WITHOUT}")
         if len(self.block) > 1 and self.minutes is not None:
             raise BadInput("--minutes takes one --block")
         if not (self.lechat and self.attention) and self.same_optimizer:
@@ -142,25 +142,19 @@ class Train:
         return self.torch or self.eager or self.compile
 
     def run(self, console: Console) -> Report:
-        """Measures, telling what it is about, and prints the tables at the end.
-
-        Raises:
-            BadInput: the options, the text or the machine do not fit; PyTorch is missing.
-        """
+        """See `Work.run`."""
         config = self.model()
         peer = load_peer(PEER, WITHOUT) if self.asks_torch else None
         if self.torch:
             need("xformers")
         if self.apart:
-            rows = measured_apart(dataclasses.asdict(self), console)
-            return self.told(Report(machine_line(), rows[0][1], [r for r, _ in rows], []), console)
+            return self.told(self.isolated(console), console)
         tokenizer = Tokenizer.mistral_v1()
         if config.vocab_size < tokenizer.vocab_size:
             raise BadInput(f"{self.preset} has fewer ids than the tokenizer; choose another preset")
         tokens = load_tokens(load_corpus(self.data), tokenizer)
         console.print(f"text: {tokens.name}, {tokens.n_bytes:,} bytes, SHA-256 {tokens.sha256}")
-        read = read_speed(self.read_gb)
-        report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
+        report = self.report()
         weights = initial_weights(config, self.seed)
         lessons = [self.lesson(config, tokens, block, weights) for block in self.block]
         peak = peak_flops(self.dtype)
@@ -176,6 +170,33 @@ class Train:
         peak = peak and max(peak, peak_flops(self.dtype) or 0.0)
         report.rows[:0] = [self.row(runner, peak) for runner in runners]  # before those that failed
         return self.told(report, console, *tables)
+
+    def isolated(self, console: Console) -> Report:
+        """A report of the rows of all learners, each from a process of its own."""
+        reports: list[Report] = []
+        for impl, train in self.alone():
+            who = f"{impl}, {train.batch} x {train.block[0]} tokens"
+            console.print(who, markup=False)
+            reports += isolated.run(f"{who}: it was not measured", measured, train)
+        rows = [row for report in reports for row in report.rows]
+        return Report(machine_line(), reports[0].read_gb_s, rows)
+
+    def alone(self) -> Iterator[tuple[str, "Train"]]:
+        """The same measurement once for each learner and length, with its name."""
+        nobody = dict.fromkeys(("apart", "lechat", *PEERS), False)
+        kinds = [
+            (lechat_name(name), {"lechat": True, "attention": (name,)})
+            for name in (self.attention if self.lechat else ())
+        ]
+        kinds += [
+            (impl, {name: True, "same_optimizer": False})
+            for name, impl in PEERS.items()
+            if getattr(self, name)
+        ]
+        for block in self.block:
+            shape = {"block": (block,), "batch": self.batch * self.block[0] // block}
+            for impl, kind in kinds:
+                yield impl, dataclasses.replace(self, **(nobody | kind | shape))
 
     def told(self, report: Report, console: Console, *tables: TableText) -> Report:
         """The report, with what its rows have to do with each other, printed."""
@@ -216,23 +237,21 @@ class Train:
             make = functools.partial(Lechat, lesson, backend)
             if self.same_optimizer:
                 make = functools.partial(LechatAdamW, lesson, adamw, backend)
-            yield Runner("lechat_jax" + (f"-{backend}" if backend else ""), make, lesson)
+            yield Runner(lechat_name(name), make, lesson)
         if peer is None:
             return
-        if self.torch:
-            reference = importlib.import_module("parity.bench.learners.lechat_torch")
-            make = functools.partial(reference.LechatTorch, lesson, adamw)
-            yield Runner("lechat_torch", make, lesson)
         attention = self.peer_attention
+        if self.torch:
+            make = functools.partial(peer.lechat_torch, lesson, adamw)
+            yield Runner(PEERS["torch"], make, lesson)
         if attention == "fastest" and (self.eager or self.compile):
             attention, why = peer.fastest_attention(lesson)
             report.notes.append(f"transformers: {why}")
-        if self.eager:
-            make = functools.partial(peer.Peer, lesson, adamw, attention, compiled=False)
-            yield Runner("transformers-eager", make, lesson)
-        if self.compile:
-            make = functools.partial(peer.Peer, lesson, adamw, attention, compiled=True)
-            yield Runner("transformers-compiled", make, lesson)
+        for name in ("eager", "compile"):
+            if getattr(self, name):
+                is_compiled = name == "compile"
+                make = functools.partial(peer.transformers, lesson, adamw, attention, is_compiled)
+                yield Runner(PEERS[name], make, lesson)
 
     def start(
         self, lesson: Lesson, peer: ModuleType | None, report: Report, console: Console
@@ -320,21 +339,30 @@ def compare_losses(report: Report) -> None:
     report.details["largest_relative_difference"] = differences
 
 
+def lechat_name(attention: str) -> str:
+    """Of lechat in a report, with the attention if one was asked for."""
+    return "lechat_jax" if attention == "fastest" else f"lechat_jax-{attention}"
+
+
+def measured(train: Train) -> Iterator[Report]:
+    """The report of a measurement, by a process of its own."""
+    yield train.run(Console(quiet=True))
+
+
 def figures(rows: list[Row]) -> TableText:
     """The rows of the report in words."""
-    lines = []
-    for row in rows:
-        speed = "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}"
-        step, mfu = row.details["step_s"], row.details["mfu"]
-        took = "" if step is None else f"{1e3 * step:,.0f} ms"
-        used = "" if mfu is None else f"{100 * mfu:.0f} %"
-        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f} GB"
-        ends = [f"{loss:.4f}" for loss in (row.losses[:1] + row.losses[-1:])] or ["", ""]
-        shape = f"{row.batch} x {row.context}"
-        lines.append([row.impl, shape, speed, took, used, memory, *ends, row.note])
+    lines = [
+        [
+            row.impl,
+            f"{row.batch} x {row.context}",
+            cell("{:,.0f}", row.tokens_per_s),
+            cell("{:,.0f} ms", row.details["step_s"], 1e-3),
+            cell("{:.0f} %", row.details["mfu"], 0.01),
+            cell("{:.2f} GB", row.peak_bytes, 1e9),
+            *([f"{loss:.4f}" for loss in (row.losses[:1] + row.losses[-1:])] or ["", ""]),
+            row.note,
+        ]
+        for row in rows
+    ]
     header = ["training", "rows", "tokens/s", "step", "MFU", "peak memory"]
     return TableText([*header, "first loss", "last loss", "note"], lines)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

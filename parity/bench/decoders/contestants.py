@@ -1,18 +1,23 @@
-"""Who is measured, in which type of number: made once, of the same weights, as they are needed."""
+"""Contestants in generation: each implementation in each dtype, on the same random weights.
 
+With the options that benchmarks of decoding and of prefill have in common.
+"""
+
+import dataclasses
 import importlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mistral import Weights
 from lechat_jax.quantize.scheme import asked, quantize_weights
 from parity.bench.decoders.lechat import (
+    IMPLS,
     QUANTIZED,
     Decoder,
     DtypeName,
@@ -21,8 +26,9 @@ from parity.bench.decoders.lechat import (
     bytes_a_step,
     random_weights,
 )
+from parity.bench.work import Work
 from parity.peers.installed import need
-from parity.report import Row
+from parity.report import Report, Row
 
 SEED = 0  # of weights and prompts
 
@@ -128,13 +134,7 @@ class Models:
         weights = self.weights(who.dtype)
         if who.impl == "lechat_jax":
             return Lechat(self.config, weights)
-        torch = torch_decoders()
-        kinds: dict[str, tuple[str, Callable[..., Decoder]]] = {
-            "lechat_torch": ("torch", torch.LechatTorch.around),
-            "transformers": ("hf", torch.Transformers.around),
-        }
-        layout, make = kinds[who.impl]
-        return make(self.config, torch.shared_state(self.config, weights, layout))
+        return torch_decoders().DECODERS[who.impl].around(self.config, weights)
 
     def bytes_a_step(self, dtype: DtypeName, batch: int, context: int) -> int:
         """See `decoders.bytes_a_step`."""
@@ -159,12 +159,41 @@ def tail(config: MistralConfig, context: int) -> int:
 CHUNK = 256  # the most that anybody here reads at once
 
 
-def check_numbers(flags: dict[str, Sequence[float]]) -> None:
-    """Nothing, if all numbers of all flags are at least 1.
+@dataclasses.dataclass(frozen=True)
+class Generation(Work):
+    """The options of what compares contestants."""
 
-    Raises:
-        BadInput: one is not, or a flag has none.
-    """
-    for name, numbers in flags.items():
-        if not numbers or min(numbers) < 1:
-            raise BadInput(f"--{name} must be at least 1, not {', '.join(map(str, numbers))}")
+    preset: str = "bench-284m"
+    """Model to run: a name such as bench-284m or lechat-15m."""
+    batch: tuple[int, ...] = (1,)
+    """Prompts at once; several sizes are measured one after the other."""
+    dtype: tuple[DtypeName, ...] = ("float32",)
+    """Types of the weights. int8 and int4 are lechat's alone."""
+    impl: tuple[Impl, ...] = IMPLS
+    """Implementations to measure."""
+    repetitions: int = 5
+    """Times that each is measured; the median counts."""
+    memory: bool = False
+    """Measure also the peak memory of each, in a process of its own that loads the weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.contestants:
+            raise BadInput(
+                "int8 and int4 are lechat's alone: name it in --impl, or another --dtype"
+            )
+
+    @property
+    def contestants(self) -> list[Contestant]:
+        """Who takes part; see `contestants`."""
+        return contestants(self.impl, self.dtype)
+
+    def start(self) -> tuple["Models", Report]:
+        """The models, of which none is made yet, and a report without rows.
+
+        Raises:
+            BadInput: there is no such preset, or a package is missing.
+        """
+        models = Models(preset(self.preset))
+        check_packages(self.impl)
+        return models, self.report()

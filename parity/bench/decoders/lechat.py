@@ -1,4 +1,4 @@
-"""Whoever continues prompts, behind the interface that a benchmark drives each by: lechat here.
+"""Greedy decoding by lechat, behind the interface that a benchmark drives every contestant by.
 
 All are given the same weights, which are random: how fast they are streamed does not depend
 on what they say.
@@ -7,6 +7,7 @@ on what they say.
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal, Protocol
 
 import jax
@@ -22,6 +23,7 @@ from lechat_jax.devices.host_memory import host_empty
 from lechat_jax.generate.continuation import Continuation, Sample
 from lechat_jax.generate.decode import MOST
 from lechat_jax.generate.engine import rounds
+from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.loaded_model import MOST_DRAFT, LoadedModel
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.mistral import Weights, bind
@@ -82,6 +84,12 @@ class Lechat:
         self.ids: list[list[int]] = []
         self._model, self._draft = bind(config, weights), draft
         self._rounds: Iterator[list[Sample]] = iter(())
+
+    @classmethod
+    def load(cls, folder: Path, dtype: str, batch: int) -> "Lechat":
+        """The model of a folder of weights, for so many rows."""
+        loaded = Generator.from_checkpoint(folder, dtype=dtype, batch=batch)
+        return cls(loaded.config, loaded.weights)
 
     def start(self, prompts: Prompts, room: int, skip: int = 0) -> None:
         """See `Decoder.start`."""

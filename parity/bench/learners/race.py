@@ -23,7 +23,7 @@ from parity.bench.learners.lechat import FOREVER, Learner, Lesson
 from parity.measure import PeakMemory, wait_until_idle
 from parity.report import TableText
 
-PEER = "parity.bench.learners.transformers"  # imported only when it is measured
+PEER = "parity.bench.learners.torch"  # imported only when it is measured
 
 RECENT = 8  # calls whose median tells how long the next ones will take
 
