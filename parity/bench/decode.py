@@ -86,7 +86,7 @@ class Decode(Generation):
                 for dtype in self.dtype:
                     report.rows += self.guess(models, dtype)
         if self.memory or self.first_token:
-            self.start_fresh(models, report, console)
+            self.measure_processes(models, report, console)
         report.notes += NOTES
         if self.plot:
             draw_bars(report, self.plot)
@@ -158,7 +158,7 @@ class Decode(Generation):
             rows.append(dataclasses.replace(row, note=note if draft else "nothing guessed"))
         return rows
 
-    def start_fresh(self, models: Models, report: Report, console: Console) -> None:
+    def measure_processes(self, models: Models, report: Report, console: Console) -> None:
         """Adds to the rows what only a process of its own can tell."""
         with tempfile.TemporaryDirectory(prefix="parity-") as folder:
             folders = Folders(Path(folder), models)
@@ -169,7 +169,8 @@ class Decode(Generation):
                     continue
                 if self.memory:
                     console.print(f"memory of {who.impl} in {who.dtype}", markup=False)
-                    report.rows[number] = row = with_memory(folders, row, self.tokens)
+                    skip = row.context - tail(models.config, row.context)
+                    report.rows[number] = row = with_memory(folders, row, self.tokens, skip)
                 if self.first_token and who.impl == "lechat_jax":
                     if who.dtype not in starts:
                         console.print(f"first token in {who.dtype}", markup=False)

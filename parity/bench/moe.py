@@ -11,7 +11,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.train.flops import peak_flops
-from parity.bench.learners.lechat import AdamW, LechatAdamW, Lesson, initial_weights
+from parity.bench.learners.lechat import AdamW, LechatAdamW, Setup, initial_weights
 from parity.bench.learners.race import PEER, Runner
 from parity.bench.work import Work, cell
 from parity.measure import wait_until_idle
@@ -61,11 +61,11 @@ class Moe(Work):
         peer = load_peer(PEER, "lechat_jax.train")
         report, peak = self.report(), peak_flops("float32")
         adamw = AdamW(rate=3e-4)
-        lesson = self.lesson(self.n_experts)
-        runners = [Runner("lechat_jax", functools.partial(LechatAdamW, lesson, adamw), lesson)]
+        setup = self.setup(self.n_experts)
+        runners = [Runner("lechat_jax", functools.partial(LechatAdamW, setup, adamw), setup)]
         for experts in ("eager", "grouped_mm"):
-            make = functools.partial(peer.transformers, lesson, adamw, "sdpa", False, experts)
-            runners.append(Runner(f"transformers-{experts}", make, lesson))
+            make = functools.partial(peer.transformers, setup, adamw, "sdpa", False, experts)
+            runners.append(Runner(f"transformers-{experts}", make, setup))
         self.in_turn(runners, console)
         peak = peak and max(peak, peak_flops("float32") or 0.0)
         ours = runners[0].times
@@ -73,10 +73,10 @@ class Moe(Work):
             pairs = zip(runner.times, ours, strict=True)
             ratio = statistics.median(theirs / own for theirs, own in pairs)
             report.rows.append(self.row(runner, peak, ratio))
-        del runners, lesson
-        lessons = [self.lesson(n) for n in (self.n_experts, *self.others)]
+        del runners, setup
+        setups = [self.setup(n) for n in (self.n_experts, *self.others)]
         alone = [
-            Runner("lechat_jax", functools.partial(LechatAdamW, one, adamw), one) for one in lessons
+            Runner("lechat_jax", functools.partial(LechatAdamW, one, adamw), one) for one in setups
         ]
         self.in_turn(alone, console)
         report.rows += [self.row(runner, peak) for runner in alone]
@@ -100,14 +100,14 @@ class Moe(Work):
             n_experts_per_token=2,
         )
 
-    def lesson(self, n_experts: int) -> Lesson:
+    def setup(self, n_experts: int) -> Setup:
         """What all of them learn: tokens of no text, since only the time counts."""
         config = self.config(n_experts)
         per_step = self.batch * self.block
         stream = np.random.default_rng(self.seed).integers(config.vocab_size, size=8 * per_step)
         batches = Batches(len(stream), self.block, self.batch, self.seed)
         weights = initial_weights(config, self.seed)
-        return Lesson(config, batches, stream.astype(np.int32), self.seed, weights, STEPS_PER_CALL)
+        return Setup(config, batches, stream.astype(np.int32), self.seed, weights, STEPS_PER_CALL)
 
     def in_turn(self, runners: list[Runner], console: Console) -> None:
         """All of the turns, A B A B, after a first one that compiles and is not counted."""
@@ -117,27 +117,13 @@ class Moe(Work):
                 wait_until_idle()
                 runner.call(STEPS_PER_CALL, total)
                 if not turn:
-                    n = runner.lesson.config.n_experts
+                    n = runner.setup.config.n_experts
                     console.print(f"{runner.impl}, {n} experts: loss {runner.losses[0]:.5f}")
 
     def row(self, runner: Runner, peak: float | None, ratio: float | None = None) -> Row:
         """The figures of one; of a device with `peak` FLOP/s, how much of it was used."""
-        return Row(
-            "moe",
-            runner.impl,
-            "float32",
-            self.batch,
-            self.block,
-            runner.tokens_per_s,
-            runner.peak_bytes,
-            losses=runner.losses,
-            details={
-                "n_experts": runner.lesson.config.n_experts,
-                "seconds": runner.times,
-                "mfu": runner.mfu(peak),
-                "ratio": ratio,
-            },
-        )
+        n_experts = runner.setup.config.n_experts
+        return runner.row("moe", peak, n_experts=n_experts, seconds=runner.times, ratio=ratio)
 
 
 def figures(rows: list[Row]) -> TableText:

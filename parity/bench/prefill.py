@@ -53,7 +53,7 @@ class Prefill(Generation):
                 folders = Folders(Path(folder), models)
                 for number, row in enumerate(report.rows):
                     console.print(f"memory of {row.impl} in {row.dtype}", markup=False)
-                    report.rows[number] = with_memory(folders, row, 1, whole=True)
+                    report.rows[number] = with_memory(folders, row, 1)
         report.show(console, figures(report.rows))
         return report
 

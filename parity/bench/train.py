@@ -26,11 +26,12 @@ from parity.bench.learners.lechat import (
     AdamW,
     Lechat,
     LechatAdamW,
-    Lesson,
     NotCompiled,
+    Setup,
     initial_weights,
 )
-from parity.bench.learners.race import PEER, HeldOut, Point, Runner, draw, race, side_by_side_table
+from parity.bench.learners.race import PEER, HeldOut, Point, Runner, race, side_by_side_table
+from parity.bench.pictures import draw_curves
 from parity.bench.work import Work, cell
 from parity.measure import machine_line, wait_until_idle
 from parity.peers.installed import cold_torch_compiler, load_peer, need
@@ -127,7 +128,7 @@ class Train(Work):
                 f"--block must be numbers that divide the {tokens} tokens of a step (--batch rows "
                 f"of the first), not {' '.join(map(str, self.block)) or 'nothing'}"
             )
-        if not (self.lechat and self.attention) and not self.asks_torch:
+        if not (self.lechat and self.attention) and not self.needs_torch:
             raise BadInput(f"nothing is measured: leave out --no-lechat, or one of {WITHOUT}")
         if len(self.block) > 1 and self.minutes is not None:
             raise BadInput("--minutes takes one --block")
@@ -137,18 +138,18 @@ class Train(Work):
             raise BadInput("--minutes has all take turns in one process, so leave out --apart")
 
     @property
-    def asks_torch(self) -> bool:
+    def needs_torch(self) -> bool:
         """Whether anything of PyTorch is measured."""
         return self.torch or self.eager or self.compile
 
     def run(self, console: Console) -> Report:
         """See `Work.run`."""
         config = self.model()
-        peer = load_peer(PEER, WITHOUT) if self.asks_torch else None
+        peer = load_peer(PEER, WITHOUT) if self.needs_torch else None
         if self.torch:
             need("xformers")
         if self.apart:
-            return self.told(self.isolated(console), console)
+            return self.finished(self.isolated(console), console)
         tokenizer = Tokenizer.mistral_v1()
         if config.vocab_size < tokenizer.vocab_size:
             raise BadInput(f"{self.preset} has fewer ids than the tokenizer; choose another preset")
@@ -156,10 +157,10 @@ class Train(Work):
         console.print(f"text: {tokens.name}, {tokens.n_bytes:,} bytes, SHA-256 {tokens.sha256}")
         report = self.report()
         weights = initial_weights(config, self.seed)
-        lessons = [self.lesson(config, tokens, block, weights) for block in self.block]
+        setups = [self.setup(config, tokens, block, weights) for block in self.block]
         peak = peak_flops(self.dtype)
         with cold_torch_compiler():
-            runners = [r for lesson in lessons for r in self.start(lesson, peer, report, console)]
+            runners = [r for setup in setups for r in self.start(setup, peer, report, console)]
             tables = []
             if self.minutes is None:
                 self.take_turns(runners)
@@ -169,7 +170,7 @@ class Train(Work):
                 tables.append(side_by_side_table(points, self.eval_every))
         peak = peak and max(peak, peak_flops(self.dtype) or 0.0)
         report.rows[:0] = [self.row(runner, peak) for runner in runners]  # before those that failed
-        return self.told(report, console, *tables)
+        return self.finished(report, console, *tables)
 
     def isolated(self, console: Console) -> Report:
         """A report of the rows of all learners, each from a process of its own."""
@@ -198,7 +199,7 @@ class Train(Work):
             for impl, kind in kinds:
                 yield impl, dataclasses.replace(self, **(nobody | kind | shape))
 
-    def told(self, report: Report, console: Console, *tables: TableText) -> Report:
+    def finished(self, report: Report, console: Console, *tables: TableText) -> Report:
         """The report, with what its rows have to do with each other, printed."""
         if self.same_optimizer:
             compare_losses(report)
@@ -210,16 +211,16 @@ class Train(Work):
         config = preset(self.preset)
         return dataclasses.replace(config, sliding_window=self.window or config.sliding_window)
 
-    def lesson(
+    def setup(
         self,
         config: MistralConfig,
         tokens: Tokens,
         block: int,
         weights: dict[str, Float[np.ndarray, "..."]],
-    ) -> Lesson:
+    ) -> Setup:
         """What all learn, in rows of that length."""
         rows = self.batch * self.block[0] // block
-        return Lesson(
+        return Setup(
             config,
             Batches(len(tokens.train), block, rows, self.seed),
             tokens.train,
@@ -229,36 +230,36 @@ class Train(Work):
             self.dtype,
         )
 
-    def runners(self, lesson: Lesson, peer: ModuleType | None, report: Report) -> Iterator[Runner]:
+    def runners(self, setup: Setup, peer: ModuleType | None, report: Report) -> Iterator[Runner]:
         """Those who are to be measured, not built yet."""
         adamw = AdamW(self.peer_learning_rate)
         for name in self.attention if self.lechat else ():
             backend: Backend | None = None if name == "fastest" else name
-            make = functools.partial(Lechat, lesson, backend)
+            make = functools.partial(Lechat, setup, backend)
             if self.same_optimizer:
-                make = functools.partial(LechatAdamW, lesson, adamw, backend)
-            yield Runner(lechat_name(name), make, lesson)
+                make = functools.partial(LechatAdamW, setup, adamw, backend)
+            yield Runner(lechat_name(name), make, setup)
         if peer is None:
             return
         attention = self.peer_attention
         if self.torch:
-            make = functools.partial(peer.lechat_torch, lesson, adamw)
-            yield Runner(PEERS["torch"], make, lesson)
+            make = functools.partial(peer.lechat_torch, setup, adamw)
+            yield Runner(PEERS["torch"], make, setup)
         if attention == "fastest" and (self.eager or self.compile):
-            attention, why = peer.fastest_attention(lesson)
+            attention, why = peer.fastest_attention(setup)
             report.notes.append(f"transformers: {why}")
         for name in ("eager", "compile"):
             if getattr(self, name):
                 is_compiled = name == "compile"
-                make = functools.partial(peer.transformers, lesson, adamw, attention, is_compiled)
-                yield Runner(PEERS[name], make, lesson)
+                make = functools.partial(peer.transformers, setup, adamw, attention, is_compiled)
+                yield Runner(PEERS[name], make, setup)
 
     def start(
-        self, lesson: Lesson, peer: ModuleType | None, report: Report, console: Console
+        self, setup: Setup, peer: ModuleType | None, report: Report, console: Console
     ) -> list[Runner]:
         """Those whose first call worked; who cannot be compiled gets a row that says so."""
         started = []
-        for runner in self.runners(lesson, peer, report):
+        for runner in self.runners(setup, peer, report):
             try:
                 runner.call(self.steps_per_call, FOREVER if self.minutes else self.steps)
             except NotCompiled as error:
@@ -301,24 +302,14 @@ class Train(Work):
         if restless:
             report.notes.append(f"threads were still busy before {restless} slices")
         if self.plot:
-            draw(points, report.machine, self.plot)
+            draw_curves(points, report.machine, self.plot)
         return points
 
     def row(self, runner: Runner, peak: float | None) -> Row:
         """The figures of one learner; of a device with `peak` FLOP/s, how much of it was used."""
-        lesson, seconds = runner.lesson, statistics.median(runner.times or [0.0])
-        return Row(
-            work="train",
-            impl=runner.impl,
-            dtype=self.dtype,
-            batch=lesson.batches.batch,
-            context=lesson.batches.block,
-            tokens_per_s=runner.tokens_per_s if seconds else None,
-            peak_bytes=runner.peak_bytes,
-            losses=runner.losses[: self.steps],
-            note=runner.learner.note if runner.learner else "",
-            details={"step_s": seconds or None, "mfu": runner.mfu(peak)},
-        )
+        step_s = statistics.median(runner.times) if runner.times else None
+        row = runner.row("train", peak, step_s=step_s)
+        return dataclasses.replace(row, losses=row.losses[: self.steps])
 
 
 def compare_losses(report: Report) -> None:

@@ -70,21 +70,6 @@ def compare(rows: Sequence[Row], key: str) -> None:
             row.details["ratio"] = statistics.median(a / b for a, b in pairs)
 
 
-def check_packages(impls: Sequence[Impl]) -> None:
-    """Nothing, if all that these need is installed.
-
-    Raises:
-        BadInput: something is missing; the message is how to get it or do without.
-    """
-    try:
-        if "lechat_torch" in impls:
-            need("torch")
-        if "transformers" in impls:
-            need("torch", "transformers")
-    except BadInput as error:
-        raise BadInput(f"{error}, or measure lechat alone with --impl lechat_jax") from None
-
-
 def torch_decoders() -> ModuleType:
     """`parity.bench.decoders.torch`, which imports PyTorch and transformers."""
     return importlib.import_module("parity.bench.decoders.torch")
@@ -195,5 +180,7 @@ class Generation(Work):
             BadInput: there is no such preset, or a package is missing.
         """
         models = Models(preset(self.preset))
-        check_packages(self.impl)
+        packages = {"lechat_torch": ["torch"], "transformers": ["torch", "transformers"]}
+        needed = [name for impl in self.impl for name in packages.get(impl, [])]
+        need(*needed, instead="--impl lechat_jax")
         return models, self.report()

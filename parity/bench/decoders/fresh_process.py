@@ -28,7 +28,6 @@ from parity.bench.decoders.contestants import (
     Contestant,
     Models,
     contestant_of,
-    tail,
     torch_decoders,
 )
 from parity.bench.decoders.lechat import (
@@ -78,30 +77,28 @@ class Folders:
         return sum(leaf.nbytes for leaf in self.models.weights(dtype).values())
 
 
-def with_memory(folders: Folders, row: Row, tokens: int, whole: bool = False) -> Row:
+def with_memory(folders: Folders, row: Row, tokens: int, skip: int = 0) -> Row:
     """The row with the peak memory of an isolated process, and its ratio to the weights' bytes."""
     who = contestant_of(row)
-    peak = peak_bytes(folders, who, row.batch, row.context, tokens, whole)
+    peak = peak_bytes(folders, who, row.batch, row.context, tokens, skip)
     own = folders.weight_bytes(who.dtype)
     details = {"weight_bytes": own, "peak_over_weights": peak / own if peak else None}
     return dataclasses.replace(row, peak_bytes=peak, details=row.details | details)
 
 
 def peak_bytes(
-    folders: Folders, who: Contestant, batch: int, context: int, tokens: int, whole: bool = False
+    folders: Folders, who: Contestant, batch: int, context: int, tokens: int, skip: int = 0
 ) -> int | None:
     """Most memory of an isolated process that loads the weights, reads prompts and decodes.
 
     Above what it takes once its framework is imported and has computed something; on a GPU
-    the device's. What of a file is mapped counts while it is. With `whole`, all of the context
-    is read, and else its tail.
+    the device's. What of a file is mapped counts while it is. The first `skip` tokens of a
+    prompt are not read; see `Decoder.start`.
 
     Raises:
         BadInput: the process failed.
     """
-    config = folders.models.config
-    prompts = random_prompts(config, batch, context, SEED)
-    skip = 0 if whole else context - tail(config, context)
+    prompts = random_prompts(folders.models.config, batch, context, SEED)
     wide = folders.models.wide if who.dtype in QUANTIZED else who.dtype
     failure = f"{who.impl} in {who.dtype} did not run"
     (peak,) = isolated.run(failure, decoded, who.impl, folders.of(who), wide, prompts, skip, tokens)

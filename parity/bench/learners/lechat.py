@@ -27,7 +27,7 @@ class NotCompiled(Exception):
     """A learner's compiler does not work on this machine; the message is its reason."""
 
 
-class Lesson(NamedTuple):
+class Setup(NamedTuple):
     """What every learner of a run has in common.
 
     Attributes:
@@ -99,20 +99,20 @@ class Lechat:
     `backend` names the attention kernel, instead of the best for the device.
     """
 
-    def __init__(self, lesson: Lesson, backend: Backend | None = None) -> None:
-        self.lesson = lesson
-        self.options = StepOptions(lesson.batches.block, dtype=lesson.dtype, backend=backend)
-        weights = {name: jnp.array(leaf) for name, leaf in lesson.weights.items()}
+    def __init__(self, setup: Setup, backend: Backend | None = None) -> None:
+        self.setup = setup
+        self.options = StepOptions(setup.batches.block, dtype=setup.dtype, backend=backend)
+        weights = {name: jnp.array(leaf) for name, leaf in setup.weights.items()}
         self.state = state_of(weights, self.options)
         self.step = 0
         self.note = "its own optimiser, as in the main job" + _attention(backend)
 
     def advance(self, n: int, total: int) -> list[float]:
         """See `Learner.advance`."""
-        lesson = self.lesson
-        rows = lesson.batches.rows(lesson.stream, self.step, lesson.steps_per_call)
+        setup = self.setup
+        rows = setup.batches.rows(setup.stream, self.step, setup.steps_per_call)
         self.state, losses = train_steps(
-            lesson.config,
+            setup.config,
             self.options,
             self.state,
             {},
@@ -132,7 +132,7 @@ class Lechat:
         """See `Learner.nats`."""
         inputs, targets = inputs.astype(np.int32), targets.astype(np.int32)
         weights = self.current_weights()
-        return float(score(self.lesson.config, self.options, weights, inputs, targets, counted))
+        return float(score(self.setup.config, self.options, weights, inputs, targets, counted))
 
     def current_weights(self) -> Weights:
         """The weights after the steps so far."""
@@ -171,8 +171,8 @@ class AdamW:
 class LechatAdamW(Lechat):
     """lechat's model under the optimiser of its peers, so that only the model can differ."""
 
-    def __init__(self, lesson: Lesson, adamw: AdamW, backend: Backend | None = None) -> None:
-        super().__init__(lesson, backend)
+    def __init__(self, setup: Setup, adamw: AdamW, backend: Backend | None = None) -> None:
+        super().__init__(setup, backend)
         self.adamw = adamw
         self.note = f"AdamW at {adamw.rate:g}" + _attention(backend)
         self.weights: Weights = self.state.weights
@@ -180,11 +180,11 @@ class LechatAdamW(Lechat):
 
     def advance(self, n: int, total: int) -> list[float]:
         """See `Learner.advance`."""
-        lesson = self.lesson
-        rows = lesson.batches.rows(lesson.stream, self.step, lesson.steps_per_call).tokens
+        setup = self.setup
+        rows = setup.batches.rows(setup.stream, self.step, setup.steps_per_call).tokens
         run = jnp.array([self.step, n, total], jnp.int32)
         self.weights, self.moments, losses = _adamw_steps(
-            lesson.config, self.options, self.adamw, self.weights, self.moments, rows, run
+            setup.config, self.options, self.adamw, self.weights, self.moments, rows, run
         )
         self.step += n
         return np.asarray(losses)[:n].tolist()

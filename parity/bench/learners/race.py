@@ -1,13 +1,11 @@
 """Learners side by side: each on a clock of its own that runs only while it learns."""
 
 import dataclasses
-import io
 import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Integer
@@ -16,12 +14,11 @@ from lechat_jax.data.batches import Tokens
 from lechat_jax.data.held_out import BLOCK, interim_rows, score_blocks
 from lechat_jax.errors import BadInput
 from lechat_jax.eval.score import Score
-from lechat_jax.files.atomic import write_whole
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.flops import flops_per_token
-from parity.bench.learners.lechat import FOREVER, Learner, Lesson
+from parity.bench.learners.lechat import FOREVER, Learner, Setup
 from parity.measure import PeakMemory, wait_until_idle
-from parity.report import TableText
+from parity.report import Row, TableText
 
 PEER = "parity.bench.learners.torch"  # imported only when it is measured
 
@@ -44,7 +41,7 @@ class Runner:
     Attributes:
         impl: whose code it is.
         make: builds the learner, which the clock counts too.
-        lesson: what it learns.
+        setup: what it learns.
         seconds: spent learning, with building and compiling.
         times: seconds a step in each call but the first, which compiles.
         losses: of the steps so far, in nats a token.
@@ -54,7 +51,7 @@ class Runner:
 
     impl: str
     make: Callable[[], Learner]
-    lesson: Lesson
+    setup: Setup
     seconds: float = 0.0
     times: list[float] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
@@ -96,7 +93,7 @@ class Runner:
         however the machine drifts.
         """
         while self.seconds < until:
-            n, total = self.lesson.steps_per_call, FOREVER
+            n, total = self.setup.steps_per_call, FOREVER
             if self.times:
                 per_step = statistics.median(self.times[-RECENT:])
                 left = max(1, round((limit - self.seconds) / per_step))
@@ -106,18 +103,33 @@ class Runner:
     @property
     def tokens(self) -> int:
         """Learned from so far."""
-        return len(self.losses) * self.lesson.tokens_per_step
+        return len(self.losses) * self.setup.tokens_per_step
 
     @property
     def tokens_per_s(self) -> float:
         """The median over its calls, without the first, which compiles."""
-        return self.lesson.tokens_per_step / statistics.median(self.times)
+        return self.setup.tokens_per_step / statistics.median(self.times)
+
+    def row(self, work: str, peak: float | None, **details: Any) -> Row:
+        """Its figures in a report; see `mfu` for the `peak`."""
+        return Row(
+            work=work,
+            impl=self.impl,
+            dtype=self.setup.dtype,
+            batch=self.setup.batches.batch,
+            context=self.setup.batches.block,
+            tokens_per_s=self.tokens_per_s if self.times else None,
+            peak_bytes=self.peak_bytes,
+            losses=self.losses,
+            note=self.learner.note if self.learner else "",
+            details={"mfu": self.mfu(peak), **details},
+        )
 
     def mfu(self, peak: float | None) -> float | None:
         """The part of a device's `peak` FLOP/s that its model needs at this speed, if known."""
         if not self.times or not peak:
             return None
-        config, block = self.lesson.config, self.lesson.batches.block
+        config, block = self.setup.config, self.setup.batches.block
         return self.tokens_per_s * flops_per_token(config, block) / peak
 
 
@@ -199,29 +211,3 @@ def side_by_side_table(points: list[Point], eval_seconds: float) -> TableText:
         bpb = [f"{scored[seconds][impl]:.4f}" if impl in scored[seconds] else "" for impl in last]
         lines.append(["end" if math.isinf(seconds) else f"{seconds:g}", *bpb])
     return TableText(["seconds", *last], lines)
-
-
-def draw(points: list[Point], machine: str, path: Path) -> None:
-    """The curves as a PNG file: bits per byte over each one's own seconds.
-
-    Raises:
-        BadInput: it cannot be written there.
-    """
-    from matplotlib.figure import Figure  # half a second, and only needed here
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="seconds of its own training, compiling included",
-        ylabel="validation (bits per byte)",
-    )
-    for impl in dict.fromkeys(point.impl for point in points):
-        own = [point for point in points if point.impl == impl]
-        label = f"{impl}: {own[-1].bpb:.3f} after {own[-1].tokens:,} tokens"
-        axes.plot([p.seconds for p in own], [p.bpb for p in own], "o-", markersize=3, label=label)
-    axes.set_title(machine, fontsize=8)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    write_whole(path, content.getvalue())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import nn
 
-from parity.bench.learners.lechat import FOREVER, AdamW, Lesson, NotCompiled
+from parity.bench.learners.lechat import FOREVER, AdamW, NotCompiled, Setup
 from parity.bench.work import first_line
 from parity.measure import in_turn
 from parity.peers import lechat_torch as lechat_torch_peer
@@ -33,9 +33,9 @@ class TorchLearner:
     """
 
     def __init__(
-        self, lesson: Lesson, adamw: AdamW, model: nn.Module, logits: Logits, compiled: bool = False
+        self, setup: Setup, adamw: AdamW, model: nn.Module, logits: Logits, compiled: bool = False
     ) -> None:
-        self.lesson, self.adamw = lesson, adamw
+        self.setup, self.adamw = setup, adamw
         self.model, self.logits, self.device = model, logits, device()
         self.optimizer = torch.optim.AdamW(
             [
@@ -63,7 +63,7 @@ class TorchLearner:
             NotCompiled: `torch.compile` does not work here.
         """
         losses = []
-        for batch in torch.from_numpy(self.lesson.rows(self.step, n)).to(self.device):
+        for batch in torch.from_numpy(self.setup.rows(self.step, n)).to(self.device):
             losses.append(self._backward(batch))
             for group in self.optimizer.param_groups:
                 group["lr"] = self.adamw.rate * float(self.adamw.share_of_rate(self.step, total))
@@ -92,7 +92,7 @@ class TorchLearner:
         return None if self.device.type == "cpu" else torch.cuda.max_memory_allocated(self.device)
 
     def _loss(self, rows: torch.Tensor) -> torch.Tensor:
-        half = self.lesson.dtype == "bfloat16"
+        half = self.setup.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             logits = self.logits(rows[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
@@ -109,14 +109,14 @@ class TorchLearner:
         return loss.detach()
 
 
-def lechat_torch(lesson: Lesson, adamw: AdamW) -> TorchLearner:
+def lechat_torch(setup: Setup, adamw: AdamW) -> TorchLearner:
     """Lechat's PyTorch reference in training, eager."""
-    model = lechat_torch_peer.build(lesson.config, lesson.weights)
-    return TorchLearner(lesson, adamw, model, model)
+    model = lechat_torch_peer.build(setup.config, setup.weights)
+    return TorchLearner(setup, adamw, model, model)
 
 
 def transformers(
-    lesson: Lesson,
+    setup: Setup,
     adamw: AdamW,
     attention: AttentionName,
     compiled: bool = False,
@@ -126,11 +126,11 @@ def transformers(
 
     `experts` names how those of a mixture are computed; `None` is transformers' own choice.
     """
-    model: Any = transformers_peer.build(lesson.config, lesson.weights)
+    model: Any = transformers_peer.build(setup.config, setup.weights)
     model.set_attn_implementation(attention)
     if experts:
         model.set_experts_implementation(experts)
-    learner = TorchLearner(lesson, adamw, model, lambda x: model(input_ids=x).logits, compiled)
+    learner = TorchLearner(setup, adamw, model, lambda x: model(input_ids=x).logits, compiled)
     learner.note += f", {attention} attention"
     return learner
 
@@ -142,9 +142,9 @@ class Chosen(NamedTuple):
     why: str
 
 
-def fastest_attention(lesson: Lesson) -> Chosen:
+def fastest_attention(setup: Setup) -> Chosen:
     """The attention with which an eager forward and backward pass takes the least time."""
-    learner = transformers(lesson, AdamW(rate=0.0), "eager")
+    learner = transformers(setup, AdamW(rate=0.0), "eager")
     model: Any = learner.model
 
     def seconds(name: AttentionName) -> float:

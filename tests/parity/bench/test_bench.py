@@ -22,7 +22,7 @@ from lechat_jax.model.attention import dense_attention
 from lechat_jax.model.mistral import bind
 from parity.bench.command import main
 from parity.bench.learners import torch as torch_learners
-from parity.bench.learners.lechat import AdamW, Lesson, initial_weights
+from parity.bench.learners.lechat import AdamW, Setup, initial_weights
 from parity.bench.learners.race import HeldOut, Point, Runner, race
 from parity.bench.train import Train
 from parity.measure import PeakMemory, machine_line, read_speed, wait_until_idle
@@ -60,10 +60,10 @@ def bench(config: MistralConfig, tmp_path: Path) -> Bench:
     return run
 
 
-def lesson(config: MistralConfig) -> Lesson:
+def training_setup(config: MistralConfig) -> Setup:
     stream = np.random.default_rng(0).integers(config.vocab_size, size=400).astype(np.uint16)
     weights = initial_weights(config, seed=0)
-    return Lesson(config, Batches(len(stream), 16, 2, seed=0), stream, 0, weights, 2)
+    return Setup(config, Batches(len(stream), 16, 2, seed=0), stream, 0, weights, 2)
 
 
 def test_a_report_has_the_keys_that_scripts_read(bench: Bench) -> None:
@@ -176,7 +176,7 @@ def test_windows_of_several_sizes_are_refused(config: MistralConfig) -> None:
 
 
 def test_the_faster_attention_is_named_with_its_reason(config: MistralConfig) -> None:
-    chosen = torch_learners.fastest_attention(lesson(config))
+    chosen = torch_learners.fastest_attention(training_setup(config))
     assert chosen.name in ("eager", "sdpa")
     assert chosen.why.startswith(f"{chosen.name} attention takes")
 
@@ -214,7 +214,7 @@ def test_where_torch_cannot_compile_a_row_says_so(
 def test_an_error_in_the_eager_peer_is_not_taken_for_a_missing_compiler(
     config: MistralConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peer = torch_learners.transformers(lesson(config), AdamW(1e-3), "sdpa")
+    peer = torch_learners.transformers(training_setup(config), AdamW(1e-3), "sdpa")
     monkeypatch.setattr(peer, "loss", lambda rows: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         peer.advance(1, 10)
@@ -305,7 +305,7 @@ def test_in_a_race_each_clock_runs_alone_and_the_length_is_foreseen(
     monkeypatch.setattr("parity.bench.learners.race.time", clock)
     walkers = [Walker(1.0, clock), Walker(3.0, clock)]
     runners = [
-        Runner(impl, lambda walker=walker: walker, lesson(config))
+        Runner(impl, lambda walker=walker: walker, training_setup(config))
         for impl, walker in zip("AB", walkers, strict=True)
     ]
     row = np.ones((1, 4), np.int64)
@@ -330,7 +330,7 @@ def test_a_loss_that_is_no_number_stops_the_race(config: MistralConfig) -> None:
         def advance(self, n: int, total: int) -> list[float]:
             return [float("nan")] * n
 
-    runner = Runner("A", lambda: Diverging(1.0, Clock()), lesson(config))
+    runner = Runner("A", lambda: Diverging(1.0, Clock()), training_setup(config))
     with pytest.raises(BadInput, match="loss of A is not finite after step 2"):
         runner.call(2, 10)
 
