@@ -1,4 +1,4 @@
-"""Attention of whole sequences: does its time grow with T, or with T * T?"""
+"""Sliding-window attention of whole sequences: does its time grow with T, or with T * T?"""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ Inputs = tuple[
 
 
 class Case(NamedTuple):
-    """One thing to time.
+    """A case to time: kernel, pass, window and length.
 
     Attributes:
         kernel: one of lechat's back-ends, or `sdpa` for the peer.
@@ -68,13 +68,13 @@ class Attention(Work):
     preset: str = "lechat-15m"
     """Model whose heads are taken: a name such as lechat-15m or bench-284m."""
     windows: tuple[int, ...] = (64, 256)
-    """Windows W, in tokens."""
+    """Sliding windows W, in keys that a query sees; each is measured."""
     batch: int = 1
     """Rows at once."""
     repetitions: int = 9
     """Times that each case is measured; the median counts."""
     sdpa: bool = True
-    """Measure PyTorch's attention too."""
+    """Measure PyTorch's scaled_dot_product_attention too."""
 
     COUNTS = ("windows", "batch", "repetitions")
 
@@ -97,7 +97,7 @@ class Attention(Work):
         return report
 
     def cases(self, config: MistralConfig, window: int, passes: Pass) -> Iterator[Case]:
-        """What is compared in turn: every kernel at every length."""
+        """The cases that are compared in turn: every kernel at every length."""
         longest = MULTIPLES[-1] * window
         best = choose_backend(jax.default_backend(), np.float32, longest, window, config.head_dim)
         kernels: list[Kernel] = ["dense"] if best == "dense" else [best, "dense"]
@@ -195,7 +195,7 @@ def repetition(run: Callable[[], object]) -> Callable[[], float]:
 
 
 def largest_doublings(rows: list[Row]) -> dict[str, float]:
-    """By kernel, the most by which twice the tokens took longer."""
+    """Largest ratio of the time of twice the tokens, by kernel: 2 is linear, 4 quadratic."""
     largest: dict[str, float] = {}
     for row in rows:
         if row.details["doubling"]:
@@ -205,7 +205,7 @@ def largest_doublings(rows: list[Row]) -> dict[str, float]:
 
 
 def figures(rows: list[Row]) -> TableText:
-    """The rows of the report in words."""
+    """The table of the report."""
     lines = [
         [
             f"{row.impl} {row.details['kernel']}",

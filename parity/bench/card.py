@@ -56,7 +56,7 @@ class Turn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Card(Work):
-    """Decoding and reading by all, on one card, in a limited time: the figures to begin with.
+    """Decoding and prefill by all, on one card, in a limited time: the figures to begin with.
 
     Random weights, made on the card, a process for each model. Whatever fails becomes a row
     that says why, and what there was no time for is listed. Processes do not take turns, since
@@ -66,17 +66,17 @@ class Card(Work):
     preset: str = "mistral-7b-v0.1"
     """Model to run: a name such as mistral-7b-v0.1 or lechat-15m."""
     minutes: float = 8.0
-    """Time for everything."""
+    """Minutes for everything."""
     context: tuple[int, ...] = (128, 4096)
-    """Tokens read before those that are decoded."""
+    """Tokens of a prompt, read before the decoding that is timed; each length is measured."""
     rows: int = 32
-    """Rows at once, beside one alone."""
+    """Prompts at once in the larger batch, which is measured beside a single one."""
     prompt: tuple[int, ...] = (4096, 32768)
-    """Lengths of the prompts that are read."""
+    """Tokens of the prompts whose prefill is timed; each length is measured."""
     tokens: int = 64
-    """Tokens of each row in a repetition."""
+    """Tokens that a repetition decodes in each row."""
     impl: tuple[Impl, ...] = IMPLS
-    """Whom to measure."""
+    """Implementations to measure."""
     int8: bool = True
     """Measure lechat with int8 weights too."""
     read_gb: float = 4.0
@@ -207,7 +207,7 @@ def _name(row: Row) -> str:
 
 
 def figures(rows: list[Row]) -> TableText:
-    """The rows of the report in words."""
+    """The table of the report."""
     lines = [
         [
             row.work,

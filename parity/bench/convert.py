@@ -41,9 +41,9 @@ class Convert(Work):
     preset: str = "mistral-7b-v0.1"
     """Model whose shapes are taken."""
     layers: int | None = 5
-    """Number of its layers; 5 of Mistral-7B are 2.7 GB, all 32 are 14.5."""
+    """Layers of it that are converted; 5 of Mistral-7B are 2.7 GB, all 32 are 14.5."""
     shard_gb: float = 5.0
-    """Most GB of weights in a file."""
+    """Most weights in a file, in GB."""
     repetitions: int = 5
     """Times that each is measured; the median counts."""
     folder: Path | None = None
@@ -132,7 +132,7 @@ def row(impl: str, times: list[float], copies: list[float], n_bytes: int, anonym
 
 
 def copy(src: Path, dst: Path) -> None:
-    """The files of a folder in a new one, synced to disk."""
+    """Copies the files of a folder into a new one, synced to disk."""
     dst.mkdir()
     for path in sorted(src.iterdir()):
         shutil.copyfile(path, dst / path.name)
@@ -140,7 +140,7 @@ def copy(src: Path, dst: Path) -> None:
 
 
 class PeakAnonymous:
-    """A context that knows the most memory of the process that is no view of a file.
+    """Peak anonymous memory (RssAnon) of the process within it: what is no view of a file.
 
     `bytes` is all of the process, what was loaded before included, and `None` where the
     system does not say (only Linux does).
@@ -183,7 +183,7 @@ def _quiet() -> Iterator[None]:
 
 
 def figures(rows: list[Row]) -> TableText:
-    """The rows of the report in words."""
+    """The table of the report."""
     lines = [
         [
             row.impl,

@@ -52,17 +52,20 @@ class Decode(Generation):
     """
 
     context: tuple[int, ...] = (100,)
-    """Tokens read before the first that is timed; several are measured one after the other."""
+    """Tokens of a prompt, read before the decoding that is timed; several lengths are measured one
+    after the other."""
     tokens: int = 64
-    """Tokens of each row in a repetition."""
+    """Tokens that a repetition decodes in each row."""
     compile: bool = True
     """Try transformers under torch.compile too, which may take minutes."""
     speculate: int = 0
-    """Tokens for lechat to guess ahead, on a prompt that repeats itself; 0 leaves this out."""
+    """Tokens a step that lechat's prompt lookup decoding proposes, measured beside plain decoding
+    on a prompt that repeats itself; 0 leaves this out."""
     first_token: bool = False
-    """Time the start of a process until its first token, with no compiled programs and with."""
+    """Measure also the time to first token of lechat_jax.generate, from the start of the process,
+    with an empty compilation cache and with a filled one."""
     plot: Path | None = None
-    """PNG file for the tokens a second as bars."""
+    """PNG file for a bar chart of the tokens a second."""
 
     COUNTS = ("batch", "context", "tokens", "repetitions")
 
@@ -94,7 +97,7 @@ class Decode(Generation):
         return report
 
     def measure(self, models: Models, batch: int, context: int, report: Report) -> list[Row]:
-        """A row for each contestant, all in turn."""
+        """Rows of decoding at one batch and context: one a contestant, measured in turn."""
         skip = context - tail(models.config, context)
         prompts = random_prompts(models.config, batch, context, SEED)
         decoders = {who: models.decoder(who) for who in self.contestants}
@@ -121,7 +124,7 @@ class Decode(Generation):
         return rows
 
     def guess(self, models: Models, dtype: DtypeName) -> list[Row]:
-        """Rows for lechat without and with guesses, on one prompt that repeats itself.
+        """Rows of prompt lookup decoding beside plain decoding, on a prompt that repeats itself.
 
         The model goes on with it, as a model does that has learnt to copy: its work is that of
         any other, but its weights are made so that it does.
@@ -159,7 +162,7 @@ class Decode(Generation):
         return rows
 
     def measure_processes(self, models: Models, report: Report, console: Console) -> None:
-        """Adds to the rows what only a process of its own can tell."""
+        """Adds peak memory and time to first token to the rows, each from a process of its own."""
         with tempfile.TemporaryDirectory(prefix="parity-") as folder:
             folders = Folders(Path(folder), models)
             starts: dict[str, dict[str, Any]] = {}
@@ -190,7 +193,7 @@ NOTES = [
 def started(
     decoder: Decoder, prompts: Prompts, tokens: int, repetitions: int, skip: int = 0
 ) -> Callable[[], float]:
-    """Measures tokens of a row a second, so often; has read the prompts and compiled all."""
+    """A timed repetition of decoding, in tokens of a row a second; all is read and compiled."""
     decoder.start(prompts, tokens * (1 + repetitions), skip)
     decoder.advance(tokens)
 
@@ -211,7 +214,7 @@ def figures_of(
     rates: Sequence[float],
     reads: Sequence[float],
 ) -> Row:
-    """The row of one, from the tokens of a row a second in each turn, and the GB/s of memory."""
+    """The row of a contestant, from its tokens of a row a second and the GB/s of memory reads."""
     n_bytes = models.bytes_a_step(who.dtype, batch, context)
     shares = [rate * n_bytes / 1e9 / read for rate, read in zip(rates, reads, strict=True)]
     return Row(
@@ -232,7 +235,7 @@ def figures_of(
 
 
 def agreement(one: Decoder, other: Decoder) -> int:
-    """Tokens from the start on, in each row, that both chose."""
+    """Length of the common prefix of two greedy continuations, the shortest over the rows."""
     n = min(len(row) for row in (*one.ids, *other.ids))
     pairs = list(zip(one.ids, other.ids, strict=True))
     differ = (i for i in range(n) if any(a[i] != b[i] for a, b in pairs))
@@ -240,7 +243,7 @@ def agreement(one: Decoder, other: Decoder) -> int:
 
 
 def figures(rows: list[Row]) -> TableText:
-    """The rows of the report in words."""
+    """The table of the report."""
     lines = []
     for row in rows:
         details = row.details

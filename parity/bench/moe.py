@@ -1,4 +1,4 @@
-"""A mixture of experts in training: lechat beside transformers' Mixtral, and beside itself."""
+"""Mixture of experts in training: lechat beside transformers' Mixtral and beside itself."""
 
 import dataclasses
 import functools
@@ -35,17 +35,17 @@ class Moe(Work):
     n_layers: int = 4
     """Number of layers."""
     hidden_dim: int = 1792
-    """Width of an expert."""
+    """Feed-forward width of an expert."""
     n_experts: int = 8
     """Experts in a layer, two of which a token meets."""
     others: tuple[int, ...] = (4, 16)
-    """Numbers of experts that lechat is measured with as well."""
+    """Further numbers of experts, with which lechat alone is measured in turn."""
     batch: int = 8
     """Rows in a batch."""
     block: int = 128
     """Tokens in a row."""
     turns: int = 5
-    """Turns of each, of two steps, that are counted; one before them is not."""
+    """Turns of two steps that are counted; one before them compiles and is not."""
     seed: int = 0
     """Seed of weights and tokens."""
 
@@ -84,7 +84,7 @@ class Moe(Work):
         return report
 
     def config(self, n_experts: int) -> MistralConfig:
-        """The model with so many experts."""
+        """The Mixtral-like model with so many experts in each layer."""
         return MistralConfig(
             dim=self.dim,
             n_layers=self.n_layers,
@@ -101,7 +101,7 @@ class Moe(Work):
         )
 
     def setup(self, n_experts: int) -> Setup:
-        """What all of them learn: tokens of no text, since only the time counts."""
+        """The training setup: random tokens, since only the time counts."""
         config = self.config(n_experts)
         per_step = self.batch * self.block
         stream = np.random.default_rng(self.seed).integers(config.vocab_size, size=8 * per_step)
@@ -110,7 +110,7 @@ class Moe(Work):
         return Setup(config, batches, stream.astype(np.int32), self.seed, weights, STEPS_PER_CALL)
 
     def in_turn(self, runners: list[Runner], console: Console) -> None:
-        """All of the turns, A B A B, after a first one that compiles and is not counted."""
+        """Trains all in turn, A B A B, after a first turn that compiles and is not counted."""
         total = STEPS_PER_CALL * (self.turns + 1)
         for turn in range(self.turns + 1):
             for runner in runners:
@@ -121,13 +121,13 @@ class Moe(Work):
                     console.print(f"{runner.impl}, {n} experts: loss {runner.losses[0]:.5f}")
 
     def row(self, runner: Runner, peak: float | None, ratio: float | None = None) -> Row:
-        """The figures of one; of a device with `peak` FLOP/s, how much of it was used."""
+        """The row of a learner; `peak` is of the device, in FLOP/s."""
         n_experts = runner.setup.config.n_experts
         return runner.row("moe", peak, n_experts=n_experts, seconds=runner.times, ratio=ratio)
 
 
 def figures(rows: list[Row]) -> TableText:
-    """The rows of the report in words."""
+    """The table of the report."""
     lines = [
         [
             row.impl,

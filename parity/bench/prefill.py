@@ -58,7 +58,7 @@ class Prefill(Generation):
         return report
 
     def measure(self, models: Models, batch: int, tokens: int) -> list[Row]:
-        """A row for each contestant, all in turn."""
+        """Rows of prefill at one batch and length: one a contestant, measured in turn."""
         prompts = random_prompts(models.config, batch, tokens, SEED)
         decoders = {who: models.decoder(who) for who in self.contestants}
         with contextlib.ExitStack() as stack:
@@ -77,7 +77,7 @@ class Prefill(Generation):
 
 @contextlib.contextmanager
 def prefill(who: Contestant, decoder: Decoder, prompts: Prompts) -> Iterator[Callable[[], float]]:
-    """Measures the seconds until the first token of each prompt; has compiled all it needs."""
+    """A timed repetition of prefill, in seconds until the first token; all is compiled."""
 
     def seconds() -> float:
         wait_until_idle()
@@ -92,7 +92,7 @@ def prefill(who: Contestant, decoder: Decoder, prompts: Prompts) -> Iterator[Cal
 
 
 def figures_of(who: Contestant, batch: int, tokens: int, times: Sequence[float], note: str) -> Row:
-    """The row of one, from the seconds of each repetition."""
+    """The row of a contestant, from the seconds of each repetition."""
     seconds = statistics.median(times)
     return Row(
         work="prefill",
@@ -108,7 +108,7 @@ def figures_of(who: Contestant, batch: int, tokens: int, times: Sequence[float],
 
 
 def figures(rows: list[Row]) -> TableText:
-    """The rows of the report in words."""
+    """The table of the report."""
     lines = [
         [
             row.impl,

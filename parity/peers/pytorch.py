@@ -19,7 +19,7 @@ Weights = Mapping[str, Shaped[np.ndarray, "..."]] | Mapping[str, Shaped[jax.Arra
 
 
 def device() -> torch.device:
-    """Where PyTorch computes: on the kind of device that JAX uses, with all cores.
+    """The device PyTorch computes on: of the kind that JAX uses, a CPU with all cores.
 
     Raises:
         BadInput: JAX uses a GPU that this PyTorch cannot, or a TPU.
@@ -42,10 +42,16 @@ def state_dict(
 ) -> Tensors:
     """The weights as a PyTorch model of that layout has them, by its names and in its shapes.
 
-    With `share` the tensors are views of the arrays' own memory, NumPy's or JAX's, of which
-    only transformers' experts are copies; else they are copies of NumPy's.
+    With `share` the tensors are views of the arrays' own memory, NumPy's or JAX's; but those of
+    transformers' experts and of arrays that are read-only are copies. Else all are copies.
     """
-    tensor = torch.from_dlpack if share else torch.tensor
+
+    def tensor(leaf: np.ndarray | jax.Array) -> torch.Tensor:
+        if isinstance(leaf, np.ndarray) and not (share and leaf.flags.writeable):
+            return torch.tensor(leaf)
+        view = torch.from_dlpack(leaf)
+        return view if share else view.clone()
+
     parts = taken_apart(config, {name: tensor(leaf) for name, leaf in weights.items()})
     shapes = names.shapes(config, layout)
     state = {

@@ -1,6 +1,7 @@
 """Hugging Face's transformers on lechat's weights, and its attention. Imported only for a peer."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -44,15 +45,6 @@ def build(config: MistralConfig, weights: Weights, share: bool = False) -> Any:
     return model.to(device())
 
 
-class _Heads(torch.nn.Module):
-    """What transformers' attention functions ask of the module that calls them."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.num_key_value_groups = groups
-        self.is_causal = True
-
-
 def sdpa(
     q: Float[np.ndarray, "B T N H"],
     k: Float[np.ndarray, "B T K H"],
@@ -71,11 +63,12 @@ def sdpa(
     ]
     i = torch.arange(q.shape[1], device=where)
     mask = (i[None, :] <= i[:, None]) & (i[None, :] > i[:, None] - window)
-    heads = _Heads(q.shape[2] // k.shape[2])
+    # What transformers' attention functions ask of the module that calls them.
+    caller: Any = SimpleNamespace(num_key_value_groups=q.shape[2] // k.shape[2], is_causal=True)
     cotangent = torch.from_numpy(q).to(where)
 
     def run() -> object:
-        out, _ = sdpa_attention_forward(heads, *tensors, attention_mask=mask[None, None])
+        out, _ = sdpa_attention_forward(caller, *tensors, attention_mask=mask[None, None])
         if is_both:
             out = torch.autograd.grad(out, tensors, cotangent)
         if where.type == "cuda":

@@ -34,20 +34,20 @@ READ_TRIAL = 1024  # tokens by which its two attentions are compared
 
 
 def start() -> None:
-    """Has PyTorch begin: its device, and the first product."""
+    """Initialises PyTorch: its threads, its device and the first matmul."""
     x = torch.ones(8, device=device())
     (x @ x).item()
 
 
 def forget_peak() -> None:
-    """Frees what is not used on a GPU; its peak memory counts from here on."""
+    """Empties the GPU's allocator cache and restarts its peak memory statistics."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 class _Steps:
-    """Tokens produced, kept on the device until someone looks: a look waits for the device."""
+    """Decode loop of a PyTorch model; tokens stay on the device, since a look waits for it."""
 
     def __init__(self) -> None:
         self.note = ""
@@ -81,13 +81,12 @@ class LechatTorch(_Steps):
         super().__init__()
         self.model, self.device = model, model.embed.weight.device
         self._cache: Rings = ()
+        forget_peak()
 
     @classmethod
     def around(cls, config: MistralConfig, weights: Weights) -> "LechatTorch":
         """A decoder that computes with these very arrays, by lechat's names."""
-        model = lechat_torch.build(config, weights, share=True)
-        forget_peak()
-        return cls(model)
+        return cls(lechat_torch.build(config, weights, share=True))
 
     @classmethod
     def load(cls, folder: Path, dtype: str) -> "LechatTorch":
@@ -122,7 +121,7 @@ class LechatTorch(_Steps):
 
 
 class Mode(NamedTuple):
-    """A way to run transformers' Mistral."""
+    """A way for transformers to decode: KV cache, attention, torch.compile or not."""
 
     cache: Literal["dynamic", "static"]
     attention: AttentionName
@@ -221,7 +220,7 @@ class Transformers(_Steps):
         return logits[:, -1:].argmax(-1)
 
     def _step_mask(self, token: Int[Tensor, "B 1"]) -> Tensor | None:
-        """For one token and a static cache; once the window is full it does not change."""
+        """Attention mask of one token over a static cache; the same once the window is full."""
         window = self.model.config.sliding_window
         is_full = window is not None and self._read >= window
         if self.mode.cache == "dynamic" or (is_full and self._mask is not None):
@@ -243,7 +242,7 @@ DECODERS = {"lechat_torch": LechatTorch, "transformers": Transformers}
 
 
 def settle(model: Transformers, prompts: Prompts, may_compile: bool) -> dict[str, float]:
-    """Seconds a token of each mode that works; the fastest is chosen, and noted.
+    """Chooses transformers' fastest decoding mode, and notes it; gives the seconds a token of each.
 
     All modes without compilation are tried, and then the better attention compiled, with
     either cache. A mode that does not work here is noted with its reason.
@@ -266,7 +265,7 @@ def settle(model: Transformers, prompts: Prompts, may_compile: bool) -> dict[str
 
 @contextlib.contextmanager
 def reading(model: Transformers, prompts: Prompts) -> Iterator[None]:
-    """Within it, the model has the attention with which it reads such prompts faster."""
+    """Within it, transformers' prefill uses the attention that is faster for such prompts."""
     before = model.mode, model.note
     tried = [prompt[:READ_TRIAL] for prompt in prompts]
     found = {}

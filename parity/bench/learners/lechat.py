@@ -1,4 +1,7 @@
-"""Two ways that lechat learns, behind the interface that a benchmark drives every peer by."""
+"""Training by lechat, behind the interface that a benchmark drives every peer by.
+
+By its own optimiser, or by the AdamW of its peers.
+"""
 
 import dataclasses
 import functools
@@ -28,7 +31,7 @@ class NotCompiled(Exception):
 
 
 class Setup(NamedTuple):
-    """What every learner of a run has in common.
+    """Training setup that all learners of a run share: the model, the batches, the weights.
 
     Attributes:
         config: of the model.
@@ -59,13 +62,13 @@ class Setup(NamedTuple):
 
 
 def initial_weights(config: MistralConfig, seed: int) -> dict[str, Float[np.ndarray, "..."]]:
-    """What lechat draws from that seed, as arrays that no step will overwrite."""
+    """Random weights that lechat draws from a seed, as arrays that no step will overwrite."""
     weights = weights_of(Mistral(config, rngs=nnx.Rngs(seed)))
     return {name: np.array(leaf) for name, leaf in weights.items()}
 
 
 class Learner(Protocol):
-    """A model in training, whoever's code it is.
+    """A model in training, behind one interface for all implementations.
 
     Attributes:
         step: steps taken.
@@ -94,7 +97,7 @@ class Learner(Protocol):
 
 
 class Lechat:
-    """lechat as its main job trains it: the same compiled steps, optimiser and rates.
+    """lechat as `lechat_jax.train` trains it: the same compiled steps, optimiser and rates.
 
     `backend` names the attention kernel, instead of the best for the device.
     """
@@ -219,7 +222,7 @@ def _adamw_steps(
     rows: Int[Array, "calls B row"],
     run: Int[Array, " 3"],
 ) -> tuple[Weights, optax.OptState, Float[Array, " calls"]]:
-    """Weights and moments after some steps, and the loss before each.
+    """Training steps by AdamW: weights and moments after them, and the loss before each.
 
     `run` is the number of the first step, how many to take, and how many the run has.
     """

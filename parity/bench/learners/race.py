@@ -1,4 +1,4 @@
-"""Learners side by side: each on a clock of its own that runs only while it learns."""
+"""Validation curves over training time, learners in turn, each with a clock of its own."""
 
 import dataclasses
 import math
@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Integer
 
 from lechat_jax.data.batches import Tokens
-from lechat_jax.data.held_out import BLOCK, interim_rows, score_blocks
+from lechat_jax.data.held_out import HeldOut, interim_rows
 from lechat_jax.errors import BadInput
 from lechat_jax.eval.score import Score
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -26,7 +25,7 @@ RECENT = 8  # calls whose median tells how long the next ones will take
 
 
 class Point(NamedTuple):
-    """One point of a validation curve: after how much of its own time a learner scored what."""
+    """A point of a validation curve: training time in seconds, tokens learned, bits per byte."""
 
     impl: str
     seconds: float
@@ -59,7 +58,7 @@ class Runner:
     learner: Learner | None = None
 
     def call(self, n: int, total: int) -> float:
-        """Seconds that the next `n` steps took, of a run of `total`.
+        """Takes the next `n` steps of a run of `total`, and gives the seconds that they took.
 
         Raises:
             BadInput: the loss is not finite any more.
@@ -102,16 +101,16 @@ class Runner:
 
     @property
     def tokens(self) -> int:
-        """Learned from so far."""
+        """Tokens learned from so far."""
         return len(self.losses) * self.setup.tokens_per_step
 
     @property
     def tokens_per_s(self) -> float:
-        """The median over its calls, without the first, which compiles."""
+        """Tokens a second, the median over its calls without the first, which compiles."""
         return self.setup.tokens_per_step / statistics.median(self.times)
 
     def row(self, work: str, peak: float | None, **details: Any) -> Row:
-        """Its figures in a report; see `mfu` for the `peak`."""
+        """The row of a report with its speed, memory and losses; see `mfu` for the `peak`."""
         return Row(
             work=work,
             impl=self.impl,
@@ -126,35 +125,27 @@ class Runner:
         )
 
     def mfu(self, peak: float | None) -> float | None:
-        """The part of a device's `peak` FLOP/s that its model needs at this speed, if known."""
+        """Model FLOPs utilisation (MFU), the share of a device's `peak` FLOP/s, if it is known."""
         if not self.times or not peak:
             return None
         config, block = self.setup.config, self.setup.batches.block
         return self.tokens_per_s * flops_per_token(config, block) / peak
 
 
-class HeldOut(NamedTuple):
-    """Validation rows and the UTF-8 bytes that their targets stand for."""
+def held_out_rows(tokens: Tokens, tokenizer: Tokenizer, rows: int) -> HeldOut:
+    """The held-out text, with a subset of at most so many rows: evenly spread, always the same."""
+    held_out = HeldOut.of_text(tokens, tokenizer)
+    return held_out._replace(subset=interim_rows(len(held_out.rows.tokens), rows))
 
-    inputs: Integer[np.ndarray, "B T"]
-    targets: Integer[np.ndarray, "B T"]
-    counted: Bool[np.ndarray, "B T"]
-    n_bytes: int
 
-    @classmethod
-    def of(cls, tokens: Tokens, tokenizer: Tokenizer, rows: int) -> "HeldOut":
-        """At most so many rows of the held-out text, evenly spread, always the same ones."""
-        inputs, targets, counted = score_blocks(tokens.val, BLOCK, tokenizer.bos_id)
-        chosen = interim_rows(len(inputs), rows)
-        texts = [tokenizer.decode(row) for row in targets[chosen].tolist()]
-        n_bytes = sum(len(text.encode()) for text in texts)
-        return cls(inputs[chosen], targets[chosen], counted[chosen], n_bytes)
-
-    def bits_per_byte(self, learner: Learner) -> float:
-        """Of these rows, one at a time: a row has enough tokens to keep a CPU busy."""
-        rows = zip(self.inputs, self.targets, self.counted, strict=True)
-        nats = sum(learner.nats(x[None], y[None], c[None]) for x, y, c in rows)
-        return Score(nats, int(self.counted.sum()), self.n_bytes).bits_per_byte
+def bits_per_byte(learner: Learner, held_out: HeldOut) -> float:
+    """Validation score on the subset, a row at a time: one has tokens enough to keep a CPU busy."""
+    chosen = held_out.subset
+    tokens = np.asarray(held_out.rows.tokens)[chosen]
+    counted = np.asarray(held_out.rows.counted)[chosen, 1:]
+    pairs = zip(tokens, counted, strict=True)
+    nats = sum(learner.nats(row[None, :-1], row[None, 1:], which[None]) for row, which in pairs)
+    return Score(nats, int(counted.sum()), held_out.bytes_of(chosen)).bits_per_byte
 
 
 def race(
@@ -178,7 +169,7 @@ def race(
     def score_if_due(runner: Runner) -> None:
         if runner.seconds < marks[runner.impl] or runner.learner is None:
             return
-        bpb = held_out.bits_per_byte(runner.learner)
+        bpb = bits_per_byte(runner.learner, held_out)
         points.append(Point(runner.impl, runner.seconds, runner.tokens, bpb))
         on_point(points[-1])
         marks[runner.impl] = min(seconds, (runner.seconds // eval_seconds + 1) * eval_seconds)
@@ -194,7 +185,7 @@ def race(
 
 
 def side_by_side_table(points: list[Point], eval_seconds: float) -> TableText:
-    """The curves in columns: bits per byte when each one's own clock showed the seconds.
+    """Table of the validation curves: bits per byte by seconds of each one's own training.
 
     >>> curve = [Point("A", 5.1, 10, 3.0), Point("B", 5.2, 9, 3.1), Point("A", 6.0, 12, 2.9)]
     >>> list(side_by_side_table(curve, eval_seconds=5.0).lines)

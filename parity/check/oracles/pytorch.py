@@ -51,9 +51,9 @@ class Watched(abc.ABC, Generic[M]):
 
     def load(self, weights: Arrays) -> None:
         """See `Oracle.load`."""
-        state = state_dict(self.config, self.layout, weights, self.share)
-        kind = torch_dtype(self.dtype)
-        state = {name: tensor.to(self.device, kind) for name, tensor in state.items()}
+        state = state_dict(self.config, self.layout, weights, share=True)
+        kind, is_copy = torch_dtype(self.dtype), not self.share
+        state = {name: leaf.to(self.device, kind, copy=is_copy) for name, leaf in state.items()}
         load_state(self.model, self.config, self.layout, state)
 
     def drop(self) -> None:
@@ -161,11 +161,7 @@ def _watching(shows: list[tuple[nn.Module, Show]]) -> Iterator[None]:
 
 def torch_dtype(name: Dtype) -> torch.dtype:
     """PyTorch's name for it."""
-    return {
-        "float64": torch.float64,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-    }[name]
+    return getattr(torch, name)
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

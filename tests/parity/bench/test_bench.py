@@ -17,13 +17,15 @@ from jaxtyping import Bool, Integer
 
 from lechat_jax.config import PRESETS, MistralConfig
 from lechat_jax.data.batches import Batches
+from lechat_jax.data.held_out import HeldOut
+from lechat_jax.data.rows import Rows
 from lechat_jax.errors import BadInput
 from lechat_jax.model.attention import dense_attention
 from lechat_jax.model.mistral import bind
 from parity.bench.command import main
 from parity.bench.learners import torch as torch_learners
 from parity.bench.learners.lechat import AdamW, Setup, initial_weights
-from parity.bench.learners.race import HeldOut, Point, Runner, race
+from parity.bench.learners.race import Point, Runner, race
 from parity.bench.train import Train
 from parity.measure import PeakMemory, machine_line, read_speed, wait_until_idle
 from parity.peers.transformers import build, drawn, sdpa
@@ -308,8 +310,8 @@ def test_in_a_race_each_clock_runs_alone_and_the_length_is_foreseen(
         Runner(impl, lambda walker=walker: walker, training_setup(config))
         for impl, walker in zip("AB", walkers, strict=True)
     ]
-    row = np.ones((1, 4), np.int64)
-    held_out = HeldOut(row, row, row > 0, n_bytes=16)
+    rows = Rows(np.ones((1, 5), np.int64), np.ones((1, 5), bool))
+    held_out = HeldOut(rows, 16, np.array([0]), bytes_of=lambda chosen: 16)
     told: list[Point] = []
     points, _ = race(
         runners, held_out, seconds=60, slice_seconds=8, eval_seconds=20, on_point=told.append

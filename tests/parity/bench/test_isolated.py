@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -73,6 +73,7 @@ def test_what_ends_it_is_told_after_what_it_yielded(
 def test_who_stops_listening_ends_it() -> None:
     items = isolated.run("no figures", endless)
     process = next(items)
+    assert isinstance(items, Generator)
     items.close()
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
