@@ -87,6 +87,7 @@ class Generator(LoadedModel):
         sampling: Sampling | None = ...,
         eos_ids: Collection[int] | None = ...,
         draft: int = ...,
+        first_row: int = ...,
         stop: str | Sequence[str] = ...,
     ) -> Sample: ...
 

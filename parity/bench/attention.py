@@ -1,11 +1,10 @@
-"""Attention of whole sequences: does its time grow with T, or with T * T?"""
+"""Sliding-window attention of whole sequences: does its time grow with T, or with T * T?"""
 
 import dataclasses
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -16,13 +15,13 @@ from jaxtyping import Array, Float
 from rich.console import Console
 
 from lechat_jax.config import MistralConfig, preset
-from lechat_jax.errors import BadInput
 from lechat_jax.model.attention import Backend, choose_backend, training_attention
-from parity.bench.learners.race import PEER
-from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
+from parity.bench.work import Work, cell
+from parity.measure import in_turn, wait_until_idle
 from parity.peers.installed import load_peer
 from parity.report import Report, Row, TableText
 
+PEER = "parity.peers.transformers"  # imported only when it is measured
 MULTIPLES = (2, 4, 8, 16)  # of the window: the lengths T
 LEAST_SECONDS = 0.02  # of one repetition: what is shorter runs several times in it
 
@@ -35,7 +34,7 @@ Inputs = tuple[
 
 
 class Case(NamedTuple):
-    """One thing to time.
+    """A case to time: kernel, pass, window and length.
 
     Attributes:
         kernel: one of lechat's back-ends, or `sdpa` for the peer.
@@ -58,7 +57,7 @@ class Prepared(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Attention:
+class Attention(Work):
     """Time of window attention over T = 2W, 4W, 8W and 16W tokens, forward and backward.
 
     lechat's kernel for this machine beside its dense form, which makes all T * T scores, and
@@ -69,37 +68,21 @@ class Attention:
     preset: str = "lechat-15m"
     """Model whose heads are taken: a name such as lechat-15m or bench-284m."""
     windows: tuple[int, ...] = (64, 256)
-    """Windows W, in tokens."""
+    """Sliding windows W, in keys that a query sees; each is measured."""
     batch: int = 1
     """Rows at once."""
     repetitions: int = 9
     """Times that each case is measured; the median counts."""
     sdpa: bool = True
-    """Measure PyTorch's attention too."""
-    json: Path | None = None
-    """JSON file for the report."""
-    read_gb: float = 1.0
-    """Size of the array whose reading measures the memory bandwidth, in GB."""
+    """Measure PyTorch's scaled_dot_product_attention too."""
 
-    def __post_init__(self) -> None:
-        for name in ("batch", "repetitions"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if not self.windows or min(self.windows) < 1:
-            raise BadInput("--windows must be one or more numbers of tokens, each at least 1")
-        if not self.read_gb > 0:
-            raise BadInput(f"--read-gb must be more than 0, not {self.read_gb}")
+    COUNTS = ("windows", "batch", "repetitions")
 
     def run(self, console: Console) -> Report:
-        """Measures, and prints a table and the largest ratio of a doubling.
-
-        Raises:
-            BadInput: the options or the machine do not fit; PyTorch is missing.
-        """
+        """See `Work.run`; the report has the largest ratio of a doubling."""
         config = preset(self.preset)
         peer = load_peer(PEER, "--no-sdpa") if self.sdpa else None
-        read = read_speed(self.read_gb)
-        report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
+        report = self.report()
         for window in self.windows:
             for passes in PASSES:
                 console.print(f"{passes}, window {window}")
@@ -114,7 +97,7 @@ class Attention:
         return report
 
     def cases(self, config: MistralConfig, window: int, passes: Pass) -> Iterator[Case]:
-        """What is compared in turn: every kernel at every length."""
+        """The cases that are compared in turn: every kernel at every length."""
         longest = MULTIPLES[-1] * window
         best = choose_backend(jax.default_backend(), np.float32, longest, window, config.head_dim)
         kernels: list[Kernel] = ["dense"] if best == "dense" else [best, "dense"]
@@ -212,7 +195,7 @@ def repetition(run: Callable[[], object]) -> Callable[[], float]:
 
 
 def largest_doublings(rows: list[Row]) -> dict[str, float]:
-    """By kernel, the most by which twice the tokens took longer."""
+    """Largest ratio of the time of twice the tokens, by kernel: 2 is linear, 4 quadratic."""
     largest: dict[str, float] = {}
     for row in rows:
         if row.details["doubling"]:
@@ -222,21 +205,19 @@ def largest_doublings(rows: list[Row]) -> dict[str, float]:
 
 
 def figures(rows: list[Row]) -> TableText:
-    """The rows of the report in words."""
-    lines = []
-    for row in rows:
-        doubling = row.details["doubling"]
-        lines.append(
-            [
-                f"{row.impl} {row.details['kernel']}",
-                row.details["pass"],
-                str(row.details["window"]),
-                str(row.context),
-                f"{row.details['seconds'] * 1e3:.3f}",
-                f"{row.tokens_per_s:,.0f}",
-                "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.1f}",
-                f"{doubling:.2f}" if doubling else "",
-            ]
-        )
+    """The table of the report."""
+    lines = [
+        [
+            f"{row.impl} {row.details['kernel']}",
+            row.details["pass"],
+            str(row.details["window"]),
+            str(row.context),
+            f"{row.details['seconds'] * 1e3:.3f}",
+            f"{row.tokens_per_s:,.0f}",
+            cell("{:,.1f}", row.peak_bytes, 1e6),
+            cell("{:.2f}", row.details["doubling"]),
+        ]
+        for row in rows
+    ]
     header = ["attention", "pass", "window", "tokens", "ms", "tokens/s", "MB", "per doubling"]
     return TableText(header, lines)

@@ -1,32 +1,47 @@
-"""All that is to be known of a card, in one run of a few minutes, most important first."""
+"""Benchmark of one accelerator: decoding and prefill in a few minutes, most important first."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 
 from lechat_jax.config import preset
 from lechat_jax.errors import BadInput
-from parity.bench.card_worker import Part
-from parity.bench.decoders.contestants import Contestant, check_numbers
-from parity.bench.decoders.lechat import IMPLS, Impl
-from parity.measure import machine_line
+from parity.bench import isolated
+from parity.bench.decode import figures_of as decode_figures
+from parity.bench.decode import started
+from parity.bench.decoders.contestants import SEED, Contestant, Models, tail, torch_decoders
+from parity.bench.decoders.lechat import IMPLS, Impl, Prompts, random_prompts
+from parity.bench.prefill import figures_of as prefill_figures
+from parity.bench.prefill import prefill
+from parity.bench.work import Work, cell, first_line
+from parity.measure import machine_line, read_speed
 from parity.report import Report, Row, TableText
 
 GRACE_S = 20.0  # that a part which has begun may take longer than there is time
+REPETITIONS = 3
+COMPILING_S = 60.0  # torch.compile is tried only if there is so much time
+LATE = "not measured: there was no time left"
+
+
+class Part(NamedTuple):
+    """One thing to measure.
+
+    Attributes:
+        work: tokens one after the other, or a prompt.
+        batch: rows at once.
+        context: tokens read before, or those of the prompt.
+    """
+
+    work: Literal["decode", "prefill"]
+    batch: int
+    context: int
 
 
 class Turn(NamedTuple):
-    """A process of its own, so that its memory is free for the next.
+    """An isolated process, so that its memory is free for the next.
 
     Attributes:
         who: is measured in it.
@@ -40,8 +55,8 @@ class Turn(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
-    """Decoding and reading by all, on one card, in a limited time: the figures to begin with.
+class Card(Work):
+    """Decoding and prefill by all, on one card, in a limited time: the figures to begin with.
 
     Random weights, made on the card, a process for each model. Whatever fails becomes a row
     that says why, and what there was no time for is listed. Processes do not take turns, since
@@ -49,40 +64,29 @@ class Card:
     """
 
     preset: str = "mistral-7b-v0.1"
-    """Model to run."""
+    """Model to run: a name such as mistral-7b-v0.1 or lechat-15m."""
     minutes: float = 8.0
-    """Time for everything."""
+    """Minutes for everything."""
     context: tuple[int, ...] = (128, 4096)
-    """Tokens read before those that are decoded."""
+    """Tokens of a prompt, read before the decoding that is timed; each length is measured."""
     rows: int = 32
-    """Rows at once, beside one alone."""
+    """Prompts at once in the larger batch, which is measured beside a single one."""
     prompt: tuple[int, ...] = (4096, 32768)
-    """Lengths of the prompts that are read."""
+    """Tokens of the prompts whose prefill is timed; each length is measured."""
     tokens: int = 64
-    """Tokens of each row in a repetition."""
+    """Tokens that a repetition decodes in each row."""
     impl: tuple[Impl, ...] = IMPLS
-    """Whom to measure."""
+    """Implementations to measure."""
     int8: bool = True
     """Measure lechat with int8 weights too."""
     read_gb: float = 4.0
     """Size of the array whose reading measures the memory bandwidth, in GB."""
-    json: Path | None = None
-    """JSON file for the report."""
 
-    def __post_init__(self) -> None:
-        check_numbers({"context": self.context, "rows": [self.rows], "prompt": self.prompt})
-        check_numbers({"tokens": [self.tokens]})
-        if not self.minutes > 0:
-            raise BadInput(f"--minutes must be more than 0, not {self.minutes}")
-        if not self.read_gb > 0:
-            raise BadInput(f"--read-gb must be more than 0, not {self.read_gb}")
+    COUNTS = ("context", "rows", "prompt", "tokens")
+    AMOUNTS = ("minutes", "read_gb")
 
     def run(self, console: Console) -> Report:
-        """Measures, telling each figure as it comes, and prints a table.
-
-        Raises:
-            BadInput: the options do not fit.
-        """
+        """See `Work.run`; what fails becomes a row."""
         preset(self.preset)
         began = time.time()
         report = Report("", 0.0, [])
@@ -121,85 +125,81 @@ class Card:
     def take(self, turn: Turn, began: float, console: Console) -> list[Row]:
         """A row for each part of a process, measured or not."""
         until = began + turn.share * self.minutes * 60
-        job = {
-            "impl": turn.who.impl,
-            "dtype": turn.who.dtype,
-            "preset": self.preset,
-            "tokens": self.tokens,
-            "read_gb": self.read_gb,
-            "until": until,
-            "parts": turn.parts,
-        }
-        found: dict[Part, dict[str, Any]] = {}
-        missing = "not measured: there was no time left"
-        for line in lines_of(job, until + GRACE_S):
-            fields = json.loads(line)
-            if "error" in fields:
-                missing = fields["error"]
-                continue
-            part = Part(*fields.pop("part"))
-            found[part] = fields
-            speed = fields.get("tokens_per_s")
-            told = f"{speed:,.1f} tokens/s" if speed else fields["note"]
-            console.print(f"  {part.work} {part.batch} x {part.context}: {told}", markup=False)
-        return [row(turn.who, part, found.get(part, {"note": missing})) for part in turn.parts]
-
-
-def lines_of(job: dict[str, Any], until: float) -> Iterator[str]:
-    """What a process of `card_part` writes, until it ends or there is no more time.
-
-    If it fails, the last line has the reason as `error`.
-    """
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as told:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "parity.bench.card_worker"],
-            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=told,
-            encoding="utf-8",
-            errors="replace",
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        is_late = threading.Event()
-
-        def stop() -> None:
-            is_late.set()  # before the end of its output can be seen
-            process.kill()
-
-        clock = threading.Timer(max(1.0, until - time.time()), stop)
-        clock.start()
+        limit, rows, missing = until + GRACE_S, [], LATE
         try:
-            process.stdin.write(json.dumps(job))
-            process.stdin.close()
-            yield from (line for line in process.stdout if line.startswith("{"))
-            process.wait()
-        finally:
-            clock.cancel()
-            process.kill()
-            process.wait()
-            process.stdout.close()
-        if process.returncode and not is_late.is_set():
-            told.seek(0)
-            last = (told.read().strip().splitlines() or ["it said nothing"])[-1]
-            yield json.dumps({"error": f"not measured: {last[:200]}"})
+            for row in isolated.run("not measured", measured, self, turn, until, until=limit):
+                told = cell("{:,.1f} tokens/s", row.tokens_per_s) or row.note
+                console.print(f"  {row.work} {row.batch} x {row.context}: {told}", markup=False)
+                rows.append(row)
+        except BadInput as error:
+            missing = str(error)
+        return rows + [not_measured(turn.who, part, missing) for part in turn.parts[len(rows) :]]
 
 
-def row(who: Contestant, part: Part, found: dict[str, Any]) -> Row:
-    """The figures of a part."""
-    own = ("tokens_per_s", "peak_bytes", "note")
-    return Row(
-        work=part.work,
-        impl=who.impl,
-        dtype=who.dtype,
-        batch=part.batch,
-        context=part.context,
-        tokens_per_s=found.get("tokens_per_s"),
-        peak_bytes=found.get("peak_bytes"),
-        note=found["note"],
-        details={key: value for key, value in found.items() if key not in own},
-    )
+def measured(card: Card, turn: Turn, until: float) -> Iterator[Row]:
+    """The job of an isolated process: a row for each part of a turn, as soon as it is over.
+
+    So what was measured is kept when the rest fails or there is no time left for it: after
+    `until`, in seconds since the epoch, no part begins.
+    """
+    bandwidth = read_speed(card.read_gb).gb_s
+    who, models = turn.who, Models(preset(card.preset))
+    if who.dtype == "int8":
+        models.weights("bfloat16")  # what it is made of, and computed in
+    decoder = models.decoder(who)
+    is_settled = who.impl != "transformers"
+    for part in turn.parts:
+        if time.time() > until:
+            yield not_measured(who, part, LATE)
+            continue
+        try:
+            prompts = random_prompts(models.config, part.batch, part.context, SEED)
+            if part.work == "decode" and not is_settled:
+                torch_decoders().settle(decoder, prompts, until - time.time() > COMPILING_S)
+                is_settled = True  # the other parts are decoded in the same way
+            work = decoded if part.work == "decode" else read
+            row = work(models, who, prompts, card.tokens, bandwidth)
+        except Exception as error:  # such as too little memory: the next part may fit
+            yield not_measured(who, part, f"not measured: {first_line(error)[:200]}")
+        else:
+            row.details["read_gb_s"] = bandwidth
+            yield dataclasses.replace(row, peak_bytes=device_peak(models, who))
+
+
+def decoded(
+    models: Models, who: Contestant, prompts: Prompts, tokens: int, bandwidth: float
+) -> Row:
+    """The row of decoding after these prompts."""
+    batch, context = len(prompts), len(prompts[0])
+    decoder, skip = models.decoder(who), context - tail(models.config, context)
+    rate = started(decoder, prompts, tokens, REPETITIONS, skip)
+    rates = [rate() for _ in range(REPETITIONS)]
+    row = decode_figures(models, who, batch, context, rates, [bandwidth] * REPETITIONS)
+    return dataclasses.replace(row, note=decoder.note)
+
+
+def read(models: Models, who: Contestant, prompts: Prompts, tokens: int, bandwidth: float) -> Row:
+    """The row of the prefill of these prompts."""
+    decoder = models.decoder(who)
+    with prefill(who, decoder, prompts) as seconds:
+        times = [seconds() for _ in range(REPETITIONS)]
+        return prefill_figures(who, len(prompts), len(prompts[0]), times, decoder.note)
+
+
+def device_peak(models: Models, who: Contestant) -> int | None:
+    """Bytes of the device so far, weights included; not of int8, which is made of the others."""
+    peak = models.decoder(who).device_bytes()
+    if peak is None or who.dtype == "int8":
+        return None
+    if who.impl == "lechat_jax":
+        return peak
+    # PyTorch computes with JAX's memory, and does not count it.
+    return peak + sum(leaf.nbytes for leaf in models.weights(who.dtype).values())
+
+
+def not_measured(who: Contestant, part: Part, why: str) -> Row:
+    """The row of a part without a figure."""
+    return Row(part.work, who.impl, who.dtype, part.batch, part.context, None, None, note=why)
 
 
 def _name(row: Row) -> str:
@@ -207,22 +207,20 @@ def _name(row: Row) -> str:
 
 
 def figures(rows: list[Row]) -> TableText:
-    """The rows of the report in words."""
-    lines = []
-    for row in rows:
-        share = row.details.get("share_of_read")
-        lines.append(
-            [
-                row.work,
-                row.impl,
-                row.dtype,
-                str(row.batch),
-                str(row.context),
-                "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.1f}",
-                "" if share is None else f"{share:.0%}",
-                "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f} GB",
-                row.note,
-            ]
-        )
+    """The table of the report."""
+    lines = [
+        [
+            row.work,
+            row.impl,
+            row.dtype,
+            str(row.batch),
+            str(row.context),
+            cell("{:,.1f}", row.tokens_per_s),
+            cell("{:.0%}", row.details.get("share_of_read")),
+            cell("{:.2f} GB", row.peak_bytes, 1e9),
+            row.note,
+        ]
+        for row in rows
+    ]
     header = ["work", "", "type", "batch", "context", "tokens/s", "share of the bandwidth"]
     return TableText([*header, "peak memory so far", "note"], lines)

@@ -6,8 +6,6 @@ drift. --json writes the figures for a script.
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
 
 import tyro
 from rich.console import Console
@@ -21,21 +19,7 @@ from parity.bench.decode import Decode
 from parity.bench.moe import Moe
 from parity.bench.prefill import Prefill
 from parity.bench.train import Train
-from parity.report import Report
-
-
-class Work(Protocol):
-    """The options of one kind of measurement, and how to do it."""
-
-    @property
-    def json(self) -> Path | None:
-        """Where the report goes, beside the terminal."""
-        ...
-
-    def run(self, console: Console) -> Report:
-        """Measures, and prints what it found."""
-        ...
-
+from parity.bench.work import Work
 
 WORKS: dict[str, type[Work]] = {
     "train": Train,
@@ -50,13 +34,15 @@ WORKS: dict[str, type[Work]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`."""
-    work = tyro.extras.subcommand_cli_from_dict(
+    read = tyro.extras.subcommand_cli_from_dict(
         {name: flags.without_empty_defaults(work) for name, work in WORKS.items()},
         prog="python -m parity.bench",
         description=__doc__,
         args=argv,
         config=(tyro.conf.DisallowNone,),
     )
+    # As the class itself, which an isolated process can be given.
+    work = next(kind for kind in WORKS.values() if isinstance(read, kind))(**vars(read))
     check_writable(work.json, getattr(work, "plot", None))
     # JAX would take most of a GPU's memory at its first use, and leave none for the peer.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

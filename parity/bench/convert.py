@@ -18,9 +18,10 @@ from rich.console import Console
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import sync
 from parity import make_checkpoint
+from parity.bench.work import Work, cell
 from parity.convert import command as convert
 from parity.convert.names import Format
-from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
+from parity.measure import in_turn, wait_until_idle
 from parity.report import Report, Row, TableText
 
 SAMPLE_SECONDS = 0.02  # between two looks at the memory
@@ -28,7 +29,7 @@ COPY = "copy"
 
 
 @dataclasses.dataclass(frozen=True)
-class Convert:
+class Convert(Work):
     """Seconds to convert a checkpoint, beside those to copy its files, on the same disk.
 
     Random weights of a released model's shapes in Hugging Face's format are converted to
@@ -40,36 +41,25 @@ class Convert:
     preset: str = "mistral-7b-v0.1"
     """Model whose shapes are taken."""
     layers: int | None = 5
-    """Number of its layers; 5 of Mistral-7B are 2.7 GB, all 32 are 14.5."""
+    """Layers of it that are converted; 5 of Mistral-7B are 2.7 GB, all 32 are 14.5."""
     shard_gb: float = 5.0
-    """Most GB of weights in a file."""
+    """Most weights in a file, in GB."""
     repetitions: int = 5
     """Times that each is measured; the median counts."""
     folder: Path | None = None
     """Folder for the files, three times the size of the weights; by default a temporary one."""
-    json: Path | None = None
-    """JSON file for the report."""
-    read_gb: float = 1.0
-    """Size of the array whose reading measures the memory bandwidth, in GB."""
+
+    COUNTS = ("repetitions",)
+    AMOUNTS = ("shard_gb", "read_gb")
 
     def __post_init__(self) -> None:
-        if self.repetitions < 1:
-            raise BadInput(f"--repetitions must be at least 1, not {self.repetitions}")
-        for name in ("shard_gb", "read_gb"):
-            if not getattr(self, name) > 0:
-                flag = name.replace("_", "-")
-                raise BadInput(f"--{flag} must be more than 0, not {getattr(self, name)}")
+        super().__post_init__()
         if self.folder and not self.folder.is_dir():
             raise BadInput(f"there is no folder {self.folder}")
 
     def run(self, console: Console) -> Report:
-        """Measures, and prints a table.
-
-        Raises:
-            BadInput: the options do not fit, or the disk has too little room.
-        """
-        read = read_speed(self.read_gb)
-        report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
+        """See `Work.run`; `BadInput` if the disk has too little room."""
+        report = self.report()
         with tempfile.TemporaryDirectory(prefix="parity-", dir=self.folder) as folder:
             console.print("making a checkpoint", markup=False)
             report.rows += self.measure(Path(folder))
@@ -142,7 +132,7 @@ def row(impl: str, times: list[float], copies: list[float], n_bytes: int, anonym
 
 
 def copy(src: Path, dst: Path) -> None:
-    """The files of a folder in a new one, synced to disk."""
+    """Copies the files of a folder into a new one, synced to disk."""
     dst.mkdir()
     for path in sorted(src.iterdir()):
         shutil.copyfile(path, dst / path.name)
@@ -150,7 +140,7 @@ def copy(src: Path, dst: Path) -> None:
 
 
 class PeakAnonymous:
-    """A context that knows the most memory of the process that is no view of a file.
+    """Peak anonymous memory (RssAnon) of the process within it: what is no view of a file.
 
     `bytes` is all of the process, what was loaded before included, and `None` where the
     system does not say (only Linux does).
@@ -193,7 +183,7 @@ def _quiet() -> Iterator[None]:
 
 
 def figures(rows: list[Row]) -> TableText:
-    """The rows of the report in words."""
+    """The table of the report."""
     lines = [
         [
             row.impl,
@@ -201,7 +191,7 @@ def figures(rows: list[Row]) -> TableText:
             f"{row.details['seconds']:.2f}",
             f"{row.details['gb_s']:.2f}",
             f"{row.details['ratio']:.2f}",
-            "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",
+            cell("{:,.0f}", row.peak_bytes, 1e6),
         ]
         for row in rows
     ]

@@ -10,33 +10,30 @@ from typing import Any
 
 from rich.console import Console
 
-from lechat_jax.config import preset
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.loaded_model import MOST_DRAFT
 from parity.bench.decoders.contestants import (
     SEED,
     Contestant,
+    Generation,
     Models,
-    check_numbers,
-    check_packages,
     compare,
     contestant_of,
-    contestants,
     tail,
     torch_decoders,
 )
-from parity.bench.decoders.fresh_process import Folders, first_tokens, peak_bytes
+from parity.bench.decoders.fresh_process import Folders, first_tokens, with_memory
 from parity.bench.decoders.lechat import (
-    IMPLS,
     Decoder,
     DtypeName,
-    Impl,
     Lechat,
+    Prompts,
     random_prompts,
     repeating,
 )
 from parity.bench.pictures import draw_bars
-from parity.measure import in_turn, machine_line, read_speed, wait_until_idle
+from parity.bench.work import cell
+from parity.measure import in_turn, read_speed, wait_until_idle
 from parity.peers.installed import cold_torch_compiler
 from parity.report import Report, Row, TableText
 
@@ -46,7 +43,7 @@ SHORT = 256  # most tokens of a prompt that is read in full: of --speculate and 
 
 
 @dataclasses.dataclass(frozen=True)
-class Decode:
+class Decode(Generation):
     """Tokens a second, one after the other, beside the speed at which memory is read.
 
     lechat, its PyTorch reference and transformers' Mistral in the fastest of its ways continue
@@ -54,59 +51,34 @@ class Decode:
     each turn as well, and a share of it is that of the same turn.
     """
 
-    preset: str = "bench-284m"
-    """Model to run: a name such as bench-284m or lechat-15m."""
-    batch: tuple[int, ...] = (1,)
-    """Rows at once; several are measured one after the other."""
     context: tuple[int, ...] = (100,)
-    """Tokens read before the first that is timed; several likewise."""
+    """Tokens of a prompt, read before the decoding that is timed; several lengths are measured one
+    after the other."""
     tokens: int = 64
-    """Tokens of each row in a repetition."""
-    dtype: tuple[DtypeName, ...] = ("float32",)
-    """Types of the weights. int8 and int4 are lechat's alone."""
-    impl: tuple[Impl, ...] = IMPLS
-    """Whom to measure."""
-    repetitions: int = 5
-    """Times that each is measured; the median counts."""
+    """Tokens that a repetition decodes in each row."""
     compile: bool = True
     """Try transformers under torch.compile too, which may take minutes."""
     speculate: int = 0
-    """Tokens for lechat to guess ahead, on a prompt that repeats itself; 0 leaves this out."""
+    """Tokens a step that lechat's prompt lookup decoding proposes, measured beside plain decoding
+    on a prompt that repeats itself; 0 leaves this out."""
     first_token: bool = False
-    """Time the start of a process until its first token, with no compiled programs and with."""
-    memory: bool = False
-    """Measure the peak memory of fresh processes that load the weights and decode."""
+    """Measure also the time to first token of lechat_jax.generate, from the start of the process,
+    with an empty compilation cache and with a filled one."""
     plot: Path | None = None
-    """PNG file for the tokens a second as bars."""
-    json: Path | None = None
-    """JSON file for the report."""
-    read_gb: float = 1.0
-    """Size of the array whose reading measures the memory bandwidth, in GB."""
+    """PNG file for a bar chart of the tokens a second."""
+
+    COUNTS = ("batch", "context", "tokens", "repetitions")
 
     def __post_init__(self) -> None:
-        check_numbers({"batch": self.batch, "context": self.context, "tokens": [self.tokens]})
-        check_numbers({"repetitions": [self.repetitions]})
-        if not self.read_gb > 0:
-            raise BadInput(f"--read-gb must be more than 0, not {self.read_gb}")
+        super().__post_init__()
         if not 0 <= self.speculate <= MOST_DRAFT:
             raise BadInput(f"--speculate must be from 0 (off) to {MOST_DRAFT}")
         if self.speculate and "lechat_jax" not in self.impl:
             raise BadInput("--speculate measures lechat_jax, so name it in --impl")
-        if not contestants(self.impl, self.dtype):
-            raise BadInput(
-                "int8 and int4 are lechat's alone: name it in --impl, or another --dtype"
-            )
 
     def run(self, console: Console) -> Report:
-        """Measures, telling what it is about, and prints a table.
-
-        Raises:
-            BadInput: the options do not fit, or a package is missing.
-        """
-        models = Models(preset(self.preset))
-        check_packages(self.impl)
-        read = read_speed(self.read_gb)
-        report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
+        """See `Work.run`."""
+        models, report = self.start()
         with cold_torch_compiler():
             for batch in self.batch:
                 for context in self.context:
@@ -117,7 +89,7 @@ class Decode:
                 for dtype in self.dtype:
                     report.rows += self.guess(models, dtype)
         if self.memory or self.first_token:
-            self.start_fresh(models, report, console)
+            self.measure_processes(models, report, console)
         report.notes += NOTES
         if self.plot:
             draw_bars(report, self.plot)
@@ -125,22 +97,17 @@ class Decode:
         return report
 
     def measure(self, models: Models, batch: int, context: int, report: Report) -> list[Row]:
-        """A row for each contestant, all in turn."""
-        names = contestants(self.impl, self.dtype)
-        room = self.tokens * (1 + self.repetitions)
+        """Rows of decoding at one batch and context: one a contestant, measured in turn."""
         skip = context - tail(models.config, context)
         prompts = random_prompts(models.config, batch, context, SEED)
-        decoders = {who: models.decoder(who) for who in names}
+        decoders = {who: models.decoder(who) for who in self.contestants}
         tried: dict[Contestant, dict[str, float]] = {}
+        tasks: dict[Contestant | str, Callable[[], float]] = {}
         for who, decoder in decoders.items():
             if who.impl == "transformers":
                 wait_until_idle()
                 tried[who] = torch_decoders().settle(decoder, prompts, self.compile)
-            decoder.start(prompts, room, skip)
-            decoder.advance(self.tokens)  # compiles
-        tasks: dict[Contestant | str, Callable[[], float]] = {
-            who: self.repetition(decoder) for who, decoder in decoders.items()
-        }
+            tasks[who] = started(decoder, prompts, self.tokens, self.repetitions, skip)
         tasks[READ] = lambda: read_speed(self.read_gb).gb_s
         rates = in_turn(tasks, self.repetitions)
         reads = rates.pop(READ)
@@ -156,19 +123,8 @@ class Decode:
         compare(rows, "rates")
         return rows
 
-    def repetition(self, decoder: Decoder) -> Callable[[], float]:
-        """Measures tokens of a row a second."""
-
-        def rate() -> float:
-            wait_until_idle()
-            began = time.perf_counter()
-            n = decoder.advance(self.tokens)
-            return n / (time.perf_counter() - began)
-
-        return rate
-
     def guess(self, models: Models, dtype: DtypeName) -> list[Row]:
-        """Rows for lechat without and with guesses, on one prompt that repeats itself.
+        """Rows of prompt lookup decoding beside plain decoding, on a prompt that repeats itself.
 
         The model goes on with it, as a model does that has learnt to copy: its work is that of
         any other, but its weights are made so that it does.
@@ -179,11 +135,9 @@ class Decode:
         drafts = (0, self.speculate)
         weights = repeating(models.weights(dtype), phrase)
         decoders = {draft: Lechat(config, weights, draft) for draft in drafts}
-        for decoder in decoders.values():
-            decoder.start([prompt], self.tokens * (1 + self.repetitions))
-            decoder.advance(self.tokens)
         tasks: dict[int | str, Callable[[], float]] = {
-            draft: self.repetition(decoder) for draft, decoder in decoders.items()
+            draft: started(decoder, [prompt], self.tokens, self.repetitions)
+            for draft, decoder in decoders.items()
         }
         tasks[READ] = lambda: read_speed(self.read_gb).gb_s
         rates = in_turn(tasks, self.repetitions)
@@ -207,8 +161,8 @@ class Decode:
             rows.append(dataclasses.replace(row, note=note if draft else "nothing guessed"))
         return rows
 
-    def start_fresh(self, models: Models, report: Report, console: Console) -> None:
-        """Adds to the rows what only a process of its own can tell."""
+    def measure_processes(self, models: Models, report: Report, console: Console) -> None:
+        """Adds peak memory and time to first token to the rows, each from a process of its own."""
         with tempfile.TemporaryDirectory(prefix="parity-") as folder:
             folders = Folders(Path(folder), models)
             starts: dict[str, dict[str, Any]] = {}
@@ -218,10 +172,8 @@ class Decode:
                     continue
                 if self.memory:
                     console.print(f"memory of {who.impl} in {who.dtype}", markup=False)
-                    peak = peak_bytes(folders, who, row.batch, row.context, self.tokens)
-                    report.rows[number] = row = dataclasses.replace(row, peak_bytes=peak)
-                    row.details["weight_bytes"] = own = folders.weight_bytes(who.dtype)
-                    row.details["peak_over_weights"] = peak / own if peak else None
+                    skip = row.context - tail(models.config, row.context)
+                    report.rows[number] = row = with_memory(folders, row, self.tokens, skip)
                 if self.first_token and who.impl == "lechat_jax":
                     if who.dtype not in starts:
                         console.print(f"first token in {who.dtype}", markup=False)
@@ -238,6 +190,22 @@ NOTES = [
 ]
 
 
+def started(
+    decoder: Decoder, prompts: Prompts, tokens: int, repetitions: int, skip: int = 0
+) -> Callable[[], float]:
+    """A timed repetition of decoding, in tokens of a row a second; all is read and compiled."""
+    decoder.start(prompts, tokens * (1 + repetitions), skip)
+    decoder.advance(tokens)
+
+    def rate() -> float:
+        wait_until_idle()
+        began = time.perf_counter()
+        n = decoder.advance(tokens)
+        return n / (time.perf_counter() - began)
+
+    return rate
+
+
 def figures_of(
     models: Models,
     who: Contestant,
@@ -246,7 +214,7 @@ def figures_of(
     rates: Sequence[float],
     reads: Sequence[float],
 ) -> Row:
-    """The row of one, from the tokens of a row a second in each turn, and the GB/s of memory."""
+    """The row of a contestant, from its tokens of a row a second and the GB/s of memory reads."""
     n_bytes = models.bytes_a_step(who.dtype, batch, context)
     shares = [rate * n_bytes / 1e9 / read for rate, read in zip(rates, reads, strict=True)]
     return Row(
@@ -267,7 +235,7 @@ def figures_of(
 
 
 def agreement(one: Decoder, other: Decoder) -> int:
-    """Tokens from the start on, in each row, that both chose."""
+    """Length of the common prefix of two greedy continuations, the shortest over the rows."""
     n = min(len(row) for row in (*one.ids, *other.ids))
     pairs = list(zip(one.ids, other.ids, strict=True))
     differ = (i for i in range(n) if any(a[i] != b[i] for a, b in pairs))
@@ -275,7 +243,7 @@ def agreement(one: Decoder, other: Decoder) -> int:
 
 
 def figures(rows: list[Row]) -> TableText:
-    """The rows of the report in words."""
+    """The table of the report."""
     lines = []
     for row in rows:
         details = row.details
@@ -286,11 +254,11 @@ def figures(rows: list[Row]) -> TableText:
                 row.dtype,
                 str(row.batch),
                 str(row.context),
-                "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.1f}",
-                f"{details['bytes_per_step'] / 1e9:.3g}",
-                f"{details['share_of_read']:.0%}",
-                f"{details['ratio']:.2f}" if "ratio" in details else "",
-                "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f} GB",
+                cell("{:,.1f}", row.tokens_per_s),
+                cell("{:.3g}", details["bytes_per_step"], 1e9),
+                cell("{:.0%}", details["share_of_read"]),
+                cell("{:.2f}", details.get("ratio")),
+                cell("{:.2f} GB", row.peak_bytes, 1e9),
                 "" if cold is None else f"{cold:.1f} / {warm:.1f}",
                 row.note,
             ]

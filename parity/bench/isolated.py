@@ -1,76 +1,109 @@
-"""A benchmark of training whose learners run alone: the same command, once for each of them."""
+"""Isolated process: a measurement in a Python process of its own, by `run`.
 
-import dataclasses
-import json
+What it takes of the memory, of a device's above all, is known and is free for the next one, and
+what goes wrong in it ends no other. `python -m parity.bench.isolated` is that process.
+"""
+
+import contextlib
+import math
+import os
+import pickle
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from lechat_jax.errors import BadInput
-from lechat_jax.shell import quoted
-from parity.report import Row
 
-PEERS = ("torch", "eager", "compile")
+Item = TypeVar("Item")
 
 
-def measured_apart(asked: dict[str, Any], console: Console) -> list[tuple[Row, float]]:
-    """The rows of all learners, each from a process of its own, with the memory's speed there.
+def run(
+    failure: str, job: Callable[..., Iterator[Item]], *args: object, until: float = math.inf
+) -> Iterator[Item]:
+    """What `job(*args)` yields in a process of its own, each item as soon as it is there.
 
-    `asked` are the fields of `bench_train.Train`.
+    Job, arguments and items are pickled: the job is a function of a module. What it prints is
+    shown to nobody, but for the last line if it fails.
+
+    Args:
+        failure: how the sentence begins that tells a failure.
+        job: a generator function.
+        args: of it.
+        until: when the process is killed, in seconds since the epoch; it is given at least one.
 
     Raises:
-        BadInput: one of them did not end well.
+        BadInput: the job failed, the process died or was killed; after all items that it yielded.
     """
-    rows = []
-    for command in commands(asked):
-        shown = quoted(["python", "-m", "parity.bench", *command])
-        console.print(shown, markup=False, soft_wrap=True)
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.json"
-            whole = [sys.executable, "-m", "parity.bench", *command, "--json", str(report)]
-            done = subprocess.run(
-                whole, capture_output=True, encoding="utf-8", errors="replace", check=False
-            )
-            if done.returncode:
-                said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-                raise BadInput(f"{shown} failed: {said}")
-            found = json.loads(report.read_text(encoding="utf-8"))
-        rows += [(_row(row), found["read_gb_s"]) for row in found["rows"]]
-    return rows
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "parity.bench.isolated"],
+            # JAX would take most of a GPU's memory at its first use.
+            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=printed,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        is_late = threading.Event()
+
+        def stop() -> None:
+            is_late.set()  # before the end of its output can be seen
+            process.kill()
+
+        clock = threading.Timer(min(max(1.0, until - time.time()), threading.TIMEOUT_MAX), stop)
+        clock.daemon = True
+        clock.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has died, for a reason that it printed
+                pickle.dump((job, args), process.stdin)
+                process.stdin.close()
+            # A process that dies may leave half an item.
+            with contextlib.suppress(EOFError, pickle.UnpicklingError):
+                while True:
+                    yield pickle.load(process.stdout)
+            process.wait()
+        finally:
+            clock.cancel()
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        if is_late.is_set():
+            raise BadInput(f"{failure}: there was no time left")
+        if process.returncode:
+            printed.seek(0)
+            raise BadInput(f"{failure}: {reason(process.returncode, printed.read())}")
 
 
-def commands(asked: dict[str, Any]) -> Iterator[list[str]]:
-    """The flags with which each learner is measured alone."""
-    kinds: list[dict[str, Any]] = []
-    if asked["lechat"]:
-        kinds += [{"lechat": True, "attention": (name,)} for name in asked["attention"]]
-    kinds += [{name: True, "same_optimizer": False} for name in PEERS if asked[name]]
-    rest = {name: value for name, value in asked.items() if name not in ("apart", "json")}
-    nobody = dict.fromkeys(("lechat", *PEERS), False)
-    for block in asked["block"]:
-        batch = asked["batch"] * asked["block"][0] // block
-        for kind in kinds:
-            yield ["train", *_flags(rest | nobody | kind | {"block": (block,), "batch": batch})]
+def reason(code: int, printed: str) -> str:
+    r"""Why a process failed: the signal that ended it, or the last line that it printed.
+
+    >>> reason(-9, ""), reason(1, "Traceback ...\nValueError: too wide")
+    ('it was ended by SIGKILL', 'ValueError: too wide')
+    """
+    if code < 0:
+        return f"it was ended by {signal.Signals(-code).name}"
+    lines = printed.strip().splitlines() or [f"it said nothing and ended with exit code {code}"]
+    return lines[-1][:200]
 
 
-def _flags(values: dict[str, Any]) -> Iterator[str]:
-    for name, value in values.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
-        elif isinstance(value, tuple):
-            yield from (f"--{flag}", *map(str, value))
-        elif value is not None:
-            yield from (f"--{flag}", str(value))
+def main() -> None:
+    """Runs the job on stdin, and writes what it yields to stdout."""
+    items = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what else is printed must not come between them
+    job, args = pickle.load(sys.stdin.buffer)
+    try:
+        for item in job(*args):
+            pickle.dump(item, items)
+            items.flush()
+    except BadInput as error:
+        sys.exit(str(error))
 
 
-def _row(keys: dict[str, Any]) -> Row:
-    """A row that a report in JSON has."""
-    own = {field.name for field in dataclasses.fields(Row)}
-    details = {name: value for name, value in keys.items() if name not in own}
-    return Row(**{name: value for name, value in keys.items() if name in own}, details=details)
+if __name__ == "__main__":
+    main()

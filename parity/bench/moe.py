@@ -1,10 +1,8 @@
-"""A mixture of experts in training: lechat beside transformers' Mixtral, and beside itself."""
+"""Mixture of experts in training: lechat beside transformers' Mixtral and beside itself."""
 
 import dataclasses
 import functools
 import statistics
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -13,9 +11,10 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.train.flops import peak_flops
-from parity.bench.learners.lechat import AdamW, LechatAdamW, Lesson, initial_weights
+from parity.bench.learners.lechat import AdamW, LechatAdamW, Setup, initial_weights
 from parity.bench.learners.race import PEER, Runner
-from parity.measure import machine_line, read_speed, wait_until_idle
+from parity.bench.work import Work, cell
+from parity.measure import wait_until_idle
 from parity.peers.installed import load_peer
 from parity.report import Report, Row, TableText
 
@@ -23,7 +22,7 @@ STEPS_PER_CALL = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Moe:
+class Moe(Work):
     """Tokens a second in training, in float32 and by AdamW.
 
     lechat and transformers take turns with the same weights and rows, transformers with both of its
@@ -36,43 +35,37 @@ class Moe:
     n_layers: int = 4
     """Number of layers."""
     hidden_dim: int = 1792
-    """Width of an expert."""
+    """Feed-forward width of an expert."""
     n_experts: int = 8
     """Experts in a layer, two of which a token meets."""
     others: tuple[int, ...] = (4, 16)
-    """Numbers of experts that lechat is measured with as well."""
+    """Further numbers of experts, with which lechat alone is measured in turn."""
     batch: int = 8
     """Rows in a batch."""
     block: int = 128
     """Tokens in a row."""
     turns: int = 5
-    """Turns of each, of two steps, that are counted; one before them is not."""
+    """Turns of two steps that are counted; one before them compiles and is not."""
     seed: int = 0
     """Seed of weights and tokens."""
-    json: Path | None = None
-    """JSON file for the report."""
-    read_gb: float = 1.0
-    """Size of the array whose reading measures the memory bandwidth, in GB."""
+
+    COUNTS = ("turns",)
 
     def __post_init__(self) -> None:
-        if self.turns < 1 or min(self.n_experts, *self.others, 2) < 2:
-            raise BadInput("--turns must be at least 1 and --n-experts at least 2")
+        super().__post_init__()
+        if min(self.n_experts, *self.others) < 2:
+            raise BadInput("--n-experts and --others must be at least 2")
 
     def run(self, console: Console) -> Report:
-        """Measures, and prints the table at the end.
-
-        Raises:
-            BadInput: PyTorch is missing.
-        """
-        peer: Any = load_peer(PEER, "lechat_jax.train")
-        read, peak = read_speed(self.read_gb), peak_flops("float32")
-        report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
+        """See `Work.run`."""
+        peer = load_peer(PEER, "lechat_jax.train")
+        report, peak = self.report(), peak_flops("float32")
         adamw = AdamW(rate=3e-4)
-        lesson = self.lesson(self.n_experts)
-        runners = [Runner("lechat_jax", functools.partial(LechatAdamW, lesson, adamw), lesson)]
+        setup = self.setup(self.n_experts)
+        runners = [Runner("lechat_jax", functools.partial(LechatAdamW, setup, adamw), setup)]
         for experts in ("eager", "grouped_mm"):
-            make = functools.partial(peer.Peer, lesson, adamw, "sdpa", False, experts)
-            runners.append(Runner(f"transformers-{experts}", make, lesson))
+            make = functools.partial(peer.transformers, setup, adamw, "sdpa", False, experts)
+            runners.append(Runner(f"transformers-{experts}", make, setup))
         self.in_turn(runners, console)
         peak = peak and max(peak, peak_flops("float32") or 0.0)
         ours = runners[0].times
@@ -80,10 +73,10 @@ class Moe:
             pairs = zip(runner.times, ours, strict=True)
             ratio = statistics.median(theirs / own for theirs, own in pairs)
             report.rows.append(self.row(runner, peak, ratio))
-        del runners, lesson
-        lessons = [self.lesson(n) for n in (self.n_experts, *self.others)]
+        del runners, setup
+        setups = [self.setup(n) for n in (self.n_experts, *self.others)]
         alone = [
-            Runner("lechat_jax", functools.partial(LechatAdamW, one, adamw), one) for one in lessons
+            Runner("lechat_jax", functools.partial(LechatAdamW, one, adamw), one) for one in setups
         ]
         self.in_turn(alone, console)
         report.rows += [self.row(runner, peak) for runner in alone]
@@ -91,7 +84,7 @@ class Moe:
         return report
 
     def config(self, n_experts: int) -> MistralConfig:
-        """The model with so many experts."""
+        """The Mixtral-like model with so many experts in each layer."""
         return MistralConfig(
             dim=self.dim,
             n_layers=self.n_layers,
@@ -107,58 +100,42 @@ class Moe:
             n_experts_per_token=2,
         )
 
-    def lesson(self, n_experts: int) -> Lesson:
-        """What all of them learn: tokens of no text, since only the time counts."""
+    def setup(self, n_experts: int) -> Setup:
+        """The training setup: random tokens, since only the time counts."""
         config = self.config(n_experts)
         per_step = self.batch * self.block
         stream = np.random.default_rng(self.seed).integers(config.vocab_size, size=8 * per_step)
         batches = Batches(len(stream), self.block, self.batch, self.seed)
         weights = initial_weights(config, self.seed)
-        return Lesson(config, batches, stream.astype(np.int32), self.seed, weights, STEPS_PER_CALL)
+        return Setup(config, batches, stream.astype(np.int32), self.seed, weights, STEPS_PER_CALL)
 
     def in_turn(self, runners: list[Runner], console: Console) -> None:
-        """All of the turns, A B A B, after a first one that compiles and is not counted."""
+        """Trains all in turn, A B A B, after a first turn that compiles and is not counted."""
         total = STEPS_PER_CALL * (self.turns + 1)
         for turn in range(self.turns + 1):
             for runner in runners:
                 wait_until_idle()
                 runner.call(STEPS_PER_CALL, total)
                 if not turn:
-                    n = runner.lesson.config.n_experts
+                    n = runner.setup.config.n_experts
                     console.print(f"{runner.impl}, {n} experts: loss {runner.losses[0]:.5f}")
 
     def row(self, runner: Runner, peak: float | None, ratio: float | None = None) -> Row:
-        """The figures of one; of a device with `peak` FLOP/s, how much of it was used."""
-        return Row(
-            "moe",
-            runner.impl,
-            "float32",
-            self.batch,
-            self.block,
-            runner.tokens_per_s,
-            runner.peak_bytes,
-            losses=runner.losses,
-            details={
-                "n_experts": runner.lesson.config.n_experts,
-                "seconds": runner.times,
-                "mfu": runner.mfu(peak),
-                "ratio": ratio,
-            },
-        )
+        """The row of a learner; `peak` is of the device, in FLOP/s."""
+        n_experts = runner.setup.config.n_experts
+        return runner.row("moe", peak, n_experts=n_experts, seconds=runner.times, ratio=ratio)
 
 
 def figures(rows: list[Row]) -> TableText:
-    """The rows of the report in words."""
-    lines = []
-    for row in rows:
-        ratio, mfu = row.details["ratio"], row.details["mfu"]
-        lines.append(
-            [
-                row.impl,
-                str(row.details["n_experts"]),
-                f"{row.tokens_per_s:,.0f}",
-                "" if mfu is None else f"{100 * mfu:.0f} %",
-                "" if ratio is None else f"{ratio:.2f}",
-            ]
-        )
+    """The table of the report."""
+    lines = [
+        [
+            row.impl,
+            str(row.details["n_experts"]),
+            cell("{:,.0f}", row.tokens_per_s),
+            cell("{:.0f} %", row.details["mfu"], 0.01),
+            cell("{:.2f}", row.details["ratio"]),
+        ]
+        for row in rows
+    ]
     return TableText(["training", "experts", "tokens/s", "MFU", "of lechat's time"], lines)

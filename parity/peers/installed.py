@@ -1,4 +1,4 @@
-"""The way to the peer: its packages are optional and loaded only when it is measured."""
+"""Optional packages of the peers: whether they are installed, and loading them when asked for."""
 
 import contextlib
 import importlib
@@ -17,18 +17,15 @@ def load_peer(module: str, instead: str) -> ModuleType:
     Raises:
         BadInput: one of them is not installed; `instead` is how to measure without.
     """
-    try:
-        need("torch", "transformers")
-    except BadInput as error:
-        raise BadInput(f"{error}, or measure lechat alone with {instead}") from None
+    need("torch", "transformers", instead=instead)
     return importlib.import_module(module)
 
 
-def need(*packages: str) -> None:
+def need(*packages: str, instead: str = "") -> None:
     """Nothing, if all of them are installed.
 
     Raises:
-        BadInput: one is not; the message is how to get it.
+        BadInput: one is not; the message is how to get it, or what measures lechat alone.
     """
     for name in packages:
         if importlib.util.find_spec(name) is None:
@@ -36,6 +33,7 @@ def need(*packages: str) -> None:
             raise BadInput(
                 f"PyTorch's side of the comparison needs {name}, which is not installed{extra}: "
                 'pip install -e ".[torch]"'
+                + (f", or measure lechat alone with {instead}" if instead else "")
             )
 
 

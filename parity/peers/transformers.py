@@ -1,39 +1,24 @@
-"""Hugging Face's transformers with lechat's weights. Imported only when it is compared."""
+"""Hugging Face's transformers on lechat's weights, and its attention. Imported only for a peer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Literal
 
-import jax
 import numpy as np
 import torch
 import transformers
 from jaxtyping import Float
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.errors import BadInput
 from parity.convert.configs.hugging_face import to_hugging_face
-from parity.convert.layouts import taken_apart, to_format
-from parity.convert.names import rows
-from parity.measure import cores
-from parity.peers import fused_experts
+from parity.peers.pytorch import Weights, device, load_state, state_dict
 
 AttentionName = Literal["eager", "sdpa"]
 
 
-def to_transformers(
-    config: MistralConfig, weights: Mapping[str, Float[np.ndarray, "..."]]
-) -> dict[str, Float[torch.Tensor, "..."]]:
-    """The weights under transformers' names and in its shapes; but experts nothing is copied."""
-    table, found = rows(config), taken_apart(config, weights)
-    state = {
-        row.hf: torch.from_numpy(to_format(found[part], config, "hf", row))
-        for part, row in table.items()
-    }
-    return fused_experts.fuse(config, state)
-
-
-def build(config: MistralConfig, weights: Mapping[str, Float[np.ndarray, "..."]] | None) -> Any:
-    """Transformers' model of that shape with these weights, in float32; `None` leaves its own.
+def drawn(config: MistralConfig, dtype: torch.dtype = torch.float32) -> Any:
+    """Transformers' model of that shape, on `device()`, with weights that it draws.
 
     Of the class that transformers itself takes for such a config: Mistral, Ministral where
     some layers have a window, Ministral 3 where positions are stretched, Mixtral with experts.
@@ -45,30 +30,49 @@ def build(config: MistralConfig, weights: Mapping[str, Float[np.ndarray, "..."]]
     words: Any = transformers.AutoConfig.for_model(**fields)
     words.use_cache = False
     with device():
-        model = transformers.AutoModelForCausalLM.from_config(words)
-    if weights is None:
-        return model
-    tensors = to_transformers(config, weights)
-    if config.tied_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors)
-    return model
+        return transformers.AutoModelForCausalLM.from_config(words, dtype=dtype)
 
 
-def device() -> torch.device:
-    """Where PyTorch computes: on the kind of device that JAX uses, with all cores.
+def build(config: MistralConfig, weights: Weights, share: bool = False) -> Any:
+    """Transformers' model with these weights, in their dtype, on `device()`; see `state_dict`.
 
     Raises:
-        BadInput: JAX uses a GPU that this PyTorch cannot, or a TPU.
+        BadInput: transformers has no such model.
     """
-    torch.set_num_threads(cores())
-    platform = jax.default_backend()
-    if platform == "gpu" and torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TensorFloat-32, as XLA does by default
-        return torch.device("cuda")
-    if platform != "cpu":
-        raise BadInput(
-            f"JAX computes on a {platform} but this PyTorch ({torch.__version__}) cannot; "
-            "compare on the CPU with JAX_PLATFORMS=cpu, or install PyTorch for the device"
-        )
-    return torch.device("cpu")
+    state = state_dict(config, "hf", weights, share)
+    model = drawn(config, state["model.norm.weight"].dtype)
+    load_state(model, config, "hf", state)
+    return model.to(device())
+
+
+def sdpa(
+    q: Float[np.ndarray, "B T N H"],
+    k: Float[np.ndarray, "B T K H"],
+    v: Float[np.ndarray, "B T K H"],
+    window: int,
+    is_both: bool,
+) -> Callable[[], object]:
+    """Runs window attention as transformers does it in PyTorch, with a mask of T * T.
+
+    `is_both` adds the gradients of queries, keys and values.
+    """
+    where = device()
+    tensors = [
+        torch.from_numpy(x).transpose(1, 2).contiguous().to(where).requires_grad_(is_both)
+        for x in (q, k, v)
+    ]
+    i = torch.arange(q.shape[1], device=where)
+    mask = (i[None, :] <= i[:, None]) & (i[None, :] > i[:, None] - window)
+    # What transformers' attention functions ask of the module that calls them.
+    caller: Any = SimpleNamespace(num_key_value_groups=q.shape[2] // k.shape[2], is_causal=True)
+    cotangent = torch.from_numpy(q).to(where)
+
+    def run() -> object:
+        out, _ = sdpa_attention_forward(caller, *tensors, attention_mask=mask[None, None])
+        if is_both:
+            out = torch.autograd.grad(out, tensors, cotangent)
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+        return out
+
+    return run

@@ -206,7 +206,8 @@ def test_only_the_adapters_learn(small: MistralConfig, of: Any) -> None:
 def test_text_is_generated_as_by_the_merged_model(small: MistralConfig) -> None:
     """The base is int8 here; in a run of adapters it is what it was (test_adapters.py)."""
     whole = kernels_with(small, dequantized(small))
-    prompts, greedy = [TOKENS[0, 0].tolist(), [1, 2]], Sampling(temperature=0)
+    prompts: list[list[int]] = [TOKENS[0, 0].tolist(), [1, 2]]
+    greedy = Sampling(temperature=0)
     found, expected = (
         Generator(bind(small, weights), context=64).generate(prompts, 20, greedy)
         for weights in (with_adapters(small, int8_base(small)), whole)

@@ -70,7 +70,7 @@ def test_gradients_are_those_of_transformers_with_its_auxiliary_loss(
     nats = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), rows[:, 1:].flatten())
     (nats + COEFFICIENT * out.aux_loss).backward()
     slopes = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    expected = oracle._by_lechat_name(slopes)
+    expected = oracle.by_lechat_name(slopes)
     ours = {name: jnp.asarray(leaf, jnp.float64) for name, leaf in weights.items()}
 
     def found(coefficient: float) -> tuple:

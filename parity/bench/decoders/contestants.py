@@ -1,28 +1,34 @@
-"""Who is measured, in which type of number: made once, of the same weights, as they are needed."""
+"""Contestants in generation: each implementation in each dtype, on the same random weights.
 
+With the options that benchmarks of decoding and of prefill have in common.
+"""
+
+import dataclasses
 import importlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import MistralConfig, preset
+from lechat_jax.config.layout import SCALE
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import Weights
 from lechat_jax.quantize.scheme import asked, quantize_weights
 from parity.bench.decoders.lechat import (
+    IMPLS,
     QUANTIZED,
     Decoder,
     DtypeName,
     Impl,
     Lechat,
-    bytes_a_step,
     random_weights,
 )
+from parity.bench.work import Work
 from parity.peers.installed import need
-from parity.report import Row
+from parity.report import Report, Row
 
 SEED = 0  # of weights and prompts
 
@@ -35,7 +41,7 @@ class Contestant(NamedTuple):
 
 
 def contestants(impls: Sequence[Impl], dtypes: Sequence[DtypeName]) -> list[Contestant]:
-    """Everyone in every type, but int8 and int4 for lechat alone: the others have none here."""
+    """Each implementation in each dtype, but int8 and int4 for lechat alone: others have none."""
     return [
         Contestant(impl, dtype)
         for dtype in dict.fromkeys(dtypes)
@@ -45,15 +51,15 @@ def contestants(impls: Sequence[Impl], dtypes: Sequence[DtypeName]) -> list[Cont
 
 
 def contestant_of(row: Row) -> Contestant:
-    """Whose figures these are."""
+    """The contestant whose figures a row has."""
     return Contestant(cast(Impl, row.impl), cast(DtypeName, row.dtype))
 
 
 def compare(rows: Sequence[Row], key: str) -> None:
-    """Adds to the details of each row its ratio to transformers, the median over the turns.
+    """Adds to each row the ratio of its speed to transformers', the median over the repetitions.
 
     To that of the same type, and to the fastest where transformers was not measured in it.
-    `key` names what was measured in each turn, and more of it is faster.
+    `key` names the speeds in the details, one for each repetition.
     """
     theirs = {row.dtype: row for row in rows if row.impl == "transformers"}
     fastest = max(theirs.values(), key=lambda row: row.tokens_per_s or 0, default=None)
@@ -64,28 +70,13 @@ def compare(rows: Sequence[Row], key: str) -> None:
             row.details["ratio"] = statistics.median(a / b for a, b in pairs)
 
 
-def check_packages(impls: Sequence[Impl]) -> None:
-    """Nothing, if all that these need is installed.
-
-    Raises:
-        BadInput: something is missing; the message is how to get it or do without.
-    """
-    try:
-        if "lechat_torch" in impls:
-            need("torch")
-        if "transformers" in impls:
-            need("torch", "transformers")
-    except BadInput as error:
-        raise BadInput(f"{error}, or measure lechat alone with --impl lechat_jax") from None
-
-
 def torch_decoders() -> ModuleType:
     """`parity.bench.decoders.torch`, which imports PyTorch and transformers."""
     return importlib.import_module("parity.bench.decoders.torch")
 
 
 class Models:
-    """The models of a run, by who computes and in what; all share one copy of the weights.
+    """The models of a run, by contestant; all of a dtype share one copy of the random weights.
 
     Attributes:
         config: of all of them.
@@ -121,28 +112,27 @@ class Models:
             BadInput: it has no model of such a shape.
         """
         if who not in self._decoders:
-            self._decoders[who] = self._make(who)
+            is_peer = who.impl != "lechat_jax"
+            make = torch_decoders().DECODERS[who.impl].around if is_peer else Lechat
+            self._decoders[who] = make(self.config, self.weights(who.dtype))
         return self._decoders[who]
 
-    def _make(self, who: Contestant) -> Decoder:
-        weights = self.weights(who.dtype)
-        if who.impl == "lechat_jax":
-            return Lechat(self.config, weights)
-        torch = torch_decoders()
-        kinds: dict[str, tuple[str, Callable[..., Decoder]]] = {
-            "lechat_torch": ("torch", torch.LechatTorch.around),
-            "transformers": ("hf", torch.Transformers.around),
-        }
-        layout, make = kinds[who.impl]
-        return make(self.config, torch.shared_state(self.config, weights, layout))
-
     def bytes_a_step(self, dtype: DtypeName, batch: int, context: int) -> int:
-        """See `decoders.bytes_a_step`."""
-        return bytes_a_step(self.config, self.weights(dtype), batch, context)
+        """Bytes of memory that a decode step must read, however it is made: a token of each row.
+
+        All weights but the embedding table, of which a step reads a row each (unless it is the
+        head too), and the keys and values that the queries see.
+        """
+        config, weights = self.config, self.weights(dtype)
+        tables = {} if config.tied_embeddings else {"embed.kernel", f"embed.kernel{SCALE}"}
+        read = sum(leaf.nbytes for name, leaf in weights.items() if name not in tables)
+        seen = sum(context if window is None else min(window, context) for window in config.windows)
+        each = 2 * config.n_kv_heads * config.head_dim * weights["norm.scale"].dtype.itemsize
+        return read + batch * seen * each
 
 
 def tail(config: MistralConfig, context: int) -> int:
-    """Tokens of a context that are read before its end, for a model to be as if all had been.
+    """Last tokens of a prompt that fill the KV caches as all of it would: a window and a chunk.
 
     With windows in all layers, a cache that has wrapped is full, whatever it wrapped over: the
     last window and a chunk, at the positions where they belong, leave caches of the same size
@@ -159,12 +149,43 @@ def tail(config: MistralConfig, context: int) -> int:
 CHUNK = 256  # the most that anybody here reads at once
 
 
-def check_numbers(flags: dict[str, Sequence[float]]) -> None:
-    """Nothing, if all numbers of all flags are at least 1.
+@dataclasses.dataclass(frozen=True)
+class Generation(Work):
+    """Options that the benchmarks of decoding and of prefill have in common."""
 
-    Raises:
-        BadInput: one is not, or a flag has none.
-    """
-    for name, numbers in flags.items():
-        if not numbers or min(numbers) < 1:
-            raise BadInput(f"--{name} must be at least 1, not {', '.join(map(str, numbers))}")
+    preset: str = "bench-284m"
+    """Model to run: a name such as bench-284m or lechat-15m."""
+    batch: tuple[int, ...] = (1,)
+    """Prompts at once; several sizes are measured one after the other."""
+    dtype: tuple[DtypeName, ...] = ("float32",)
+    """Types of the weights. int8 and int4 are lechat's alone."""
+    impl: tuple[Impl, ...] = IMPLS
+    """Implementations to measure."""
+    repetitions: int = 5
+    """Times that each is measured; the median counts."""
+    memory: bool = False
+    """Measure also the peak memory of each, in a process of its own that loads the weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.contestants:
+            raise BadInput(
+                "int8 and int4 are lechat's alone: name it in --impl, or another --dtype"
+            )
+
+    @property
+    def contestants(self) -> list[Contestant]:
+        """Who takes part; see `contestants`."""
+        return contestants(self.impl, self.dtype)
+
+    def start(self) -> tuple[Models, Report]:
+        """The models, of which none is made yet, and a report without rows.
+
+        Raises:
+            BadInput: there is no such preset, or a package is missing.
+        """
+        models = Models(preset(self.preset))
+        packages = {"lechat_torch": ["torch"], "transformers": ["torch", "transformers"]}
+        needed = [name for impl in self.impl for name in packages.get(impl, [])]
+        need(*needed, instead="--impl lechat_jax")
+        return models, self.report()

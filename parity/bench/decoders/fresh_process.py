@@ -1,11 +1,12 @@
-"""What only a process of its own can tell: its memory, and how long it takes to begin.
+"""Peak memory and time to first token, which only a process of its own can tell.
 
 Each is given a folder of weights, as a user would have it.
 """
 
 import contextlib
+import dataclasses
+import functools
 import io
-import json
 import os
 import re
 import statistics
@@ -13,14 +14,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import jax
+import jax.numpy as jnp
 
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.errors import BadInput
-from parity.bench.decoders.contestants import SEED, Contestant, Models, tail
-from parity.bench.decoders.lechat import QUANTIZED, DtypeName, Impl, random_prompts
+from parity.bench import isolated
+from parity.bench.decoders.contestants import (
+    SEED,
+    Contestant,
+    Models,
+    contestant_of,
+    torch_decoders,
+)
+from parity.bench.decoders.lechat import (
+    QUANTIZED,
+    Decoder,
+    DtypeName,
+    Impl,
+    Lechat,
+    Prompts,
+    random_prompts,
+)
 from parity.convert import command as convert
 from parity.convert.names import Format
+from parity.measure import PeakMemory
+from parity.report import Row
 
 FORMATS: dict[Impl, Format] = {
     "lechat_jax": "lechat",
@@ -55,35 +77,50 @@ class Folders:
         return sum(leaf.nbytes for leaf in self.models.weights(dtype).values())
 
 
+def with_memory(folders: Folders, row: Row, tokens: int, skip: int = 0) -> Row:
+    """The row with the peak memory of an isolated process, and its ratio to the weights' bytes."""
+    who = contestant_of(row)
+    peak = peak_bytes(folders, who, row.batch, row.context, tokens, skip)
+    own = folders.weight_bytes(who.dtype)
+    details = {"weight_bytes": own, "peak_over_weights": peak / own if peak else None}
+    return dataclasses.replace(row, peak_bytes=peak, details=row.details | details)
+
+
 def peak_bytes(
-    folders: Folders, who: Contestant, batch: int, context: int, tokens: int, whole: bool = False
+    folders: Folders, who: Contestant, batch: int, context: int, tokens: int, skip: int = 0
 ) -> int | None:
-    """Most memory of a process that loads the weights, reads prompts and decodes.
+    """Most memory of an isolated process that loads the weights, reads prompts and decodes.
 
     Above what it takes once its framework is imported and has computed something; on a GPU
-    the device's. What of a file is mapped counts while it is. With `whole`, all of the context
-    is read, and else its tail.
+    the device's. What of a file is mapped counts while it is. The first `skip` tokens of a
+    prompt are not read; see `Decoder.start`.
+
+    Raises:
+        BadInput: the process failed.
     """
-    config = folders.models.config
-    job = {
-        "impl": who.impl,
-        "folder": str(folders.of(who)),
-        "dtype": folders.models.wide if who.dtype in QUANTIZED else who.dtype,
-        "prompts": random_prompts(config, batch, context, SEED),
-        "skip": 0 if whole else context - tail(config, context),
-        "tokens": tokens,
-    }
-    made = subprocess.run(
-        [sys.executable, "-m", "parity.bench.decoders.worker"],
-        input=json.dumps(job),
-        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-    )
-    if made.returncode:
-        raise BadInput(f"{who.impl} in {who.dtype} did not run: {_last(made.stderr)}")
-    return json.loads(made.stdout.splitlines()[-1])["peak_bytes"]
+    prompts = random_prompts(folders.models.config, batch, context, SEED)
+    wide = folders.models.wide if who.dtype in QUANTIZED else who.dtype
+    failure = f"{who.impl} in {who.dtype} did not run"
+    (peak,) = isolated.run(failure, decoded, who.impl, folders.of(who), wide, prompts, skip, tokens)
+    return peak
+
+
+def decoded(
+    impl: Impl, folder: Path, dtype: str, prompts: Prompts, skip: int, tokens: int
+) -> Iterator[int | None]:
+    """The job of that process, which yields its peak memory in bytes."""
+    load: Callable[[], Decoder]
+    if impl == "lechat_jax":
+        jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))
+        load = functools.partial(Lechat.load, folder, dtype, len(prompts))
+    else:
+        torch_decoders().start()
+        load = functools.partial(torch_decoders().DECODERS[impl].load, folder, dtype)
+    with PeakMemory() as memory:
+        decoder = load()
+        decoder.start(prompts, tokens, skip)
+        decoder.advance(tokens)
+    yield decoder.device_bytes() or memory.bytes
 
 
 def first_tokens(folders: Folders, dtype: DtypeName, context: int) -> dict[str, float | None]:
@@ -134,10 +171,7 @@ def _first_token(
                 total = time.perf_counter() - began
         told = process.stderr.read()
     if process.returncode or not total:
-        raise BadInput(f"lechat_jax.generate gave no token: {_last(told)}")
+        why = isolated.reason(process.returncode, told)
+        raise BadInput(f"lechat_jax.generate gave no token: {why}")
     after = re.search(r"the first after ([\d.]+) s", told)
     return total, float(after[1]) if after else None
-
-
-def _last(told: str) -> str:
-    return (told.strip().splitlines() or ["it said nothing"])[-1]

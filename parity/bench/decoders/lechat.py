@@ -1,4 +1,4 @@
-"""Whoever continues prompts, behind the interface that a benchmark drives each by: lechat here.
+"""Greedy decoding by lechat, behind the interface that a benchmark drives every contestant by.
 
 All are given the same weights, which are random: how fast they are streamed does not depend
 on what they say.
@@ -7,6 +7,7 @@ on what they say.
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal, Protocol
 
 import jax
@@ -22,6 +23,7 @@ from lechat_jax.devices.host_memory import host_empty
 from lechat_jax.generate.continuation import Continuation, Sample
 from lechat_jax.generate.decode import MOST
 from lechat_jax.generate.engine import rounds
+from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.loaded_model import MOST_DRAFT, LoadedModel
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import Weights, bind
@@ -38,7 +40,7 @@ Prompts = Sequence[Sequence[int]]
 
 
 class Decoder(Protocol):
-    """A model that continues prompts greedily and without end, whoever's code it is.
+    """A model that decodes greedily and without end, behind one interface for all implementations.
 
     Attributes:
         note: what a reader of its figures should know, or nothing.
@@ -63,7 +65,7 @@ class Decoder(Protocol):
         ...
 
     def advance(self, n: int) -> int:
-        """Tokens that each row went forward, at least `n`; waits."""
+        """Decodes at least `n` tokens a row, and gives how many; waits for the device."""
         ...
 
     def device_bytes(self) -> int | None:
@@ -72,9 +74,9 @@ class Decoder(Protocol):
 
 
 class Lechat:
-    """lechat as everyone drives it, in the rounds of `Generator.stream`.
+    """lechat as `lechat_jax.generate` drives it, in the rounds of `Generator.stream`.
 
-    With a `draft` it guesses so many tokens ahead from the text itself.
+    With a `draft`, prompt lookup decoding proposes so many tokens a step.
     """
 
     def __init__(self, config: MistralConfig, weights: Weights, draft: int = 0) -> None:
@@ -82,6 +84,12 @@ class Lechat:
         self.ids: list[list[int]] = []
         self._model, self._draft = bind(config, weights), draft
         self._rounds: Iterator[list[Sample]] = iter(())
+
+    @classmethod
+    def load(cls, folder: Path, dtype: str, batch: int) -> "Lechat":
+        """The model of a folder of weights, for so many rows."""
+        loaded = Generator.from_checkpoint(folder, dtype=dtype, batch=batch)
+        return cls(loaded.config, loaded.weights)
 
     def start(self, prompts: Prompts, room: int, skip: int = 0) -> None:
         """See `Decoder.start`."""
@@ -111,7 +119,7 @@ class Lechat:
 
 
 def random_weights(config: MistralConfig, dtype: DTypeLike, seed: int) -> Weights:
-    """Weights of a model by name, made where they are to be used, one tensor at a time.
+    """Random weights by name, drawn on the device that computes, one tensor at a time.
 
     Normal, with a deviation that keeps the size of what passes through; the norms' are one.
     They are drawn in float32, so in another type they are the same numbers, rounded. On a CPU
@@ -134,7 +142,7 @@ def random_weights(config: MistralConfig, dtype: DTypeLike, seed: int) -> Weight
 
 
 def repeating(weights: Weights, phrase: Sequence[int]) -> Weights:
-    """Weights that cost the same and continue a phrase, of ids that differ, round and round.
+    """Weights of the same cost with which a model repeats a phrase, of ids that differ, for ever.
 
     The embedding of each id of the phrase points to the head's row of the next one, ten times as
     long as usual, so what the layers add does not change the choice.
@@ -158,19 +166,6 @@ def _normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike, std: float) ->
 
 
 def random_prompts(config: MistralConfig, batch: int, context: int, seed: int) -> list[list[int]]:
-    """Prompts of so many tokens, no two alike."""
+    """Random prompts of `context` tokens each, as ids."""
     ids = jax.random.randint(jax.random.key(seed + 1), (batch, context), 0, config.vocab_size)
     return ids.tolist()
-
-
-def bytes_a_step(config: MistralConfig, weights: Weights, batch: int, context: int) -> int:
-    """What a step must read of the memory, however it is made: a token of each row.
-
-    All weights but the embedding table, of which a step reads a row each (unless it is the
-    head too), and the keys and values that the queries see.
-    """
-    tables = {} if config.tied_embeddings else {"embed.kernel", f"embed.kernel{SCALE}"}
-    read = sum(leaf.nbytes for name, leaf in weights.items() if name not in tables)
-    seen = sum(context if window is None else min(window, context) for window in config.windows)
-    each = 2 * config.n_kv_heads * config.head_dim * weights["norm.scale"].dtype.itemsize
-    return read + batch * seen * each

@@ -1,19 +1,15 @@
-"""Whoever continues prompts in PyTorch: lechat_torch and Hugging Face's transformers.
-
-Imported only when they are measured.
-"""
+"""Greedy decoding in PyTorch: lechat_torch and transformers' Mistral. Imported only for a peer."""
 
 import contextlib
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import transformers
-from jax import Array
 from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
@@ -26,10 +22,10 @@ from lechat_torch.cache import empty_cache
 from lechat_torch.generate import left_padded
 from lechat_torch.model import Mistral
 from parity.bench.decoders.lechat import Prompts
-from parity.convert import names
-from parity.convert.layouts import taken_apart
-from parity.peers.fused_experts import fuse
-from parity.peers.transformers import AttentionName, build, device
+from parity.bench.work import first_line
+from parity.peers import lechat_torch
+from parity.peers.pytorch import Weights, device, load_state
+from parity.peers.transformers import AttentionName, build
 
 PIECE = 4096  # tokens of a prompt that transformers reads in one forward pass
 TRIAL = 8  # tokens by which the modes of transformers are compared, in each of its trials
@@ -37,37 +33,21 @@ TRIALS = 3
 READ_TRIAL = 1024  # tokens by which its two attentions are compared
 
 
-def shared_state(
-    config: MistralConfig, weights: Mapping[str, Array], layout: names.Format
-) -> dict[str, Tensor]:
-    """A state dict of that layout around JAX's own memory: nothing is copied."""
-    shapes = names.shapes(config, layout)
-    shared = {name: torch.from_dlpack(leaf) for name, leaf in weights.items()}
-    parts = taken_apart(config, shared)
-    state = {
-        name: parts[ours].reshape(shapes[ours])
-        for ours, name in names.names(config, layout).items()
-    }
-    if head := names.tied_head(config, layout):
-        state[head] = state[names.names(config, layout)["embed.kernel"]]
-    return state
-
-
 def start() -> None:
-    """Has PyTorch begin: its device, and the first product."""
+    """Initialises PyTorch: its threads, its device and the first matmul."""
     x = torch.ones(8, device=device())
     (x @ x).item()
 
 
 def forget_peak() -> None:
-    """Frees what is not used on a GPU; its peak memory counts from here on."""
+    """Empties the GPU's allocator cache and restarts its peak memory statistics."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 class _Steps:
-    """Tokens produced, kept on the device until someone looks: a look waits for the device."""
+    """Decode loop of a PyTorch model; tokens stay on the device, since a look waits for it."""
 
     def __init__(self) -> None:
         self.note = ""
@@ -101,18 +81,12 @@ class LechatTorch(_Steps):
         super().__init__()
         self.model, self.device = model, model.embed.weight.device
         self._cache: Rings = ()
+        forget_peak()
 
     @classmethod
-    def around(cls, config: MistralConfig, state: Mapping[str, Tensor]) -> "LechatTorch":
-        """A decoder that computes with these very tensors, by lechat_torch's names."""
-        device()  # all cores
-        with torch.device("meta"):  # its weights come from outside, so none are drawn
-            model = Mistral(config)
-        model.load_state_dict(state, assign=True)
-        if config.tied_embeddings:
-            model.head.weight = model.embed.weight
-        forget_peak()
-        return cls(model)
+    def around(cls, config: MistralConfig, weights: Weights) -> "LechatTorch":
+        """A decoder that computes with these very arrays, by lechat's names."""
+        return cls(lechat_torch.build(config, weights, share=True))
 
     @classmethod
     def load(cls, folder: Path, dtype: str) -> "LechatTorch":
@@ -120,7 +94,10 @@ class LechatTorch(_Steps):
         config = read_config(folder)
         state = torch.load(folder / "model.pt", weights_only=True, map_location=device())
         wanted = getattr(torch, dtype)
-        return cls.around(config, {name: tensor.to(wanted) for name, tensor in state.items()})
+        model = lechat_torch.empty(config)
+        state = {name: tensor.to(wanted) for name, tensor in state.items()}
+        load_state(model, config, "torch", state)
+        return cls(model)
 
     @torch.inference_mode()
     def start(self, prompts: Prompts, room: int, skip: int = 0) -> None:
@@ -144,7 +121,7 @@ class LechatTorch(_Steps):
 
 
 class Mode(NamedTuple):
-    """A way to run transformers' Mistral."""
+    """A way for transformers to decode: KV cache, attention, torch.compile or not."""
 
     cache: Literal["dynamic", "static"]
     attention: AttentionName
@@ -176,18 +153,14 @@ class Transformers(_Steps):
         self._mask: Tensor | None = None
 
     @classmethod
-    def around(cls, config: MistralConfig, state: Mapping[str, Tensor]) -> "Transformers":
-        """A decoder that computes with these very tensors, by transformers' names.
+    def around(cls, config: MistralConfig, weights: Weights) -> "Transformers":
+        """A decoder that computes with these very arrays, by lechat's names.
 
         Raises:
-            BadInput: the layers have windows of their own, which that model has not.
+            BadInput: transformers has no such model.
         """
-        with _default_dtype(state["model.norm.weight"].dtype):
-            model = build(config, None)
-        # Those that it drew are dropped; of experts these are copies.
-        model.load_state_dict(fuse(config, dict(state)), assign=True)
-        model.tie_weights()
-        forget_peak()
+        model = build(config, weights, share=True)
+        forget_peak()  # of the weights that it drew
         return cls(model)
 
     @classmethod
@@ -247,7 +220,7 @@ class Transformers(_Steps):
         return logits[:, -1:].argmax(-1)
 
     def _step_mask(self, token: Int[Tensor, "B 1"]) -> Tensor | None:
-        """For one token and a static cache; once the window is full it does not change."""
+        """Attention mask of one token over a static cache; the same once the window is full."""
         window = self.model.config.sliding_window
         is_full = window is not None and self._read >= window
         if self.mode.cache == "dynamic" or (is_full and self._mask is not None):
@@ -265,8 +238,11 @@ class Transformers(_Steps):
         return cast(Tensor, mask)
 
 
+DECODERS = {"lechat_torch": LechatTorch, "transformers": Transformers}
+
+
 def settle(model: Transformers, prompts: Prompts, may_compile: bool) -> dict[str, float]:
-    """Seconds a token of each mode that works; the fastest is chosen, and noted.
+    """Chooses transformers' fastest decoding mode, and notes it; gives the seconds a token of each.
 
     All modes without compilation are tried, and then the better attention compiled, with
     either cache. A mode that does not work here is noted with its reason.
@@ -289,7 +265,7 @@ def settle(model: Transformers, prompts: Prompts, may_compile: bool) -> dict[str
 
 @contextlib.contextmanager
 def reading(model: Transformers, prompts: Prompts) -> Iterator[None]:
-    """Within it, the model has the attention with which it reads such prompts faster."""
+    """Within it, transformers' prefill uses the attention that is faster for such prompts."""
     before = model.mode, model.note
     tried = [prompt[:READ_TRIAL] for prompt in prompts]
     found = {}
@@ -324,8 +300,8 @@ def _try(
         except Exception as error:  # a missing compiler, a bug in it: it fails in many ways
             if not mode.compiled:
                 raise
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            notes.append(f"torch.compile with a {mode.cache} cache does not work here: {reason[0]}")
+            what = f"torch.compile with a {mode.cache} cache"
+            notes.append(f"{what} does not work here: {first_line(error)}")
         else:
             found[mode] = statistics.median(times[1:])  # the first compiles
     return found
@@ -335,13 +311,3 @@ def _pieces(
     tokens: Int[Tensor, "B T"], positions: Int[Tensor, "#B T"], chunk: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(tokens.split(chunk, 1), positions.split(chunk, 1), strict=True)
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

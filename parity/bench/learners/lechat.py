@@ -1,4 +1,7 @@
-"""Two ways that lechat learns, behind the interface that a benchmark drives every peer by."""
+"""Training by lechat, behind the interface that a benchmark drives every peer by.
+
+By its own optimiser, or by the AdamW of its peers.
+"""
 
 import dataclasses
 import functools
@@ -28,8 +31,8 @@ class NotCompiled(Exception):
     """A learner's compiler does not work on this machine; the message is its reason."""
 
 
-class Lesson(NamedTuple):
-    """What every learner of a run has in common.
+class Setup(NamedTuple):
+    """Training setup that all learners of a run share: the model, the batches, the weights.
 
     Attributes:
         config: of the model.
@@ -60,13 +63,13 @@ class Lesson(NamedTuple):
 
 
 def initial_weights(config: MistralConfig, seed: int) -> dict[str, Float[np.ndarray, "..."]]:
-    """What lechat draws from that seed, as arrays that no step will overwrite."""
+    """Random weights that lechat draws from a seed, as arrays that no step will overwrite."""
     weights = weights_of(Mistral(config, rngs=nnx.Rngs(seed)))
     return {name: np.array(leaf) for name, leaf in weights.items()}
 
 
 class Learner(Protocol):
-    """A model in training, whoever's code it is.
+    """A model in training, behind one interface for all implementations.
 
     Attributes:
         step: steps taken.
@@ -95,25 +98,25 @@ class Learner(Protocol):
 
 
 class Lechat:
-    """lechat as its main job trains it: the same compiled steps, optimiser and rates.
+    """lechat as `lechat_jax.train` trains it: the same compiled steps, optimiser and rates.
 
     `backend` names the attention kernel, instead of the best for the device.
     """
 
-    def __init__(self, lesson: Lesson, backend: Backend | None = None) -> None:
-        self.lesson = lesson
-        self.options = StepOptions(dtype=lesson.dtype, backend=backend)
-        weights = {name: jnp.array(leaf) for name, leaf in lesson.weights.items()}
+    def __init__(self, setup: Setup, backend: Backend | None = None) -> None:
+        self.setup = setup
+        self.options = StepOptions(dtype=setup.dtype, backend=backend)
+        weights = {name: jnp.array(leaf) for name, leaf in setup.weights.items()}
         self.state = state_of(weights, self.options)
         self.step = 0
         self.note = "its own optimiser, as in the main job" + _attention(backend)
 
     def advance(self, n: int, total: int) -> list[float]:
         """See `Learner.advance`."""
-        lesson = self.lesson
-        rows = lesson.batches.rows(lesson.stream, self.step, lesson.steps_per_call)
+        setup = self.setup
+        rows = setup.batches.rows(setup.stream, self.step, setup.steps_per_call)
         self.state, losses = train_steps(
-            lesson.config,
+            setup.config,
             self.options,
             self.state,
             {},
@@ -133,7 +136,7 @@ class Lechat:
         """See `Learner.nats`."""
         inputs, targets = inputs.astype(np.int32), targets.astype(np.int32)
         weights = self.current_weights()
-        return float(score(self.lesson.config, self.options, weights, inputs, targets, counted))
+        return float(score(self.setup.config, self.options, weights, inputs, targets, counted))
 
     def current_weights(self) -> Weights:
         """The weights after the steps so far."""
@@ -172,8 +175,8 @@ class AdamW:
 class LechatAdamW(Lechat):
     """lechat's model under the optimiser of its peers, so that only the model can differ."""
 
-    def __init__(self, lesson: Lesson, adamw: AdamW, backend: Backend | None = None) -> None:
-        super().__init__(lesson, backend)
+    def __init__(self, setup: Setup, adamw: AdamW, backend: Backend | None = None) -> None:
+        super().__init__(setup, backend)
         self.adamw = adamw
         self.note = f"AdamW at {adamw.rate:g}" + _attention(backend)
         self.weights: Weights = self.state.weights
@@ -181,11 +184,11 @@ class LechatAdamW(Lechat):
 
     def advance(self, n: int, total: int) -> list[float]:
         """See `Learner.advance`."""
-        lesson = self.lesson
-        rows = lesson.batches.rows(lesson.stream, self.step, lesson.steps_per_call).tokens
+        setup = self.setup
+        rows = setup.batches.rows(setup.stream, self.step, setup.steps_per_call).tokens
         run = jnp.array([self.step, n, total], jnp.int32)
         self.weights, self.moments, losses = _adamw_steps(
-            lesson.config, self.options, self.adamw, self.weights, self.moments, rows, run
+            setup.config, self.options, self.adamw, self.weights, self.moments, rows, run
         )
         self.step += n
         return np.asarray(losses)[:n].tolist()
@@ -220,7 +223,7 @@ def _adamw_steps(
     rows: Int[Array, "calls B row"],
     run: Int[Array, " 3"],
 ) -> tuple[Weights, optax.OptState, Float[Array, " calls"]]:
-    """Weights and moments after some steps, and the loss before each.
+    """Training steps by AdamW: weights and moments after them, and the loss before each.
 
     `run` is the number of the first step, how many to take, and how many the run has.
     """

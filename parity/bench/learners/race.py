@@ -1,35 +1,31 @@
-"""Learners side by side: each on a clock of its own that runs only while it learns."""
+"""Validation curves over training time, learners in turn, each with a clock of its own."""
 
 import dataclasses
-import io
 import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Integer
 
 from lechat_jax.data.batches import Tokens
-from lechat_jax.data.held_out import BLOCK, interim_rows, score_blocks
+from lechat_jax.data.held_out import HeldOut, interim_rows
 from lechat_jax.errors import BadInput
 from lechat_jax.eval.score import Score
-from lechat_jax.files.atomic import write_whole
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.flops import flops_per_token
-from parity.bench.learners.lechat import FOREVER, Learner, Lesson
+from parity.bench.learners.lechat import FOREVER, Learner, Setup
 from parity.measure import PeakMemory, wait_until_idle
-from parity.report import TableText
+from parity.report import Row, TableText
 
-PEER = "parity.bench.learners.transformers"  # imported only when it is measured
+PEER = "parity.bench.learners.torch"  # imported only when it is measured
 
 RECENT = 8  # calls whose median tells how long the next ones will take
 
 
 class Point(NamedTuple):
-    """One point of a validation curve: after how much of its own time a learner scored what."""
+    """A point of a validation curve: training time in seconds, tokens learned, bits per byte."""
 
     impl: str
     seconds: float
@@ -44,7 +40,7 @@ class Runner:
     Attributes:
         impl: whose code it is.
         make: builds the learner, which the clock counts too.
-        lesson: what it learns.
+        setup: what it learns.
         seconds: spent learning, with building and compiling.
         times: seconds a step in each call but the first, which compiles.
         losses: of the steps so far, in nats a token.
@@ -54,7 +50,7 @@ class Runner:
 
     impl: str
     make: Callable[[], Learner]
-    lesson: Lesson
+    setup: Setup
     seconds: float = 0.0
     times: list[float] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
@@ -62,7 +58,7 @@ class Runner:
     learner: Learner | None = None
 
     def call(self, n: int, total: int) -> float:
-        """Seconds that the next `n` steps took, of a run of `total`.
+        """Takes the next `n` steps of a run of `total`, and gives the seconds that they took.
 
         Raises:
             BadInput: the loss is not finite any more.
@@ -96,7 +92,7 @@ class Runner:
         however the machine drifts.
         """
         while self.seconds < until:
-            n, total = self.lesson.steps_per_call, FOREVER
+            n, total = self.setup.steps_per_call, FOREVER
             if self.times:
                 per_step = statistics.median(self.times[-RECENT:])
                 left = max(1, round((limit - self.seconds) / per_step))
@@ -105,44 +101,51 @@ class Runner:
 
     @property
     def tokens(self) -> int:
-        """Learned from so far."""
-        return len(self.losses) * self.lesson.tokens_per_step
+        """Tokens learned from so far."""
+        return len(self.losses) * self.setup.tokens_per_step
 
     @property
     def tokens_per_s(self) -> float:
-        """The median over its calls, without the first, which compiles."""
-        return self.lesson.tokens_per_step / statistics.median(self.times)
+        """Tokens a second, the median over its calls without the first, which compiles."""
+        return self.setup.tokens_per_step / statistics.median(self.times)
+
+    def row(self, work: str, peak: float | None, **details: Any) -> Row:
+        """The row of a report with its speed, memory and losses; see `mfu` for the `peak`."""
+        return Row(
+            work=work,
+            impl=self.impl,
+            dtype=self.setup.dtype,
+            batch=self.setup.batches.batch,
+            context=self.setup.batches.block,
+            tokens_per_s=self.tokens_per_s if self.times else None,
+            peak_bytes=self.peak_bytes,
+            losses=self.losses,
+            note=self.learner.note if self.learner else "",
+            details={"mfu": self.mfu(peak), **details},
+        )
 
     def mfu(self, peak: float | None) -> float | None:
-        """The part of a device's `peak` FLOP/s that its model needs at this speed, if known."""
+        """Model FLOPs utilisation (MFU), the share of a device's `peak` FLOP/s, if it is known."""
         if not self.times or not peak:
             return None
-        config, block = self.lesson.config, self.lesson.batches.block
+        config, block = self.setup.config, self.setup.batches.block
         return self.tokens_per_s * flops_per_token(config, block) / peak
 
 
-class HeldOut(NamedTuple):
-    """Validation rows and the UTF-8 bytes that their targets stand for."""
+def held_out_rows(tokens: Tokens, tokenizer: Tokenizer, rows: int) -> HeldOut:
+    """The held-out text, with a subset of at most so many rows: evenly spread, always the same."""
+    held_out = HeldOut.of_text(tokens, tokenizer)
+    return held_out._replace(subset=interim_rows(len(held_out.rows.tokens), rows))
 
-    inputs: Integer[np.ndarray, "B T"]
-    targets: Integer[np.ndarray, "B T"]
-    counted: Bool[np.ndarray, "B T"]
-    n_bytes: int
 
-    @classmethod
-    def of(cls, tokens: Tokens, tokenizer: Tokenizer, rows: int) -> "HeldOut":
-        """At most so many rows of the held-out text, evenly spread, always the same ones."""
-        inputs, targets, counted = score_blocks(tokens.val, BLOCK, tokenizer.bos_id)
-        chosen = interim_rows(len(inputs), rows)
-        texts = [tokenizer.decode(row) for row in targets[chosen].tolist()]
-        n_bytes = sum(len(text.encode()) for text in texts)
-        return cls(inputs[chosen], targets[chosen], counted[chosen], n_bytes)
-
-    def bits_per_byte(self, learner: Learner) -> float:
-        """Of these rows, one at a time: a row has enough tokens to keep a CPU busy."""
-        rows = zip(self.inputs, self.targets, self.counted, strict=True)
-        nats = sum(learner.nats(x[None], y[None], c[None]) for x, y, c in rows)
-        return Score(nats, int(self.counted.sum()), self.n_bytes).bits_per_byte
+def bits_per_byte(learner: Learner, held_out: HeldOut) -> float:
+    """Validation score on the subset, a row at a time: one has tokens enough to keep a CPU busy."""
+    chosen = held_out.subset
+    tokens = np.asarray(held_out.rows.tokens)[chosen]
+    counted = np.asarray(held_out.rows.counted)[chosen, 1:]
+    pairs = zip(tokens, counted, strict=True)
+    nats = sum(learner.nats(row[None, :-1], row[None, 1:], which[None]) for row, which in pairs)
+    return Score(nats, int(counted.sum()), held_out.bytes_of(chosen)).bits_per_byte
 
 
 def race(
@@ -166,7 +169,7 @@ def race(
     def score_if_due(runner: Runner) -> None:
         if runner.seconds < marks[runner.impl] or runner.learner is None:
             return
-        bpb = held_out.bits_per_byte(runner.learner)
+        bpb = bits_per_byte(runner.learner, held_out)
         points.append(Point(runner.impl, runner.seconds, runner.tokens, bpb))
         on_point(points[-1])
         marks[runner.impl] = min(seconds, (runner.seconds // eval_seconds + 1) * eval_seconds)
@@ -182,7 +185,7 @@ def race(
 
 
 def side_by_side_table(points: list[Point], eval_seconds: float) -> TableText:
-    """The curves in columns: bits per byte when each one's own clock showed the seconds.
+    """Table of the validation curves: bits per byte by seconds of each one's own training.
 
     >>> curve = [Point("A", 5.1, 10, 3.0), Point("B", 5.2, 9, 3.1), Point("A", 6.0, 12, 2.9)]
     >>> list(side_by_side_table(curve, eval_seconds=5.0).lines)
@@ -199,29 +202,3 @@ def side_by_side_table(points: list[Point], eval_seconds: float) -> TableText:
         bpb = [f"{scored[seconds][impl]:.4f}" if impl in scored[seconds] else "" for impl in last]
         lines.append(["end" if math.isinf(seconds) else f"{seconds:g}", *bpb])
     return TableText(["seconds", *last], lines)
-
-
-def draw(points: list[Point], machine: str, path: Path) -> None:
-    """The curves as a PNG file: bits per byte over each one's own seconds.
-
-    Raises:
-        BadInput: it cannot be written there.
-    """
-    from matplotlib.figure import Figure  # half a second, and only needed here
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="seconds of its own training, compiling included",
-        ylabel="validation (bits per byte)",
-    )
-    for impl in dict.fromkeys(point.impl for point in points):
-        own = [point for point in points if point.impl == impl]
-        label = f"{impl}: {own[-1].bpb:.3f} after {own[-1].tokens:,} tokens"
-        axes.plot([p.seconds for p in own], [p.bpb for p in own], "o-", markersize=3, label=label)
-    axes.set_title(machine, fontsize=8)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    write_whole(path, content.getvalue())

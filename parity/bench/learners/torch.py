@@ -1,6 +1,9 @@
-"""A model of PyTorch's in training: one interface for whoever's code it is."""
+"""Training in PyTorch: lechat_torch and transformers' Mistral. Imported only for a peer."""
 
-from abc import abstractmethod
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -8,34 +11,39 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import nn
 
-from parity.bench.learners.lechat import AdamW, Lesson, NotCompiled
+from parity.bench.learners.lechat import FOREVER, AdamW, NotCompiled, Setup
+from parity.bench.work import first_line
+from parity.measure import in_turn
+from parity.peers import lechat_torch as lechat_torch_peer
+from parity.peers import transformers as transformers_peer
+from parity.peers.pytorch import device
+from parity.peers.transformers import AttentionName
+
+ExpertsName = Literal["eager", "grouped_mm"]
+Logits = Callable[[Int[torch.Tensor, "B T"]], Float[torch.Tensor, "B T V"]]
+
+PROBES = 3  # timed steps of each attention before one is chosen
 
 
 class TorchLearner:
-    """A model under PyTorch's own fused AdamW, eager or compiled; see `Learner`.
+    """A PyTorch model in training, under PyTorch's own fused AdamW; see `Learner`.
 
     In bfloat16 it computes as most do, by autocast: the weights stay float32 and are rounded
     for each product, and norms and softmax are float32.
     """
 
     def __init__(
-        self,
-        lesson: Lesson,
-        adamw: AdamW,
-        model: nn.Module,
-        device: torch.device,
-        compiled: bool,
+        self, setup: Setup, adamw: AdamW, model: nn.Module, logits: Logits, compiled: bool = False
     ) -> None:
-        self.lesson, self.adamw = lesson, adamw
-        self.model, self.device = model, device
-        kinds = {True: adamw.decay, False: 0.0}
+        self.setup, self.adamw = setup, adamw
+        self.model, self.logits, self.device = model, logits, device()
         self.optimizer = torch.optim.AdamW(
             [
                 {
                     "params": [p for p in model.parameters() if (p.ndim > 1) == decays],
                     "weight_decay": decay,
                 }
-                for decays, decay in kinds.items()
+                for decays, decay in ((True, adamw.decay), (False, 0.0))
             ],
             lr=adamw.rate,
             betas=(adamw.beta1, adamw.beta2),
@@ -48,10 +56,6 @@ class TorchLearner:
         self.step = 0
         self.note = f"AdamW at {adamw.rate:g}"
 
-    @abstractmethod
-    def logits(self, ids: Int[torch.Tensor, "B T"]) -> Float[torch.Tensor, "B T V"]:
-        """Of the token that follows each position of whole sequences."""
-
     def advance(self, n: int, total: int) -> list[float]:
         """See `Learner.advance`.
 
@@ -59,7 +63,7 @@ class TorchLearner:
             NotCompiled: `torch.compile` does not work here.
         """
         losses = []
-        for batch in torch.from_numpy(self.lesson.rows(self.step, n)).to(self.device):
+        for batch in torch.from_numpy(self.setup.rows(self.step, n)).to(self.device):
             losses.append(self._backward(batch))
             for group in self.optimizer.param_groups:
                 group["lr"] = self.adamw.rate * float(self.adamw.share_of_rate(self.step, total))
@@ -88,7 +92,7 @@ class TorchLearner:
         return None if self.device.type == "cpu" else torch.cuda.max_memory_allocated(self.device)
 
     def _loss(self, rows: torch.Tensor) -> torch.Tensor:
-        half = self.lesson.dtype == "bfloat16"
+        half = self.setup.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             logits = self.logits(rows[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
@@ -101,6 +105,58 @@ class TorchLearner:
         except Exception as error:  # a missing compiler, a bug in it: it fails in many ways
             if not self.compiled or self.step:
                 raise
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise NotCompiled(reason[0]) from error
+            raise NotCompiled(first_line(error)) from error
         return loss.detach()
+
+
+def lechat_torch(setup: Setup, adamw: AdamW) -> TorchLearner:
+    """Lechat's PyTorch reference in training, eager."""
+    model = lechat_torch_peer.build(setup.config, setup.weights)
+    return TorchLearner(setup, adamw, model, model)
+
+
+def transformers(
+    setup: Setup,
+    adamw: AdamW,
+    attention: AttentionName,
+    compiled: bool = False,
+    experts: ExpertsName | None = None,
+) -> TorchLearner:
+    """Transformers' Mistral in training, eager or compiled.
+
+    `experts` names how those of a mixture are computed; `None` is transformers' own choice.
+    """
+    model: Any = transformers_peer.build(setup.config, setup.weights)
+    model.set_attn_implementation(attention)
+    if experts:
+        model.set_experts_implementation(experts)
+    learner = TorchLearner(setup, adamw, model, lambda x: model(input_ids=x).logits, compiled)
+    learner.note += f", {attention} attention"
+    return learner
+
+
+class Chosen(NamedTuple):
+    """An attention implementation of transformers, and why it."""
+
+    name: AttentionName
+    why: str
+
+
+def fastest_attention(setup: Setup) -> Chosen:
+    """The attention with which an eager forward and backward pass takes the least time."""
+    learner = transformers(setup, AdamW(rate=0.0), "eager")
+    model: Any = learner.model
+
+    def seconds(name: AttentionName) -> float:
+        model.set_attn_implementation(name)
+        began = time.perf_counter()
+        learner.advance(1, FOREVER)
+        return time.perf_counter() - began
+
+    names: tuple[AttentionName, ...] = ("eager", "sdpa")
+    for name in names:
+        seconds(name)
+    times = in_turn({name: lambda name=name: seconds(name) for name in names}, PROBES)
+    best, other = sorted(names, key=lambda name: statistics.median(times[name]))
+    ratio = statistics.median(times[other]) / statistics.median(times[best])
+    return Chosen(best, f"{best} attention takes a step {ratio:.2f} times as fast as {other} here")

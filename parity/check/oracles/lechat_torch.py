@@ -14,6 +14,7 @@ from lechat_torch.model import Mistral
 from parity.check.oracles.interface import Arrays, Dtype, Implementation, Text, pieces
 from parity.check.oracles.pytorch import Watched, to_numpy, torch_dtype
 from parity.convert import names
+from parity.peers import lechat_torch
 
 
 class TorchOracle(Watched[Mistral]):
@@ -26,17 +27,12 @@ class TorchOracle(Watched[Mistral]):
         self, config: MistralConfig, weights: Arrays, dtype: Dtype, share: bool = False
     ) -> None:
         super().__init__(config, dtype, share)
-        with torch.device("meta"):  # its weights come from outside, so none are drawn
-            self.model = Mistral(config)
+        self.model = lechat_torch.empty(config)
         self.load(weights)
 
     def logits(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
         """See `Watched.logits`."""
         return self.model(tokens, first_position)
-
-    def ends(self) -> tuple[nn.Embedding, nn.Linear]:
-        """See `Watched.ends`."""
-        return self.model.embed, self.model.head
 
     def stations(self) -> dict[str, nn.Module]:
         """See `Watched.stations`."""

@@ -14,11 +14,11 @@ from torch import nn
 from lechat_jax.config import MistralConfig
 from parity.check.oracles.interface import AdamW, Arrays, Dtype, Gradients, Stages, Trajectory
 from parity.convert import names
-from parity.convert.layouts import put_together, taken_apart
-from parity.peers import transformers
+from parity.convert.layouts import put_together
+from parity.peers.fused_experts import Tensors, split
+from parity.peers.pytorch import device, load_state, state_dict
 
 M = TypeVar("M", bound=nn.Module)
-Tensors = dict[str, torch.Tensor]
 Show = Callable[[torch.Tensor, torch.Tensor], None]
 
 
@@ -35,16 +35,12 @@ class Watched(abc.ABC, Generic[M]):
     def __init__(self, config: MistralConfig, dtype: Dtype, share: bool) -> None:
         self.config, self.share = config, share
         self.dtype: Dtype = dtype
-        self.device = transformers.device()
+        self.device = device()
         torch.set_float32_matmul_precision("highest")  # no TensorFloat-32 where rounding is judged
 
     @abc.abstractmethod
     def logits(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
         """Of whole sequences [B, T]: scores [B, T, V] in at least float32."""
-
-    @abc.abstractmethod
-    def ends(self) -> tuple[nn.Embedding, nn.Linear]:
-        """The embedding and the head."""
 
     @abc.abstractmethod
     def stations(self) -> dict[str, nn.Module]:
@@ -53,29 +49,12 @@ class Watched(abc.ABC, Generic[M]):
         And the block that reads `embed`.
         """
 
-    def to_model(self, state: Tensors) -> Tensors:
-        """A state dict as the model has it, of one with the names of files."""
-        return state
-
-    def from_model(self, state: Tensors) -> Tensors:
-        """The inverse."""
-        return state
-
     def load(self, weights: Arrays) -> None:
         """See `Oracle.load`."""
-        shapes = names.shapes(self.config, self.layout)
-        weights = taken_apart(self.config, weights)
-        state = {}
-        for ours, name in names.names(self.config, self.layout).items():
-            array = weights[ours] if self.share else np.array(weights[ours])
-            tensor = torch.from_numpy(array.reshape(shapes[ours]))
-            state[name] = tensor.to(self.device, torch_dtype(self.dtype))
-        if head := names.tied_head(self.config, self.layout):
-            state[head] = state[names.names(self.config, self.layout)["embed.kernel"]]
-        self.model.load_state_dict(self.to_model(state), assign=True)
-        if self.config.tied_embeddings:
-            embed, head_module = self.ends()
-            head_module.weight = embed.weight
+        state = state_dict(self.config, self.layout, weights, share=True)
+        kind, is_copy = torch_dtype(self.dtype), not self.share
+        state = {name: leaf.to(self.device, kind, copy=is_copy) for name, leaf in state.items()}
+        load_state(self.model, self.config, self.layout, state)
 
     def drop(self) -> None:
         """See `Oracle.drop`."""
@@ -104,7 +83,7 @@ class Watched(abc.ABC, Generic[M]):
         loss = self._loss(self._tensor(rows))
         loss.backward()
         grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        found = Gradients(loss.item(), self._by_lechat_name(grads))
+        found = Gradients(loss.item(), self.by_lechat_name(grads))
         self.model.zero_grad(set_to_none=True)
         return found
 
@@ -125,7 +104,7 @@ class Watched(abc.ABC, Generic[M]):
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        after = self._by_lechat_name(dict(self.model.named_parameters()))
+        after = self.by_lechat_name(dict(self.model.named_parameters()))
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(before[name])
@@ -145,8 +124,10 @@ class Watched(abc.ABC, Generic[M]):
     def _tensor(self, ids: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self.device)
 
-    def _by_lechat_name(self, tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        tensors = self.from_model(tensors)
+    def by_lechat_name(self, tensors: Tensors) -> dict[str, np.ndarray]:
+        """The model's tensors, weights or their gradients, named and shaped as in lechat."""
+        if self.layout == "hf":
+            tensors = split(self.config, tensors)
         table = names.rows(self.config)
         found = {
             part: to_numpy(tensors[name]).reshape(names.shape(self.config, "lechat", table[part]))
@@ -178,11 +159,7 @@ def _watching(shows: list[tuple[nn.Module, Show]]) -> Iterator[None]:
 
 def torch_dtype(name: Dtype) -> torch.dtype:
     """PyTorch's name for it."""
-    return {
-        "float64": torch.float64,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-    }[name]
+    return getattr(torch, name)
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

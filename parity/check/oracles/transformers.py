@@ -12,10 +12,9 @@ from torch import nn
 
 from lechat_jax.config import MistralConfig
 from parity.check.oracles.interface import Arrays, Dtype, Implementation, Text, pieces
-from parity.check.oracles.pytorch import Tensors, Watched, to_numpy, torch_dtype
+from parity.check.oracles.pytorch import Watched, to_numpy, torch_dtype
 from parity.convert import names
-from parity.peers import fused_experts
-from parity.peers import transformers as transformers_peer
+from parity.peers.transformers import drawn
 
 
 class TransformersOracle(Watched[Any]):
@@ -32,7 +31,7 @@ class TransformersOracle(Watched[Any]):
         self, config: MistralConfig, weights: Arrays, dtype: Dtype, share: bool = False
     ) -> None:
         super().__init__(config, dtype, share)
-        self.model = transformers_peer.build(config, None)
+        self.model = drawn(config)
         self.model.set_attn_implementation("eager")
         if config.n_experts:
             self.model.set_experts_implementation("eager")  # others have no float64
@@ -45,18 +44,6 @@ class TransformersOracle(Watched[Any]):
         positions = first_position + torch.arange(tokens.shape[1], device=self.device)[None]
         logits = self.model(input_ids=tokens, position_ids=positions).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def to_model(self, state: Tensors) -> Tensors:
-        """See `Watched.to_model`."""
-        return fused_experts.fuse(self.config, state)
-
-    def from_model(self, state: Tensors) -> Tensors:
-        """See `Watched.from_model`."""
-        return fused_experts.split(self.config, state)
-
-    def ends(self) -> tuple[nn.Embedding, nn.Linear]:
-        """See `Watched.ends`."""
-        return self.model.model.embed_tokens, self.model.lm_head
 
     def stations(self) -> dict[str, nn.Module]:
         """See `Watched.stations`."""

@@ -13,22 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import tyro
 from jaxtyping import Bool, Integer
 
 from lechat_jax.config import PRESETS, MistralConfig
 from lechat_jax.data.batches import Batches
+from lechat_jax.data.held_out import HeldOut
+from lechat_jax.data.rows import Rows
 from lechat_jax.errors import BadInput
 from lechat_jax.model.attention import dense_attention
 from lechat_jax.model.binding import bind
 from parity.bench.command import main
-from parity.bench.isolated import commands
-from parity.bench.learners import transformers
-from parity.bench.learners.lechat import AdamW, Lesson, initial_weights
-from parity.bench.learners.race import HeldOut, Point, Runner, race
+from parity.bench.learners import torch as torch_learners
+from parity.bench.learners.lechat import AdamW, Setup, initial_weights
+from parity.bench.learners.race import Point, Runner, race
 from parity.bench.train import Train
 from parity.measure import PeakMemory, machine_line, read_speed, wait_until_idle
-from parity.peers.transformers import build
+from parity.peers.transformers import build, drawn, sdpa
 
 ROW = "work impl dtype batch context tokens_per_s peak_bytes losses".split()
 
@@ -62,10 +62,10 @@ def bench(config: MistralConfig, tmp_path: Path) -> Bench:
     return run
 
 
-def lesson(config: MistralConfig) -> Lesson:
+def training_setup(config: MistralConfig) -> Setup:
     stream = np.random.default_rng(0).integers(config.vocab_size, size=400).astype(np.uint16)
     weights = initial_weights(config, seed=0)
-    return Lesson(config, Batches(len(stream), 16, 2, seed=0), stream, 0, weights, 2)
+    return Setup(config, Batches(len(stream), 16, 2, seed=0), stream, 0, weights, 2)
 
 
 def test_a_report_has_the_keys_that_scripts_read(bench: Bench) -> None:
@@ -131,9 +131,11 @@ def test_half_precision_is_that_of_both_sides(bench: Bench) -> None:
         assert 0 < abs(one["losses"][0] - other["losses"][0]) < 0.05
 
 
-def test_apart_is_the_same_command_for_each() -> None:
+def test_apart_is_the_same_measurement_of_each() -> None:
     asked = Train(block=(8, 16), batch=4, attention=("cudnn", "dense"), eager=False, apart=True)
-    found = [main_flags(Train, command[1:]) for command in commands(dataclasses.asdict(asked))]
+    names, found = zip(*asked.alone(), strict=True)
+    kinds = ["lechat_jax-cudnn", "lechat_jax-dense", "lechat_torch", "transformers-compiled"]
+    assert [*names] == [*kinds, *kinds]
     assert [(t.lechat, t.attention[0], t.torch, t.compile) for t in found[:4]] == [
         (True, "cudnn", False, False),
         (True, "dense", False, False),
@@ -143,10 +145,6 @@ def test_apart_is_the_same_command_for_each() -> None:
     assert [(t.batch, t.block) for t in found] == [(4, (8,))] * 4 + [(2, (16,))] * 4
     alike = dataclasses.replace(asked, apart=False, attention=("cudnn",), block=(8,))
     assert found[0] == dataclasses.replace(alike, torch=False, compile=False)
-
-
-def main_flags(kind: type[Train], flags: list[str]) -> Train:
-    return tyro.cli(kind, args=flags)
 
 
 @pytest.mark.slow
@@ -176,11 +174,11 @@ def test_converted_weights_compute_the_same_logits(config: MistralConfig) -> Non
 def test_windows_of_several_sizes_are_refused(config: MistralConfig) -> None:
     ragged = dataclasses.replace(config, n_layers=3, sliding_window=(7, None, 9))
     with pytest.raises(BadInput, match="windows of 2 sizes"):
-        build(ragged, {})
+        drawn(ragged)
 
 
 def test_the_faster_attention_is_named_with_its_reason(config: MistralConfig) -> None:
-    chosen = transformers.fastest_attention(lesson(config))
+    chosen = torch_learners.fastest_attention(training_setup(config))
     assert chosen.name in ("eager", "sdpa")
     assert chosen.why.startswith(f"{chosen.name} attention takes")
 
@@ -218,7 +216,7 @@ def test_where_torch_cannot_compile_a_row_says_so(
 def test_an_error_in_the_eager_peer_is_not_taken_for_a_missing_compiler(
     config: MistralConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peer = transformers.Peer(lesson(config), AdamW(1e-3), "sdpa", compiled=False)
+    peer = torch_learners.transformers(training_setup(config), AdamW(1e-3), "sdpa")
     monkeypatch.setattr(peer, "loss", lambda rows: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         peer.advance(1, 10)
@@ -309,11 +307,11 @@ def test_in_a_race_each_clock_runs_alone_and_the_length_is_foreseen(
     monkeypatch.setattr("parity.bench.learners.race.time", clock)
     walkers = [Walker(1.0, clock), Walker(3.0, clock)]
     runners = [
-        Runner(impl, lambda walker=walker: walker, lesson(config))
+        Runner(impl, lambda walker=walker: walker, training_setup(config))
         for impl, walker in zip("AB", walkers, strict=True)
     ]
-    row = np.ones((1, 4), np.int64)
-    held_out = HeldOut(row, row, row > 0, n_bytes=16)
+    rows = Rows(np.ones((1, 5), np.int64), np.ones((1, 5), bool))
+    held_out = HeldOut(rows, 16, np.array([0]), bytes_of=lambda chosen: 16)
     told: list[Point] = []
     points, _ = race(
         runners, held_out, seconds=60, slice_seconds=8, eval_seconds=20, on_point=told.append
@@ -334,7 +332,7 @@ def test_a_loss_that_is_no_number_stops_the_race(config: MistralConfig) -> None:
         def advance(self, n: int, total: int) -> list[float]:
             return [float("nan")] * n
 
-    runner = Runner("A", lambda: Diverging(1.0, Clock()), lesson(config))
+    runner = Runner("A", lambda: Diverging(1.0, Clock()), training_setup(config))
     with pytest.raises(BadInput, match="loss of A is not finite after step 2"):
         runner.call(2, 10)
 
@@ -367,7 +365,7 @@ def test_attention_is_timed_at_every_length(bench: Bench) -> None:
 def test_the_timed_peer_attention_is_the_same_attention(window: int) -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, 19, n, 8), np.float32) for n in (6, 2, 2))
-    out = transformers.sdpa(q, k, v, window, is_both=False)()
+    out = sdpa(q, k, v, window, is_both=False)()
     ours = dense_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), window)
     assert isinstance(out, torch.Tensor)
     np.testing.assert_allclose(out.numpy(), ours, atol=1e-6)
@@ -384,6 +382,7 @@ def test_the_timed_peer_attention_is_the_same_attention(window: int) -> None:
         ("train --block 64 128 --minutes 1", "--minutes takes one --block"),
         ("train --apart --minutes 1", "leave out --apart"),
         ("train --no-lechat --same-optimizer", "leave out --no-lechat"),
+        ("train --no-lechat --no-torch --no-eager --no-compile", "nothing is measured"),
         ("train --plot x.png", "--plot draws the curves of --minutes"),
         ("train --same-optimizer --minutes 1", "leave out --minutes"),
         ("train --preset lechat-15b", "unknown preset 'lechat-15b'"),

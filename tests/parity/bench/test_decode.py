@@ -3,8 +3,7 @@
 import dataclasses
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,9 +13,8 @@ import torch
 
 from lechat_jax.config import PRESETS, MistralConfig
 from lechat_jax.errors import BadInput
-from parity.bench import card
-from parity.bench.card import Card
-from parity.bench.card_worker import Part
+from parity.bench import isolated
+from parity.bench.card import Card, Turn
 from parity.bench.command import main
 from parity.bench.decode import agreement
 from parity.bench.decoders import fresh_process
@@ -31,7 +29,7 @@ Bench = Callable[..., dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parity.peers.transformers.cores", lambda: 1)
+    monkeypatch.setattr("parity.peers.pytorch.cores", lambda: 1)
 
 
 @pytest.fixture
@@ -220,7 +218,7 @@ def test_folders_of_all_formats_hold_the_same_model(
         assert agreement(there, here) == 9
 
 
-def test_a_fresh_process_tells_its_memory(config: MistralConfig, tmp_path: Path) -> None:
+def test_an_isolated_process_tells_its_memory(config: MistralConfig, tmp_path: Path) -> None:
     folders = Folders(tmp_path, Models(config))
     peak = peak_bytes(folders, Contestant("lechat_jax", "int8"), 1, 20, 2)
     assert peak is None or 1e6 < peak < 500e6
@@ -270,20 +268,27 @@ def test_a_card_is_measured_part_by_part(tmp_path: Path) -> None:
 def test_what_fails_on_a_card_is_a_row_and_not_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lines_of(job: dict[str, Any], until: float) -> Iterator[str]:
+    def run(failure: str, job: object, card: Card, turn: Turn, *_: object, until: float) -> Any:
         """One that lacks memory for a part, one that dies, one that is stopped, one well."""
-        parts = job["parts"]
-        good = {"tokens_per_s": 7.0, "note": "", "read_gb_s": 3.0}
-        if job["impl"] == "transformers":
-            yield json.dumps({"part": parts[0]} | good)
-            yield json.dumps({"error": "not measured: killed"})
-        elif job["dtype"] == "int8":
-            yield json.dumps({"part": parts[0], "note": "not measured: out of memory"})
-            yield json.dumps({"part": parts[1]} | good)
-        elif job["impl"] == "lechat_jax":
-            yield from (json.dumps({"part": part} | good) for part in parts)
 
-    monkeypatch.setattr(card, "lines_of", lines_of)
+        def rows(*notes: str) -> list[Row]:
+            return [
+                Row(*part[:1], *turn.who, *part[1:], None if note else 7.0, None, note=note)
+                for part, note in zip(turn.parts, notes, strict=False)
+            ]
+
+        match turn.who:
+            case ("transformers", _):
+                yield from rows("")
+                raise BadInput(f"{failure}: killed")
+            case ("lechat_jax", "int8"):
+                yield from rows("not measured: out of memory", "")
+            case ("lechat_torch", _):
+                raise BadInput(f"{failure}: there was no time left")
+            case _:
+                yield from rows("", "", "")
+
+    monkeypatch.setattr(isolated, "run", run)
     path = tmp_path / "card.json"
     flags = "--context 8 --prompt 9 --rows 2"
     assert main(["card", *flags.split(), "--json", str(path)]) == 0
@@ -299,20 +304,6 @@ def test_what_fails_on_a_card_is_a_row_and_not_the_end(
         *[("lechat_torch", "bfloat16", None, late)] * 3,
     ]
     assert len(report["not_measured"]) == 6
-    assert report["read_gb_s"] == 3.0
-
-
-def test_a_process_that_breaks_tells_its_reason() -> None:
-    job = {"impl": "nobody"}
-    lines = list(card.lines_of(job, until=time.time() + 60))
-    assert [*map(json.loads, lines)] == [{"error": "not measured: KeyError: 'dtype'"}]
-
-
-def test_a_process_is_stopped_when_there_is_no_time() -> None:
-    """It is given a second, in which nobody makes a model and measures."""
-    job = {"impl": "lechat_jax", "dtype": "bfloat16", "preset": "bench-284m", "read_gb": 0.1}
-    job |= {"tokens": 2, "until": time.time() + 60, "parts": [Part("decode", 1, 100)]}
-    assert list(card.lines_of(job, until=0.0)) == []
 
 
 def test_the_most_important_comes_first_on_a_card() -> None:
