@@ -57,7 +57,7 @@ SMALLER = {
     "lechat_jax.chat": ("--max-tokens", "--max-tokens 8"),
     "parity.quality": ("", "--tokens 64"),
     "parity.make_checkpoint": ("--preset", "--preset lechat-15m --layers 1"),
-    "parity.check --against": ("", "--dtypes float64"),
+    "parity.check --markdown": ("", "--dtypes float64"),
 }
 IN_PYTHON = {
     "TrainConfig(minutes=5)": 'TrainConfig(data="notes.txt", minutes=5)',
@@ -67,7 +67,7 @@ IN_PYTHON = {
 }
 # Of these the flags alone are read: they take minutes and have tests of their own.
 ONLY_READ = ("lechat_jax.train --mesh", "parity.convert DIR", "parity.bench")
-RUN_OF_CHECK = "parity.check --against"  # and all else that it can do is only read
+RUNS_OF_CHECK = ("parity.check --weights-only", "parity.check --markdown")  # the others are read
 ELSEWHERE = {"--worker", "--index-url"}  # flags of other programs
 
 
@@ -171,12 +171,8 @@ def run_words(words: list[str], said: str, reads_only: bool) -> None:
 def run_module(module: str, flags: list[str], said: str, reads_only: bool) -> None:
     """`python -m module flags` in this process, made smaller, with a text on stdin."""
     asked = [module, *flags]
-    is_check = module == "parity.check"
-    if (
-        reads_only
-        or first_row(ONLY_READ, asked)
-        or (is_check and not first_row([RUN_OF_CHECK], asked))
-    ):
+    is_long = module == "parity.check" and not first_row(RUNS_OF_CHECK, asked)
+    if reads_only or is_long or first_row(ONLY_READ, asked):
         return read_flags(module, flags)
     if row := first_row(SMALLER, asked):
         taken_out, put_in = SMALLER[row]
