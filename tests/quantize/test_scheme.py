@@ -24,7 +24,7 @@ from lechat_jax.quantize.scheme import INT8, check_format, dequantize, quantize_
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import set_up
 from lechat_jax.train.options import TrainConfig
-from parity.random_models import lively
+from tests.support.models import lively
 
 DTYPES = ["float32", "float64", "float16", ml_dtypes.bfloat16]
 

@@ -22,7 +22,7 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import samples
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.samples import Samples
-from parity.random_models import lively
+from tests.support.models import lively
 
 Sampled = Callable[..., str]
 
