@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.config.layout import is_norm, n_reads
-from lechat_jax.model.mistral import Mistral, bind, shapes_of, weights_of
+from lechat_jax.model.binding import bind, shapes_of, weights_of
+from lechat_jax.model.mistral import Mistral
 
 # Three layers in which no two dimensions agree, so none can be confused.
 TINY = MistralConfig(
