@@ -5,14 +5,17 @@ At the root and not in `tests`, because the doctests in the packages are tests a
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
+import psutil
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # programs that a test starts stay offline too
+if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker, which would wait for PyTorch's
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads as long as those wait for a core
 
 import jax  # after JAX_PLATFORMS is set, since JAX reads it when imported
 
@@ -29,27 +32,41 @@ OPTIMIZED = bool(os.environ.get("LECHAT_TEST_OPTIMIZED"))
 def compile_quickly() -> None:
     """Leaves out most of XLA's optimisations, which took two fifths of the time of all tests.
 
-    What is tested is the program that XLA is given. Programs that a test starts, and
-    `python -m parity.check`, are optimised as a user's are, and so is every test with
-    `LECHAT_TEST_OPTIMIZED=1 pytest`.
+    What is tested is the program that XLA is given, here and in the programs that a test starts.
+    `python -m parity.check` is optimised as a user's program is, and so is every test with
+    `LECHAT_TEST_OPTIMIZED=1 pytest`, which `.ci/run slow` does.
     """
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the programs that a test starts
     jax.config.update("jax_disable_most_optimizations", True)
     if jax.__version_info__ < (0, 11):  # XLA ends a process over a flag that it has no longer
-        with pytest.MonkeyPatch.context() as patch:
-            flags = os.environ.get("XLA_FLAGS", "")
-            patch.setenv("XLA_FLAGS", f"{flags} --xla_cpu_use_fusion_emitters=false")
-            jax.devices()  # now the flags are read, once
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 
 
 if os.environ["JAX_PLATFORMS"] == "cpu" and not OPTIMIZED:
     compile_quickly()
 
-# No deadline, because the first example compiles. In CI the same examples every time.
-hypothesis.settings.register_profile("lechat", deadline=None)
-hypothesis.settings.register_profile("lechat-ci", deadline=None, derandomize=True, print_blob=True)
+# No deadline, because the first example compiles; a shape of its own compiles each. In CI the same
+# examples every time.
+hypothesis.settings.register_profile("lechat", deadline=None, max_examples=100 if OPTIMIZED else 30)
+hypothesis.settings.register_profile(
+    "lechat-ci", hypothesis.settings.get_profile("lechat"), derandomize=True, print_blob=True
+)
 hypothesis.settings.load_profile("lechat-ci" if os.environ.get("CI") else "lechat")
 
 LOOPBACK = ("127.", "::1", "localhost")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker for each core, but no more than have two gigabytes each."""
+    return max(1, min(psutil.cpu_count() or 1, psutil.virtual_memory().available // 2_000_000_000))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgets_what_was_compiled() -> Iterator[None]:
+    """A file leaves no programs behind, so that a worker takes the memory of its largest file."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,11 +98,15 @@ def no_network(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny() -> MistralConfig:
     """A model of three layers in which no two dimensions agree, so none can be confused."""
-    from parity.architectures import (
-        SMALL,  # not before the shapes of lechat_jax are checked at imports
-    )
+    from tests.support.models import TINY  # now that the shapes of lechat_jax are checked
 
-    return SMALL
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def convert() -> Callable[[list[str]], int]:
+    """`python -m parity.convert`; whoever asks is skipped where there is no parity."""
+    return pytest.importorskip("parity.convert.command").main
 
 
 @pytest.fixture

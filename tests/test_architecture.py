@@ -27,6 +27,9 @@ STANDARD_LIBRARY_ONLY = {
     *("parity.convert.names", "parity.architectures"),
 }
 
+# Tests of lechat_jax run where parity is not installed; some then skip, by `pytest.importorskip`.
+NEED_PARITY = ("tests.parity", "tests.torch", "tests.support.checkpoints")
+
 LOADED_WHEN_ASKED_FOR = {"lechat_jax", "lechat_jax.model"}  # what they name, not when imported
 
 # The law: what each folder of a package, or file beside the folders, may import of the same
@@ -121,7 +124,7 @@ def imports_only_what_the_house_allows(source: Source) -> list[str]:
             ours = any(target.startswith(module) for module in STANDARD_LIBRARY_ONLY)
             return ours or top in sys.stdlib_module_names
         if source.package == "tests":
-            return True
+            return top not in ("parity", "lechat_torch") or source.module.startswith(NEED_PARITY)
         if top == "tests" or (top == "parity" and source.package != "parity"):
             return False
         if source.package == "lechat_jax":
@@ -300,6 +303,8 @@ PLANTED = [
     (imports_only_what_the_house_allows, "lechat_torch.model", "import lechat_jax.rope"),
     (imports_only_what_the_house_allows, "lechat_torch.model", "import jax.numpy as jnp"),
     (imports_only_what_the_house_allows, "parity.bench", "from tests.test_model import tiny"),
+    (imports_only_what_the_house_allows, "tests.model.test_moe", "from parity import measure"),
+    (imports_only_what_the_house_allows, "tests.chat.test_chat", "from lechat_torch import model"),
     (imports_only_what_the_house_allows, "lechat_jax.config", "import numpy"),
     (imports_only_what_the_house_allows, "lechat_jax.config", "from lechat_jax.rope import turn"),
     (imports_only_what_the_house_allows, "lechat_jax.errors", "import jax"),

@@ -26,7 +26,7 @@ from lechat_jax.generate.session import Session
 from lechat_jax.model.binding import weights_of
 from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from parity.random_models import lively
+from tests.support.models import lively
 from tests.support.tokenizers import tokenizer as load
 
 Output = pytest.CaptureFixture[str]

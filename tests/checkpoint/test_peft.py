@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import bind, weights_of
-from parity.convert import command as convert
-from parity.convert import names
-from parity.random_models import lively
 from tests.model.test_lora import ADAPTERS, logits, trained, with_adapters
+from tests.support.models import lively
 
 # peft asks transformers for what that calls by another name now.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+Convert = Callable[[list[str]], int]
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 TOKENS = np.random.default_rng(3).integers(97, size=(2, 19), dtype=np.int32)
@@ -44,9 +45,9 @@ def lechat(small: MistralConfig, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def hf(lechat: Path) -> Path:
+def hf(lechat: Path, convert: Convert) -> Path:
     folder = lechat.with_name("hf")
-    assert convert.main([str(lechat), str(folder), "--to", "hf"]) == 0
+    assert convert([str(lechat), str(folder), "--to", "hf"]) == 0
     return folder
 
 
@@ -115,6 +116,7 @@ def test_peft_divides_by_the_root_of_the_rank_that_a_map_has(
 
 
 def test_names_are_those_of_the_weights(small: MistralConfig) -> None:
+    names = pytest.importorskip("parity.convert.names")
     table = names.rows(small)
     for name in ADAPTERS.parts(small):
         assert f"{peft._theirs(name)}.weight" == table[f"{name}.kernel"].hf
@@ -205,11 +207,11 @@ def test_patterns_are_of_the_names_that_the_model_had(
 
 @pytest.mark.parametrize("scaling", [None, 0.5])
 def test_what_mistral_finetune_leaves_is_merged_as_its_own_program_does(
-    scaling: float | None, small: MistralConfig, lechat: Path, tmp_path: Path
+    scaling: float | None, small: MistralConfig, lechat: Path, convert: Convert, tmp_path: Path
 ) -> None:
     """W + scaling B A in Mistral's names and order of rows; scaling is 2 where nothing is said."""
     base, rng = tmp_path / "base", np.random.default_rng(0)
-    assert convert.main([str(lechat), str(base), "--to", "mistral"]) == 0
+    assert convert([str(lechat), str(base), "--to", "mistral"]) == 0
     weights = load_file(base / "consolidated.safetensors")
     lora: dict[str, np.ndarray] = {}
     for map_ in ("attention.wq", "attention.wk", "attention.wo", "feed_forward.w2"):
@@ -226,26 +228,26 @@ def test_what_mistral_finetune_leaves_is_merged_as_its_own_program_does(
         (tmp_path / "lora" / "params.json").write_text(json.dumps(params))
     made = tmp_path / "made"
     flags = ["--adapter", str(tmp_path / "lora"), "--to", "mistral"]
-    assert convert.main([str(lechat), str(made), *flags]) == 0
+    assert convert([str(lechat), str(made), *flags]) == 0
     found = load_file(made / "consolidated.safetensors")
     for name, array in weights.items():
         np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5)
     # What it has merged itself is read whatever params.json says of how it was made.
     for lora_ in ({"enable": True, "rank": 3, "scaling": 2.0}, {"enable": False}, None):
         (base / "params.json").write_text(json.dumps(params | {"lora": lora_, "moe": None}))
-        assert convert.main([str(base), str(made), "--to", "lechat", "--overwrite"]) == 0
+        assert convert([str(base), str(made), "--to", "lechat", "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize("name", ["lora.safetensors", "adapter_model.safetensors"])
 def test_an_adapter_alone_is_no_model_and_the_command_that_merges_it_is_told(
-    name: str, tmp_path: Path
+    name: str, convert: Convert, tmp_path: Path
 ) -> None:
     folder = tmp_path / "my adapter"
     folder.mkdir()
     save_file({"layers.0.attention.wq.lora_A.weight": np.zeros((1, 2))}, folder / name)
     (folder / "params.json").write_text("{}")
     with pytest.raises(BadInput, match=f"BASE '{folder}-merged' --adapter '{folder}' --to lechat"):
-        convert.main([str(folder), str(tmp_path / "out"), "--to", "lechat"])
+        convert([str(folder), str(tmp_path / "out"), "--to", "lechat"])
 
 
 # --- refused ---

@@ -28,7 +28,7 @@ from lechat_jax.files.checksums import write_manifest
 from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.quantize.scheme import Form, quantize_weights
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from parity.random_models import lively
+from tests.support.models import lively
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
@@ -389,6 +389,7 @@ print((max(seen) - seen[0]) / sum(leaf.nbytes for leaf in weights.values()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc/self/status")
 def test_loading_takes_the_memory_of_one_model(config: MistralConfig, tmp_path: Path) -> None:
     """182 MB of float32, cast from bfloat16; the largest tensor is a quarter of it.

@@ -36,7 +36,7 @@ from lechat_jax.model.binding import weights_of
 from lechat_jax.model.scoring import score
 from lechat_jax.quantize.scheme import INT8, Form, quantize_weights
 from lechat_jax.train.step import StepOptions, TrainState, gradient, init_state, train_steps
-from parity.random_models import lively
+from tests.support.models import lively
 
 B, T, CALLS = 8, 12, 4
 TOKENS = np.random.default_rng(0).integers(0, 98, (5, CALLS, B, T + 1)).astype(np.int32)

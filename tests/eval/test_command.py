@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ from lechat_jax.eval.command import EvalConfig, main, windows
 from lechat_jax.model.binding import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main as train
-from parity.convert import command as convert
-from parity.random_models import lively
+from tests.support.models import lively
 from tests.support.tokenizers import taught
 
 BLOCK, STRIDE = 48, 20
@@ -28,14 +28,20 @@ BLOCK, STRIDE = 48, 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny: MistralConfig) -> Path:
-    """Random weights in lechat's format and, beside them, in that of transformers."""
+    """Random weights in lechat's format, as `ours` in this folder."""
     home = tmp_path_factory.mktemp("model")
     vocabulary = taught(home)
     ids = Tokenizer.from_file(vocabulary).vocab_size
     config = dataclasses.replace(tiny, n_layers=2, vocab_size=ids)
     save_weights(home / "ours", config, weights_of(lively(config)), vocabulary)
-    assert convert.main([str(home / "ours"), str(home / "theirs"), "--to", "hf"]) == 0
     return home
+
+
+@pytest.fixture(scope="module")
+def in_both(folder: Path, convert: Callable[[list[str]], int]) -> Path:
+    """The same folder, with the weights in transformers' format as `theirs`."""
+    assert convert([str(folder / "ours"), str(folder / "theirs"), "--to", "hf"]) == 0
+    return folder
 
 
 def texts() -> list[str]:
@@ -77,12 +83,12 @@ def theirs(
     return nats
 
 
-def test_the_loss_is_that_of_transformers(folder: Path, data: Path) -> None:
-    found = figures(folder / "ours", "--data", data, "--block", BLOCK, "--stride", STRIDE)
-    tokenizer = Tokenizer.from_file(folder / "taught.model")
+def test_the_loss_is_that_of_transformers(in_both: Path, data: Path) -> None:
+    found = figures(in_both / "ours", "--data", data, "--block", BLOCK, "--stride", STRIDE)
+    tokenizer = Tokenizer.from_file(in_both / "taught.model")
     ids = [[tokenizer.bos_id, *tokenizer.encode(t), tokenizer.eos_id] for t in texts()]
     documents = [(own, [place > 0 for place in range(len(own))]) for own in ids]
-    expected = theirs(folder, documents, BLOCK, STRIDE)
+    expected = theirs(in_both, documents, BLOCK, STRIDE)
     n_bytes = sum(len(text.encode()) for text in texts())
     assert len(expected) > 3 * BLOCK
     assert (found["tokens"], found["bytes"]) == (len(expected), n_bytes)
@@ -93,10 +99,10 @@ def test_the_loss_is_that_of_transformers(folder: Path, data: Path) -> None:
     assert found["documents"] == 4
 
 
-def test_of_conversations_the_answers_are_scored(folder: Path) -> None:
-    tokenizer = Tokenizer.from_file(folder / "taught.model")
+def test_of_conversations_the_answers_are_scored(in_both: Path) -> None:
+    tokenizer = Tokenizer.from_file(in_both / "taught.model")
     chats = [[(f"Square of {i}?", f"The square is {i * i}."), ("Twice?", "9")] for i in range(3)]
-    file = folder / "chats.jsonl"
+    file = in_both / "chats.jsonl"
     documents = []
     with file.open("w") as out:
         for turns in chats:
@@ -110,8 +116,8 @@ def test_of_conversations_the_answers_are_scored(folder: Path) -> None:
                 messages.append({"role": "assistant", "content": said})
             documents.append((ids, counted))
             out.write(json.dumps({"messages": messages}) + "\n")
-    found = figures(folder / "ours", "--data", file, "--block", BLOCK, "--stride", STRIDE)
-    expected = theirs(folder, documents, BLOCK, STRIDE)
+    found = figures(in_both / "ours", "--data", file, "--block", BLOCK, "--stride", STRIDE)
+    expected = theirs(in_both, documents, BLOCK, STRIDE)
     assert max(len(ids) for ids, _ in documents) > BLOCK
     assert found["tokens"] == len(expected)
     assert found["loss"] == pytest.approx(np.mean(expected), rel=2e-6)

@@ -27,7 +27,7 @@ from lechat_jax.generate.prompt_files import read_prompts
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from parity.random_models import lively
+from tests.support.models import lively
 
 ROOT = Path(__file__).parents[2]
 Output = pytest.CaptureFixture[str]

@@ -17,7 +17,7 @@ from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.model.cache import EMPTY, empty_cache
 from lechat_jax.quantize.scheme import INT8, Form
-from parity.random_models import lively
+from tests.support.models import lively
 
 
 def test_a_prompt_is_read_in_chunks_without_its_last_token() -> None:

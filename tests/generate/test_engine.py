@@ -11,7 +11,7 @@ from lechat_jax.generate.engine import Engine, Made
 from lechat_jax.generate.loaded_model import LoadedModel
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import bind, weights_of
-from parity.random_models import lively
+from tests.support.models import lively
 
 GREEDY = Sampling(temperature=0)
 ASKED = {  # row by row, and each of another kind

@@ -22,7 +22,7 @@ from lechat_jax.model import cache
 from lechat_jax.model.binding import Weights, bind, weights_of
 from lechat_jax.model.cache import Ring
 from lechat_jax.model.mistral import Mistral
-from parity.random_models import lively
+from tests.support.models import lively
 
 W = 7
 LENGTHS = (W - 1, W, W + 1, 2 * W + 3)
@@ -67,14 +67,19 @@ def excess(made: Generator, reference: Mistral) -> list[float]:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "windows": {"sliding_window": (W, None, 3)},
-    "no window": {"sliding_window": None, "n_layers": 2},
-    "tied, one kv head": {"tied_embeddings": True, "n_kv_heads": 1, "n_layers": 2},
-    "window of one, all kv heads": {"sliding_window": (W, 1), "n_kv_heads": 6, "n_layers": 2},
+    "windows": {"sliding_window": (W, None, 3), "n_layers": 3},
+    "no window": {"sliding_window": None},
+    "tied, one kv head": {"tied_embeddings": True, "n_kv_heads": 1},
+    "window of one, all kv heads": {"sliding_window": (W, 1), "n_kv_heads": 6},
 }
 
 
-@pytest.mark.parametrize("chunk", [4, 32])
+@pytest.fixture(scope="module")
+def tiny(tiny: MistralConfig) -> MistralConfig:
+    return dataclasses.replace(tiny, n_layers=2)
+
+
+@pytest.mark.parametrize("chunk", [4, pytest.param(32, marks=pytest.mark.slow)])
 def test_decoding_past_the_window_is_one_pass_in_float64(
     tiny: MistralConfig, x64: None, chunk: int
 ) -> None:
@@ -104,7 +109,7 @@ def test_a_window_that_is_off_by_one_would_be_seen(tiny: MistralConfig) -> None:
 def test_a_ring_that_is_too_small_would_be_seen(
     tiny: MistralConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = lively(dataclasses.replace(tiny, n_layers=2))
+    model = lively(tiny)
     claim = cache.Ring.claim
 
     def unguarded(ring: Ring, positions: jax.Array, _: Window) -> Ring:
@@ -121,7 +126,9 @@ def test_a_ring_that_is_too_small_would_be_seen(
 
 def test_prompts_of_a_batch_are_each_as_if_alone(tiny: MistralConfig) -> None:
     greedy = Sampling(temperature=0)
-    made = Generator(lively(dataclasses.replace(tiny, **VARIANTS["windows"])), chunk=5, context=64)
+    made = Generator(
+        lively(dataclasses.replace(tiny, sliding_window=(W, None))), chunk=5, context=64
+    )
     prompts = [prompt_of(length) for length in (9, 1, 17, 6, 2)]
     together = made.generate(prompts, 3 * W, greedy)
     for prompt, sample in zip(prompts, together, strict=True):
@@ -138,7 +145,7 @@ def test_a_greedy_text_is_the_likeliest_token_each_time(tiny: MistralConfig) -> 
 
 
 def test_without_a_window_padding_takes_no_room_from_the_context(tiny: MistralConfig) -> None:
-    model = lively(dataclasses.replace(tiny, sliding_window=(W, None, None)))
+    model = lively(dataclasses.replace(tiny, sliding_window=(W, None)))
     prompts = [prompt_of(11), prompt_of(1)]
     for prompt, sample in zip(
         prompts, Generator(model, chunk=5, context=24).generate(prompts, 23, PLAIN), strict=True

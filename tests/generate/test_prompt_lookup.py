@@ -1,5 +1,6 @@
 """What a guess is taken from."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 from lechat_jax.generate.prompt_lookup import NGRAM, Repeats, look_up, newest, record
 from lechat_jax.model.cache import EMPTY
 
+looked_up = jax.jit(look_up, static_argnums=2)
+
 
 def guess(text: list[int], n: int, S: int = 32) -> list[int]:
-    return look_up(jnp.asarray(newest([text], S)), jnp.array([len(text) - 1]), n)[0].tolist()
+    return looked_up(jnp.asarray(newest([text], S)), jnp.array([len(text) - 1]), n)[0].tolist()
 
 
 @pytest.mark.parametrize(

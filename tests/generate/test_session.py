@@ -15,7 +15,7 @@ from lechat_jax.generate.sampling import Sampling
 from lechat_jax.generate.session import Session
 from lechat_jax.model.binding import bind
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from parity.random_models import lively
+from tests.support.models import lively
 
 SAMPLINGS = {"greedy": Sampling(temperature=0), "drawn": Sampling(temperature=0.9, seed=3)}
 

@@ -18,8 +18,7 @@ from lechat_jax.model.scoring import total_nats
 from lechat_jax.ops.flash_attention import splash_attention
 from lechat_jax.train.step import StepOptions, shares
 from lechat_jax.train.step import gradient as gradient_of
-from parity.architectures import ARCHITECTURES
-from parity.random_models import lively
+from tests.support.models import TINY, TINY_STRETCHED, lively
 
 # Documents longer than the window of 7, shorter, and of two tokens; the last row has padding.
 LENGTHS = ((19, 2, 12), (5, 20, 8))
@@ -81,7 +80,7 @@ def budget(dtype: str, expected: np.ndarray) -> float:
     ("backend", "dtype", "kind"),
     [
         ("dense", "float64", "mistral"),
-        ("dense", "float64", "ministral-3"),
+        ("dense", "float64", "stretched"),
         ("banded", "float64", "mistral"),
         ("splash", "float32", "mistral"),
     ],
@@ -91,7 +90,7 @@ def test_a_packed_row_is_learned_as_each_document_alone(
 ) -> None:
     interpreted = functools.partial(splash_attention, interpret=True)
     monkeypatch.setattr(attention, "splash_attention", interpreted)
-    config = dataclasses.replace(ARCHITECTURES[kind], n_layers=2)
+    config = dataclasses.replace(TINY if kind == "mistral" else TINY_STRETCHED, n_layers=2)
     options = StepOptions(dtype=dtype, backend=backend)
     alone = dataclasses.replace(options, backend="dense")
     with jax.enable_x64(dtype == "float64"):
@@ -113,7 +112,7 @@ def test_a_packed_row_is_learned_as_each_document_alone(
 
 def test_a_step_on_packed_rows_is_one_on_their_documents() -> None:
     """Loss and gradient, each target with the document of what comes before it."""
-    config = dataclasses.replace(ARCHITECTURES["mistral"], n_layers=1)
+    config = dataclasses.replace(TINY, n_layers=1)
     options = StepOptions(backend="dense")
     weights = weights_of(lively(config))
     slope = jax.jit(functools.partial(gradient_of, config, options))

@@ -29,8 +29,8 @@ from lechat_jax.ops.matmul import as_bits
 from lechat_jax.quantize.scheme import INT8, Form
 from lechat_jax.train.optimizer import usual_rule
 from lechat_jax.train.step import StepOptions, state_of, train_steps
-from parity.architectures import ARCHITECTURES, SMALL_MIXTURE
 from tests.support.jaxprs import equations
+from tests.support.models import TINY_MIXTURE, TINY_STRETCHED
 
 # A row of so many tokens that a CPU multiplies them as a matrix. No size is another's, but where
 # heads are joined or halved, which have no letter: they are written as numbers, [48] and [16] as
@@ -156,8 +156,8 @@ def assert_added_up_wide(found: list[Any], rounded: str) -> None:
 
 HALF, TO_SINGLE = "bfloat16", {("bfloat16", "bfloat16", "float32")}
 SINGLE = {("float32", "float32", "float32")}
-PLAIN = dataclasses.replace(ARCHITECTURES["ministral-3"], n_layers=1, sliding_window=7)
-MIXTURE = dataclasses.replace(SMALL_MIXTURE, n_layers=1)
+PLAIN = dataclasses.replace(TINY_STRETCHED, n_layers=1, sliding_window=7)
+MIXTURE = dataclasses.replace(TINY_MIXTURE, n_layers=1)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

@@ -26,7 +26,7 @@ from lechat_jax.quantize.scheme import (
     pop_format,
     quantize_weights,
 )
-from parity.random_models import lively
+from tests.support.models import lively
 
 
 def group(*weights: float) -> tuple[list[int], float, int]:

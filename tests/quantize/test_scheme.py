@@ -25,7 +25,7 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import set_up
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.start import run_of
-from parity.random_models import lively
+from tests.support.models import lively
 
 DTYPES = ["float32", "float64", "float16", ml_dtypes.bfloat16]
 

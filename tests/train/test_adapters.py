@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,12 +21,12 @@ from lechat_jax.generate.generator import Generator
 from lechat_jax.model.binding import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main
-from parity.convert import command as convert
-from parity.random_models import lively
+from tests.support.models import lively
 
 # peft asks transformers for what that calls by another name now.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
+Convert = Callable[[list[str]], int]
 TOKENS = np.random.default_rng(3).integers(32000, size=(2, 11), dtype=np.int32)
 LONG = "--steps 8 --checkpoint-every 4 --eval-every 8 --sample-every 8 --batch 2 --block 16".split()
 LONG += "--max-tokens 4 --learning-rate 500".split()
@@ -99,34 +100,41 @@ def test_it_goes_on_bit_for_bit(run: Path, base: Path) -> None:
     assert (again / name).read_bytes() == (run / name).read_bytes()
 
 
-def test_merged_and_exported_it_is_the_same_function(run: Path, base: Path) -> None:
-    assert convert.main([str(run), str(base.with_name("merged")), "--to", "hf"]) == 0
+def test_merged_and_exported_it_is_the_same_function(
+    run: Path, base: Path, convert: Convert
+) -> None:
+    assert convert([str(run), str(base.with_name("merged")), "--to", "hf"]) == 0
     merged = AutoModelForCausalLM.from_pretrained(base.with_name("merged"))
     expected = logits_of(run)
     close(of_transformers(merged), expected)
     assert np.abs(expected - logits_of(base)).max() > 0.05 * np.abs(expected).max()
-    assert convert.main([str(base), str(base.with_name("hf")), "--to", "hf"]) == 0
+    assert convert([str(base), str(base.with_name("hf")), "--to", "hf"]) == 0
     plain = AutoModelForCausalLM.from_pretrained(base.with_name("hf"))
     close(of_transformers(PeftModel.from_pretrained(plain, run / "adapter")), expected)
 
 
 @pytest.mark.parametrize("fmt", ["mistral", "lechat"])
-def test_an_adapter_is_merged_into_any_format(run: Path, base: Path, fmt: str) -> None:
+def test_an_adapter_is_merged_into_any_format(
+    run: Path, base: Path, fmt: str, convert: Convert
+) -> None:
     """Of queries Mistral's own format has the rows in another order."""
     source, merged, back = (base.with_name(f"{fmt}-{word}") for word in ("base", "merged", "back"))
-    assert convert.main([str(base), str(source), "--to", fmt]) == 0
+    assert convert([str(base), str(source), "--to", fmt]) == 0
     adapter = ["--adapter", str(run / "adapter")]
-    assert convert.main([str(source), str(merged), "--to", fmt, *adapter]) == 0
-    assert convert.main([str(merged), str(back), "--to", "lechat"]) == 0
+    assert convert([str(source), str(merged), "--to", fmt, *adapter]) == 0
+    assert convert([str(merged), str(back), "--to", "lechat"]) == 0
     close(logits_of(back), logits_of(run))
 
 
-def test_beside_int8_it_is_what_it_is_merged_with_what_int8_stands_for(base: Path) -> None:
+@pytest.mark.slow
+def test_beside_int8_it_is_what_it_is_merged_with_what_int8_stands_for(
+    base: Path, convert: Convert
+) -> None:
     run = learn(base, "int8", "--lora-rank", "2", "--quantize", "int8")
     weights = Trained.open(run).load().weights
     assert weights["blocks.0.attn.q.kernel"].dtype == jnp.int8
     merged = base.with_name("int8-merged")
-    assert convert.main([str(run), str(merged), "--to", "lechat"]) == 0
+    assert convert([str(run), str(merged), "--to", "lechat"]) == 0
     close(logits_of(merged), logits_of(run))
 
 

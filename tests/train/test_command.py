@@ -33,8 +33,8 @@ from lechat_jax.train.command import main, set_up
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.start import run_of
 from lechat_jax.train.trainer import Trainer
-from parity.random_models import lively
 from tests.support import tokenizers
+from tests.support.models import lively
 
 # A model so small that the 32,000 ids of the tokenizer are nearly all of it.
 SMALL = "--dim 16 --n-layers 2 --n-heads 2 --n-kv-heads 1 --head-dim 8 --hidden-dim 24".split()
@@ -137,7 +137,13 @@ def test_a_run_leaves_all_that_was_promised(whole: Path) -> None:
     assert (whole / "tokenizer.model.v1").is_file()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        signal.SIGTERM,
+        *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGKILL, signal.SIGHUP)),
+    ],
+)
 def test_a_run_that_was_interrupted_equals_one_that_was_not(
     sent: signal.Signals, whole: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -285,20 +291,15 @@ def test_its_names_are_loaded_when_they_are_asked_for() -> None:
     assert said == f"False {TrainConfig}\n"
 
 
-def test_minutes_become_steps_and_the_plan_is_stored(text: Path, tmp_path: Path) -> None:
+def test_minutes_become_steps_and_the_plan_is_stored(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "lechat_jax.train", "--minutes", "0.4", "--max-epochs", "3"]
-    done = subprocess.run(
-        [*command, "--out", str(folder), "--data", str(text), *SMALL],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert done.returncode == 0, done.stderr
+    flags = ["--out", str(folder), "--data", str(text), *SMALL]
+    assert main(["--minutes", "0.1", "--max-epochs", "3", *flags]) == 0
     steps = json.loads((folder / "config.json").read_text())["train"]["steps"]
     assert list(metrics(folder, "train/loss")) == list(range(1, steps + 1))
-    assert re.search(r"\d+ steps of", done.stdout)
+    assert re.search(r"\d+ steps of", capsys.readouterr().out)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(

@@ -19,7 +19,7 @@ from lechat_jax.model.binding import weights_of
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main
-from parity.random_models import lively
+from tests.support.models import lively
 from tests.support.tokenizers import taught
 
 BLOCK = 128

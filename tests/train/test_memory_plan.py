@@ -28,8 +28,10 @@ from lechat_jax.train.optimizer import usual_rule
 from lechat_jax.train.step import StepOptions
 
 
-def test_the_default_job_is_foretold_from_shallow_models() -> None:
-    config, options = preset("lechat-15m"), StepOptions()
+@pytest.mark.parametrize("n_layers", [3, pytest.param(6, marks=pytest.mark.slow)])
+def test_the_default_job_is_foretold_from_shallow_models(n_layers: int) -> None:
+    config = dataclasses.replace(preset("lechat-15m"), n_layers=n_layers)
+    options = StepOptions()
     whole, foretold = compiled(config, options, 8, 128), needed(config, options, 8, 128)
     assert foretold.parameters == whole.parameters == 4 * config.n_params
     assert foretold.optimizer == whole.optimizer

@@ -25,7 +25,7 @@ from lechat_jax.train.optimizer import (
     usual_rule,
     warmup_then_cooldown,
 )
-from parity.architectures import SMALL_MIXTURE
+from tests.support.models import TINY_MIXTURE
 
 # A kernel is a map from what it reads (its last axes) to what it writes (its first): how
 # many axes it writes.
@@ -191,7 +191,7 @@ def test_it_is_the_newton_schulz_iteration_of_the_gradient(tiny: MistralConfig) 
 
 def test_each_expert_and_each_router_is_a_map_of_its_own() -> None:
     """Turned alone: neither the experts of a layer nor the routers of all are one matrix."""
-    config = dataclasses.replace(SMALL_MIXTURE, n_layers=2)
+    config = dataclasses.replace(TINY_MIXTURE, n_layers=2)
     moved = first_update(config)
     for name in ("mlp.experts.up", "mlp.experts.down", "mlp.router"):
         whole = moved[f"blocks.1.{name}.kernel"].astype(np.float64)

@@ -23,7 +23,7 @@ from lechat_jax.train import samples
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.samples import Samples
 from lechat_jax.train.training_run import Job
-from parity.random_models import lively
+from tests.support.models import lively
 
 Sampled = Callable[..., str]
 

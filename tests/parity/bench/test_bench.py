@@ -37,8 +37,8 @@ Bench = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def config(tiny: MistralConfig, monkeypatch: pytest.MonkeyPatch) -> MistralConfig:
-    """The tiny model with an id for each of the tokenizer's, as the preset `tiny`."""
-    config = dataclasses.replace(tiny, vocab_size=32000)
+    """A layer of the tiny model with an id for each of the tokenizer's, as the preset `tiny`."""
+    config = dataclasses.replace(tiny, n_layers=1, vocab_size=32000)
     monkeypatch.setitem(PRESETS, "tiny", config)
     torch.set_num_threads(1)
     return config
@@ -183,6 +183,7 @@ def test_the_faster_attention_is_named_with_its_reason(config: MistralConfig) ->
     assert chosen.why.startswith(f"{chosen.name} attention takes")
 
 
+@pytest.mark.slow
 def test_a_mixture_is_the_same_whoever_trains_it(bench: Bench) -> None:
     flags = "--dim 64 --hidden-dim 24 --n-layers 1 --batch 2 --block 16 --turns 1 --others 4"
     rows = bench("moe", *flags.split())["rows"]

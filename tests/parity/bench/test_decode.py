@@ -218,6 +218,7 @@ def test_folders_of_all_formats_hold_the_same_model(
         assert agreement(there, here) == 9
 
 
+@pytest.mark.slow
 def test_an_isolated_process_tells_its_memory(config: MistralConfig, tmp_path: Path) -> None:
     folders = Folders(tmp_path, Models(config))
     peak = peak_bytes(folders, Contestant("lechat_jax", "int8"), 1, 20, 2)
@@ -225,6 +226,7 @@ def test_an_isolated_process_tells_its_memory(config: MistralConfig, tmp_path: P
     assert folders.weight_bytes("int8") == 39400 + 97 * 40 + 4 * (2 * 97 + 816 + 7 * 40)
 
 
+@pytest.mark.slow
 def test_a_start_with_compiled_programs_is_told_beside_one_without(
     config: MistralConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +251,7 @@ def test_reading_is_timed_for_everyone(bench: Bench) -> None:
         assert one["tokens_per_s"] == pytest.approx(2 * one["context"] / one["seconds"])
 
 
+@pytest.mark.slow
 def test_a_card_is_measured_part_by_part(tmp_path: Path) -> None:
     path = tmp_path / "card.json"
     flags = "--preset lechat-15m --minutes 2 --context 16 --prompt 64 --rows 2 --tokens 2"

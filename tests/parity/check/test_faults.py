@@ -47,10 +47,12 @@ QUICK = (
 
 
 def exam_of(base: dict[str, Any]) -> Exam:
-    """The small model with these changes, and the right answers."""
+    """Two layers of the small model with these changes, and the right answers."""
     key = tuple(base.items())
     if key not in EXAMS:
-        config = dataclasses.replace(SMALL, **base)
+        pattern = base.get("sliding_window")  # which has an entry for each layer
+        n_layers = len(pattern) if isinstance(pattern, tuple) else 2
+        config = dataclasses.replace(SMALL, **{**base, "n_layers": n_layers})
         model = Model(config, lively_weights(config))
         EXAMS[key] = Exam(model, model, Task.of(config))
     return EXAMS[key]

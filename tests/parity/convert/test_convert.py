@@ -391,6 +391,7 @@ def test_a_killed_conversion_leaves_no_half_and_the_next_one_cleans_up(tmp_path:
     open_source(dst)
 
 
+@pytest.mark.slow
 def test_memory_stays_flat(tmp_path: Path) -> None:
     src = tmp_path / "src"
     shape = ["--preset", "bench-284m", "--layers", "4", "--shard-gb", "0.1"]

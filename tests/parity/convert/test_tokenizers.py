@@ -209,7 +209,7 @@ def test_what_ends_a_text_survives_a_round_trip_and_ends_it(
     assert (ended[0].ids, ended[0].text, ended[0].stopped) == (sample.ids[:1], "", "eos")
 
 
-@pytest.mark.parametrize("rows", [32002, 32064])
+@pytest.mark.parametrize("rows", [32002, pytest.param(32064, marks=pytest.mark.slow)])
 def test_a_resized_model_is_used_as_any_other(
     rows: int, tiny: MistralConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
