@@ -3,6 +3,7 @@
 At the root and not in `tests`, because the doctests in the packages are tests as well.
 """
 
+import gc
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -65,8 +66,12 @@ def pytest_xdist_auto_num_workers() -> int:
 @pytest.fixture(scope="module", autouse=True)
 def forgets_what_was_compiled() -> Iterator[None]:
     """A file leaves no programs behind, so that a worker takes the memory of its largest file."""
+    from lechat_jax.devices.host_memory import give_back_memory
+
     yield
     jax.clear_caches()
+    gc.collect()
+    give_back_memory()
 
 
 @pytest.fixture(scope="session", autouse=True)
