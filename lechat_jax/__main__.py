@@ -1,19 +1,19 @@
 """The command `lechat VERB`, for `python -m lechat_jax.VERB` and `python -m parity.VERB`."""
 
-import runpy
 import sys
+from importlib import import_module
 
 import lechat_jax
 
 VERBS = {
-    "train": ("lechat_jax", "train a Mistral, or fine-tune one, and print samples"),
-    "generate": ("lechat_jax", "continue prompts"),
-    "chat": ("lechat_jax", "talk with a model by its chat template"),
-    "eval": ("lechat_jax", "perplexity of a text under a model"),
-    "convert": ("parity", "move weights between the formats of PyTorch and lechat"),
-    "check": ("parity", "prove that the port is the same function as PyTorch's Mistral"),
-    "bench": ("parity", "speed and memory side by side with PyTorch"),
-    "quality": ("parity", "what bfloat16, int8 and int4 cost in quality"),
+    "train": ("lechat_jax.train.command", "train a Mistral, or fine-tune one, and print samples"),
+    "generate": ("lechat_jax.generate.command", "continue prompts"),
+    "chat": ("lechat_jax.chat.command", "talk with a model by its chat template"),
+    "eval": ("lechat_jax.eval.command", "perplexity of a text under a model"),
+    "convert": ("parity.convert.command", "move weights between PyTorch's formats and lechat's"),
+    "check": ("parity.check.command", "prove that the port is the same function as PyTorch's"),
+    "bench": ("parity.bench.command", "speed and memory side by side with PyTorch"),
+    "quality": ("parity.quality", "what bfloat16, int8 and int4 cost in quality"),
 }
 
 
@@ -27,7 +27,7 @@ def main() -> None:
         print(f"lechat {lechat_jax.__version__}")
     elif verb in VERBS:
         sys.argv = [f"lechat {verb}", *rest]
-        runpy.run_module(f"{VERBS[verb][0]}.{verb}", run_name="__main__")
+        import_module("lechat_jax.cli.flags").run(import_module(VERBS[verb][0]).main)
     else:
         print(f"error: lechat can {', '.join(VERBS)}, not {verb!r}", file=sys.stderr)
         sys.exit(2)

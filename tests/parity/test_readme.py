@@ -27,7 +27,7 @@ pytest.importorskip("transformers", reason="likewise")
 from lechat_jax.config import PRESETS
 from parity.check.faults.suite import FAULTS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 READMES = [
     name
