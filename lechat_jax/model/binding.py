@@ -3,22 +3,26 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.config.layout import is_part
-from lechat_jax.model.layers import Embedding, Linear
-from lechat_jax.model.lora import Adapter, adapted
+from lechat_jax.config.layout import LORA_A, LORA_B, LORA_SCALE, ORDER, SCALE, ZERO, module_of
+from lechat_jax.model.lora import Adapted
 from lechat_jax.model.mistral import Mistral
-from lechat_jax.model.moe import Stack
+from lechat_jax.ops.kernel_forms import Ordered, PackedInt4, ScaledInt8
 
 # The weights of a model by the name under which every format of lechat stores them.
 Weights = dict[str, Array]
 
-# Where a module has the parts of a quantised kernel: under the names of those, but for the dot.
-ATTRIBUTES = ("kernel_scale", "kernel_zero", "kernel_order")
+# Each form holds a kernel, or its numbers, and then parts, which are called so behind the name of
+# the map.
+FORMS: dict[type[tuple], tuple[str, ...]] = {
+    PackedInt4: (f".kernel{SCALE}", f".kernel{ZERO}"),
+    ScaledInt8: (f".kernel{SCALE}",),
+    Ordered: (f".kernel{ORDER}",),
+    Adapted: (LORA_A, LORA_B, LORA_SCALE),
+}
 
 
 def weights_of(model: Mistral) -> Weights:
@@ -28,21 +32,27 @@ def weights_of(model: Mistral) -> Weights:
     >>> list(weights_of(Mistral(preset("lechat-15m"), rngs=nnx.Rngs(0))))[:3]
     ['blocks.0.attn.k.kernel', 'blocks.0.attn.o.kernel', 'blocks.0.attn.q.kernel']
     """
-    return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    weights: Weights = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        weights |= _parts(_name(path), leaf.get_value())
+    return weights
 
 
 def bind(config: MistralConfig, weights: Weights) -> Mistral:
     """A model of that shape around these weights, which may be traced: no copy is made.
 
     The hot functions take the plain dict, since passing a module to a jitted function
-    costs milliseconds of Python a call, and bind it inside. A kernel is quantised if its parts
-    are there too, under its name and behind it, and a map has an adapter if that is there.
+    costs milliseconds of Python a call, and bind it inside. In which form a kernel is, and
+    whether it has an adapter, is told by the parts that are there beside it.
+
+    Raises:
+        ValueError: there are some parts of a form and not the others.
     """
-    parts = frozenset(filter(is_part, weights))
-    dtype = str(weights["norm.scale"].dtype)
-    graph, names = _skeleton(config, parts, adapted(weights), dtype)
-    flat = [(path, nnx.Param(weights[name])) for name, path in names.items()]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    graph, leaves = _skeleton(config, jax.config.values["jax_enable_x64"])
+    flat = [(path, nnx.Param(_formed(name, weights))) for name, (path, _) in leaves.items()]
+    model = nnx.merge(graph, nnx.from_flat_state(flat))
+    model.embed.dtype = str(weights["norm.scale"].dtype)
+    return model
 
 
 def shapes_of(config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -52,32 +62,44 @@ def shapes_of(config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
     >>> shapes_of(preset("lechat-15m"))["norm.scale"]
     ShapeDtypeStruct(shape=(192,), dtype=float32)
     """
-    return dict(_shapes_of(config, jax.config.values["jax_enable_x64"]))
-
-
-@functools.lru_cache(maxsize=8)
-def _shapes_of(config: MistralConfig, in_float64: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """`in_float64` is what JAX is told just now: what is freshly made has another type in it."""
-    return jax.eval_shape(lambda: weights_of(Mistral(config, rngs=_OneKey())))
+    _, leaves = _skeleton(config, jax.config.values["jax_enable_x64"])
+    return {name: leaf for name, (_, leaf) in leaves.items()}
 
 
 @functools.lru_cache(maxsize=8)
 def _skeleton(
-    config: MistralConfig, parts: frozenset[str], with_adapter: frozenset[str], dtype: str
-) -> tuple[nnx.GraphDef, dict[str, tuple]]:
-    def build() -> Mistral:
-        model = Mistral(config, rngs=_OneKey())
-        model.embed.dtype = dtype
-        for path, module in nnx.iter_modules(model):
-            for part in ATTRIBUTES if isinstance(module, Linear | Embedding | Stack) else ():
-                if _name((*path, part)) in parts:  # of whichever shape
-                    setattr(module, part, nnx.data(nnx.Param(jnp.ones(()))))
-            if isinstance(module, Linear) and _name(path) in with_adapter:
-                module.lora = nnx.data(Adapter(module.writes, module.reads, rank=1))
-        return model
+    config: MistralConfig, in_float64: bool
+) -> tuple[nnx.GraphDef[Mistral], dict[str, tuple[tuple, jax.ShapeDtypeStruct]]]:
+    """The modules, and where each weight is in them and of which shape, by name.
 
-    graph, state = nnx.split(nnx.eval_shape(build))
-    return graph, {_name(path): path for path, _ in nnx.to_flat_state(state)}
+    `in_float64` is what JAX is told just now: what is freshly made has another type in it.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: Mistral(config, rngs=_OneKey())))
+    flat = nnx.to_flat_state(state)
+    return graph, {_name(path): (path, leaf.get_value()) for path, leaf in flat}
+
+
+def _formed(name: str, weights: Weights) -> PyTree:
+    """The weight of that name, in the form that the parts beside it tell."""
+    weight, owner = weights[name], module_of(name)
+    found = {part for parts in FORMS.values() for part in parts if owner + part in weights}
+    for form, parts in FORMS.items():
+        if found.issuperset(parts):
+            weight = form(weight, *(weights[owner + part] for part in parts))
+            found.difference_update(parts)
+    if found:
+        raise ValueError(f"{owner} lacks what belongs to {', '.join(sorted(found))}")
+    return weight
+
+
+def _parts(name: str, weight: PyTree) -> Weights:
+    """The arrays of a weight in its form, by name; the reverse of `_formed`."""
+    parts: Weights = {}
+    while isinstance(weight, tuple):
+        suffixes = FORMS[type(weight)]
+        weight, *others = weight
+        parts |= {module_of(name) + s: x for s, x in zip(suffixes, others, strict=True)}
+    return {name: weight} | parts
 
 
 class _OneKey(nnx.Rngs):
@@ -92,4 +114,4 @@ class _OneKey(nnx.Rngs):
 
 
 def _name(path: tuple) -> str:
-    return ".".join(map(str, path)).replace("kernel_", "kernel.")
+    return ".".join(map(str, path))

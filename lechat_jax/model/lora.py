@@ -6,40 +6,37 @@ adapter. The weights of a model with adapters have, for each map `<map>.kernel` 
 `<map>.lora.a`, `<map>.lora.b` and the number `<map>.lora.scale`, which is alpha / r.
 """
 
-from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
-from lechat_jax.config.layout import LORA_A, module_of, part_of
+from lechat_jax.ops.kernel_forms import as_form
 from lechat_jax.ops.matmul import project
 
 
-class Adapter(nnx.Module):
-    """The product with a matrix of low rank, in two steps."""
+class Adapted(NamedTuple):
+    """A kernel with an adapter beside it, as one more form of it, see `ops.kernel_forms`.
 
-    def __init__(self, writes: tuple[int, ...], reads: tuple[int, ...], rank: int) -> None:
-        self.a = nnx.Param(jnp.zeros((rank, *reads)))
-        self.b = nnx.Param(jnp.zeros((*writes, rank)))
-        self.scale = nnx.Param(jnp.ones(()))
-
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
-        """What is to be added to the kernel's product with `x`, in the type of `x`.
-
-        Scaled before it is rounded, by a number of float32: rounded to bfloat16, a scale of 5/3
-        would be wrong by 0.2 % in all that the adapter does.
-        """
-        a, b = self.a[...], self.b[...]
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        low = project(x, a.reshape(a.shape[0], -1), dtype=wide) * self.scale[...]
-        return project(low.astype(x.dtype), b.reshape(-1, b.shape[-1]))
-
-
-def adapted(names: Iterable[str]) -> frozenset[str]:
-    """The maps that have an adapter among weights of these names.
-
-    >>> adapted(["norm.scale", "blocks.0.attn.q.kernel", "blocks.0.attn.q.lora.a"])
-    frozenset({'blocks.0.attn.q'})
+    Attributes:
+        kernel: in whichever form; it does not learn.
+        a: [r, *reads].
+        b: [*writes, r].
+        scale: alpha / r, in float32.
     """
-    return frozenset(module_of(name) for name in names if part_of(name) == LORA_A)
+
+    kernel: Any
+    a: Float[Array, "..."]
+    b: Float[Array, "..."]
+    scale: Float[Array, ""]
+
+    def matmul(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
+        """The kernel's product with `x` and the adapter's, each rounded to the type of `x`.
+
+        The latter is scaled before it is rounded, by a number of float32: rounded to bfloat16, a
+        scale of 5/3 would be wrong by 0.2 % in all that the adapter does.
+        """
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        y = as_form(self.kernel).matmul(x)
+        low = project(x, self.a.reshape(len(self.a), -1), dtype=wide) * self.scale
+        return y + project(low.astype(x.dtype), self.b.reshape(-1, self.b.shape[-1]))

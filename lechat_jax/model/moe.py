@@ -9,7 +9,7 @@ softmax over the best alone: exp(s) / sum(exp(all)) and exp(s) / sum(exp(best)) 
 factor that the division takes out. transformers does the one and Mistral the other.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.devices.mesh import over_experts
-from lechat_jax.ops.expert_weights import Kernels
 from lechat_jax.ops.grouped_matmul import grouped
+from lechat_jax.ops.kernel_forms import as_form
 from lechat_jax.ops.matmul import from_bits
 
 
@@ -75,16 +75,7 @@ class Stack(nnx.Module):
     """One linear map for each expert, as one kernel."""
 
     def __init__(self, E: int, writes: int, reads: int, std: float, *, rngs: nnx.Rngs) -> None:
-        self.writes = (E, writes)
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (E, writes, reads)))
-        self.kernel_scale: nnx.Param | None = None
-        self.kernel_zero: nnx.Param | None = None
-        self.kernel_order: nnx.Param | None = None
-
-    def kernels(self) -> Kernels:
-        """The kernel of each expert, in whichever form it is."""
-        parts = (self.kernel_scale, self.kernel_zero, self.kernel_order)
-        return Kernels(self.kernel[...], *(None if part is None else part[...] for part in parts))
 
 
 class Experts(nnx.Module):
@@ -109,20 +100,20 @@ class Mixture(nnx.Module):
         flat = x.reshape(-1, x.shape[-1])
         routing = self.router(flat)
         maps = (self.experts.gate, self.experts.up, self.experts.down)
-        kernels = tuple(one.kernels() for one in maps)
+        kernels = tuple(as_form(one.kernel.get_value()) for one in maps)
         y = over_experts(_mixed, kernels, flat, routing.experts, routing.shares)
         return y.astype(x.dtype).reshape(x.shape), routing.load
 
 
 def _mixed(
-    kernels: tuple[Kernels, Kernels, Kernels],
+    kernels: tuple[Any, Any, Any],
     x: Float[Array, "T D"],
     experts: Int[Array, "T chosen"],
     shares: Float[Array, "T chosen"],
 ) -> Float[Array, "T D"]:
     """What these experts add up to, at least float32; numbers beyond theirs are of others."""
     gate, up, down = kernels
-    E, (T, n_chosen) = len(gate.numbers), experts.shape
+    E, (T, n_chosen) = len(jax.tree.leaves(gate)[0]), experts.shape
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     back = jnp.argsort(order)

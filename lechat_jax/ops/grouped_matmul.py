@@ -4,23 +4,22 @@ Rows [T, D] come sorted by group, the first sizes[0] for the kernel of group 0 a
 many as it may be: none is dropped, and none is multiplied with a kernel that is not its own.
 
 A GPU or TPU has `jax.lax.ragged_dot` for that; on a CPU see `grouped_matmul_cpu`.
-
-An int4 kernel has two features of an output in a byte, and gives all that are in low halves and
-then all in high ones. So that is the order of features in which the rows meet it.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int
 
 from lechat_jax.ops import grouped_matmul_cpu
-from lechat_jax.ops.expert_weights import Kernels
 from lechat_jax.ops.grouped_matmul_cpu import group_of_each
+from lechat_jax.ops.kernel_forms import Dense, PackedInt4
 from lechat_jax.ops.matmul import here, is_on_cpu
 
 
 def grouped(
-    rows: Float[Array, "T D"], kernels: Kernels, sizes: Int[Array, " E"]
+    rows: Float[Array, "T D"], kernels: Any, sizes: Int[Array, " E"]
 ) -> Float[Array, "T F"]:
     """Each row times the transposed kernel of its group; rows beyond all groups are anything.
 
@@ -29,31 +28,16 @@ def grouped(
     made floats, when its turn comes.
     """
     group = group_of_each(len(rows), sizes)
-    if kernels.zero is not None:
-        x = _features_of_bytes(rows, kernels.order, group)
-        y = _product(x, kernels._replace(order=None), sizes)
-    else:
-        y = _product(rows, Kernels(kernels.numbers), sizes)
-        y = y if kernels.scale is None else y * kernels.scale[group]
+    y = kernels.by_group(rows, group, lambda rows, numbers: _product(rows, numbers, sizes))
     return y.astype(rows.dtype)
 
 
-def _features_of_bytes(
-    rows: Float[Array, "T D"], order: Int32[Array, "E D"] | None, group: Int[Array, " T"]
-) -> Float[Array, "T D"]:
-    """The features that are in low halves of bytes of the kernel of each row, then the others."""
-    if order is None:
-        return jnp.concatenate([rows[:, 0::2], rows[:, 1::2]], axis=1)
-    order = jnp.concatenate([order[:, 0::2], order[:, 1::2]], axis=1)
-    return jnp.take_along_axis(rows, order[group], axis=1)
-
-
 @jax.custom_vjp
-def _product(rows: Array, kernels: Kernels, sizes: Array) -> Float[Array, "T F"]:
+def _product(rows: Array, kernels: Dense | PackedInt4, sizes: Array) -> Float[Array, "T F"]:
     """In at least float32."""
     if not is_on_cpu():
         kernels, rows = here(kernels, rows)
-        return _ragged(rows, kernels.floats(rows.dtype), sizes)
+        return _ragged(rows, kernels.floats(rows.dtype).astype(rows.dtype), sizes)
     return grouped_matmul_cpu.product(rows, kernels, sizes)
 
 
@@ -67,13 +51,13 @@ def _ragged(rows: Array, kernel: Array, sizes: Array) -> Float[Array, "T F"]:
     return jax.lax.ragged_dot_general(rows, kernel, sizes, numbers, preferred_element_type=wide)
 
 
-def _forward(rows: Array, kernels: Kernels, sizes: Array) -> tuple[Array, tuple]:
+def _forward(rows: Array, kernels: Dense | PackedInt4, sizes: Array) -> tuple[Array, tuple]:
     return _product(rows, kernels, sizes), (rows, kernels, sizes)
 
 
 def _backward(
-    kept: tuple[Array, Kernels, Array], dy: Float[Array, "T F"]
-) -> tuple[Array, Kernels | None, None]:
+    kept: tuple[Array, Dense | PackedInt4, Array], dy: Float[Array, "T F"]
+) -> tuple[Array, Dense | None, None]:
     rows, kernels, sizes = kept
     is_learned = jnp.issubdtype(kernels.numbers.dtype, jnp.floating)
     if is_on_cpu():
@@ -81,11 +65,11 @@ def _backward(
         d_kernel = grouped_matmul_cpu.gradient_of_kernels(dy, rows, sizes) if is_learned else None
     else:
         kernels, dy = here(kernels, dy)
-        made = kernels.floats(rows.dtype)
+        made = kernels.floats(rows.dtype).astype(rows.dtype)
         _, back = jax.vjp(lambda rows, kernel: _ragged(rows, kernel, sizes), rows, made)
         d_rows, d_kernel = back(dy)
         d_kernel = d_kernel if is_learned else None
-    d_kernels = None if d_kernel is None else Kernels(d_kernel.astype(kernels.numbers.dtype))
+    d_kernels = None if d_kernel is None else Dense(d_kernel.astype(kernels.numbers.dtype))
     return d_rows.astype(rows.dtype), d_kernels, None
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lechat_jax.ops.expert_weights import Kernels, cut, put
+from lechat_jax.ops.kernel_forms import Dense, PackedInt4, cut, put
 from lechat_jax.ops.matmul import BLOCK, zeros_after
 
 ALONE = 8  # rows up to which each takes its kernel on its own
@@ -114,7 +114,7 @@ def group_of_each(T: int, sizes: Int[Array, " E"]) -> Int[Array, " T"]:
 
 
 def product(
-    rows: Float[Array, "T D"], kernels: Kernels, sizes: Int[Array, " E"]
+    rows: Float[Array, "T D"], kernels: Dense | PackedInt4, sizes: Int[Array, " E"]
 ) -> Float[Array, "T F"]:
     """Each row times the transposed kernel of its group, nought for a row beyond all groups."""
     rows = _wide(rows)
@@ -138,7 +138,7 @@ def product(
 
 
 def _each_alone(
-    rows: Float[Array, "T D"], kernels: Kernels, sizes: Int[Array, " E"]
+    rows: Float[Array, "T D"], kernels: Dense | PackedInt4, sizes: Int[Array, " E"]
 ) -> Float[Array, "T F"]:
     """A kernel is read as often as it has rows; in blocks if it has to be converted."""
     T, (_, F, D) = len(rows), kernels.shape
@@ -157,7 +157,7 @@ def _each_alone(
 
 
 def gradient_of_rows(
-    dy: Float[Array, "T F"], kernels: Kernels, sizes: Int[Array, " E"]
+    dy: Float[Array, "T F"], kernels: Dense | PackedInt4, sizes: Int[Array, " E"]
 ) -> Float[Array, "T D"]:
     """The product with the kernels themselves, nought for a row beyond all groups."""
     dy = _wide(dy)

@@ -1,6 +1,7 @@
 """The product by groups, in each of its forms, against one product after the other in NumPy."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import pytest
 from jaxtyping import Array
 
 from lechat_jax.ops import grouped_matmul_cpu
-from lechat_jax.ops.expert_weights import Kernels
 from lechat_jax.ops.grouped_matmul import grouped
+from lechat_jax.ops.kernel_forms import Dense, Ordered, PackedInt4, ScaledInt8
 
 E, F, D = 5, 25, 8
 # Rows in all, some of which may be nobody's, and those of each group.
@@ -47,9 +48,9 @@ def test_each_row_meets_the_kernel_of_its_group(case: str, product: Callable, x6
     n = len(group)
 
     def scored(rows: Array, kernel: Array) -> Array:
-        return jnp.sum(product(rows, Kernels(kernel), sizes)[:n] * dy[:n])
+        return jnp.sum(product(rows, Dense(kernel), sizes)[:n] * dy[:n])
 
-    y = product(rows, Kernels(jnp.asarray(kernel)), sizes)
+    y = product(rows, Dense(jnp.asarray(kernel)), sizes)
     d_rows, d_kernel = jax.jit(jax.grad(scored, (0, 1)))(rows, kernel)
     expected = np.stack([kernel[e] @ row for e, row in zip(group, rows, strict=False)])
     np.testing.assert_allclose(y[:n], expected, atol=1e-13)
@@ -62,15 +63,15 @@ def test_each_row_meets_the_kernel_of_its_group(case: str, product: Callable, x6
     np.testing.assert_allclose(d_kernel, outer, atol=1e-13)
 
 
-def in_int8() -> tuple[Kernels, np.ndarray]:
-    """Kernels, and the floats that they stand for."""
+def in_int8() -> tuple[ScaledInt8, np.ndarray]:
+    """A kernel, and the floats that they stand for."""
     draw = np.random.default_rng(1)
     q = draw.integers(-127, 128, (E, F, D)).astype(np.int8)
     scale = draw.uniform(0.5, 2, (E, F)).astype(np.float32)
-    return Kernels(jnp.asarray(q), jnp.asarray(scale)), q * scale[..., None]
+    return ScaledInt8(jnp.asarray(q), jnp.asarray(scale)), q * scale[..., None]
 
 
-def in_int4(is_ordered: bool) -> tuple[Kernels, np.ndarray]:
+def in_int4(is_ordered: bool) -> tuple[PackedInt4 | Ordered, np.ndarray]:
     """Likewise, worked out number by number; each kernel has its features in its own order."""
     draw = np.random.default_rng(2)
     q = draw.integers(0, 16, (E, F, D)).astype(np.uint8)
@@ -82,8 +83,8 @@ def in_int4(is_ordered: bool) -> tuple[Kernels, np.ndarray]:
         group = d // (D // 2)
         floats[e, f, order[e, d]] = (int(q[e, f, d]) - int(zero[e, f, group])) * scale[e, f, group]
     pairs = q[..., 0::2] + 16 * q[..., 1::2]
-    parts = (pairs, scale, zero, *([order.astype(np.int32)] if is_ordered else []))
-    return Kernels(*map(jnp.asarray, parts)), floats
+    kernel = PackedInt4(*map(jnp.asarray, (pairs, scale, zero)))
+    return Ordered(kernel, jnp.asarray(order, jnp.int32)) if is_ordered else kernel, floats
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -96,13 +97,13 @@ def test_quantised_kernels_are_the_floats_they_stand_for(
     rows = np.random.default_rng(A).standard_normal((A, D)).astype(np.float32)
     sizes, n = jnp.array(counts), sum(counts)
 
-    def scored(rows: Array, kernels: Kernels) -> tuple[Array, Array]:
+    def scored(rows: Array, kernels: Any) -> tuple[Array, Array]:
         y = product(rows, kernels, sizes)[:n]
         return jnp.sum(y * y), y
 
     both = jax.jit(jax.grad(scored, has_aux=True))
     for found, expected in zip(
-        both(rows, kernels), both(rows, Kernels(jnp.asarray(floats))), strict=True
+        both(rows, kernels), both(rows, Dense(jnp.asarray(floats))), strict=True
     ):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
@@ -114,6 +115,6 @@ def test_the_bits_of_bfloat16_are_its_numbers(case: str, product: Callable) -> N
     kernel = in_int8()[1].astype(ml_dtypes.bfloat16)
     rows = np.random.default_rng(A).standard_normal((A, D)).astype(np.float32)
     sizes, n = jnp.array(counts), sum(counts)
-    expected = np.asarray(product(rows, Kernels(jnp.asarray(kernel, jnp.float32)), sizes))[:n]
-    found = product(rows, Kernels(jnp.asarray(kernel.view(np.uint16))), sizes)[:n]
+    expected = np.asarray(product(rows, Dense(jnp.asarray(kernel, jnp.float32)), sizes))[:n]
+    found = product(rows, Dense(jnp.asarray(kernel.view(np.uint16))), sizes)[:n]
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
