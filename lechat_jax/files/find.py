@@ -1,4 +1,4 @@
-"""Which files a path, a folder or a glob names, and which of a folder are left out, and why.
+"""Resolves a path, folder or glob to files, and lists which files of a folder are skipped and why.
 
 Standard library only.
 """
@@ -22,16 +22,16 @@ _MEANT = (".txt", ".md", ".rst", ".jsonl", ".ndjson")
 
 
 class NoRecords(NotText):
-    """A file of JSON holds neither examples nor texts."""
+    """A JSON file whose records are neither training examples nor texts."""
 
 
 class Found(NamedTuple):
-    """Files to read.
+    """The files that a path, folder or glob resolves to.
 
     Attributes:
-        files: in order.
-        hidden: what was passed over because its name begins with a dot.
-        in_folder: they are whatever lies in a folder, and were not named.
+        files: in the order in which they are read.
+        hidden: files that are skipped because a name begins with a dot.
+        in_folder: whether they were listed from a folder rather than named.
     """
 
     files: list[Path]
@@ -40,10 +40,10 @@ class Found(NamedTuple):
 
 
 def find_files(data: str) -> Found | None:
-    """The files that `data` names; `None` if it is the id of a dataset.
+    """Resolves `data` to files; `None` if it is the id of a Hugging Face dataset.
 
     Raises:
-        BadInput: there are none.
+        BadInput: no file matches.
     """
     path = os.path.expanduser(data)
     if os.path.isdir(path):
@@ -64,7 +64,7 @@ def find_files(data: str) -> Found | None:
 
 
 def located(data: str | None) -> str | None:
-    """The same data, as a path that leads there from any folder; a dataset's id is none.
+    """`data` as an absolute path, so that it holds from any folder; a dataset's id stays as it is.
 
     >>> located(None), located("owner/dataset")
     (None, 'owner/dataset')
@@ -78,7 +78,7 @@ def located(data: str | None) -> str | None:
 
 
 def _below(top: Path) -> Found:
-    """All files below a folder but hidden ones, and sockets and the like."""
+    """All regular files below a folder, without hidden ones."""
 
     def refuse(error: OSError) -> None:
         raise BadInput(f"cannot read the folder {error.filename}: {error.strerror}") from error
@@ -93,7 +93,7 @@ def _below(top: Path) -> Found:
 
 
 class LeftOut:
-    """What of a folder is not read, and why."""
+    """The files of a folder that are skipped, by reason."""
 
     def __init__(self, found: Found) -> None:
         self.n_read = 0
@@ -101,12 +101,12 @@ class LeftOut:
         self._why: dict[str, list[Path]] = {"hidden": found.hidden} if found.hidden else {}
 
     def add(self, why: str, file: Path) -> None:
-        """One more."""
+        """Records a skipped file and the reason."""
         self._why.setdefault(why, []).append(file)
 
     @contextlib.contextmanager
     def unless_fit(self, file: Path) -> Iterator[None]:
-        """Leaves out a file that turns out to be no text, unless it was named or is meant to be."""
+        """Context manager that skips a file of a folder if it is not text or holds no records."""
         try:
             yield
         except NoRecords:
@@ -121,7 +121,7 @@ class LeftOut:
             self.n_read += 1
 
     def told(self) -> str:
-        """The files by what they are, as the end of a sentence; nothing, if all were read."""
+        """The skipped files by reason, as the end of a sentence; empty if none was skipped."""
         parts = []
         for why, files in self._why.items():
             names = ", ".join(file.name for file in files[:3])
@@ -129,7 +129,7 @@ class LeftOut:
         return f"; left out: {', '.join(parts)}" if parts else ""
 
     def notes(self, data: str) -> tuple[str, ...]:
-        """One sentence, if anything was left out."""
+        """One sentence on the skipped files, or none."""
         told = self.told()
         files = "1 file" if self.n_read == 1 else f"{self.n_read:,} files"
         return (f"read {files} below {data}{told}",) if told else ()
