@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a terminal that closes as a wish, granted when the work in hand is done."""
+"""Graceful shutdown: SIGINT, SIGTERM and SIGHUP are noted, and the work at hand is finished."""
 
 import signal
 from types import FrameType, TracebackType
@@ -11,10 +11,10 @@ WISHES = (signal.SIGINT, signal.SIGTERM, *LOST)
 
 
 class Stop:
-    """Within it, the first SIGINT, SIGTERM or SIGHUP is only noted; then Ctrl-C acts as ever.
+    """Context manager in which the first SIGINT, SIGTERM or SIGHUP is only noted, for a clean stop.
 
-    So does SIGTERM, while a second SIGHUP is still no more than a wish: nobody is there to be
-    impatient. What was ignored stays ignored, as under `nohup`.
+    A second SIGINT or SIGTERM acts as usual; a second SIGHUP is still only noted, since nobody is
+    there to be impatient. Ignored signals stay ignored, as under `nohup`.
 
     `asked` names the signal that came, or is empty. Enter it on the main thread.
     """
