@@ -1,4 +1,4 @@
-"""The kernels of several groups as one, in whichever form they are stored."""
+"""Stacked expert weights of a mixture of experts: floats, int8 or int4."""
 
 from typing import NamedTuple
 
@@ -12,13 +12,13 @@ from lechat_jax.ops.matmul_int4 import halves
 
 
 class Kernels(NamedTuple):
-    """The kernels of E groups, from D features to F outputs: floats, int8 or int4.
+    """Stacked kernels of E experts, from D features to F outputs: floats, int8 or int4.
 
     Attributes:
-        numbers: of floats, or their bits, or int8; of int4 two in a byte.
-        scale: of each output of int8 [E, F], or of its groups of features of int4 [E, F, groups].
-        zero: of int4, the number that stands for nought.
-        order: of int4, the feature that each of the kernel's is, where that is not the same.
+        numbers: the floats, or their bits, or int8; int4 has two numbers a byte.
+        scale: per output of int8 [E, F]; per output and group of int4 [E, F, groups].
+        zero: zero points of int4.
+        order: activation order of int4: the model's index of each of the kernel's features.
     """
 
     numbers: Shaped[Array, "E F D"]
@@ -28,12 +28,12 @@ class Kernels(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Groups, outputs and features."""
+        """The sizes (E, F, D): experts, outputs, features."""
         E, F, D = self.numbers.shape
         return E, F, D if self.zero is None else 2 * D
 
     def block(self, start: tuple, n: int, dtype: DTypeLike) -> Float[Array, "few D"]:
-        """The floats of n outputs of a kernel; `start` is its group and the first of them."""
+        """Dequantizes n outputs of one kernel; `start` is the expert and the first output."""
         numbers, *grids = (
             cut(part, (*start, 0), (1, n, part.shape[2]))[0]
             for part in (self.numbers, self.scale, self.zero)
@@ -44,7 +44,7 @@ class Kernels(NamedTuple):
         return jnp.concatenate(halves(numbers, *grids), axis=1).astype(dtype)
 
     def floats(self, dtype: DTypeLike) -> Float[Array, "E F D"]:
-        """All of them."""
+        """Dequantizes all kernels to floats."""
         if self.scale is None or self.zero is None:
             return self.numbers.astype(dtype)
         E, F, D = self.shape
@@ -53,10 +53,10 @@ class Kernels(NamedTuple):
 
 
 def cut(array: Array, start: tuple, size: tuple[int, ...]) -> Array:
-    """A part of an array, by the place of its first number."""
+    """A slice of an array at a dynamic start (`jax.lax.dynamic_slice`)."""
     return jax.lax.dynamic_slice(array, [jnp.asarray(i, jnp.int32) for i in start], size)
 
 
 def put(array: Array, part: Array, start: tuple) -> Array:
-    """The array with that part in place of what was there."""
+    """Writes a slice into an array at a dynamic start (`jax.lax.dynamic_update_slice`)."""
     return jax.lax.dynamic_update_slice(array, part, [jnp.asarray(i, jnp.int32) for i in start])

@@ -1,8 +1,8 @@
-"""The product of positions and a kernel of int4, which has two features of an output in a byte.
+"""Matmul of positions and a group-wise int4 kernel, which has two features a byte.
 
-What a byte holds is never put side by side: a product is the sum of two, of the even features,
-which are the low halves, and of the odd ones. On a CPU a few rows of the kernel are made float32 at
-a time, which stays in the cache, as `projection` does it.
+The nibbles of a byte are never interleaved: a product is the sum of two, of the even features
+(low nibbles) and of the odd ones (high nibbles). On a CPU a few rows of the kernel are
+dequantized at a time, which stay in the cache, as in `matmul`.
 """
 
 import jax
@@ -21,10 +21,10 @@ def project_pairs(
     scale: Float[Array, "F groups"],
     zero: UInt8[Array, "F groups"],
 ) -> Float[Array, "T F"]:
-    """`x` times the transposed kernel that the parts stand for, see `int4`.
+    """Int4 linear layer: `x` times the transposed, dequantized kernel; see `quantize.int4`.
 
-    Products are added up in at least float32 and rounded once. The parts are constants to a
-    gradient, which goes to `x` alone: one kernel at a time is made of them, when its turn comes.
+    Products are accumulated in at least float32 and rounded once. The kernel has no gradient,
+    only `x` has; kernels are dequantized one at a time.
     """
     made = _in_blocks(x, kernel, scale, zero) if is_on_cpu() else _whole(x, kernel, scale, zero)
     return made.astype(x.dtype)
@@ -54,10 +54,10 @@ project_pairs.defvjp(_forward, _backward)
 
 
 def halves(kernel: Array, scale: Array, zero: Array) -> Halves:
-    """The weights of the even features and of the odd ones, [F, D / 2] each, in float32.
+    """Dequantizes int4: weights of the even features and of the odd ones, float32 [F, D / 2] each.
 
-    They are made group by group. If XLA saw that groups are not asked for, it would look up the
-    scale of each weight by itself, which takes two to three times as long.
+    A barrier keeps the work by group. Otherwise XLA would look up the scale of each weight by
+    itself, which takes two to three times as long.
     """
     groups = scale.shape[1]
     pairs = kernel.reshape(len(kernel), groups, -1)
@@ -78,7 +78,7 @@ def _whole(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Array, "
 
 
 def _in_blocks(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Array, "T F"]:
-    """A few rows of the kernel at a time; the last block may overlap another."""
+    """The matmul by blocks of the kernel's rows; the last block may overlap the one before."""
     F, half = kernel.shape
     rows = max(1, min(BLOCK // (2 * half), F // 2))
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
