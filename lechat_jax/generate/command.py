@@ -42,9 +42,9 @@ class GenerateConfig:
             none at all, lets the model start from BOS.
         prompt_ids: Token ids to continue instead of text, such as 1,415,2936; repeatable. BOS is
             not added, so begin with it; needs no tokenizer.
-        prompts_file: File of prompts instead: one a line, or .jsonl with objects that have
-            `prompt` (text) or `ids`; "-" reads lines from stdin. Each prompt is independent; an
-            empty line is an empty prompt.
+        prompts_file: File of prompts instead: one a line, or .jsonl of objects with `prompt`
+            (text) or `ids`; "-" reads lines from stdin. Each prompt is independent; an empty
+            line is an empty prompt.
         max_tokens: Maximum new tokens of each sample.
         temperature: Sampling temperature: logits are divided by it. 1 is the model's own
             distribution, less is safer, 0 is greedy decoding.
