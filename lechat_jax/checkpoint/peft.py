@@ -192,7 +192,7 @@ def _read_mistrals(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[
 
 
 def _ranks(found: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """The rank of each map, by its name."""
+    """The LoRA rank of each linear layer, by name."""
     return {
         module_of(name): info.shape[0] for name, info in found.items() if part_of(name) == LORA_A
     }
@@ -229,7 +229,7 @@ def _weights(
 
 
 def _flat(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The shape that A or B has in a file, where heads have no axis of their own."""
+    """The 2D shape of A or B in a file, heads merged to one axis."""
     if part_of(name) == LORA_A:
         return shape[0], math.prod(shape[1:])
     return math.prod(shape[:-1]), shape[-1]

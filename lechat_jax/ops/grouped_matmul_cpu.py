@@ -182,7 +182,7 @@ def gradient_of_rows(
 def gradient_of_kernels(
     dy: Float[Array, "T F"], rows: Float[Array, "T D"], sizes: Int[Array, " E"]
 ) -> Float[Array, "E F D"]:
-    """The sum of the outer products of each group."""
+    """Gradient of the kernels: the sum of outer products of each group."""
     dy, rows = _wide(dy), _wide(rows)
     (T, F), D, E = dy.shape, rows.shape[1], len(sizes)
     n, groups = _rows_of_block(F, D), Groups.of(sizes)
