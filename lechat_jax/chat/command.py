@@ -19,7 +19,7 @@ import tyro
 from lechat_jax.chat.slash_commands import Commands
 from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.cli import flags
-from lechat_jax.cli.display import Reading, Visible
+from lechat_jax.cli.display import PrefillProgress, Visible
 from lechat_jax.cli.signals import Stop
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quantize=options.quantize,
         batch=1,
         draft=draft,
-        on_read=Reading(),
+        on_read=PrefillProgress(),
     )
     dialogue = generator.chat(
         options.system,

@@ -23,7 +23,7 @@ import numpy as np
 
 from lechat_jax.devices.processes import is_first
 from lechat_jax.errors import BadInput
-from lechat_jax.files.atomic import check_new_folder, told, write_whole
+from lechat_jax.files.atomic import check_new_folder, disk_errors, write_whole
 from lechat_jax.files.lock import LOCK, Lock
 from lechat_jax.shell import command
 
@@ -165,7 +165,7 @@ class Run:
         return f"make room for {self.folder}, and go on with --resume"
 
     def _writing(self, path: Path) -> contextlib.AbstractContextManager[None]:
-        return told(path, self._remedy)
+        return disk_errors(path, self._remedy)
 
     def log(self, rows: list[dict[str, Any]]) -> None:
         """Appends lines to `metrics.jsonl`.

@@ -40,7 +40,7 @@ class Visible:
         return rest.replace("\r\n", "\n").replace("\r", "\n").translate(CONTROLS)
 
 
-class Reading:
+class PrefillProgress:
     """Prefill progress: tokens of the prompt read, tokens/s and time left, after the first second.
 
     On stderr: in a terminal one line that is overwritten, elsewhere a line every ten seconds.
@@ -219,7 +219,7 @@ class Display:
 
 
 class Meter(Display):
-    """Bytes done of a total, with their rate and the time left. Use it as a context."""
+    """Progress bar in bytes, with rate and time left; a context manager."""
 
     def __init__(self, total: int, console: Console) -> None:
         super().__init__(total, console)
@@ -228,11 +228,11 @@ class Meter(Display):
 
     @property
     def seconds(self) -> float:
-        """Since it was made."""
+        """Seconds since the start."""
         return time.monotonic() - self._began
 
     def add(self, n: int) -> None:
-        """So many more bytes are done."""
+        """Adds bytes that are done."""
         self.done += n
         rate = max(self.done, 1) / max(self.seconds, 1e-9)
         status = (

@@ -59,7 +59,7 @@ class Lessons(Protocol):
         ...
 
 
-class TextLessons:
+class TextDataset:
     """Pretraining dataset: text in windows of one token stream, or packed documents."""
 
     chat = False
@@ -95,7 +95,7 @@ class TextLessons:
         return [self._tokenizer.bos_id, *self._tokenizer.encode(prompt)]
 
 
-class ExampleLessons:
+class ExampleDataset:
     """Instruction-tuning dataset: conversations or completions, with the loss on answers only."""
 
     def __init__(
@@ -153,9 +153,9 @@ def load_lessons(
     """
     if data is not None and (form := form_of(data)):
         examples = load_examples(data, form, tokenizer, block, on_progress)
-        return ExampleLessons(examples, tokenizer, block, batch, seed, packing != "off")
+        return ExampleDataset(examples, tokenizer, block, batch, seed, packing != "off")
     tokens = load_tokens(load_corpus(data), tokenizer, on_progress=on_progress)
-    return TextLessons(tokens, tokenizer, block, batch, seed, packing == "on")
+    return TextDataset(tokens, tokenizer, block, batch, seed, packing == "on")
 
 
 def _packing_note(packed: Packed) -> str:

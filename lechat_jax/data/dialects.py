@@ -55,7 +55,7 @@ def conversation(fields: Mapping[str, Any]) -> tuple[Any, Any]:
     return messages, _tools(fields.get("tools"))
 
 
-def fields_told(fields: Iterable[str]) -> str:
+def unknown_fields(fields: Iterable[str]) -> str:
     """Error message for a record whose fields are neither an example's nor a text's."""
     names = [name[:40] for name in fields]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""

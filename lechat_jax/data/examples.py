@@ -17,7 +17,7 @@ from jaxtyping import Integer
 
 from lechat_jax.data.batches import dtype_of
 from lechat_jax.data.corpus import EVERY, in_words
-from lechat_jax.data.dialects import FIELDS, Form, conversation, fields_told, form_of_fields
+from lechat_jax.data.dialects import FIELDS, Form, conversation, form_of_fields, unknown_fields
 from lechat_jax.data.packing import Documents
 from lechat_jax.data.parallel_encoding import CHUNK, answer_bytes, pages
 from lechat_jax.data.sources import first_record, load_dataset
@@ -172,7 +172,7 @@ def _source(data: str, form: Form) -> Source:
         with left.unless_fit(file):
             first = first_record(file)
             if first and form_of_fields(first.fields) is None and "text" not in first.fields:
-                raise NoRecords(f"{file}, {first.where}, {fields_told(first.fields)}")
+                raise NoRecords(f"{file}, {first.where}, {unknown_fields(first.fields)}")
             files.append(file)
             raw = read_bytes(file)
             digest.update(raw)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lechat_jax.data.dialects import Form, fields_told, form_of_fields
+from lechat_jax.data.dialects import Form, form_of_fields, unknown_fields
 from lechat_jax.errors import BadInput
 from lechat_jax.files.find import LeftOut, NoRecords, find_files
 from lechat_jax.files.jsonl import Complaints, Record, half_pair, holds_records, json_records
@@ -66,7 +66,7 @@ def find_texts(data: str | None) -> Texts:
         with left.unless_fit(file):
             documents += _file_texts(file)
     if found.in_folder and not left.n_read:
-        raise BadInput(f"there is no text to read below the folder {data}{left.told()}")
+        raise BadInput(f"there is no text to read below the folder {data}{left.summary()}")
     return Texts(data, documents, left.n_read, left.notes(data))
 
 
@@ -116,7 +116,7 @@ def _file_texts(file: Path) -> list[str]:
     texts: list[str | None] = []
     for record in json_records(file, complaints):
         if not texts and "text" not in record.fields:
-            raise NoRecords(f"{file}, {record.where}, {fields_told(record.fields)}")
+            raise NoRecords(f"{file}, {record.where}, {unknown_fields(record.fields)}")
         texts.append(_text(record, complaints))
     try:
         complaints.raise_any()

@@ -23,12 +23,12 @@ def write_whole(path: Path, content: str | bytes, remedy: str = "name another fi
     """
     raw = content.encode() if isinstance(content, str) else content
     if _is_device(path):
-        with told(path, remedy), path.open("ab") as file:
+        with disk_errors(path, remedy), path.open("ab") as file:
             file.write(raw)
         return
     target = path.resolve()  # what a symbolic link names, which stays one
     beside = _beside(target)
-    with told(path, remedy):
+    with disk_errors(path, remedy):
         try:
             beside.write_bytes(raw)
             os.replace(beside, target)
@@ -39,7 +39,7 @@ def write_whole(path: Path, content: str | bytes, remedy: str = "name another fi
 
 
 @contextlib.contextmanager
-def told(path: Path, remedy: str = "name another file") -> Iterator[None]:
+def disk_errors(path: Path, remedy: str = "name another file") -> Iterator[None]:
     """Context manager that turns an `OSError` of a write, such as a full disk, into `BadInput`."""
     try:
         yield
@@ -61,7 +61,7 @@ def check_writable(*paths: Path | None) -> None:
             raise BadInput(f"{path} is a folder; name a file in it")
         if not os.path.isdir(folder):
             raise BadInput(f"there is no folder {folder} to write {path.name} to")
-        with told(path):
+        with disk_errors(path):
             if _is_device(path):
                 _probe_device(path)
             else:

@@ -25,7 +25,7 @@ class NoRecords(NotText):
     """A JSON file whose records are neither training examples nor texts."""
 
 
-class Found(NamedTuple):
+class FileList(NamedTuple):
     """The files that a path, folder or glob resolves to.
 
     Attributes:
@@ -39,7 +39,7 @@ class Found(NamedTuple):
     in_folder: bool
 
 
-def find_files(data: str) -> Found | None:
+def find_files(data: str) -> FileList | None:
     """Resolves `data` to files; `None` if it is the id of a Hugging Face dataset.
 
     Raises:
@@ -49,12 +49,12 @@ def find_files(data: str) -> Found | None:
     if os.path.isdir(path):
         return _below(Path(path))
     if os.path.exists(path):
-        return Found([Path(path)], [], False)
+        return FileList([Path(path)], [], False)
     if _GLOB_CHARACTERS.search(path):
         files = sorted(Path(f) for f in glob.glob(path, recursive=True) if not os.path.isdir(f))
         if not files:
             raise BadInput(f"no file matches {data}")
-        return Found(files, [], False)
+        return FileList(files, [], False)
     if _DATASET_ID.fullmatch(data) and not _FILE_SUFFIX.search(data):
         return None
     raise BadInput(
@@ -77,7 +77,7 @@ def located(data: str | None) -> str | None:
     return data
 
 
-def _below(top: Path) -> Found:
+def _below(top: Path) -> FileList:
     """All regular files below a folder, without hidden ones."""
 
     def refuse(error: OSError) -> None:
@@ -89,13 +89,13 @@ def _below(top: Path) -> Found:
         folders[:] = [name for name in folders if name[0] != "."]
         shown = [Path(folder, name) for name in names if name[0] != "."]
         files += [file for file in shown if file.is_file() or file.is_symlink()]
-    return Found(sorted(files), sorted(hidden), True)
+    return FileList(sorted(files), sorted(hidden), True)
 
 
 class LeftOut:
     """The files of a folder that are skipped, by reason."""
 
-    def __init__(self, found: Found) -> None:
+    def __init__(self, found: FileList) -> None:
         self.n_read = 0
         self._found = found
         self._why: dict[str, list[Path]] = {"hidden": found.hidden} if found.hidden else {}
@@ -120,7 +120,7 @@ class LeftOut:
         else:
             self.n_read += 1
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The skipped files by reason, as the end of a sentence; empty if none was skipped."""
         parts = []
         for why, files in self._why.items():
@@ -130,6 +130,6 @@ class LeftOut:
 
     def notes(self, data: str) -> tuple[str, ...]:
         """One sentence on the skipped files, or none."""
-        told = self.told()
+        skipped = self.summary()
         files = "1 file" if self.n_read == 1 else f"{self.n_read:,} files"
-        return (f"read {files} below {data}{told}",) if told else ()
+        return (f"read {files} below {data}{skipped}",) if skipped else ()

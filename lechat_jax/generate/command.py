@@ -16,7 +16,7 @@ import tyro
 
 from lechat_jax.checkpoint.saved_model import Trained
 from lechat_jax.cli import flags
-from lechat_jax.cli.display import Reading, Visible
+from lechat_jax.cli.display import PrefillProgress, Visible
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_whole
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quantize=options.quantize,
         batch=min(options.batch, len(asked) * options.samples),
         draft=options.draft if options.speculate else 0,
-        on_read=Reading(),
+        on_read=PrefillProgress(),
     )
     rows = [ids for ids in map(generator.ids_of, asked) for _ in range(options.samples)]
     generator.check(rows, options.max_tokens)

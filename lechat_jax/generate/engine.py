@@ -40,7 +40,7 @@ PATIENCE = 0.1  # seconds of decoding until a stream shows something
 IDLE = Sampling(temperature=0)  # what a free row costs least with
 
 
-class Made(NamedTuple):
+class RowTokens(NamedTuple):
     """Tokens that one row produced in a call: ids, and log-probabilities in nats."""
 
     ids: list[int]
@@ -171,7 +171,7 @@ class Engine:
                 jax.block_until_ready(self._state.cache)
                 on_read(total - self.unread, total)
 
-    def advance(self, n: int) -> list[Made]:
+    def advance(self, n: int) -> list[RowTokens]:
         """Decodes up to `n` steps, at most `MOST`, of all rows that are ready; their new tokens.
 
         Fewer steps if all rows are done, or drafts do not pay any more.
@@ -187,7 +187,7 @@ class Engine:
         self._left = np.array(left)
         made = []
         for row, length in enumerate(lengths.tolist()):
-            made.append(Made(ids[row, :length].tolist(), logprobs[row, :length].tolist()))
+            made.append(RowTokens(ids[row, :length].tolist(), logprobs[row, :length].tolist()))
             self.lengths[row] += length
             if repeats := self._repeats[row]:
                 repeats.add(made[row].ids)

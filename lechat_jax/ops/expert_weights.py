@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 
 from lechat_jax.ops.matmul import widened
-from lechat_jax.ops.matmul_int4 import halves
+from lechat_jax.ops.matmul_int4 import even_odd
 
 
 class Kernels(NamedTuple):
@@ -41,7 +41,7 @@ class Kernels(NamedTuple):
         )
         if not grids:
             return widened(numbers, dtype)
-        return jnp.concatenate(halves(numbers, *grids), axis=1).astype(dtype)
+        return jnp.concatenate(even_odd(numbers, *grids), axis=1).astype(dtype)
 
     def floats(self, dtype: DTypeLike) -> Float[Array, "E F D"]:
         """Dequantizes all kernels to floats."""
@@ -49,7 +49,7 @@ class Kernels(NamedTuple):
             return self.numbers.astype(dtype)
         E, F, D = self.shape
         numbers, *grids = (x.reshape(E * F, -1) for x in (self.numbers, self.scale, self.zero))
-        return jnp.concatenate(halves(numbers, *grids), axis=1).astype(dtype).reshape(E, F, D)
+        return jnp.concatenate(even_odd(numbers, *grids), axis=1).astype(dtype).reshape(E, F, D)
 
 
 def cut(array: Array, start: tuple, size: tuple[int, ...]) -> Array:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, UInt8
 
 from lechat_jax.ops.matmul import BLOCK, here, is_on_cpu, zeros_after
 
-Halves = tuple[Array, Array]
+EvenOdd = tuple[Array, Array]
 
 
 @jax.custom_vjp
@@ -44,7 +44,7 @@ def _backward(
     wide = jnp.promote_types(dy.dtype, jnp.float32)
     of_each = (
         jnp.einsum("TF,FD->TD", dy, half.astype(dy.dtype), preferred_element_type=wide)
-        for half in halves(kernel, scale, zero)
+        for half in even_odd(kernel, scale, zero)
     )
     dx = jnp.stack([*of_each], axis=-1).reshape(len(dy), -1)
     return dx.astype(dy.dtype), None, None, None
@@ -53,7 +53,7 @@ def _backward(
 project_pairs.defvjp(_forward, _backward)
 
 
-def halves(kernel: Array, scale: Array, zero: Array) -> Halves:
+def even_odd(kernel: Array, scale: Array, zero: Array) -> EvenOdd:
     """Dequantizes int4: weights of the even features and of the odd ones, float32 [F, D / 2] each.
 
     A barrier keeps the work by group. Otherwise XLA would look up the scale of each weight by
@@ -72,7 +72,7 @@ def _whole(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Array, "
     wide = jnp.promote_types(x.dtype, jnp.float32)
     of_each = (
         jnp.einsum("TD,FD->TF", part, half.astype(x.dtype), preferred_element_type=wide)
-        for part, half in zip((x[:, 0::2], x[:, 1::2]), halves(kernel, scale, zero), strict=True)
+        for part, half in zip((x[:, 0::2], x[:, 1::2]), even_odd(kernel, scale, zero), strict=True)
     )
     return sum(of_each, jnp.zeros((), wide))
 
@@ -92,7 +92,7 @@ def _in_blocks(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Arra
     def with_block(i: Array, y: Float[Array, "F T"]) -> Float[Array, "F T"]:
         start = jnp.minimum(i * rows, F - rows)
         cut = [jax.lax.dynamic_slice_in_dim(part, start, rows) for part in (kernel, scale, zero)]
-        low, high = (block.astype(x.dtype) for block in halves(*cut))
+        low, high = (block.astype(x.dtype) for block in even_odd(*cut))
         made = product(low, even) + product(high, odd)
         return jax.lax.dynamic_update_slice_in_dim(y, made, start, axis=0)
 
