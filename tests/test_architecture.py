@@ -82,17 +82,8 @@ RIDDLES = {
 }
 # Names that still do, with the word. `--against` is in people's scripts. This list only shrinks.
 STILL_RIDDLES: dict[str, str] = {
-    "lechat_jax.data.dataset.ExampleDataset.asked": "asked",
-    "lechat_jax.data.dataset.Lessons": "lessons",
-    "lechat_jax.data.dataset.Lessons.asked": "asked",
-    "lechat_jax.data.dataset.TextDataset.asked": "asked",
-    "lechat_jax.data.dataset.load_lessons": "lessons",
-    "lechat_jax.devices.mesh.made_sharded": "made",
-    "lechat_jax.files.atomic.write_whole": "whole",
     "lechat_jax.model.rope.Turns": "turns",
     "lechat_jax.model.rope.turns": "turns",
-    "lechat_jax.ops.matmul_int4.project_pairs": "pairs",
-    "lechat_jax.quantize.scheme.asked": "asked",
     "lechat_jax.train.memory_plan.told": "told",
     "lechat_jax.train.schedule.Plan.whole": "whole",
     "lechat_jax.train.schedule.Timetable": "timetable",
@@ -431,7 +422,7 @@ PLANTED = [
     ),
     (names_by_the_words_of_the_field, "lechat_jax.model.projection", "x = 1"),
     (names_by_the_words_of_the_field, "parity.bench", "class TextLessons: pass"),
-    (names_by_the_words_of_the_field, "parity.bench", "def write_whole(): pass"),
+    (names_by_the_words_of_the_field, "parity.bench", "def write_atomic(): pass"),
     (names_by_the_words_of_the_field, "parity.bench", "class A:\n    def told(self): pass"),
     (names_by_the_words_of_the_field, "parity.bench", "class A:\n    all_found: bool = True"),
 ]

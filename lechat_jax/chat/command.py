@@ -17,7 +17,7 @@ from typing import Literal
 import tyro
 
 from lechat_jax.chat.slash_commands import Commands
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import PrefillProgress, Visible
 from lechat_jax.cli.signals import Stop
@@ -125,7 +125,7 @@ def _check(options: ChatConfig) -> None:
         raise BadInput(f"--max-tokens must be at least 1, not {options.max_tokens}")
     if options.speculate and options.draft < 1:
         raise BadInput(f"--draft must be at least 1 token, not {options.draft}")
-    trained = Trained.open(options.folder)
+    trained = SavedModel.open(options.folder)
     if preferred(options.folder.iterdir()) is None:
         raise BadInput(no_tokenizer(options.folder, "there is no chat"))
     if trained.run and not trained.run.config["train"].get("chat"):
@@ -199,11 +199,11 @@ def tell(dialogue: Dialogue, question: str, at_terminal: bool, verbose: bool) ->
             if len(dialogue.last) == 1:
                 first = time.perf_counter()
             print(visible.show(text) if at_terminal else text, end="", flush=True)
-            if stop and stop.asked:
+            if stop and stop.received:
                 break
     print(flush=True)
     seconds = time.perf_counter() - first
-    asked = stop.asked if stop else ""
+    asked = stop.received if stop else ""
     if asked:
         note("(stopped)")
     elif (why := dialogue.last[-1].stopped) == "context":

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lechat_jax.errors import BadInput
-from lechat_jax.files.atomic import write_whole
+from lechat_jax.files.atomic import write_atomic
 from lechat_jax.tokenizer.chat_template import Conversation
 
 HELP = """\
@@ -71,6 +71,6 @@ class Commands:
             raise BadInput(f"{name} exists and was not saved by this chat; choose another name")
         messages = self._conversation.messages
         text = json.dumps(messages, indent=2, ensure_ascii=False) + "\n"
-        write_whole(path, text)
+        write_atomic(path, text)
         self._saved.add(path)
         return f"{len(messages)} messages {'replace those' if exists else 'are'} in {name}"

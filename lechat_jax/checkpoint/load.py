@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from lechat_jax.checkpoint.safetensors import TensorFiles
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config.layout import is_adapter, is_part
 from lechat_jax.devices.memory import available_bytes, check_fits
@@ -23,7 +23,7 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 def load_to_compute(
-    trained: Trained,
+    trained: SavedModel,
     dtype: DTypeLike | None,
     quantize: Format | None,
     meanwhile: Callable[[Shapes], None],
@@ -37,7 +37,7 @@ def load_to_compute(
     Args:
         trained: the saved model.
         dtype: compute dtype; by default as stored, but float32 on a CPU where that fits.
-        quantize: as for `Trained.load`.
+        quantize: as for `SavedModel.load`.
         meanwhile: called with the shapes of the weights and run while they are read, as for
             compilation, since reading leaves a core idle.
         beside: gives the bytes that are needed in addition, as for a KV cache.
@@ -45,7 +45,7 @@ def load_to_compute(
 
     Raises:
         BadInput: the weights do not fit into memory, are stored in several dtypes and `dtype` is
-            not given, or as `Trained.load`.
+            not given, or as `SavedModel.load`.
     """
     dtype = _to_compute_in(trained, dtype, quantize)
     shapes = shapes_to_compute(trained, dtype, quantize)
@@ -80,7 +80,7 @@ def free_bytes(beside: Array) -> int | None:
 
 
 def _to_compute_in(
-    trained: Trained, dtype: DTypeLike | None, quantize: Format | None
+    trained: SavedModel, dtype: DTypeLike | None, quantize: Format | None
 ) -> DTypeLike | None:
     """The dtype to load in, in which the weights fit; `None` is as stored.
 
@@ -108,7 +108,9 @@ def _to_compute_in(
     )
 
 
-def shapes_to_compute(trained: Trained, dtype: DTypeLike | None, quantize: Format | None) -> Shapes:
+def shapes_to_compute(
+    trained: SavedModel, dtype: DTypeLike | None, quantize: Format | None
+) -> Shapes:
     """Shapes and dtypes of the weights as they will be loaded."""
     if trained.adapters is not None:
         how = trained.form(quantize)

@@ -23,7 +23,7 @@ import numpy as np
 
 from lechat_jax.devices.processes import is_first
 from lechat_jax.errors import BadInput
-from lechat_jax.files.atomic import check_new_folder, disk_errors, write_whole
+from lechat_jax.files.atomic import check_new_folder, disk_errors, write_atomic
 from lechat_jax.files.lock import LOCK, Lock
 from lechat_jax.shell import command
 
@@ -157,7 +157,7 @@ class Run:
             return path
         with self._writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text, self._remedy)
+        write_atomic(path, text, self._remedy)
         return path
 
     @property
@@ -246,5 +246,5 @@ class Run:
             return path
         content = io.BytesIO()
         figure.savefig(content, format="png")
-        write_whole(path, content.getvalue(), self._remedy)
+        write_atomic(path, content.getvalue(), self._remedy)
         return path

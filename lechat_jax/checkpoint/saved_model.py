@@ -19,7 +19,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.binding import Weights
-from lechat_jax.quantize.scheme import Form, Format, asked, quantize_weights
+from lechat_jax.quantize.scheme import Form, Format, quantize_weights, scheme_for
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import ends
 
@@ -44,7 +44,7 @@ class Loaded(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class SavedModel:
     """A saved model's folder: config, tokenizer and format at once, weights on request.
 
     Attributes:
@@ -62,7 +62,7 @@ class Trained:
     moved: Path | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> "Trained":
+    def open(cls, folder: Path) -> "SavedModel":
         """Opens a training run, or weights in lechat's format.
 
         Raises:
@@ -112,7 +112,7 @@ class Trained:
         return f"{sentence} any more: some of what is held out of it now was learned"
 
     @property
-    def base(self) -> "Trained":
+    def base(self) -> "SavedModel":
         """The base model of the adapters; the model itself without adapters.
 
         Raises:
@@ -122,7 +122,7 @@ class Trained:
             return self
         folder = self.moved or Path(self.run.config["train"]["init_from"])
         try:
-            return Trained.open(folder)
+            return SavedModel.open(folder)
         except BadInput as error:
             raise BadInput(
                 f"{self.folder} holds adapters, for the weights in {folder}: {error}; if those "
@@ -138,11 +138,11 @@ class Trained:
         if self.adapters is None:
             return None
         quantize = self.run.config["train"].get("quantize")
-        return self.base.quantization or asked(quantize, self.config)
+        return self.base.quantization or scheme_for(quantize, self.config)
 
     def form(self, quantize: Format | None) -> Form | None:
         """Quantization scheme after loading: the stored one, else the requested one."""
-        return self.quantization or asked(quantize, self.config)
+        return self.quantization or scheme_for(quantize, self.config)
 
     def weights_bytes(self, dtype: DTypeLike | None = None, quantize: Format | None = None) -> int:
         """Bytes of memory that `load` takes, but for one tensor in transit.
@@ -185,7 +185,7 @@ class Trained:
             Checkpoints,  # Orbax takes 0.2 s, and only runs need it
         )
 
-        form = asked(quantize, self.config)
+        form = scheme_for(quantize, self.config)
         template = {"model": described(mesh, weight_shapes(self.config))}
         restored = Checkpoints(self.run.checkpoints).restore(template)
         manifest = self.run.checkpoints / str(restored.step) / MANIFEST

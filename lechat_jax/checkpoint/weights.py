@@ -34,7 +34,7 @@ from lechat_jax.devices.host_memory import host_empty
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST, sync, write_manifest
 from lechat_jax.model.binding import Weights, shapes_of
-from lechat_jax.quantize.scheme import QUANTIZATION, Form, Format, asked, form_of, in_parts
+from lechat_jax.quantize.scheme import QUANTIZATION, Form, Format, form_of, in_parts, scheme_for
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 FLOATS = tuple(np.dtype(name) for name in (jnp.bfloat16, "float16", "float32", "float64"))
@@ -81,7 +81,7 @@ def load_weights(
             the dtype is not enabled in JAX (float64).
     """
     config = read_config(folder)
-    stored, wanted = stored_format(folder), asked(quantize, config)
+    stored, wanted = stored_format(folder), scheme_for(quantize, config)
     load = functools.partial(_load, folder, config, stored, dtype, shardings, wanted)
     if not check:
         return config, load()
@@ -203,8 +203,8 @@ def weights_bytes(config: MistralConfig, dtype: DTypeLike, form: Form | None = N
     >>> config = preset("mistral-7b-v0.1")
     >>> [round(weights_bytes(config, dtype) / 1e9, 2) for dtype in ("float32", "bfloat16")]
     [28.97, 14.48]
-    >>> of_gptq = Form("int4", 128, is_ordered=True, has_int8_tables=False)
-    >>> forms = asked("int8", config), asked("int4", config), of_gptq
+    >>> of_gptq = Form("int4", 128, is_ordered=True, has_int8_embeddings=False)
+    >>> forms = scheme_for("int8", config), scheme_for("int4", config), of_gptq
     >>> [round(weights_bytes(config, "bfloat16", form) / 1e9, 2) for form in forms]
     [7.25, 4.03, 4.29]
     >>> round(weights_bytes(preset("mixtral-8x7b-v0.1"), "bfloat16", of_gptq) / 1e9, 2)

@@ -16,11 +16,11 @@ class Stop:
     A second SIGINT or SIGTERM acts as usual; a second SIGHUP is still only noted, since nobody is
     there to be impatient. Ignored signals stay ignored, as under `nohup`.
 
-    `asked` names the signal that came, or is empty. Enter it on the main thread.
+    `received` names the signal that came, or is empty. Enter it on the main thread.
     """
 
     def __init__(self) -> None:
-        self.asked = ""
+        self.received = ""
         self._old: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -39,7 +39,7 @@ class Stop:
             signal.signal(number, old)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = self.asked or signal.Signals(number).name
+        self.received = self.received or signal.Signals(number).name
         for wish, old in self._old.items():
             if wish not in LOST:
                 signal.signal(wish, old)

@@ -23,7 +23,7 @@ Reader = Batches | Packed
 
 
 @runtime_checkable
-class Lessons(Protocol):
+class Dataset(Protocol):
     """The interface of a training dataset that `Trainer` needs.
 
     Attributes:
@@ -54,7 +54,7 @@ class Lessons(Protocol):
         """The held-out rows that are scored."""
         ...
 
-    def asked(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: str) -> list[int]:
         """Prompt ids of a sample, which the model continues."""
         ...
 
@@ -90,7 +90,7 @@ class TextDataset:
         """The held-out stream as rows."""
         return HeldOut.of_text(self._tokens, self._tokenizer)
 
-    def asked(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: str) -> list[int]:
         """Prompt ids of a sample: the start of a document."""
         return [self._tokenizer.bos_id, *self._tokenizer.encode(prompt)]
 
@@ -127,7 +127,7 @@ class ExampleDataset:
 
         return HeldOut(packed.one_epoch(), sum(sizes), subset, bytes_of)
 
-    def asked(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: str) -> list[int]:
         """Prompt ids of a sample: a completion's prompt, or a chat's first question."""
         if self.chat:
             return Conversation(self._tokenizer).ask(prompt)
@@ -135,7 +135,7 @@ class ExampleDataset:
         return [self._tokenizer.bos_id, *ids]
 
 
-def load_lessons(
+def open_dataset(
     data: str | None,
     tokenizer: Tokenizer,
     block: int,
@@ -143,7 +143,7 @@ def load_lessons(
     seed: int,
     packing: Packing,
     on_progress: Progress,
-) -> Lessons:
+) -> Dataset:
     """Loads the dataset that `data` names: text or fine-tuning examples.
 
     Examples are packed unless `packing` is `off`, text only if it is `on`.

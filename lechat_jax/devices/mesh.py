@@ -165,7 +165,7 @@ def settled(mesh: Mesh | None, tree: Tree) -> Tree:
     return tree if mesh is None else jax.device_put(tree, shardings(mesh, tree))
 
 
-def made_sharded(mesh: Mesh | None, make: Callable[..., Tree], *args: Any) -> Tree:
+def create_sharded(mesh: Mesh | None, make: Callable[..., Tree], *args: Any) -> Tree:
     """The result of `make`, created sharded: no device ever holds more than its part."""
     if mesh is None:
         return make(*args)

@@ -13,7 +13,7 @@ PROBE = 1 << 16  # bytes that a full disk has no room for
 STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # files of a process, whatever they are called
 
 
-def write_whole(path: Path, content: str | bytes, remedy: str = "name another file") -> None:
+def write_atomic(path: Path, content: str | bytes, remedy: str = "name another file") -> None:
     """Writes a file atomically: it has all of the content, or is what it was.
 
     A pipe or a device, such as /dev/stdout, is written to and stays one.

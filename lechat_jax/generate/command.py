@@ -14,12 +14,12 @@ from typing import Literal
 
 import tyro
 
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import PrefillProgress, Visible
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
-from lechat_jax.files.atomic import check_writable, write_whole
+from lechat_jax.files.atomic import check_writable, write_atomic
 from lechat_jax.generate.continuation import Sample, join, stop_texts
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.loaded_model import CONTEXT
@@ -145,7 +145,7 @@ def _check(options: GenerateConfig) -> None:
 
 def check_tokenizer(folder: Path) -> None:
     """Raises `BadInput` for a model without a tokenizer, before its weights are loaded."""
-    if Trained.open(folder).tokenizer is None:
+    if SavedModel.open(folder).tokenizer is None:
         raise BadInput(f"{no_tokenizer(folder, 'a prompt cannot be read')}, or give --prompt-ids")
 
 
@@ -317,4 +317,4 @@ def _write(
         ],
         "tokens_per_s": tokens_per_s,
     }
-    write_whole(path, json.dumps(found) + "\n")
+    write_atomic(path, json.dumps(found) + "\n")

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lechat_jax.checkpoint.load import load_to_compute
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.continuation import Continuation, Sample, join, stop_texts
 from lechat_jax.generate.decode import compile_for
@@ -59,7 +59,7 @@ class Generator(LoadedModel):
                 weights do not fit into memory; or they are stored in several dtypes and `dtype`
                 is not given.
         """
-        trained = Trained.open(Path(folder))
+        trained = SavedModel.open(Path(folder))
         tokenizer = trained.tokenizer
 
         def compile_ahead(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from lechat_jax.config import MistralConfig
 from lechat_jax.model.lora import Adapter
 from lechat_jax.ops.matmul import from_bits, project
-from lechat_jax.ops.matmul_int4 import project_pairs
+from lechat_jax.ops.matmul_int4 import project_int4
 
 
 class RMSNorm(nnx.Module):
@@ -75,7 +75,7 @@ class Linear(nnx.Module):
         zero = self.kernel_zero[...].reshape(F, -1)
         if self.kernel_order is not None:
             x = x[:, self.kernel_order[...]]
-        return project_pairs(x, matrix, scale.reshape(F, -1), zero)
+        return project_int4(x, matrix, scale.reshape(F, -1), zero)
 
 
 class Embedding(nnx.Module):

@@ -15,7 +15,7 @@ EvenOdd = tuple[Array, Array]
 
 
 @jax.custom_vjp
-def project_pairs(
+def project_int4(
     x: Float[Array, "T D"],
     kernel: UInt8[Array, "F half"],
     scale: Float[Array, "F groups"],
@@ -33,7 +33,7 @@ def project_pairs(
 def _forward(
     x: Array, kernel: Array, scale: Array, zero: Array
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    return project_pairs(x, kernel, scale, zero), (kernel, scale, zero)
+    return project_int4(x, kernel, scale, zero), (kernel, scale, zero)
 
 
 def _backward(
@@ -50,7 +50,7 @@ def _backward(
     return dx.astype(dy.dtype), None, None, None
 
 
-project_pairs.defvjp(_forward, _backward)
+project_int4.defvjp(_forward, _backward)
 
 
 def even_odd(kernel: Array, scale: Array, zero: Array) -> EvenOdd:

@@ -53,13 +53,13 @@ class Form:
         format: "int8" or "int4", of the linear layers.
         group: int4's group size: input features that share a scale.
         is_ordered: whether int4 kernels have an activation order.
-        has_int8_tables: whether embedding and head are int8, or else floats.
+        has_int8_embeddings: whether embedding and head are int8, or else floats.
     """
 
     format: Format
     group: int = 0
     is_ordered: bool = False
-    has_int8_tables: bool = True
+    has_int8_embeddings: bool = True
 
     def __str__(self) -> str:
         return self.format
@@ -74,7 +74,7 @@ class Form:
         if not is_kernel(name):
             return None
         if name in TABLES:
-            return "int8" if self.has_int8_tables else None
+            return "int8" if self.has_int8_embeddings else None
         return self.format
 
     def is_fixed(self, name: str) -> bool:
@@ -112,13 +112,13 @@ class Form:
         found: dict[str, Any] = {"format": self.format}
         found |= {"group": self.group} if self.format == "int4" else {}
         found |= {"ordered": True} if self.is_ordered else {}
-        return found | ({} if self.has_int8_tables else {"tables": "float"})
+        return found | ({} if self.has_int8_embeddings else {"tables": "float"})
 
 
 INT8 = Form("int8")
 
 
-def asked(quantize: Format | None, config: MistralConfig) -> Form | None:
+def scheme_for(quantize: Format | None, config: MistralConfig) -> Form | None:
     """The scheme for `--quantize`: int8, int4 with a group size that fits the model, or `None`.
 
     The group size of int4 is the largest divisor of 128 that divides all input widths.
@@ -157,13 +157,13 @@ def form_of(weights: Mapping[str, Any]) -> Form | None:
     """Detects the quantization scheme of weights by their names and shapes; `None` for floats."""
     if not is_quantized(weights):
         return None
-    has_int8_tables = TABLES[0] + SCALE in weights
+    has_int8_embeddings = TABLES[0] + SCALE in weights
     name = next((kernel_of(name) for name in weights if part_of(name) == ZERO), None)
     if name is None:
-        return Form("int8", has_int8_tables=has_int8_tables)
+        return Form("int8", has_int8_embeddings=has_int8_embeddings)
     kernel, scale = weights[name], weights[name + SCALE]
     group = 2 * math.prod(kernel.shape) // math.prod(scale.shape)
-    return Form("int4", group, name + ORDER in weights, has_int8_tables)
+    return Form("int4", group, name + ORDER in weights, has_int8_embeddings)
 
 
 def in_parts(
@@ -247,10 +247,10 @@ def pop_format(fields: dict[str, Any], path: Path) -> Form | None:
     if said is None:
         return None
     if isinstance(said, dict) and said.get("format") in get_args(Format):
-        has_int8_tables = said.get("tables") != "float"
+        has_int8_embeddings = said.get("tables") != "float"
         group = said.get("group", 0)
         if type(group) is int:
-            form = Form(said["format"], group, said.get("ordered") is True, has_int8_tables)
+            form = Form(said["format"], group, said.get("ordered") is True, has_int8_embeddings)
             is_int8 = form.format == "int8"
             if form.to_dict() == said and (is_int8 or (group >= LEAST_GROUP and not group % 2)):
                 return form
