@@ -422,7 +422,7 @@ PLANTED = [
     ),
     (names_by_the_words_of_the_field, "lechat_jax.model.projection", "x = 1"),
     (names_by_the_words_of_the_field, "parity.bench", "class TextLessons: pass"),
-    (names_by_the_words_of_the_field, "parity.bench", "def write_atomic(): pass"),
+    (names_by_the_words_of_the_field, "parity.bench", "def write_whole(): pass"),
     (names_by_the_words_of_the_field, "parity.bench", "class A:\n    def told(self): pass"),
     (names_by_the_words_of_the_field, "parity.bench", "class A:\n    all_found: bool = True"),
 ]

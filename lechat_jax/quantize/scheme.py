@@ -124,7 +124,7 @@ def scheme_for(quantize: Format | None, config: MistralConfig) -> Form | None:
     The group size of int4 is the largest divisor of 128 that divides all input widths.
 
     >>> from lechat_jax.config import preset
-    >>> [asked("int4", preset(name)).group for name in ("mistral-7b-v0.1", "lechat-15m")]
+    >>> [scheme_for("int4", preset(name)).group for name in ("mistral-7b-v0.1", "lechat-15m")]
     [128, 32]
 
     Raises:

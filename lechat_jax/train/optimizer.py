@@ -4,7 +4,7 @@ Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest ortho
 which gets more out of each of the few hundred steps that five minutes on a small machine
 allow. Embedding, head and norm scales are lookups and gains, not maps, and take Adam.
 
-Muon turns a whole matrix at each step, as random weights need it. SavedModel ones are only to be
+Muon turns a whole matrix at each step, as random weights need it. Trained ones are only to be
 nudged, and the two thin factors of an adapter are no map by themselves: these take AdamW.
 """
 
