@@ -24,6 +24,7 @@ from lechat_jax.quantize.scheme import (
     numbers_of,
     pop_format,
     quantize_weights,
+    scheme_for,
 )
 from tests.support.models import lively
 
