@@ -1,8 +1,8 @@
-"""The one exception that a user is meant to read. Standard library only."""
+"""The exception for bad user input, whose message a user reads. Standard library only."""
 
 
 class BadInput(Exception):
-    """Something the user gave cannot be used; the message is the one line they see.
+    """Bad user input: a flag, file or value that cannot be used; the message is all that they see.
 
     It says what is wrong, where, and what to do instead. Command lines print it after
     `error:` and exit with code 2. No `ValueError`, since those have other causes too, and

@@ -1,4 +1,4 @@
-"""Commands as a user types them: whatever a folder is called, what is printed runs as it stands."""
+"""Shell quoting of the commands that lechat prints, so that they run as printed."""
 
 import os
 import shlex
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def command(module: str, *folders: Path | str, **flags: Path | str | float | None) -> str:
-    """`python -m MODULE FOLDERS --flag VALUE`, quoted for POSIX shells, or on Windows for cmd.
+    """Command line `python -m MODULE FOLDERS --flag VALUE`, quoted for a POSIX shell or cmd.exe.
 
     A path that would be read as a flag gets its folder in front, and another value is joined to
     its flag. Flags without a value (`None`) are left out.
@@ -25,7 +25,7 @@ def command(module: str, *folders: Path | str, **flags: Path | str | float | Non
 
 
 def quoted(words: list[str]) -> str:
-    """The words as one line of the user's shell."""
+    """Joins arguments to one line, quoted for the user's shell (POSIX, or cmd.exe on Windows)."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 

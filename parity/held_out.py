@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli.display import Display
 from lechat_jax.data.batches import load_tokens
 from lechat_jax.data.corpus import load_corpus
@@ -37,7 +37,7 @@ class Text(NamedTuple):
     note: str = ""
 
 
-def held_out(trained: Trained, data: str | None, n_tokens: int, display: Display) -> Text:
+def held_out(trained: SavedModel, data: str | None, n_tokens: int, display: Display) -> Text:
     """Rows of the text held out from training, evenly spread over it, or else of random ids.
 
     Args:

@@ -20,15 +20,15 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from rich.console import Console
 
 from lechat_jax.checkpoint.load import load_to_compute
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.files.atomic import check_writable, write_whole
+from lechat_jax.files.atomic import check_writable, write_atomic
 from lechat_jax.model.binding import Weights, bind
 from lechat_jax.ops.matmul import project
-from lechat_jax.quantize.scheme import INT8, Format, asked, form_of, quantize_weights
+from lechat_jax.quantize.scheme import INT8, Format, form_of, quantize_weights, scheme_for
 from parity.held_out import Text, held_out
 from parity.measure import machine_line
 from parity.report import TableText
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = measure(options, display)
     show(found, Console(highlight=False, soft_wrap=True))
     if options.json:
-        write_whole(options.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write_atomic(options.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
         print(f"report: {options.json}")
     return 0
 
@@ -105,13 +105,13 @@ def measure(options: Quality, display: Display) -> dict[str, Any]:
         BadInput: a folder cannot be read, the reference is quantised already, or the two are of
             different models.
     """
-    trained = Trained.open(options.dir)
+    trained = SavedModel.open(options.dir)
     if trained.quantization:
         raise BadInput(
             f"{options.dir} is {trained.quantization} itself; name the folder that it was made "
             "from, and this one with --against"
         )
-    other = Trained.open(options.against) if options.against else None
+    other = SavedModel.open(options.against) if options.against else None
     config = trained.config
     if other and other.config != config:
         raise BadInput(f"{options.dir} and {options.against} are not the same model")
@@ -124,7 +124,7 @@ def measure(options: Quality, display: Display) -> dict[str, Any]:
     read = [_hidden(config, weights, row) for row in _shown(text.inputs, display, "reference")]
     display.wait("quantising" if other is None else "loading weights")
     if other is None:
-        weights = quantize_weights(weights, asked(options.quantize, config) or INT8)
+        weights = quantize_weights(weights, scheme_for(options.quantize, config) or INT8)
     else:
         weights.clear()
         weights = _load(other, dtype)
@@ -201,7 +201,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             console.print(line, markup=False)
 
 
-def _load(trained: Trained, dtype: str | None) -> Weights:
+def _load(trained: SavedModel, dtype: str | None) -> Weights:
     return load_to_compute(trained, dtype, None, lambda shapes: None)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lechat_jax.files.atomic import write_whole
+from lechat_jax.files.atomic import write_atomic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Report:
         Raises:
             BadInput: it cannot be written there.
         """
-        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_atomic(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 class TableText(NamedTuple):

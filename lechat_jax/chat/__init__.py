@@ -1,1 +1,1 @@
-"""Conversations with a model."""
+"""Interactive chat with a model, by Mistral's chat templates."""

@@ -1,4 +1,4 @@
-"""`python -m lechat_jax.chat`."""
+"""Entry point of `python -m lechat_jax.chat`."""
 
 from lechat_jax.chat.command import main
 from lechat_jax.cli.flags import run

@@ -1,7 +1,7 @@
-"""Talks with a trained model, by Mistral's own chat template.
+"""Interactive chat with a trained model, by Mistral's own chat template.
 
-A line is a question, and the answer comes as it is made; /help lists the commands. What was
-said stays in memory, so that a question costs its own tokens only, however long the talk.
+A line is a question, and the answer is streamed; /help lists the commands. The history stays in
+the KV cache, so that a question costs its own tokens only, however long the chat.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from typing import Literal
 import tyro
 
 from lechat_jax.chat.slash_commands import Commands
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
-from lechat_jax.cli.display import Reading, Visible
+from lechat_jax.cli.display import PrefillProgress, Visible
 from lechat_jax.cli.signals import Stop
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
@@ -41,28 +41,30 @@ class ChatConfig:
     """The flags of `python -m lechat_jax.chat`.
 
     Attributes:
-        folder: Folder of weights in lechat's format, as python -m parity.convert writes it, or of
+        folder: Folder of weights in lechat's format, as written by python -m parity.convert, or of
             a training run, such as runs/NAME.
-        system: System prompt: what the model is told before all questions.
-        max_tokens: Most tokens in each answer.
-        temperature: What logits are divided by before a draw: 1 is the model's own distribution,
-            less is safer, 0 takes the likeliest token always.
-        top_k: Draw from the k likeliest tokens only; 0 is all.
-        top_p: Draw from the likeliest tokens only, as many as it takes to pass this probability; 1
-            is all.
-        min_p: Draw only from tokens at least this fraction as likely as the likeliest; 0 is all.
-        seed: Of the draws: the same seed and the same questions give the same answers.
-        context: Tokens that layers without a sliding window can hold, the whole talk included.
-            Memory for all is taken at once. Other models have no such limit.
+        system: System prompt. By default none.
+        max_tokens: Maximum tokens of each answer.
+        temperature: Sampling temperature: logits are divided by it. 1 is the model's own
+            distribution, less is safer, 0 is greedy decoding.
+        top_k: Sample from the k likeliest tokens only; 0 is off.
+        top_p: Nucleus sampling: sample from the likeliest tokens only, as many as it takes to
+            pass this probability; 1 is off.
+        min_p: Sample only from tokens at least this fraction as likely as the likeliest; 0 is off.
+        seed: Random seed of sampling: the same seed and questions give the same answers.
+        context: Maximum tokens of the chat in the KV cache of layers without a sliding window. It
+            is allocated at once. Other models have no limit.
         dtype: Type to compute in. By default as stored, but float32 on a CPU if that fits into
-            memory. Weights of bfloat16 take half of it, and there questions are read more slowly.
-        quantize: Keep the weights in int8, a quarter of float32, or int4, an eighth; python -m
-            parity.quality tells what that costs. A model stored like that stays so.
-        speculate: Guess ahead from the conversation itself: the same answers, sooner where they
-            repeat what was said.
-        draft: Tokens that --speculate guesses at a time.
-        stop: Text that ends an answer, which is cut before it; may be given several times.
-        verbose: Say after each answer how long it took.
+            memory. bfloat16 takes half the memory; on a CPU it is slower for questions.
+        quantize: Quantise the weights on loading: int8 takes a quarter of float32, int4 an eighth;
+            python -m parity.quality measures the loss. By default as stored; a quantised model
+            stays as it is.
+        speculate: Speculative decoding by prompt lookup, without a draft model: the same answers,
+            sooner where they repeat the chat. By default off.
+        draft: Tokens that --speculate guesses per step.
+        stop: Stop text: an answer ends before it; repeatable. By default only EOS and --max-tokens
+            end an answer.
+        verbose: Print after each answer its time in seconds and tokens/s. By default off.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -83,7 +85,7 @@ class ChatConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Chats as the flags say; see `--help`."""
+    """Runs the command `chat`: parses flags, loads the model, chats; returns the exit code."""
     options = flags.parse(ChatConfig, "python -m lechat_jax.chat", __doc__ or "", argv)
     sampling = Sampling(
         options.temperature, options.top_k, options.top_p, options.min_p, options.seed
@@ -100,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quantize=options.quantize,
         batch=1,
         draft=draft,
-        on_read=Reading(),
+        on_read=PrefillProgress(),
     )
     dialogue = generator.chat(
         options.system,
@@ -114,16 +116,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(options: ChatConfig) -> None:
-    """Raises `BadInput` for what can be known to be wrong before anything is loaded.
+    """Validates the flags before anything is loaded; raises `BadInput`.
 
-    A training run is warned about, unless it was trained on conversations.
+    Warns about a training run that was not trained on conversations.
     """
     stop_texts(options.stop)
     if options.max_tokens < 1:
         raise BadInput(f"--max-tokens must be at least 1, not {options.max_tokens}")
     if options.speculate and options.draft < 1:
         raise BadInput(f"--draft must be at least 1 token, not {options.draft}")
-    trained = Trained.open(options.folder)
+    trained = SavedModel.open(options.folder)
     if preferred(options.folder.iterdir()) is None:
         raise BadInput(no_tokenizer(options.folder, "there is no chat"))
     if trained.run and not trained.run.config["train"].get("chat"):
@@ -134,9 +136,9 @@ def _check(options: ChatConfig) -> None:
 
 
 def talk(dialogue: Dialogue, verbose: bool = False) -> int:
-    """Answers what comes in on stdin until it ends; the exit code.
+    """Chat loop: answers lines of stdin until its end; returns the exit code.
 
-    At a terminal Ctrl-C stops an answer, and never the program.
+    At a terminal Ctrl-C stops an answer, but not the program.
     """
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):  # undecodable bytes are refused, not by a crash
@@ -168,7 +170,7 @@ def talk(dialogue: Dialogue, verbose: bool = False) -> int:
 
 
 def ask(prompt: str) -> str | None:
-    """The next line, with those that a single backslash joins to it; `None` when none is left."""
+    """Reads a question: a line, continued by a backslash at its end; `None` at the end of stdin."""
     lines = []
     while True:
         try:
@@ -185,7 +187,7 @@ def ask(prompt: str) -> str | None:
 
 
 def tell(dialogue: Dialogue, question: str, at_terminal: bool, verbose: bool) -> str:
-    """Prints the answer to a question as it comes; the signal that stopped it, if one did."""
+    """Streams the answer to stdout; returns the signal that stopped it, or an empty string."""
     began = time.perf_counter()
     first = began
     visible = Visible()
@@ -197,11 +199,11 @@ def tell(dialogue: Dialogue, question: str, at_terminal: bool, verbose: bool) ->
             if len(dialogue.last) == 1:
                 first = time.perf_counter()
             print(visible.show(text) if at_terminal else text, end="", flush=True)
-            if stop and stop.asked:
+            if stop and stop.received:
                 break
     print(flush=True)
     seconds = time.perf_counter() - first
-    asked = stop.asked if stop else ""
+    asked = stop.received if stop else ""
     if asked:
         note("(stopped)")
     elif (why := dialogue.last[-1].stopped) == "context":
@@ -216,5 +218,5 @@ def tell(dialogue: Dialogue, question: str, at_terminal: bool, verbose: bool) ->
 
 
 def note(text: str) -> None:
-    """Says what is no answer."""
+    """Prints a message to stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What can be typed into a chat that is no question."""
+"""Slash commands of the chat: /help, /reset, /system, /save, /exit."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lechat_jax.errors import BadInput
-from lechat_jax.files.atomic import write_whole
+from lechat_jax.files.atomic import write_atomic
 from lechat_jax.tokenizer.chat_template import Conversation
 
 HELP = """\
@@ -20,10 +20,10 @@ line that begins with a slash, put a space before it."""
 
 
 class Commands:
-    """The commands for a conversation.
+    """Slash commands on a chat.
 
     Args:
-        reset: what begins a new one.
+        reset: starts a new chat.
     """
 
     def __init__(self, conversation: Conversation, reset: Callable[[], None]) -> None:
@@ -32,18 +32,18 @@ class Commands:
         self._saved: set[Path] = set()
 
     def is_exit(self, line: str) -> bool:
-        """Whether the line asks to leave."""
+        """Whether the line is the command to exit."""
         return line.strip() in ("/exit", "/quit") and line.startswith("/")
 
     def unescaped(self, line: str) -> str:
-        """The question, without the space that keeps it from being a command."""
+        """The question, without a leading space that keeps it from being a command."""
         return line[1:] if line.startswith(" /") else line
 
     def obey(self, line: str) -> str | None:
-        """What the command has done, in a sentence; `None` if the line is none.
+        """Executes a slash command: a sentence on the result; `None` if the line is not a command.
 
         Raises:
-            BadInput: there is no such command, or it cannot be done.
+            BadInput: there is no such command, or it fails.
         """
         if not line.startswith("/"):
             return None
@@ -62,7 +62,7 @@ class Commands:
         raise BadInput(f"there is no command {name}; /help lists them")
 
     def _save(self, name: str) -> str:
-        """Writes the messages, all of them or none."""
+        """Saves the messages as JSON, atomically."""
         if not name:
             raise BadInput("/save needs the name of a file")
         path = Path(os.path.expanduser(name)).absolute()
@@ -71,6 +71,6 @@ class Commands:
             raise BadInput(f"{name} exists and was not saved by this chat; choose another name")
         messages = self._conversation.messages
         text = json.dumps(messages, indent=2, ensure_ascii=False) + "\n"
-        write_whole(path, text)
+        write_atomic(path, text)
         self._saved.add(path)
         return f"{len(messages)} messages {'replace those' if exists else 'are'} in {name}"

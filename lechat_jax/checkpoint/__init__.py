@@ -1,1 +1,1 @@
-"""Models on the disk: weights, adapters, training state, the folder of a run."""
+"""Checkpoints: safetensors weights, PEFT/LoRA adapters, training state, run folders."""

@@ -1,6 +1,6 @@
-"""What a folder holds that is to be a model: a training run, lechat's weights, or another's.
+"""Detects a model folder's format: a training run, lechat's weights, or another format.
 
-Told by its config alone, without JAX and without a look at the weights.
+By its config alone, without JAX and without reading the weights.
 """
 
 import re
@@ -23,10 +23,10 @@ OF_TEXT = re.compile(rf"{FILES.pattern}|{BESIDE.pattern}")
 
 
 def kind_of(folder: Path) -> Literal["run", "weights"]:
-    """Whether a model's folder is that of a training run or of lechat's weights.
+    """Detects whether a folder is a training run or has weights in lechat's format.
 
     Raises:
-        BadInput: it is neither; for Hugging Face's format and Mistral's the message is the
+        BadInput: it is neither; for Hugging Face's and Mistral's formats the message gives the
             command that converts it.
     """
     if not folder.is_dir():
@@ -51,31 +51,31 @@ def kind_of(folder: Path) -> Literal["run", "weights"]:
 
 
 def _conversion(folder: Path) -> str:
-    """The command that makes lechat's weights of a folder in another format, for a shell."""
+    """The shell command that converts a folder to lechat's format."""
     named = folder if folder.name.strip(".") else folder.resolve()  # `.` and `..` have no name
     return command("parity.convert", named, f"{named}-lechat", to="lechat")
 
 
 def fault_of(folder: Path) -> str | None:
-    """The first thing wrong with the files of lechat's weights, or None; see `manifest.fault`.
+    """Verifies a folder of weights in lechat's format: the first damage or `None`; see `checksums`.
 
-    Where no tokenizer was saved, one may be put in.
+    A tokenizer may be added to a folder that was saved without one.
     """
     return fault(folder, folders=(), is_read=_is_read)
 
 
 def _is_read(name: str, saved: Collection[str]) -> bool:
-    """Whether a file that was not saved with a model would change what is read."""
+    """Whether a file that the manifest lacks would change what is loaded."""
     if OF_TEXT.fullmatch(name):
         return any(FILES.fullmatch(one) for one in saved)
     return bool(OF_WEIGHTS.fullmatch(name))
 
 
 def read_config(folder: Path) -> MistralConfig:
-    """The model whose weights lie in a folder in lechat's format.
+    """Reads the model config of a folder in lechat's format.
 
     Raises:
-        BadInput: they do not, or the config is none.
+        BadInput: the folder has no such config, or it is invalid.
     """
     if kind_of(folder) == "run":
         raise BadInput(f"{folder} is a training run, whose weights are in its checkpoints")
@@ -89,10 +89,10 @@ def read_config(folder: Path) -> MistralConfig:
 
 
 def stored_format(folder: Path) -> Form | None:
-    """How the weights of a folder in lechat's format are quantised, or `None` if they are not.
+    """The quantization scheme of a folder in lechat's format; `None` for float weights.
 
     Raises:
-        BadInput: in a way that is not known.
+        BadInput: the scheme is not known.
     """
     path = folder / CONFIG
     return pop_format(parse_json(path.read_bytes(), path), path)

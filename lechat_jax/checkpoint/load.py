@@ -1,4 +1,4 @@
-"""A model's weights made ready to compute with: in which type, whether they fit, and meanwhile."""
+"""Loads weights for computing: chooses the dtype, checks memory, compiles during the read."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from lechat_jax.checkpoint.safetensors import TensorFiles
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config.layout import is_adapter, is_part
 from lechat_jax.devices.memory import available_bytes, check_fits
@@ -23,29 +23,29 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 def load_to_compute(
-    trained: Trained,
+    trained: SavedModel,
     dtype: DTypeLike | None,
     quantize: Format | None,
     meanwhile: Callable[[Shapes], None],
     beside: Callable[[Shapes], int] = lambda _: 0,
     remedy: str = "",
 ) -> Weights:
-    """The weights on the default device, in one type to compute in.
+    """Loads a model's weights onto the default device, in one compute dtype.
 
-    Damaged checkpoints that had to be passed over are named on stderr.
+    Damaged checkpoints that are skipped are named on stderr.
 
     Args:
-        trained: where they are.
-        dtype: by default as stored, but float32 on a CPU where that fits.
-        quantize: as for `Trained.load`.
-        meanwhile: is told what the weights will look like and runs while they are read, which
-            leaves a core idle.
-        beside: bytes that are needed as well, of which a cache has many.
-        remedy: what to do if there is no room for these.
+        trained: the saved model.
+        dtype: compute dtype; by default as stored, but float32 on a CPU where that fits.
+        quantize: as for `SavedModel.load`.
+        meanwhile: called with the shapes of the weights and run while they are read, as for
+            compilation, since reading leaves a core idle.
+        beside: gives the bytes that are needed in addition, as for a KV cache.
+        remedy: advice in the error message if these do not fit.
 
     Raises:
-        BadInput: they do not fit into memory, are stored in several types of which none was
-            chosen, or as `Trained.load` does.
+        BadInput: the weights do not fit into memory, are stored in several dtypes and `dtype` is
+            not given, or as `SavedModel.load`.
     """
     dtype = _to_compute_in(trained, dtype, quantize)
     shapes = shapes_to_compute(trained, dtype, quantize)
@@ -69,7 +69,7 @@ def load_to_compute(
 
 
 def free_bytes(beside: Array) -> int | None:
-    """Memory left where this array lies, in bytes; `None` if the device does not say."""
+    """Free memory in bytes of the device of this array; `None` if unknown."""
     device = next(iter(beside.devices()))
     if device.platform == "cpu":
         return available_bytes()
@@ -80,12 +80,12 @@ def free_bytes(beside: Array) -> int | None:
 
 
 def _to_compute_in(
-    trained: Trained, dtype: DTypeLike | None, quantize: Format | None
+    trained: SavedModel, dtype: DTypeLike | None, quantize: Format | None
 ) -> DTypeLike | None:
-    """The type to load in, in which the weights fit; `None` is as they are stored.
+    """The dtype to load in, in which the weights fit; `None` is as stored.
 
     Raises:
-        BadInput: they do not, and the system would just kill us.
+        BadInput: the weights do not fit, so that the system would kill the process.
     """
     free = free_bytes(jnp.zeros(()))
     prefers_float32 = dtype is None and jax.default_backend() == "cpu"
@@ -108,8 +108,10 @@ def _to_compute_in(
     )
 
 
-def shapes_to_compute(trained: Trained, dtype: DTypeLike | None, quantize: Format | None) -> Shapes:
-    """What the weights will look like when they are loaded."""
+def shapes_to_compute(
+    trained: SavedModel, dtype: DTypeLike | None, quantize: Format | None
+) -> Shapes:
+    """Shapes and dtypes of the weights as they will be loaded."""
     if trained.adapters is not None:
         how = trained.form(quantize)
         return {
@@ -130,6 +132,6 @@ def shapes_to_compute(trained: Trained, dtype: DTypeLike | None, quantize: Forma
 
 
 def _is_base(name: str, shapes: Shapes) -> bool:
-    """Whether this has the type that is computed in; adapters are float32 beside any."""
+    """Whether a weight has the compute dtype; adapters are always float32."""
     is_integer = jnp.issubdtype(shapes[name].dtype, jnp.integer)
     return not (is_integer or is_part(name) or is_adapter(name))

@@ -1,8 +1,8 @@
 """LoRA adapters in PEFT's format, which Python's `peft` and most servers read.
 
 <folder>/
-  adapter_config.json         which maps have one, rank and alpha
-  adapter_model.safetensors   A [r, in] and B [out, r] of each, heads joined to one axis
+  adapter_config.json         target modules, rank and alpha
+  adapter_model.safetensors   A [r, in] and B [out, r] of each, heads merged to one axis
 
 The rows of queries and keys are in Hugging Face's order, which is lechat's own. Also read is the
 `lora.safetensors` of mistral-finetune, in Mistral's names and order of rows.
@@ -76,17 +76,17 @@ def write_adapter(
     weights: Mapping[str, Array],
     base: str | None = None,
 ) -> None:
-    """A folder that `peft` loads, new or in the place of an old one, whole or not at all.
+    """Writes a PEFT adapter folder atomically, new or in place of an old one.
 
     Args:
-        folder: to make.
-        config: of the model.
-        adapters: which maps have one.
+        folder: the adapter's folder.
+        config: config of the model.
+        adapters: target modules, rank and alpha.
         weights: A and B of each by lechat's name, float32.
-        base: name or folder of the model that they were learned on, for whoever wants to know.
+        base: name or folder of the base model, for information.
 
     Raises:
-        BadInput: it cannot be written.
+        BadInput: the folder cannot be written.
     """
     arrays = {}
     for name, shape in adapters.shapes(config).items():
@@ -117,11 +117,11 @@ def write_adapter(
 
 
 def read_adapter(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[str, np.ndarray]]:
-    """The adapters of a folder, and A and B of each by lechat's name, float32.
+    """Reads a PEFT adapter folder: its settings, and A and B of each by lechat's name, float32.
 
     Raises:
-        BadInput: they do more than add a product to maps of this model, as DoRA's do; or the
-            files contradict each other, are damaged or not there.
+        BadInput: the adapter is not plain LoRA of this model's linear layers, as DoRA is not; or
+            the files contradict each other, are damaged or missing.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -153,10 +153,10 @@ def read_adapter(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[st
 
 
 def _read_mistrals(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[str, np.ndarray]]:
-    """The adapters of a `lora.safetensors`, whose scale is one number beside it or the usual one.
+    """Reads mistral-finetune's `lora.safetensors`, with its scale in params.json or the default.
 
     Raises:
-        BadInput: as `read_adapter` does.
+        BadInput: as `read_adapter`.
     """
     files = TensorFiles.open(folder, MISTRALS_STEM)
     found: dict[str, TensorInfo] = {}
@@ -192,7 +192,7 @@ def _read_mistrals(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[
 
 
 def _ranks(found: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """The rank of each map, by its name."""
+    """The LoRA rank of each linear layer, by name."""
     return {
         module_of(name): info.shape[0] for name, info in found.items() if part_of(name) == LORA_A
     }
@@ -205,10 +205,10 @@ def _weights(
     adapters: Adapters,
     config: MistralConfig,
 ) -> dict[str, np.ndarray]:
-    """A and B of each map in lechat's shapes, float32.
+    """A and B of each linear layer in lechat's shapes, float32.
 
     Raises:
-        BadInput: one is missing, does not fit or is not finite.
+        BadInput: one is missing, has another shape, or is not finite.
     """
     shapes = adapters.shapes(config)
     if found.keys() != shapes.keys():
@@ -229,14 +229,14 @@ def _weights(
 
 
 def _flat(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The shape that A or B has in a file, where heads have no axis of their own."""
+    """The 2D shape of A or B in a file, heads merged to one axis."""
     if part_of(name) == LORA_A:
         return shape[0], math.prod(shape[1:])
     return math.prod(shape[:-1]), shape[-1]
 
 
 def _theirs(name: str) -> str:
-    """A map's name in Hugging Face's model.
+    """A linear layer's name in Hugging Face's model.
 
     >>> _theirs("blocks.3.attn.q")
     'model.layers.3.self_attn.q_proj'
@@ -245,7 +245,7 @@ def _theirs(name: str) -> str:
 
 
 def _ours(key: str, path: Path) -> tuple[str, str]:
-    """Lechat's name of a tensor, and the name of its map in the model it was trained on.
+    """Lechat's name of a PEFT tensor, and its layer's name in the base model.
 
     >>> _ours("base_model.model.model.layers.3.mlp.up_proj.lora_B.weight", Path("x"))
     ('blocks.3.mlp.up.lora.b', 'model.layers.3.mlp.up_proj')
@@ -260,7 +260,7 @@ def _ours(key: str, path: Path) -> tuple[str, str]:
 
 
 def _fields(adapters: Adapters, base: str | None) -> dict[str, Any]:
-    """What `adapter_config.json` says."""
+    """The fields of `adapter_config.json`."""
 
     def number(alpha: float) -> int | float:  # PEFT's own are whole
         return int(alpha) if alpha == int(alpha) else alpha
@@ -287,7 +287,7 @@ def _fields(adapters: Adapters, base: str | None) -> dict[str, Any]:
 
 
 def _check(fields: Mapping[str, Any], path: Path) -> None:
-    """Raises `BadInput` for what would make another function of the adapter."""
+    """Raises `BadInput` for settings beyond plain LoRA, which change the adapter's function."""
     if fields.get("peft_type") != "LORA":
         raise BadInput(f"{path} is for {fields.get('peft_type')} adapters; only LORA is read here")
     empty = (None, False, "none", [], {})
@@ -306,7 +306,7 @@ def _adapters(
     theirs: Mapping[str, str],
     config: MistralConfig,
 ) -> Adapters:
-    """What the fields say of the maps that the file has adapters for, of these ranks."""
+    """Parses `adapter_config.json`, for the layers of these ranks in the file."""
 
     def said(pattern: str, name: str, usual: Any) -> Any:
         """As PEFT does it: by the first regular expression that matches the end of the name."""

@@ -1,13 +1,13 @@
-"""The folder of one training run: what was asked, what was measured, what came out.
+"""Training run folder: config, metrics, loss curve, samples, checkpoints.
 
 runs/<name>/
   config.json        the model, and every training option as resolved
   config.yaml        the options, for `--config`
   metrics.jsonl      an object a line; see `Run.log`
-  loss.png           the curve
+  loss.png           the loss curve
   samples/           one text a file
   checkpoints/       training state, with checksums
-  tokenizer.model.v1 the tokenizer, whichever of Mistral's it is: the folder is enough to generate
+  tokenizer.model.v1 the tokenizer, in any of Mistral's formats: the folder suffices to generate
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import numpy as np
 
 from lechat_jax.devices.processes import is_first
 from lechat_jax.errors import BadInput
-from lechat_jax.files.atomic import check_new_folder, told, write_whole
+from lechat_jax.files.atomic import check_new_folder, disk_errors, write_atomic
 from lechat_jax.files.lock import LOCK, Lock
 from lechat_jax.shell import command
 
@@ -34,12 +34,12 @@ HELD_OUT = "val/held_out"  # beside the last score, which is of as many of these
 
 
 class Run:
-    """One run's folder. Whole files are written beside and renamed; metrics are appended.
+    """Folder of one training run. Files are written atomically; metrics are appended.
 
-    Of several processes only the first writes; for the others nothing is done.
+    Of several processes only the first writes; the others do nothing.
 
     Attributes:
-        trackers: are given the metrics that are logged as well.
+        trackers: experiment trackers that get the logged metrics as well.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,17 +51,17 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path) -> "Run":
-        """A new, empty run.
+        """Creates the folder of a new run.
 
         Raises:
-            BadInput: as `check_new`, or another process begins one there.
+            BadInput: as `check_new`, or another process creates a run there.
         """
         run = cls(folder)
         run.begin()
         return run
 
     def begin(self) -> None:
-        """Makes the folder of a new run, and holds it; raises `BadInput` as `create` does."""
+        """Creates the folder and locks it; raises `BadInput` as `create` does."""
         self.check_new(self.folder)
         with self._writing(self.samples):
             self.samples.mkdir(parents=True, exist_ok=True)
@@ -69,12 +69,12 @@ class Run:
         self.check_new(self.folder)  # another may have begun it, and ended, since
 
     def hold(self) -> None:
-        """No other process can train this run until this one ends or `release`s it.
+        """Locks the run: no other process can train it until this one ends or calls `release`.
 
-        Whoever reads it, to generate or to convert, is not kept from that.
+        Readers, such as generate and convert, are not blocked.
 
         Raises:
-            BadInput: another one does already, or the folder cannot be written.
+            BadInput: another process holds the lock, or the folder cannot be written.
         """
         with self._writing(self.folder):
             self._lock = Lock(self.folder)
@@ -86,16 +86,16 @@ class Run:
             )
 
     def release(self) -> None:
-        """Others may train it."""
+        """Releases the lock on the run."""
         if self._lock:
             self._lock.release()
             self._lock = None
 
     @staticmethod
     def check_new(folder: Path, n_bytes: int = 0) -> None:
-        """Raises `BadInput` for the folder of a run that cannot be begun there.
+        """Raises `BadInput` if a new run cannot be created in this folder.
 
-        There is one already, or the folder cannot be written, or has no room for so much.
+        There is one already, or the folder cannot be written, or has less than `n_bytes` free.
         """
         if os.path.exists(folder / CONFIG):  # False, not an error, where one may not look
             raise BadInput(
@@ -105,12 +105,12 @@ class Run:
         check_new_folder(folder, n_bytes)
 
     def forget(self, *others: str) -> None:
-        """Another run may begin here: the files of one that came to nothing are deleted.
+        """Deletes the files of an aborted run, so that another can be created here.
 
-        Checkpoints and samples stay, if there are any, and so does what is not a run's.
+        Checkpoints and samples stay, if there are any, and so do files that are not a run's.
 
         Args:
-            others: names of files that are the run's as well.
+            others: names of further files of the run.
         """
         if not is_first():
             return
@@ -123,10 +123,10 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
-        """A run that was started before.
+        """Opens an existing run.
 
         Raises:
-            BadInput: the folder holds none.
+            BadInput: the folder is not a run.
         """
         if not os.path.isfile(folder / CONFIG):
             raise BadInput(f"{folder} is not a training run: it has no {CONFIG}")
@@ -134,7 +134,7 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `config.json` says: `{"model": {...}, "train": {...}}`."""
+        """Contents of `config.json`: `{"model": {...}, "train": {...}}`."""
         path = self.folder / CONFIG
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -147,17 +147,17 @@ class Run:
 
     @config.setter
     def config(self, config: dict[str, Any]) -> None:
-        """Writes it, whole."""
+        """Writes `config.json`, atomically."""
         self.write(CONFIG, json.dumps(config, indent=2) + "\n")
 
     def write(self, name: str, text: str) -> Path:
-        """A whole text file below the folder: all of it or the old one, never half."""
+        """Writes a text file below the folder atomically."""
         path = self.folder / name
         if not is_first():
             return path
         with self._writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text, self._remedy)
+        write_atomic(path, text, self._remedy)
         return path
 
     @property
@@ -165,16 +165,16 @@ class Run:
         return f"make room for {self.folder}, and go on with --resume"
 
     def _writing(self, path: Path) -> contextlib.AbstractContextManager[None]:
-        return told(path, self._remedy)
+        return disk_errors(path, self._remedy)
 
     def log(self, rows: list[dict[str, Any]]) -> None:
-        """More lines of metrics.
+        """Appends lines to `metrics.jsonl`.
 
-        `step`, `time_s` since the process started and `tokens` trained on always; of
-        `train/loss` and `val/loss` (nats a token), `train/tokens_per_sec`, `train/mfu` (see
-        `flops`), `val/bpb` (bits per UTF-8 byte), `val/tokens` and `val/bytes` whichever was
-        measured, and `val/held_out` beside the last score: all tokens that it could have been of.
-        Floats are written so that reading them gives the same bits.
+        Always `step`, `time_s` since the process started and `tokens` trained on; if measured,
+        `train/loss` and `val/loss` (nats per token), `train/tokens_per_sec`, `train/mfu` (see
+        `flops`), `val/bpb` (bits per UTF-8 byte), `val/tokens` and `val/bytes`; with the last score
+        also `val/held_out`, the number of all held-out tokens. Floats are written to round-trip
+        exactly.
         """
         if not is_first():
             return
@@ -185,7 +185,7 @@ class Run:
             track(rows)
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines logged so far, up to one that a crash may have cut."""
+        """The lines of `metrics.jsonl`, up to one that a crash may have cut."""
         path = self.folder / METRICS
         if not path.exists():
             return
@@ -196,15 +196,15 @@ class Run:
                 return
 
     def rewind(self, step: int) -> None:
-        """Forgets the metrics after `step`, which a resumed run will measure again."""
+        """Deletes the metrics after `step`, which a resumed run will measure again."""
         kept = [row for row in self.metrics() if row["step"] <= step]
         self.write(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
 
     def draw(self) -> Path:
-        """`loss.png`: training loss in nats a token and validation in bits a byte, by step.
+        """Plots `loss.png`: training loss in nats per token, validation in bits per byte, by step.
 
-        The first steps, whose loss falls from that of guessing, are cut off: they would flatten
-        the rest. Scores on the way are of fewer held-out tokens than the last one, so no one line.
+        The first steps, where the loss falls from that of a random model, are cut off: they would
+        flatten the rest. The last score, of more held-out tokens, is not joined to the others.
         """
         from matplotlib.figure import Figure  # half a second, and only needed here
 
@@ -246,5 +246,5 @@ class Run:
             return path
         content = io.BytesIO()
         figure.savefig(content, format="png")
-        write_whole(path, content.getvalue(), self._remedy)
+        write_atomic(path, content.getvalue(), self._remedy)
         return path

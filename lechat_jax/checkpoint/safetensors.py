@@ -1,10 +1,10 @@
-"""Tensors in safetensors files: read where they lie, written a slab at a time.
+"""Safetensors files: memory-mapped reading, streamed writing, shards and index.
 
-A 7B model is 14.5 GB, so nothing here holds one: a tensor that is read is a view into a map
-of its file, and a tensor that is written passes in pieces of a few megabytes.
+A 7B model is 14.5 GB, so nothing here holds one in memory: a tensor is read as a view into the
+memory-mapped file, and written in pieces of a few megabytes.
 
-A checkpoint is `<stem>.safetensors`, or shards and the index that names them. Other files
-are never looked for: a repository often holds the same weights twice, in two formats.
+A checkpoint is `<stem>.safetensors`, or shards and their index. Other files are ignored: a
+repository often holds the same weights twice, in two formats.
 """
 
 import collections
@@ -40,7 +40,7 @@ OnSlab = Callable[[str, Shaped[np.ndarray, "..."]], None]
 
 
 class TensorFiles(Mapping[str, TensorInfo]):
-    """The tensors of one checkpoint by name, in the order in which they lie on the disk."""
+    """The tensors of one safetensors checkpoint by name, in their order on the disk."""
 
     def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
         self._infos = dict(sorted(infos.items(), key=lambda item: (item[1].path, item[1].start)))
@@ -48,11 +48,11 @@ class TensorFiles(Mapping[str, TensorInfo]):
 
     @classmethod
     def open(cls, folder: Path, stem: str = "model") -> "TensorFiles":
-        """The checkpoint `<stem>.safetensors` of a folder, or the shards of its index.
+        """Opens `<stem>.safetensors` of a folder, or the shards of its index.
 
         Raises:
-            BadInput: there is none, a file is missing, damaged or something else under this
-                name, the index and the shards disagree, or a shard lies outside the folder.
+            BadInput: there is none, a file is missing, damaged or not safetensors, the index and
+                the shards disagree, or a shard lies outside the folder.
         """
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if single.is_file():
@@ -88,19 +88,19 @@ class TensorFiles(Mapping[str, TensorInfo]):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files, in order."""
+        """The shards' paths, in order."""
         return tuple(dict.fromkeys(info.path for info in self._infos.values()))
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What its first file says beside the tensors."""
+        """The `__metadata__` of the first file."""
         with safe_open(self.paths[0], framework="numpy") as file:
             return file.metadata() or {}
 
     def read(self, name: str) -> Shaped[np.ndarray, "..."]:
-        """The tensor as a read-only view into the file: nothing is copied, it is read when used.
+        """A tensor as a read-only view into the memory-mapped file (zero-copy, read when used).
 
-        The file stays mapped as long as a view of it lives.
+        The file stays mapped while a view of it exists.
         """
         info = self._infos[name]
         if info.path not in self._maps:
@@ -109,7 +109,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         return np.ndarray(info.shape, info.dtype, self._maps[info.path], info.start)
 
     def release(self) -> None:
-        """Gives back the memory of what was read so far; views stay valid and read it again."""
+        """Releases the pages that were read so far; views stay valid and read them again."""
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             for mapped in self._maps.values():
                 mapped.madvise(mmap.MADV_DONTNEED)
@@ -127,25 +127,25 @@ def write_tensors(
     on_slab: OnSlab | None = None,
     on_file: Callable[[Path, str], None] | None = None,
 ) -> list[Path]:
-    """The files of a new checkpoint, synced to disk, with the index last if there is one.
+    """Writes a safetensors checkpoint, synced to disk, the index (if any) last.
 
-    Memory holds one tensor at most, and none where `read` gives views of a file. The folder
-    is the caller's, who makes it visible when all is done; what fails leaves its part there.
+    At most one tensor is in memory, and none if `read` gives views of a file. The caller makes
+    the folder visible when all is done; a failure leaves partial files there.
 
     Args:
-        folder: an existing folder that nobody reads yet.
+        folder: an existing folder that is not visible yet.
         stem: gives `<stem>.safetensors`, or `<stem>-00001-of-00002.safetensors` and an index.
         infos: name, dtype and shape of each tensor, in the order in which they are written.
         read: gives a tensor by name. One of another dtype is cast, a piece at a time.
         shard_bytes: most bytes of tensors in a file, unless one alone has more; `None` for
             a single file.
         metadata: goes into each file; Hugging Face's libraries want `{"format": "pt"}`.
-        on_bytes: told how many more bytes were written.
-        on_slab: given each slab of each tensor, flat, before it is written; it may raise.
-        on_file: told each finished file and its SHA-256 in hexadecimal.
+        on_bytes: called with the number of bytes just written.
+        on_slab: called with each slab of each tensor, flat, before it is written; may raise.
+        on_file: called with each finished file and its SHA-256 in hexadecimal.
 
     Raises:
-        BadInput: a tensor has another shape, or the folder cannot be written.
+        BadInput: a tensor has an unexpected shape, or the folder cannot be written.
     """
     paths = []
     shards = _shards(infos, shard_bytes)
@@ -185,10 +185,10 @@ def write_tensors(
 def in_pieces(
     name: str, array: Shaped[np.ndarray, "..."], dtype: np.dtype, shape: tuple[int, ...]
 ) -> Iterator[Shaped[np.ndarray, "..."]]:
-    """The array in flat pieces of `PIECE` bytes, of the dtype wanted.
+    """Splits an array into flat pieces of `PIECE` bytes, cast to `dtype`.
 
     Raises:
-        BadInput: it is of another shape; `name` is named.
+        BadInput: it has an unexpected shape; `name` is named.
     """
     if array.shape != shape:
         raise BadInput(f"{name} has the shape {list(array.shape)} instead of {list(shape)}")
@@ -203,7 +203,7 @@ def in_pieces(
 def write_piece(
     file: io.RawIOBase, name: str, piece: Shaped[np.ndarray, "..."], on_slab: OnSlab | None
 ) -> None:
-    """Appends the piece to the file; `on_slab` sees each slab of it just before."""
+    """Appends a piece to the file; `on_slab` is called with each slab before it is written."""
     n = SLAB // piece.itemsize
     for start in range(0, piece.size, n):
         slab = piece[start : start + n]
@@ -222,7 +222,7 @@ def _write(
     on_bytes: Callable[[int], None] | None,
     on_slab: OnSlab | None,
 ) -> str:
-    """The SHA-256 of the file that was written; two threads hash it and sync it meanwhile."""
+    """Writes a file and returns its SHA-256; two threads hash and sync it meanwhile."""
     sha = hashlib.sha256()
     hashing: collections.deque[Future[None]] = collections.deque()
     n_written = n_synced = 0
@@ -251,7 +251,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Says which file cannot be written, and why: most often the disk is full."""
+    """Context manager that turns an `OSError` of a write, such as a full disk, into `BadInput`."""
     try:
         yield
     except OSError as error:
@@ -259,7 +259,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _shards(infos: Sequence[Wanted], shard_bytes: int | None) -> list[list[Wanted]]:
-    """The tensors in files, in order, each as full as the limit allows."""
+    """Distributes tensors over shards, in order, each as full as the limit allows."""
     shards: list[list[Wanted]] = [[]]
     size = 0
     for info in infos:
@@ -272,7 +272,7 @@ def _shards(infos: Sequence[Wanted], shard_bytes: int | None) -> list[list[Wante
 
 
 def _header(infos: Sequence[Wanted], metadata: Mapping[str, str]) -> bytes:
-    """Length and header of a file, padded to 8 bytes, so that a map of it is aligned."""
+    """Length and header of a safetensors file, padded to 8 bytes, for an aligned memory map."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -286,7 +286,7 @@ def _header(infos: Sequence[Wanted], metadata: Mapping[str, str]) -> bytes:
 
 
 def _index(shards: Sequence[Sequence[Wanted]], paths: Sequence[Path]) -> bytes:
-    """The text of the index."""
+    """The JSON of the shard index."""
     weight_map = {
         name: path.name for shard, path in zip(shards, paths, strict=True) for name, _, _ in shard
     }

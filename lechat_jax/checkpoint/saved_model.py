@@ -1,4 +1,4 @@
-"""A trained model in whichever folder lechat keeps one: a training run's, or weights alone."""
+"""A saved model: a training run's folder, or weights in lechat's format."""
 
 import dataclasses
 import hashlib
@@ -19,17 +19,17 @@ from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.binding import Weights
-from lechat_jax.quantize.scheme import Form, Format, asked, quantize_weights
+from lechat_jax.quantize.scheme import Form, Format, quantize_weights, scheme_for
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import ends
 
 
 class Loaded(NamedTuple):
-    """The weights of a model, and which ones they are.
+    """Loaded weights of a model, and the manifest that identifies them.
 
     Attributes:
-        weights: on the default device, or on those of a mesh.
-        manifest: the SHA256SUMS that they were checked against.
+        weights: the weights, on the default device or sharded over a mesh.
+        manifest: the SHA256SUMS that they were verified against.
         refused: a sentence for each newer checkpoint that is damaged.
     """
 
@@ -39,20 +39,20 @@ class Loaded(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        """Of the manifest, and so of every byte that was loaded."""
+        """SHA-256 of the manifest, and so of every byte that was loaded."""
         return _sha256(self.manifest)
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """A model's folder: what it is at once, and its weights, which take time, when asked for.
+class SavedModel:
+    """A saved model's folder: config, tokenizer and format at once, weights on request.
 
     Attributes:
         folder: the folder.
-        config: of the model in it.
-        run: the training run that it is, unless it holds weights in lechat's format.
-        adapters: those that the run learned, if it did not learn whole weights.
-        moved: where the weights are now beside which it learned them, if not where they were.
+        config: config of the model.
+        run: the training run; `None` for weights in lechat's format.
+        adapters: LoRA adapters that the run trained; `None` if it trained all weights.
+        moved: new folder of the adapters' base model, if it has moved.
     """
 
     folder: Path
@@ -62,11 +62,11 @@ class Trained:
     moved: Path | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> "Trained":
-        """The model of a training run, or of weights in lechat's format.
+    def open(cls, folder: Path) -> "SavedModel":
+        """Opens a training run, or weights in lechat's format.
 
         Raises:
-            BadInput: the folder is neither; for another format the message converts it.
+            BadInput: the folder is neither; for another format the message gives the conversion.
         """
         if kind_of(folder) == "weights":
             return cls(folder, read_config(folder), None)
@@ -77,31 +77,31 @@ class Trained:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer kept with the model, if there is one, and the tokens that were added.
+        """The model's tokenizer, with its added tokens; `None` if there is none.
 
         Raises:
-            BadInput: the file is none, or of another model.
+            BadInput: the file is not a tokenizer, or another model's.
         """
         return Tokenizer.beside(self.folder, self.config.vocab_size)
 
     @property
     def eos_ids(self) -> set[int]:
-        """The ids that end a text, where the folder says more of them than its tokenizer does.
+        """EOS ids in the folder's JSON files, beyond the tokenizer's own.
 
         Raises:
-            BadInput: what it says is no id.
+            BadInput: they are not ids.
         """
         return set(ends(self.folder))
 
     def not_trained_on(self, data: str | None, name: str, sha256: str) -> str:
-        """That a text is not the one of the run, in a sentence; nothing, if it is or there is none.
+        """A warning that a text is not the run's training data; empty if it is or if unknown.
 
-        What would be held out of it may have been learned.
+        Its held-out part may have been trained on.
 
         Args:
-            data: as the text was asked for; `None` for that of the run.
-            name: of the text, for people.
-            sha256: of the text.
+            data: the user's `--data`; `None` for the run's own.
+            name: name of the text, for display.
+            sha256: digest of the text.
         """
         asked = self.run.config["train"] if self.run else {}
         if asked.get("corpus_sha256", sha256) == sha256:
@@ -112,17 +112,17 @@ class Trained:
         return f"{sentence} any more: some of what is held out of it now was learned"
 
     @property
-    def base(self) -> "Trained":
-        """The model beside which this one learned its adapters, or itself.
+    def base(self) -> "SavedModel":
+        """The base model of the adapters; the model itself without adapters.
 
         Raises:
-            BadInput: it is not where it was.
+            BadInput: the base model is not in its folder any more.
         """
         if self.run is None or self.adapters is None:
             return self
         folder = self.moved or Path(self.run.config["train"]["init_from"])
         try:
-            return Trained.open(folder)
+            return SavedModel.open(folder)
         except BadInput as error:
             raise BadInput(
                 f"{self.folder} holds adapters, for the weights in {folder}: {error}; if those "
@@ -132,22 +132,22 @@ class Trained:
 
     @property
     def quantization(self) -> Form | None:
-        """How the weights are quantised, if they are: on the disk, or where adapters learned."""
+        """Quantization scheme on disk, or of the adapters' base in training; `None` for floats."""
         if self.run is None:
             return stored_format(self.folder)
         if self.adapters is None:
             return None
         quantize = self.run.config["train"].get("quantize")
-        return self.base.quantization or asked(quantize, self.config)
+        return self.base.quantization or scheme_for(quantize, self.config)
 
     def form(self, quantize: Format | None) -> Form | None:
-        """How the weights are quantised once they are loaded: as they are, or else as one says."""
-        return self.quantization or asked(quantize, self.config)
+        """Quantization scheme after loading: the stored one, else the requested one."""
+        return self.quantization or scheme_for(quantize, self.config)
 
     def weights_bytes(self, dtype: DTypeLike | None = None, quantize: Format | None = None) -> int:
-        """Memory that it takes to `load` the weights, but for one tensor more on its way.
+        """Bytes of memory that `load` takes, but for one tensor in transit.
 
-        A run's float32 is read whole before it is cast or quantised.
+        A run's float32 weights are all read before they are cast or quantised.
         """
         if self.adapters is not None:
             return self.base.weights_bytes(dtype, self.of_base(quantize))
@@ -163,14 +163,14 @@ class Trained:
         quantize: Format | None = None,
         mesh: Mesh | None = None,
     ) -> Loaded:
-        """The weights, cast to `dtype` if one is given; a run's are of its last good checkpoint.
+        """Loads the weights, cast to `dtype` if given; a run's from its last good checkpoint.
 
-        What is quantised, on the disk or by `quantize`, is not cast, so mostly the norms are.
+        Quantised weights, stored or by `quantize`, are not cast, so mostly the norms are.
 
-        With a mesh each device is given its part, as `sharding` says.
+        With a mesh the weights are sharded over its devices, see `devices.mesh`.
 
         Raises:
-            BadInput: there is no good checkpoint, or as `load_weights` does.
+            BadInput: there is no good checkpoint, or as `load_weights`.
         """
         if self.run is None:
             shapes = weight_shapes(self.config, self.form(quantize))
@@ -185,7 +185,7 @@ class Trained:
             Checkpoints,  # Orbax takes 0.2 s, and only runs need it
         )
 
-        form = asked(quantize, self.config)
+        form = scheme_for(quantize, self.config)
         template = {"model": described(mesh, weight_shapes(self.config))}
         restored = Checkpoints(self.run.checkpoints).restore(template)
         manifest = self.run.checkpoints / str(restored.step) / MANIFEST
@@ -206,21 +206,21 @@ class Trained:
         quantize: Format | None = None,
         mesh: Mesh | None = None,
     ) -> Loaded:
-        """The weights beside which a run learned its adapters, quantised as they were then.
+        """Loads the base weights of a run's adapters, quantised as in training.
 
         Raises:
-            BadInput: they are others than those, or as `load` does.
+            BadInput: they are not the weights of that training, or as `load`.
         """
         loaded = self.base.load(dtype, self.of_base(quantize), mesh)
         self.check_base(loaded.manifest)
         return loaded
 
     def of_base(self, quantize: Format | None) -> Format | None:
-        """How the base is to be quantised: as one says, or else as it was for the adapters."""
+        """Quantization scheme of the base: the requested one, else that of adapter training."""
         return quantize or (self.quantization.format if self.quantization else None)
 
     def check_base(self, manifest: Path) -> None:
-        """Raises `BadInput` if the adapters were learned beside weights with another manifest."""
+        """Raises `BadInput` if the adapters were trained on base weights with another manifest."""
         if self.run is None or self.adapters is None:
             return
         wanted = self.run.config["train"]["init_from_sha256"]
@@ -232,7 +232,7 @@ class Trained:
             )
 
     def load_adapters(self) -> Loaded:
-        """The adapters alone of the last good checkpoint, in float32.
+        """Loads only the adapters of the last good checkpoint, in float32.
 
         Raises:
             BadInput: there is none.

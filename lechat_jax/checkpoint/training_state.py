@@ -1,4 +1,4 @@
-"""Training state on disk that is whole or refused: Orbax, and a SHA-256 manifest of it.
+"""Training state checkpoints: Orbax with a SHA-256 manifest, written atomically and verified.
 
 Orbax restores a flipped bit without a word (measured: 30 flips of 30), so each step
 carries a manifest, and nothing is read that does not match it:
@@ -6,11 +6,11 @@ carries a manifest, and nothing is read that does not match it:
     <folder>/<step>/
         model/        one folder an item, as Orbax writes it (OCDBT, uncompressed)
         optimizer/
-        meta.json     what is no array: seed, position in the data, config
+        meta.json     what is not an array, such as the tokens trained on
         SHA256SUMS    every other file, as `sha256sum -c SHA256SUMS` reads it
 
-A step is built in `<step>.partial` and appears by one rename, so whatever kills the
-process leaves whole steps, and at worst such a folder, which the next save removes.
+A step is built in `<step>.partial` and appears by one rename, so a killed process leaves
+complete steps, and at worst such a folder, which the next save removes.
 """
 
 import contextlib
@@ -41,11 +41,11 @@ READ = re.compile(r"meta\.json|(.+/)?(_[A-Z_]+|_sharding|manifest\.ocdbt|d/[0-9a
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint, and what had to be passed over to find it.
+    """A restored checkpoint, and the damaged ones that were skipped.
 
     Attributes:
-        step: the step that was restored.
-        items: each item asked for, in the structure of its template.
+        step: number of the step.
+        items: each requested item, in the structure of its template.
         meta: the JSON object saved with them.
         refused: a sentence for each newer checkpoint that is damaged: which, where, why.
     """
@@ -57,11 +57,11 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest `keep` good ones of them kept.
+    """Checkpoint manager of a run, which keeps the newest `keep` good checkpoints.
 
-    One run writes to a folder at a time; any number may read. Of a run with several
-    processes each has to call `save` and `restore`: all write and read their parts of the
-    arrays, in a folder that they share, and the first does the rest.
+    One run writes to a folder at a time; any number may read. Of a multi-host run each process
+    must call `save` and `restore`: all write and read their shards of the arrays, in a shared
+    folder, and the first does the rest.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -71,15 +71,15 @@ class Checkpoints:
         self.keep = keep
 
     def steps(self) -> list[int]:
-        """The finished steps, oldest first; which of them are damaged, only `restore` finds."""
+        """The finished steps, oldest first, damaged ones included, which only `restore` detects."""
         return [step for step in self._folders() if (self._at(step) / MANIFEST).is_file()]
 
     def save(self, step: int, items: dict[str, PyTree], meta: dict[str, Any]) -> Path:
-        """The folder of a new checkpoint, complete and synced to disk.
+        """Saves a checkpoint, complete and synced to disk, and returns its folder.
 
-        Older ones are deleted only then, and only behind `keep` good ones: an older one
-        counts as good after its manifest was checked again, at half a second a GB. A step
-        saved before is replaced; steps newer than this one are left alone.
+        Older ones are deleted only then, and only beyond `keep` good ones: an older one counts as
+        good once its manifest is verified again, at half a second per GB. An existing checkpoint
+        of this step is replaced; newer steps stay.
 
         Args:
             step: the number of the step, 0 or more.
@@ -87,8 +87,8 @@ class Checkpoints:
             meta: a JSON object.
 
         Raises:
-            BadInput: the disk is full, the folder cannot be written, or a leaf is nothing
-                that JAX could give back unchanged; older checkpoints are untouched.
+            BadInput: the disk is full, the folder cannot be written, or a leaf is not restorable
+                unchanged by JAX; older checkpoints are untouched.
         """
         if step < 0:
             raise BadInput(f"the step of a checkpoint must be 0 or more, not {step}")
@@ -108,13 +108,13 @@ class Checkpoints:
         return self._at(step)
 
     def _make_room(self) -> None:
-        """The folder is there, without what a killed save left."""
+        """Creates the folder and deletes what a killed save left."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"[0-9]*{PARTIAL}"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _complete(self, step: int, meta: dict[str, Any]) -> None:
-        """The arrays of a step become a checkpoint, which appears by one rename."""
+        """Turns the arrays of a step into a checkpoint, by one atomic rename."""
         partial = self.folder / f"{step}{PARTIAL}"
         _seal(partial / "new", meta)
         if self._at(step).exists():
@@ -124,7 +124,7 @@ class Checkpoints:
         self._prune(step)
 
     def _told(self, step: int, work: Callable[[], None]) -> None:
-        """Does the work and says what the disk has against it."""
+        """Runs `work` and turns a disk error into `BadInput`."""
         try:
             work()
         except Exception as error:  # a full disk comes in many types; the rest is raised again
@@ -136,20 +136,20 @@ class Checkpoints:
             raise
 
     def restore(self, templates: dict[str, PyTree], step: int | None = None) -> Restored:
-        """The newest checkpoint whose files are, byte for byte, those that were saved.
+        """Restores the newest checkpoint whose files match their SHA-256 manifest.
 
-        Only the items asked for are checked and read. A leaf whose template has a sharding
-        lands there; the others are uncommitted on the default device, as fresh arrays are:
-        committed ones would compile each jitted function anew, past the compilation cache.
+        Only the requested items are verified and read. A leaf whose template has a sharding gets
+        it; the others are uncommitted on the default device, like new arrays: committed ones would
+        recompile each jitted function, past the compilation cache.
 
         Args:
-            templates: for each item wanted a pytree of `jax.ShapeDtypeStruct` or arrays.
-            step: this one or none; by default the newest, and if that is damaged, the next.
+            templates: a pytree of `jax.ShapeDtypeStruct` or arrays for each requested item.
+            step: this step only; by default the newest, and if that is damaged, the next.
 
         Raises:
-            BadInput: there is no checkpoint, or none undamaged (each is named with its
-                first fault), or its leaves, shapes or dtypes are not those of the template
-                (the first difference is named).
+            BadInput: there is no checkpoint, or all are damaged (each is named with its first
+                damage), or leaves, shapes or dtypes differ from the template (the first
+                difference is named).
         """
         while True:
             good, refused = from_first(lambda: self._newest_good(templates, step))
@@ -165,7 +165,7 @@ class Checkpoints:
                 raise
 
     def _newest_good(self, items: Collection[str], step: int | None) -> tuple[int, list[str]]:
-        """The step to restore, and a sentence for each that was passed over."""
+        """The step to restore, and a sentence for each damaged one that is skipped."""
         found = self._folders()
         if step is not None and step not in found:
             have = ", ".join(map(str, found)) or "none at all"
@@ -186,14 +186,14 @@ class Checkpoints:
         return self.folder / str(step)
 
     def _folders(self) -> list[int]:
-        """Every step that has a folder, with a manifest or without, oldest first."""
+        """All steps that have a folder, with a manifest or without, oldest first."""
         if not self.folder.is_dir():
             return []
         names = (path.name for path in self.folder.iterdir() if path.is_dir())
         return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
     def _prune(self, newest: int) -> None:
-        """Deletes what is older than the `keep` newest good steps, `newest` being one."""
+        """Deletes steps older than the `keep` newest good ones, of which `newest` is one."""
         good = 1
         for step in reversed([step for step in self._folders() if step < newest]):
             if good < self.keep:
@@ -204,14 +204,14 @@ class Checkpoints:
 
 
 def _fault(whole: Path, items: Collection[str] | None = None) -> str | None:
-    """The first thing wrong with these items of a checkpoint, or None; see `manifest.fault`."""
+    """Verifies these items of a checkpoint: the first damage, or `None`; see `checksums.fault`."""
     return fault(whole, items, is_read=lambda name, _: READ.fullmatch(name) is not None)
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:
     """The leaves by path, `blocks.0.attn.q.kernel`, in the order of the pytree.
 
-    Orbax is given this flat dict, so it never sees what the pytree is made of.
+    Orbax gets this flat dict, so it does not depend on the pytree's classes.
     """
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in pairs]
@@ -221,7 +221,7 @@ def _leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def _arrays(item: str, tree: PyTree) -> dict[str, jax.Array]:
-    """The leaves by path; typed PRNG keys and Python numbers would come back as others."""
+    """The leaves by path; refuses typed PRNG keys and Python numbers, which would change type."""
     arrays: dict[str, jax.Array] = {}
     for name, leaf in _leaves(tree).items():
         if not isinstance(dtype := getattr(leaf, "dtype", None), np.dtype):
@@ -247,7 +247,7 @@ def _checkpointer(items: Collection[str]) -> ocp.Checkpointer:
 
 
 def _write(whole: Path, items: dict[str, dict[str, jax.Array]]) -> None:
-    """The arrays, at a path that nobody reads yet; each process writes its parts of them."""
+    """Writes the arrays to a path that is not visible yet; each process writes its shards."""
     filled = {item: arrays for item, arrays in items.items() if arrays}  # Orbax wants a leaf
     args = {item: ocp.args.PyTreeSave(arrays) for item, arrays in filled.items()}
     with _silence(), _checkpointer(filled) as checkpointer:
@@ -255,7 +255,7 @@ def _write(whole: Path, items: dict[str, dict[str, jax.Array]]) -> None:
 
 
 def _seal(whole: Path, meta: dict[str, Any]) -> None:
-    """What was written is a finished checkpoint, synced to disk."""
+    """Adds metadata and manifest to the arrays, and syncs all to disk."""
     (whole / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     write_manifest(whole)
     for folder, _, names in os.walk(whole):
@@ -264,7 +264,7 @@ def _seal(whole: Path, meta: dict[str, Any]) -> None:
 
 
 def _read(whole: Path, templates: dict[str, PyTree]) -> dict[str, PyTree]:
-    """The items of an undamaged checkpoint, in the structure of the templates."""
+    """Reads items of a verified checkpoint, in the structure of the templates."""
     wanted = {item: _leaves(template) for item, template in templates.items()}
     filled = [item for item in wanted if (whole / item).is_dir()]
     arrays: dict[str, dict[str, Any]] = {item: {} for item in wanted}
@@ -290,7 +290,7 @@ def _read(whole: Path, templates: dict[str, PyTree]) -> dict[str, PyTree]:
 
 
 def _place(leaf: Any) -> ocp.RestoreArgs:
-    """The leaf's sharding if it is bound to one, else NumPy, for `device_put` to place."""
+    """Restores a leaf to its sharding if it has one, else to numpy, for `device_put`."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None or not getattr(leaf, "committed", True):
         return ocp.RestoreArgs(restore_type=np.ndarray)
@@ -302,7 +302,7 @@ def _on_device(array: Any) -> jax.Array:
 
 
 def _check_fit(whole: Path, item: str, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
-    """Nothing, if leaves, shapes and dtypes agree; Orbax would cast without a word."""
+    """Checks that leaves, shapes and dtypes agree; Orbax would cast silently."""
 
     def say(leaf: Any) -> str:
         return "missing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
@@ -317,7 +317,7 @@ def _check_fit(whole: Path, item: str, wanted: dict[str, Any], stored: dict[str,
 
 
 def _disk_error(error: Exception) -> str | None:
-    """The operating system's complaint, if it is one; Tensorstore quotes it in a ValueError."""
+    """The operating system's error message, if it is one; Tensorstore wraps it in a ValueError."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     number = re.search(r"os_error_code='(\d+)'", str(error))
@@ -326,7 +326,7 @@ def _disk_error(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Orbax logs nothing: what goes wrong is raised as well, without four tracebacks."""
+    """Context manager that silences Orbax's log: errors are raised as well, without tracebacks."""
 
     def drop(_: logging.LogRecord) -> bool:
         return False

@@ -1,11 +1,11 @@
-"""lechat's own weight format, from its files straight into JAX and back.
+"""Weights in lechat's own format (safetensors): loading into JAX, sharded or not, and saving.
 
 <folder>/
   config.json         the model, in the words of `MistralConfig`
   model.safetensors   or shards and their index; names and shapes are those of `weights_of`
                       or, if config.json has `"quantization": {"format": "int8"}` or int4 beside
                       the model, those of the parts that `quantize` makes of them
-  tokenizer.model.v1  the tokenizer, or another of Mistral's; without it there are only ids
+  tokenizer.model.v1  the tokenizer, or another of Mistral's; optional
   SHA256SUMS          every other file, as `sha256sum -c SHA256SUMS` reads it
 """
 
@@ -34,7 +34,7 @@ from lechat_jax.devices.host_memory import host_empty
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST, sync, write_manifest
 from lechat_jax.model.binding import Weights, shapes_of
-from lechat_jax.quantize.scheme import QUANTIZATION, Form, Format, asked, form_of, in_parts
+from lechat_jax.quantize.scheme import QUANTIZATION, Form, Format, form_of, in_parts, scheme_for
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 FLOATS = tuple(np.dtype(name) for name in (jnp.bfloat16, "float16", "float32", "float64"))
@@ -53,36 +53,35 @@ def load_weights(
     check: bool = True,
     quantize: Format | None = None,
 ) -> tuple[MistralConfig, Weights]:
-    """The model of a folder in lechat's format, and its weights on their devices.
+    """Loads a folder in lechat's format: the model's config, and its weights on their devices.
 
-    One tensor is on its way at a time, and what was read of the file is given back. A cast
-    from 2 to 4 GB on a CPU took 1.00 models of memory and 1.7 s; to read all and then place
-    it took 2.0 models and 9 s. With a sharding each device is given its own slice, and
-    unless the files are checked, no other part of them is read.
+    One tensor is in transit at a time, and pages of the file are released once read. A cast
+    from 2 to 4 GB on a CPU took 1.00 models of memory and 1.7 s; reading all and then placing
+    took 2.0 models and 9 s. With a sharding each device gets its own slice, and unless the
+    files are verified, nothing else of them is read.
 
-    No array shares memory with the files, which may be deleted at once: a device array on a
-    CPU can be a view of what it is made from, and a file that is cut or rewritten below it
-    would crash the process or change the model. The copy this takes is the only one, since
-    JAX adopts memory that is aligned, and it casts on the way.
+    No array shares memory with the files, which may be deleted at once: a device array on a CPU
+    can be a view of its source, and truncating or rewriting a mapped file would crash the
+    process or change the model. The copy that this takes is the only one, since JAX adopts
+    aligned memory, and it casts on the way.
 
     Args:
         folder: as `save_weights` or `python -m parity.convert` wrote it.
-        dtype: to cast to; by default each tensor stays as it is stored. Of a quantised model
+        dtype: dtype to cast to; by default each tensor stays as stored. Of a quantised model
             only the norms are cast.
-        shardings: by default whole and uncommitted on the default device, as fresh arrays.
-        check: first verify SHA256SUMS, at 0.7 s a GB and core, a file each. Otherwise no
-            damage is noticed but that of a header.
-        quantize: turn the kernels into int8 or int4 on the way, each whole on the host, at 1e9
-            weights a second. Those that are quantised on the disk stay as they are, whatever is
-            said here.
+        shardings: by default unsharded and uncommitted on the default device, like new arrays.
+        check: first verify SHA256SUMS, at 0.7 s per GB and core, a file per core. Otherwise only
+            damage of headers is noticed.
+        quantize: quantise the kernels to int8 or int4 on the way, one at a time on the host, at
+            1e9 weights per second. Kernels that are stored quantised stay as they are.
 
     Raises:
-        BadInput: a file is not what was saved, it is named; tensors are missing, left over
-            or of another shape or type than the model's, all are named; or the dtype is
-            too small for a number, or one that JAX was not told to have.
+        BadInput: a file is damaged, it is named; tensors are missing, unexpected, or of another
+            shape or dtype than the model's, all are named; or a number overflows the dtype, or
+            the dtype is not enabled in JAX (float64).
     """
     config = read_config(folder)
-    stored, wanted = stored_format(folder), asked(quantize, config)
+    stored, wanted = stored_format(folder), scheme_for(quantize, config)
     load = functools.partial(_load, folder, config, stored, dtype, shardings, wanted)
     if not check:
         return config, load()
@@ -106,7 +105,7 @@ def _load(
     shardings: Placement | None,
     wanted: Form | None,
 ) -> Weights:
-    """The weights that `load_weights` gives, unchecked."""
+    """Loads the weights for `load_weights`, without verifying SHA256SUMS."""
     files = TensorFiles.open(folder)
     _check_fit(folder, weight_shapes(config, stored), files)
     weights: Weights = {}
@@ -142,10 +141,10 @@ def save_weights(
     *,
     shard_bytes: int | None = SHARD_BYTES,
 ) -> None:
-    """A new folder in lechat's format, which appears whole or not at all.
+    """Saves weights as a new folder in lechat's format, atomically.
 
     Raises:
-        BadInput: the folder exists, cannot be written, or the weights are not the model's.
+        BadInput: the folder exists or cannot be written, or the weights are not the model's.
     """
     if folder.exists():
         raise BadInput(f"{folder} exists already; choose another folder")
@@ -186,7 +185,7 @@ def save_weights(
 def weight_shapes(
     config: MistralConfig, form: Form | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape of each weight by name, and the dtype that it has when freshly made or quantised."""
+    """Shape and dtype of each weight by name, as initialised or quantised."""
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
     for name, leaf in shapes_of(config).items():
         parts = form.parts(name, leaf.shape) if form else {}
@@ -198,14 +197,14 @@ def weight_shapes(
 
 
 def weights_bytes(config: MistralConfig, dtype: DTypeLike, form: Form | None = None) -> int:
-    """Memory that the weights take in a dtype, which those that are quantised do not have.
+    """Bytes of memory of the weights in a dtype; quantised kernels have their own.
 
     >>> from lechat_jax.config import preset
     >>> config = preset("mistral-7b-v0.1")
     >>> [round(weights_bytes(config, dtype) / 1e9, 2) for dtype in ("float32", "bfloat16")]
     [28.97, 14.48]
-    >>> of_gptq = Form("int4", 128, is_ordered=True, has_int8_tables=False)
-    >>> forms = asked("int8", config), asked("int4", config), of_gptq
+    >>> of_gptq = Form("int4", 128, is_ordered=True, has_int8_embeddings=False)
+    >>> forms = scheme_for("int8", config), scheme_for("int4", config), of_gptq
     >>> [round(weights_bytes(config, "bfloat16", form) / 1e9, 2) for form in forms]
     [7.25, 4.03, 4.29]
     >>> round(weights_bytes(preset("mixtral-8x7b-v0.1"), "bfloat16", of_gptq) / 1e9, 2)
@@ -221,7 +220,7 @@ def weights_bytes(config: MistralConfig, dtype: DTypeLike, form: Form | None = N
 def _check_fit(
     folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], found: Mapping[str, Any]
 ) -> None:
-    """Raises `BadInput` that lists all in which these tensors are not those wanted."""
+    """Raises `BadInput` that lists all missing, unexpected and mismatched tensors."""
     both = [name for name in wanted if name in found]
     faults = [f"{name} is missing" for name in wanted if name not in found]
     faults += [f"{name} is left over" for name in found if name not in wanted]
@@ -240,7 +239,7 @@ def _check_fit(
 
 
 def _may_be(dtype: np.dtype, name: str, found: Any) -> bool:
-    """Whether the type of what was found is that of a quantised part, or else any float."""
+    """Whether a stored dtype is allowed: a quantised part's own, or else any float."""
     if np.issubdtype(dtype, np.integer) or is_part(name):
         return np.dtype(found.dtype) == dtype
     return np.dtype(found.dtype) in FLOATS
@@ -268,10 +267,10 @@ def _place(
 def _copy(
     view: Shaped[np.ndarray, "..."], dtype: np.dtype, release: Callable[[], None]
 ) -> Shaped[np.ndarray, "..."]:
-    """The same numbers in memory of their own, which JAX on a CPU need not copy again.
+    """Copies a tensor into aligned memory of its own, which JAX on a CPU adopts without a copy.
 
-    Cast by numpy, at 7 GB/s; XLA on a CPU does 0.2 (two cores, bfloat16 to float32). Of the
-    file only a piece is in memory at a time, since `release` gives back what was read.
+    Cast by numpy, at 7 GB/s; XLA on a CPU does 0.2 (two cores, bfloat16 to float32). Only a
+    piece of the file is in memory at a time, since `release` frees what was read.
     """
     copy = host_empty(view.shape, dtype)
     rows = max(1, PIECE * len(view) // max(1, view.nbytes)) if view.ndim else 1

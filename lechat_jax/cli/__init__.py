@@ -1,1 +1,1 @@
-"""How a program talks to a person: flags, progress, signals. Commands use it, nothing else."""
+"""Command-line interface: flags, YAML config files, progress bars, signals. For commands only."""

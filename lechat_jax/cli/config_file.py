@@ -1,4 +1,4 @@
-"""A YAML file that stands for flags: keys are flags without their dashes in front."""
+"""YAML config files for `--config`: keys are flags without their leading dashes."""
 
 import difflib
 from collections.abc import Mapping, Sequence, Set
@@ -12,21 +12,21 @@ from lechat_jax.files.text import read_text
 
 
 def with_recipe(argv: Sequence[str], names: Sequence[str], switches: Set[str]) -> list[str]:
-    """The flags of the file that `--config` names, if it does, and then those of `argv`.
+    """Inserts the flags of the `--config` file, if there is one, in front of those of `argv`.
 
-    Of a flag that is given twice the last counts, so what is said on the command line wins.
-    `switches` are those of the `names` that have no value: true gives them. To any other, true
-    and false are the words on and off, which YAML reads so.
+    The last of two equal flags counts, so the command line wins. `switches` are the flags among
+    `names` that take no value: true gives them. For any other flag true and false mean the words
+    on and off, which YAML parses as booleans.
 
     Raises:
-        BadInput: the file cannot be read, or says something that is none of `names`.
+        BadInput: the file cannot be read, or has a key that is not in `names`.
     """
     path = _value("--config", argv)
     return [*(_flags_of(Path(path), names, switches) if path else []), *argv]
 
 
 def to_yaml(fields: Mapping[str, Any]) -> str:
-    """The fields as a file for `--config`; what is `None` is left to be decided.
+    """Writes options as YAML for `--config`; fields that are `None` are left out.
 
     >>> print(to_yaml({"max_tokens": 9, "steps": None, "prompt": ("a", "b")}), end="")
     max-tokens: 9
@@ -40,7 +40,7 @@ def to_yaml(fields: Mapping[str, Any]) -> str:
 
 
 def _value(flag: str, argv: Sequence[str]) -> str | None:
-    """What `--flag value` or `--flag=value` says."""
+    """The value of `--flag value` or `--flag=value`."""
     for place, word in enumerate(argv):
         if word == flag and place + 1 < len(argv):
             return argv[place + 1]

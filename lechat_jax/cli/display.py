@@ -18,10 +18,10 @@ PATIENCE = 1.0  # seconds without a word, while a prompt is read
 
 
 class Visible:
-    r"""Text as a terminal can show it, piece by piece, without what would drive the terminal.
+    r"""Sanitises streamed text for a terminal: no control characters, LF line ends.
 
-    Line ends of Windows and of old Macs are line ends, also where one piece ends within one;
-    any other control character is U+FFFD.
+    CR LF and CR become LF, also where a piece ends between the two; any other control character
+    but tab becomes U+FFFD.
 
     >>> visible = Visible()
     >>> [visible.show(piece) for piece in ("one\r", "\ntwo\rthree\n")]
@@ -32,7 +32,7 @@ class Visible:
         self._after_return = False
 
     def show(self, text: str) -> str:
-        """The next piece."""
+        """Sanitises the next piece."""
         if not text:
             return ""
         rest = text[1:] if self._after_return and text[0] == "\n" else text
@@ -40,10 +40,10 @@ class Visible:
         return rest.replace("\r\n", "\n").replace("\r", "\n").translate(CONTROLS)
 
 
-class Reading:
-    """How far a prompt is read, its rate and the time left, for whoever waits a second for it.
+class PrefillProgress:
+    """Prefill progress: tokens of the prompt read, tokens/s and time left, after the first second.
 
-    On stderr: in a terminal a line that is replaced and goes, elsewhere one every ten seconds.
+    On stderr: in a terminal one line that is overwritten, elsewhere a line every ten seconds.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Reading:
         self._shown = False
 
     def __call__(self, done: int, total: int) -> None:
-        """So many tokens of a prompt are read; 0 begins a prompt."""
+        """Reports that `done` of `total` prompt tokens are read; 0 begins a prompt."""
         now = time.monotonic()
         if done == 0:
             self._began, self._last, self._shown = now, -PLAIN_SECONDS, False
@@ -74,13 +74,13 @@ class Reading:
 
 
 class Lasting:
-    """A stream whose end does not end the work: what cannot be written any more is dropped.
+    """An output stream that survives EPIPE, EIO and ENOSPC: what cannot be written is dropped.
 
-    A terminal that was closed gives EIO, a reader that has gone EPIPE, a full disk ENOSPC, all
-    of them in the middle of a step, or in the thread that draws the bar.
+    A closed terminal gives EIO, a reader that ended EPIPE, a full disk ENOSPC: in the middle of
+    a step, or in the thread that draws the progress bar.
 
     Attributes:
-        has_no_reader: it was a pipe, and nobody is at its other end any more.
+        has_no_reader: whether it was a pipe whose reader has ended (EPIPE).
     """
 
     def __init__(self, stream: Any) -> None:
@@ -97,11 +97,11 @@ class Lasting:
         return self._stream.fileno()
 
     def isatty(self) -> bool:
-        """Whether a person may be there."""
+        """Whether the stream is a terminal."""
         return self._stream.isatty()
 
     def write(self, text: str) -> int:
-        """Writes it, or tries to."""
+        """Writes the text, or drops it if the stream is gone."""
         try:
             self._stream.write(text)
         except OSError as error:
@@ -109,7 +109,7 @@ class Lasting:
         return len(text)
 
     def flush(self) -> None:
-        """Hands on what was written, or tries to."""
+        """Flushes the stream, or drops what is left if it is gone."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -122,11 +122,10 @@ class Lasting:
 
 
 class Display:
-    """Progress of one run, with its loss, its rate and the time left.
+    """Progress bar of a training run: step, loss, tokens/s, MFU and time left.
 
-    Use it as a context. `total` steps may be unknown at first; `say` prints a line of
-    its own, above the bar where there is one. What is not `audible` prints nothing. It does not
-    fail if stdout does.
+    A context manager. `total` steps may be unknown at first; `say` prints a line above the bar.
+    With `audible` False nothing is printed. It goes on if stdout fails.
     """
 
     def __init__(
@@ -162,13 +161,13 @@ class Display:
 
     @property
     def has_no_reader(self) -> bool:
-        """Whether stdout was a pipe to a program that has ended, as `head` does."""
+        """Whether stdout was a pipe whose reader has ended (EPIPE), as `head` does."""
         return self._out.has_no_reader
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """Prints text as it is, even what looks like markup, but without control characters.
+        """Prints text literally, without rich's markup and without control characters.
 
-        A young model writes any byte, and some bytes would drive the terminal.
+        An untrained model writes any byte, and some bytes would drive the terminal.
         """
         self.console.print(Visible().show(text), style=style, markup=False, emoji=False)
 
@@ -180,9 +179,9 @@ class Display:
         seconds_left: float | None,
         mfu: float | None = None,
     ) -> None:
-        """Shows where training is; without a terminal, a line every ten seconds or so.
+        """Shows the progress of training; without a terminal, a line every ten seconds.
 
-        What matters most comes first, since a narrow terminal has no room for the rest.
+        The most important part comes first, since a narrow terminal cuts the rest.
         """
         parts = [] if seconds_left is None else [f"{clock(seconds_left)} left"]
         parts += [f"loss {loss:.3f}", f"{tokens_per_s:,.0f} tokens/s"]
@@ -196,12 +195,12 @@ class Display:
             self.say(f"step {step}{of} · {status}")
 
     def wait(self, what: str) -> None:
-        """Shows, in a terminal, that something goes on whose end is not known."""
+        """Shows, in a terminal, a task of unknown length."""
         self._bar.remove_task(self._task)  # since no update makes a known total unknown again
         self._task = self._bar.add_task(what, total=None, status="")
 
     def work(self, what: str, done: int, total: int, more: str = "") -> None:
-        """Shows how far a part beside training is, such as the final evaluation."""
+        """Shows the progress of a task beside training, such as the final evaluation."""
         status = f"{done}/{total}{more}"
         if self.console.is_terminal:
             self._move(what, done, total, status)
@@ -210,7 +209,7 @@ class Display:
             self.say(f"{what} {status}")
 
     def _move(self, what: str, done: int, total: int | None, status: str) -> None:
-        """Moves the bar; of the status what fits beside it, from the front, in whole parts."""
+        """Updates the bar, with as many leading parts of the status as fit beside it."""
         room = self.console.width - len(what) - LEAST_BAR - 2
         parts = status.split(" · ")
         while len(parts) > 1 and len(" · ".join(parts)) > room:
@@ -220,7 +219,7 @@ class Display:
 
 
 class Meter(Display):
-    """Bytes done of a total, with their rate and the time left. Use it as a context."""
+    """Progress bar in bytes, with rate and time left; a context manager."""
 
     def __init__(self, total: int, console: Console) -> None:
         super().__init__(total, console)
@@ -229,11 +228,11 @@ class Meter(Display):
 
     @property
     def seconds(self) -> float:
-        """Since it was made."""
+        """Seconds since the start."""
         return time.monotonic() - self._began
 
     def add(self, n: int) -> None:
-        """So many more bytes are done."""
+        """Adds bytes that are done."""
         self.done += n
         rate = max(self.done, 1) / max(self.seconds, 1e-9)
         status = (
@@ -248,7 +247,7 @@ class Meter(Display):
 
 
 def clock(seconds: float) -> str:
-    """A duration as minutes and seconds.
+    """Formats a duration in seconds as minutes and seconds, or hours.
 
     >>> clock(75.4), clock(3671.0)
     ('1:15', '1:01:11')

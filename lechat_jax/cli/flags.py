@@ -1,4 +1,4 @@
-"""How every command line of lechat reads its flags and reports what is wrong with them."""
+"""Command-line parsing from dataclasses (tyro), and exit codes and error messages of commands."""
 
 import contextlib
 import dataclasses
@@ -28,13 +28,13 @@ OF_THE_DISK |= {getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def parse(options: type[Args], prog: str, description: str, argv: Sequence[str] | None) -> Args:
-    """The options of a dataclass read from `argv` (or `sys.argv`), in kebab-case.
+    """Parses `argv` (or `sys.argv`) into an options dataclass; flags are in kebab-case.
 
-    The docstring below each field is its help; bad flags exit with code 2. A field `config`
-    is a YAML file that stands for others.
+    The `Attributes` of the dataclass are the flags' help; bad flags exit with code 2. A field
+    `config` is a YAML file of other flags.
 
     Raises:
-        BadInput: that file cannot be used.
+        BadInput: the config file cannot be used.
     """
     argv = [*(sys.argv[1:] if argv is None else argv)]
     fields = inspect.signature(options).parameters
@@ -56,9 +56,9 @@ def parse(options: type[Args], prog: str, description: str, argv: Sequence[str] 
 
 
 def without_empty_defaults(options: type[Args]) -> type[Args]:
-    """The same flags, whose help names a default only where that is a value one could give.
+    """The same dataclass, whose `--help` shows no empty default such as "(default: None)".
 
-    "(default: None)" tells nobody what happens without the flag, which its own text does.
+    What happens without such a flag is said in its own help.
     """
     hints = get_type_hints(options, include_extras=True)
     silent = tyro.conf.arg(help_behavior_hint="")
@@ -71,12 +71,11 @@ def without_empty_defaults(options: type[Args]) -> type[Args]:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Exits with what `main` returns, and without a traceback for what is no fault of ours.
+    """Runs a command and exits with its exit code, without a traceback for bad input.
 
-    Bad input is one line and exit code 2, and so is memory that runs out, and a disk that is
-    full or refuses, where nobody has said it better. Ctrl-C and a reader that has gone (as
-    `head` does) end it quietly, with what a shell makes of SIGINT and SIGPIPE. A letter that
-    stdout or stderr cannot encode becomes a question mark.
+    `BadInput`, running out of memory and a disk that is full or refuses are one line on stderr
+    and exit code 2. Ctrl-C (SIGINT) and a closed pipe (SIGPIPE, as by `head`) end it quietly with
+    the shell's codes, 130 and 141. A character that stdout or stderr cannot encode becomes "?".
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -111,10 +110,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 def _but_for_echoes(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Tells an error that nobody caught, unless it is of a thread that came too late.
+    """Prints an uncaught error, but for repeats from threads whose event loop is closed.
 
-    Tensorstore tells each part of a write that failed to a loop of asyncio, which the first one
-    has ended, and prints a traceback for each of the others.
+    Tensorstore reports each part of a failed write to an asyncio loop, which the first one closed,
+    and prints a traceback for each of the others.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if is_main or kind is not RuntimeError or str(error) != "Event loop is closed":
@@ -128,7 +127,7 @@ def _refuse(sentence: str) -> int:
 
 
 def _is_flushed() -> bool:
-    """Whether nothing is left that Python would fail to write when it ends."""
+    """Whether stdout flushes, so that Python will not fail to when it exits."""
     try:
         sys.stdout.flush()
     except OSError:

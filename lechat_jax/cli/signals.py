@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a terminal that closes as a wish, granted when the work in hand is done."""
+"""Graceful shutdown: SIGINT, SIGTERM and SIGHUP are noted, and the work at hand is finished."""
 
 import signal
 from types import FrameType, TracebackType
@@ -11,16 +11,16 @@ WISHES = (signal.SIGINT, signal.SIGTERM, *LOST)
 
 
 class Stop:
-    """Within it, the first SIGINT, SIGTERM or SIGHUP is only noted; then Ctrl-C acts as ever.
+    """Context manager in which the first SIGINT, SIGTERM or SIGHUP is only noted, for a clean stop.
 
-    So does SIGTERM, while a second SIGHUP is still no more than a wish: nobody is there to be
-    impatient. What was ignored stays ignored, as under `nohup`.
+    A second SIGINT or SIGTERM acts as usual; a second SIGHUP is still only noted, since nobody is
+    there to be impatient. Ignored signals stay ignored, as under `nohup`.
 
-    `asked` names the signal that came, or is empty. Enter it on the main thread.
+    `received` names the signal that came, or is empty. Enter it on the main thread.
     """
 
     def __init__(self) -> None:
-        self.asked = ""
+        self.received = ""
         self._old: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -39,7 +39,7 @@ class Stop:
             signal.signal(number, old)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = self.asked or signal.Signals(number).name
+        self.received = self.received or signal.Signals(number).name
         for wish, old in self._old.items():
             if wish not in LOST:
                 signal.signal(wish, old)

@@ -1,1 +1,1 @@
-"""What is learned from: files, then text, then tokens, then batches of rows."""
+"""Training data: files and datasets, then text or examples, then token ids, then batches."""

@@ -1,4 +1,4 @@
-"""Text to tokens to batches: tokenised once, then a pure function of (seed, step)."""
+"""Tokenised text as batches: tokenised once and cached, then a pure function of (seed, step)."""
 
 import dataclasses
 import functools
@@ -23,20 +23,20 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """A corpus as two streams: for each piece BOS, its ids, and EOS where its document ends.
+    """A tokenised corpus as two token streams: BOS, ids, and EOS where a document ends.
 
     Attributes:
-        train: the stream to learn from, in the smallest type that holds the vocabulary;
-            memory-mapped when it lies in the cache.
-        val: the stream held out. Scored are all its tokens except BOS, which is given. EOS
-            costs nats but stands for no byte, so bits per byte err on the high side.
+        train: training stream, in the smallest dtype that holds the vocabulary; memory-mapped
+            when it is in the cache.
+        val: held-out stream. All its tokens are scored except BOS, which is given. EOS costs
+            nats but stands for no byte, so bits per byte err on the high side.
         val_bytes: UTF-8 bytes of the text of `val`.
-        name: of the corpus.
-        size: of the corpus, in words.
-        n_bytes: of the corpus, both parts.
-        sha256: of the corpus.
-        cached: the tokens were found, not made.
-        note: what the user should know of the text or the cache, or nothing.
+        name: name of the corpus.
+        size: size of the corpus, in words.
+        n_bytes: UTF-8 bytes of the corpus, both parts.
+        sha256: digest of the corpus.
+        cached: whether the tokens came from the cache.
+        note: a message to the user on the text or the cache, or empty.
     """
 
     train: Integer[np.ndarray, " train"]
@@ -56,17 +56,17 @@ def load_tokens(
     cache_dir: Path | None = None,
     on_progress: Progress | None = None,
 ) -> Tokens:
-    """The tokens of a corpus, from the cache when the same text was tokenised before.
+    """Tokenises a corpus, or reads its tokens from the cache.
 
     The cache is one file in `cache_dir` (else in `tokens` below `cache_home()`), named by the
-    SHA-256 of all that the tokens depend on and checked whenever it is read. Where it cannot
-    be kept, the tokens stay in memory and `note` says so.
+    SHA-256 of all that the tokens depend on and verified whenever it is read. If it cannot be
+    written, the tokens stay in memory and `note` says so.
 
     Args:
-        on_progress: called with the UTF-8 bytes done and to do, while there is work.
+        on_progress: called with the UTF-8 bytes done and to do, while tokenising.
 
     Raises:
-        BadInput: the corpus is too short to hold anything out.
+        BadInput: the corpus is too short for a held-out part.
     """
     if not corpus.val or not corpus.train:
         raise BadInput(
@@ -94,14 +94,14 @@ def load_tokens(
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest type that holds the ids."""
+    """The smallest unsigned dtype that holds the token ids."""
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 def _tokenise(
     corpus: Corpus, tokenizer: Tokenizer, dtype: np.dtype, on_progress: Progress | None
 ) -> Streams:
-    """Both streams of the corpus, in memory."""
+    """Tokenises both streams of the corpus, in memory."""
     bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
     done = 0
 
@@ -123,7 +123,7 @@ def _tokenise(
 
 
 def _groups(pieces: Sequence[Document]) -> Iterator[Sequence[Document]]:
-    """The pieces, in runs of about `GROUP` characters."""
+    """The pieces in groups of about `GROUP` characters."""
     first, size = 0, 0
     for i, piece in enumerate(pieces, start=1):
         size += len(piece.text)
@@ -133,7 +133,7 @@ def _groups(pieces: Sequence[Document]) -> Iterator[Sequence[Document]]:
 
 
 def _key(corpus: Corpus, tokenizer: Tokenizer) -> str:
-    """SHA-256 of all that the streams depend on: pieces, split, tokenizer, format."""
+    """Cache key: SHA-256 of all that the streams depend on: pieces, split, tokenizer, format."""
     digest = hashlib.sha256(f"{FORMAT} {tokenizer.sha256}\n".encode())
     for pieces in (corpus.train, corpus.val):
         digest.update(f"{len(pieces)}\n".encode())
@@ -145,16 +145,15 @@ def _key(corpus: Corpus, tokenizer: Tokenizer) -> str:
 
 
 class Batches:
-    """Which windows of a stream each training step reads: a pure function of (seed, step).
+    """Batches of windows of a token stream: a stateless, pure function of (seed, step).
 
-    A window is `block` inputs and, one further, `block` targets: `block + 1` tokens, of which
-    the last is the next window's first input, so each token is an input and a target once.
-    An epoch has its own phase (where the first window starts) and visits its `windows` in its
-    own order, each once; batches run across the border of two epochs. There is no state, so
-    a resumed run reads on where it stopped.
+    A window is `block` inputs and `block` targets shifted by one: `block + 1` tokens, of which
+    the last is the next window's first input, so each token is an input and a target once. An
+    epoch has its own phase (start of the first window) and shuffles its `windows`; batches may
+    span two epochs. There is no state, so a resumed run continues where it stopped.
 
     Raises:
-        BadInput: not one window fits, or an argument is out of range.
+        BadInput: the stream is shorter than a window, or an argument is out of range.
     """
 
     def __init__(self, n_tokens: int, block: int, batch: int, seed: int) -> None:
@@ -174,7 +173,7 @@ class Batches:
         self._phases = n_tokens - self.windows * block
 
     def starts(self, step: int) -> Integer[np.ndarray, " B"]:
-        """Where each row of a step's batch starts in the stream."""
+        """Start of each row of a step's batch in the stream."""
         return self.starts_range(step, 1)[0]
 
     def starts_range(self, first_step: int, n_steps: int) -> Integer[np.ndarray, "n_steps B"]:
@@ -199,8 +198,7 @@ class Batches:
     ) -> Rows:
         """The batches of consecutive steps, [n_steps, B, block + 1], or a part of their rows.
 
-        Where each of several processes reads only its part, no iterator has to be told of the
-        others, and none has a position to be saved.
+        With several processes each reads only its part, and no iterator has a position to save.
         """
         starts = self.starts_range(first_step, n_steps)[:, part]
         return Rows(stream[starts[..., None] + np.arange(self.block + 1)].astype(np.int32))
@@ -210,6 +208,6 @@ class Batches:
 def _epoch(
     seed: int, epoch: int, windows: int, phases: int, block: int
 ) -> Integer[np.ndarray, " windows"]:
-    """The starts of one epoch's windows in the order they are read."""
+    """Starts of one epoch's windows, shuffled."""
     rng = np.random.default_rng([seed, epoch])
     return rng.integers(phases) + block * rng.permutation(windows)

@@ -1,4 +1,4 @@
-"""The text to learn from, and the tenth of it that is held out. Standard library only."""
+"""Text corpus, split into training text and a held-out tenth. Standard library only."""
 
 import dataclasses
 import hashlib
@@ -15,11 +15,11 @@ FEWEST_BLOCKS = 20  # of a short text, so that two of them are validation
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A document, or a piece of one that may not truly end.
+    """A document, or a piece of one.
 
     Attributes:
-        text: never empty.
-        ends: the last character is the last of the document.
+        text: the text, never empty.
+        ends: whether its end is the document's end, so that EOS follows.
     """
 
     text: str
@@ -28,17 +28,17 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A text in two parts that share no piece.
+    """A corpus of text, split into training and held-out documents.
 
     Attributes:
-        name: what the text is, for people.
-        train: the pieces to learn from.
-        val: the pieces held out, spread over the whole text.
-        n_bytes: length of the whole text in UTF-8.
-        sha256: of the whole text in its order, without separators: what `sha256sum` says
-            of a text file, or of the sorted text files of a folder through `cat`.
-        n_files: that it lies in, if it does.
-        notes: what the user should know of it, a sentence each.
+        name: name of the text, for display.
+        train: training pieces.
+        val: held-out pieces, spread over all of the text.
+        n_bytes: UTF-8 bytes of all of the text.
+        sha256: digest of all of the text in order, without separators: that of `sha256sum` for
+            a text file, or for the sorted text files of a folder through `cat`.
+        n_files: number of files; 0 if there are none.
+        notes: messages to the user, a sentence each.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Corpus:
 
     @property
     def size(self) -> str:
-        """Its files, documents and bytes, in words."""
+        """Number of files, documents and bytes, in words."""
         n = sum(piece.ends for piece in (*self.train, *self.val))
         return in_words(self.n_files, n, "document", self.n_bytes)
 
 
 def in_words(n_files: int, n: int, what: str, n_bytes: int) -> str:
-    """How much there is of what is learned from.
+    """Formats the size of training data: files, documents or examples, bytes.
 
     >>> in_words(1, 1200, "document", 345678), in_words(0, 1, "document", 9)
     ('1 file, 1,200 documents, 345,678 bytes', '1 document, 9 bytes')
@@ -67,12 +67,12 @@ def in_words(n_files: int, n: int, what: str, n_bytes: int) -> str:
 
 
 def load_corpus(data: str | None) -> Corpus:
-    """The text that `data` names (see `texts.find_texts`), split by `split`.
+    """Loads the text that `data` names (see `sources.find_texts`) and splits it by `split`.
 
     Empty documents are dropped.
 
     Raises:
-        BadInput: there is no such text, or it is unreadable, not UTF-8 or empty.
+        BadInput: there is no such text, or it is unreadable, not UTF-8, or empty.
     """
     found = find_texts(data)
     texts = [text for text in found.documents if text]
@@ -96,12 +96,12 @@ def load_corpus(data: str | None) -> Corpus:
 
 
 def split(texts: Sequence[str]) -> list[tuple[Document, bool]]:
-    """The pieces of the texts in order, each with whether it is held out for validation.
+    """Train/validation split of texts: their pieces in order, each with whether it is held out.
 
-    Of ten documents or more, every tenth is held out, and with it every copy of it: a text
-    that is scored is never learned. Fewer are cut into blocks of about 4 KiB, at the end of
-    a line or else of a word, and every tenth block is held out; training blocks between two
-    of those stay one piece. A short text has smaller blocks, 20 or more.
+    Of ten documents or more, every tenth is held out, and with it all duplicates: a scored
+    text is never trained on. Fewer documents are cut into blocks of about 4 KiB, at the end
+    of a line or else of a word, and every tenth block is held out; training blocks between
+    two of those stay one piece. A short text has smaller blocks, 20 or more.
 
     >>> [(piece.text, held) for piece, held in split(["a b c d e f g h i j k l"])]
     [('a b c d e f g h i ', False), ('j ', True), ('k l', False)]
@@ -120,7 +120,7 @@ def split(texts: Sequence[str]) -> list[tuple[Document, bool]]:
 
 
 def _blocks(texts: Sequence[str]) -> list[list[str]]:
-    """Each text in its blocks: small enough to be 20 in all, as far as there are words."""
+    """Cuts each text into blocks, small enough to be 20 in all, if there are enough words."""
     total = sum(map(len, texts))
     size = BLOCK if total >= EVERY * BLOCK else max(1, total // FEWEST_BLOCKS)
     while True:
@@ -131,7 +131,7 @@ def _blocks(texts: Sequence[str]) -> list[list[str]]:
 
 
 def _cut(text: str, size: int) -> list[str]:
-    """The text in consecutive blocks of at most `size` characters, where words allow it."""
+    """Cuts a text into consecutive blocks of at most `size` characters, between words."""
     blocks, start = [], 0
     while start < len(text):
         end = _block_end(text, start, size)
@@ -141,11 +141,10 @@ def _cut(text: str, size: int) -> list[str]:
 
 
 def _block_end(text: str, start: int, size: int) -> int:
-    """Where the block ends: after a line in its second half, else after a word.
+    """End of a block: after a line in its second half, else after a word.
 
-    White space stays with the word before it, so that the next block starts with a word as
-    the tokenizer knows it. 4 KiB without any white space are no word (Chinese, base64) and
-    are cut anyway.
+    White space stays with the word before it, so that the next block starts with a word. Text
+    of 4 KiB without white space (Chinese, base64) is cut anyway.
     """
     target = start + size
     if target >= len(text):

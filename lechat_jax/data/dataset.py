@@ -1,4 +1,4 @@
-"""What a run learns from and is scored on, whichever of text and examples it is."""
+"""Training dataset of a run: text or fine-tuning examples, with its held-out rows."""
 
 from typing import Literal, Protocol, runtime_checkable
 
@@ -23,18 +23,18 @@ Reader = Batches | Packed
 
 
 @runtime_checkable
-class Lessons(Protocol):
-    """What `Trainer` needs of its data.
+class Dataset(Protocol):
+    """The interface of a training dataset that `Trainer` needs.
 
     Attributes:
-        name: of the data, for people.
-        size: of the data, in words.
-        n_bytes: of the data.
-        sha256: of the data.
-        notes: what the user should know, a sentence each.
-        reader: how much of it a step reads, and how many rows are an epoch.
-        opening: what the samples begin with.
-        chat: whether what is learned is a conversation.
+        name: name of the data, for display.
+        size: size of the data, in words.
+        n_bytes: bytes of the data.
+        sha256: digest of the data.
+        notes: messages to the user, a sentence each.
+        reader: the batches of each step, and the rows of an epoch.
+        opening: default prompt of the samples.
+        chat: whether the data are conversations.
     """
 
     name: str
@@ -51,16 +51,16 @@ class Lessons(Protocol):
         ...
 
     def held_out(self) -> HeldOut:
-        """What is scored."""
+        """The held-out rows that are scored."""
         ...
 
-    def asked(self, prompt: str) -> list[int]:
-        """The ids to which the answer is the continuation."""
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Prompt ids of a sample, which the model continues."""
         ...
 
 
-class TextLessons:
-    """Text, in windows of one stream, or in packed documents; see `Lessons`."""
+class TextDataset:
+    """Pretraining dataset: text in windows of one token stream, or packed documents."""
 
     chat = False
 
@@ -87,16 +87,16 @@ class TextLessons:
         return self._windows.rows(self._tokens.train, first_step, n_steps, part)
 
     def held_out(self) -> HeldOut:
-        """The stream that is held out."""
+        """The held-out stream as rows."""
         return HeldOut.of_text(self._tokens, self._tokenizer)
 
-    def asked(self, prompt: str) -> list[int]:
-        """The beginning of a document."""
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Prompt ids of a sample: the start of a document."""
         return [self._tokenizer.bos_id, *self._tokenizer.encode(prompt)]
 
 
-class ExampleLessons:
-    """Conversations or completions, of which the answers are learned; see `Lessons`."""
+class ExampleDataset:
+    """Instruction-tuning dataset: conversations or completions, with the loss on answers only."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class ExampleLessons:
         self.notes = [_packing_note(reader), *([examples.note] if examples.note else [])]
 
     def held_out(self) -> HeldOut:
-        """The held-out examples, packed as those that are learned are."""
+        """The held-out examples as rows, packed like the training examples."""
         val, sizes = self._examples.val, self._examples.val_bytes
         packed = Packed(val, self.reader.block, batch=1, seed=0)
         subset = interim_rows(packed.windows, INTERIM_ROWS)
@@ -127,15 +127,15 @@ class ExampleLessons:
 
         return HeldOut(packed.one_epoch(), sum(sizes), subset, bytes_of)
 
-    def asked(self, prompt: str) -> list[int]:
-        """The prompt as the examples have it, and in a conversation as its first question."""
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Prompt ids of a sample: a completion's prompt, or a chat's first question."""
         if self.chat:
             return Conversation(self._tokenizer).ask(prompt)
         ids = self._tokenizer.encode(prompt) if prompt else []
         return [self._tokenizer.bos_id, *ids]
 
 
-def load_lessons(
+def open_dataset(
     data: str | None,
     tokenizer: Tokenizer,
     block: int,
@@ -143,19 +143,19 @@ def load_lessons(
     seed: int,
     packing: Packing,
     on_progress: Progress,
-) -> Lessons:
-    """What `data` names, made ready.
+) -> Dataset:
+    """Loads the dataset that `data` names: text or fine-tuning examples.
 
-    Examples are packed unless that is `off`, and text only if it is `on`.
+    Examples are packed unless `packing` is `off`, text only if it is `on`.
 
     Raises:
         BadInput: there is no such data, or it cannot be used.
     """
     if data is not None and (form := form_of(data)):
         examples = load_examples(data, form, tokenizer, block, on_progress)
-        return ExampleLessons(examples, tokenizer, block, batch, seed, packing != "off")
+        return ExampleDataset(examples, tokenizer, block, batch, seed, packing != "off")
     tokens = load_tokens(load_corpus(data), tokenizer, on_progress=on_progress)
-    return TextLessons(tokens, tokenizer, block, batch, seed, packing == "on")
+    return TextDataset(tokens, tokenizer, block, batch, seed, packing == "on")
 
 
 def _packing_note(packed: Packed) -> str:

@@ -1,6 +1,6 @@
-"""The ways in which people write an example down: Mistral's, TRL's, ShareGPT's and Alpaca's.
+"""Fine-tuning data formats: Mistral's, TRL's, ShareGPT's and Alpaca's.
 
-All but a prompt of plain text become the messages of a conversation. Standard library only.
+All but prompts with completions become chat messages. Standard library only.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,7 +24,7 @@ KNOWN = (
 
 
 def form_of_fields(fields: Mapping[str, Any]) -> Form | None:
-    """Whether a record is a conversation or a text to be completed; `None` if it is neither.
+    """Detects the format of a record by its fields: a conversation, a completion, or `None`.
 
     >>> form_of_fields({"instruction": "Add.", "output": "2"}), form_of_fields({"text": "Hi"})
     ('messages', None)
@@ -39,9 +39,9 @@ def form_of_fields(fields: Mapping[str, Any]) -> Form | None:
 
 
 def conversation(fields: Mapping[str, Any]) -> tuple[Any, Any]:
-    r"""The messages of a record and the tools they may use, in Mistral's words.
+    r"""Converts a record to chat messages and tools in Mistral's format.
 
-    What cannot be one is given back as it is, for `transcript.check` to refuse.
+    An invalid conversation is returned unchanged, for `transcripts.check` to refuse.
 
     >>> conversation({"conversations": [{"from": "human", "value": "Hi"}]})
     ([{'role': 'user', 'content': 'Hi'}], None)
@@ -55,8 +55,8 @@ def conversation(fields: Mapping[str, Any]) -> tuple[Any, Any]:
     return messages, _tools(fields.get("tools"))
 
 
-def fields_told(fields: Iterable[str]) -> str:
-    """That these are the fields of neither an example nor a text, in words."""
+def unknown_fields(fields: Iterable[str]) -> str:
+    """Error message for a record whose fields are neither an example's nor a text's."""
     names = [name[:40] for name in fields]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     told = f"its fields are {', '.join(names[:8])}{more}" if names else "it has no fields"
@@ -74,13 +74,13 @@ def _messages(fields: Mapping[str, Any]) -> Any:
 
 
 def _unlearned(message: Any) -> Any:
-    """A message of a prompt, of which no answer is learned."""
+    """A prompt's message with weight 0, so that no answer in it is trained on."""
     answers = isinstance(message, dict) and message.get("role") == "assistant"
     return message | {"weight": 0} if answers else message
 
 
 def _translated(messages: Any) -> Any:
-    """ShareGPT's `from` and `value` as `role` and `content`; messages that have these stay."""
+    """Converts ShareGPT's `from` and `value` to `role` and `content`."""
     if not isinstance(messages, list):
         return messages
     spoken = [isinstance(m, dict) and isinstance(m.get("from"), str) for m in messages]
@@ -93,7 +93,7 @@ def _message(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _alpaca(fields: Mapping[str, Any]) -> Any:
-    """A question of two parts, of which the second may be empty, after those of a `history`."""
+    """Converts Alpaca's `instruction`, `input` and `history` to messages."""
     asked = [part for name in ("instruction", "input") if (part := fields.get(name))]
     earlier = fields.get("history") or []
     if not isinstance(earlier, list) or not all(isinstance(part, str) for part in asked):
@@ -109,7 +109,7 @@ def _alpaca(fields: Mapping[str, Any]) -> Any:
 
 
 def _tools(tools: Any) -> Any:
-    """The list of tools; Arrow has no type for their many forms, so it may be written as JSON."""
+    """The list of tools, which may be JSON text, since Arrow has no type for their many forms."""
     if isinstance(tools, str):
         tools = parsed(tools) if tools.strip() else None
     if not isinstance(tools, list):

@@ -1,6 +1,6 @@
-"""Examples to learn from: conversations, and prompts with their completions.
+"""Instruction-tuning examples: conversations, and prompts with completions.
 
-What is asked is read, and what is answered is learned. Each example is a document of its own.
+The loss mask covers answers only. Each example is a document of its own.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxtyping import Integer
 
 from lechat_jax.data.batches import dtype_of
 from lechat_jax.data.corpus import EVERY, in_words
-from lechat_jax.data.dialects import FIELDS, Form, conversation, fields_told, form_of_fields
+from lechat_jax.data.dialects import FIELDS, Form, conversation, form_of_fields, unknown_fields
 from lechat_jax.data.packing import Documents
 from lechat_jax.data.parallel_encoding import CHUNK, answer_bytes, pages
 from lechat_jax.data.sources import first_record, load_dataset
@@ -33,20 +33,20 @@ FORMAT = 1  # of what is cached; a new number makes every cache anew
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Examples in two parts that share none.
+    """Tokenised fine-tuning examples, split into training and held-out ones.
 
     Attributes:
-        name: what they are, for people.
-        form: how they were written.
-        train: those to learn from.
-        val: those held out, every tenth.
-        train_bytes: UTF-8 bytes of the answers of each.
-        val_bytes: likewise.
-        n_bytes: of the files.
-        sha256: of the files, in their order.
-        n_files: there are; 0 for a dataset.
-        opening: the first question or prompt held out.
-        note: what the user should know of them (cut, left out), or nothing.
+        name: name of the data, for display.
+        form: format of the records: conversations or completions.
+        train: training examples.
+        val: held-out examples, every tenth.
+        train_bytes: UTF-8 bytes of the answers of each training example.
+        val_bytes: UTF-8 bytes of the answers of each held-out example.
+        n_bytes: bytes of the files.
+        sha256: digest of the files, in order.
+        n_files: number of files; 0 for a Hugging Face dataset.
+        opening: the first held-out question or prompt.
+        note: a message to the user (examples cut, files left out), or empty.
     """
 
     name: str
@@ -63,20 +63,20 @@ class Examples:
 
     @property
     def size(self) -> str:
-        """Files, examples and bytes, in words."""
+        """Number of files, examples and bytes, in words."""
         n = len(self.train.lengths) + len(self.val.lengths)
         return in_words(self.n_files, n, "example", self.n_bytes)
 
 
 class Source(NamedTuple):
-    """Records, to be read when they are needed, and how many bytes with which digest they are.
+    """A source of records that are read lazily, with its size and digest.
 
     Attributes:
-        records: reads them, from the first on; what is none is complained of.
-        n_files: that they lie in.
-        n_bytes: of those.
-        sha256: likewise.
-        note: what was left out, if anything.
+        records: iterates over the records; errors go to the `Complaints`.
+        n_files: number of files.
+        n_bytes: bytes of the files.
+        sha256: digest of the files.
+        note: a message on files that are left out, or empty.
     """
 
     records: Callable[[Complaints], Iterator[Record]]
@@ -87,7 +87,7 @@ class Source(NamedTuple):
 
 
 class Span(NamedTuple):
-    """An example among all: which one it is, where it begins, and where it ends or is cut."""
+    """Token span of one example: its number, start, and end (or where it is cut)."""
 
     number: int
     begin: int
@@ -102,13 +102,13 @@ def load_examples(
     on_progress: Callable[[int, int], None],
     cache_dir: Path | None = None,
 ) -> Examples:
-    """The examples that `data` names, each cut to the `block + 1` tokens that a row holds.
+    """Loads the examples that `data` names, each truncated to the `block + 1` tokens of a row.
 
-    Every tenth is held out, or the last of fewer, and with it every copy of it. The ids are
-    cached as those of text are; see `token_cache`.
+    Every tenth is held out, or the last of fewer, with all its duplicates. The ids are cached
+    like those of text; see `token_cache`.
 
     Raises:
-        BadInput: some cannot be used, and the message says which and why; or there are not two.
+        BadInput: some are invalid, and the message lists them; or there are fewer than two.
     """
     source = _source(data, form)
     dtype = dtype_of(tokenizer)
@@ -150,7 +150,7 @@ def load_examples(
 
 
 def _source(data: str, form: Form) -> Source:
-    """The files or the dataset; of a folder, those that hold records."""
+    """The files or dataset that `data` names; of a folder, its files of records."""
     found = find_files(data)
     digest, n_bytes = hashlib.sha256(), 0
     if found is None:
@@ -172,7 +172,7 @@ def _source(data: str, form: Form) -> Source:
         with left.unless_fit(file):
             first = first_record(file)
             if first and form_of_fields(first.fields) is None and "text" not in first.fields:
-                raise NoRecords(f"{file}, {first.where}, {fields_told(first.fields)}")
+                raise NoRecords(f"{file}, {first.where}, {unknown_fields(first.fields)}")
             files.append(file)
             raw = read_bytes(file)
             digest.update(raw)
@@ -186,13 +186,13 @@ def _source(data: str, form: Form) -> Source:
 
 
 def _rows(name: str) -> Iterator[Record]:
-    """The rows of a dataset, as far as they are examples."""
+    """The rows of a Hugging Face dataset that are examples."""
     for number, row in enumerate(load_dataset(name)):
         yield Record(f"row {number}", {field: row[field] for field in FIELDS if field in row})
 
 
 def _key(source: Source, form: Form, tokenizer: Tokenizer) -> str:
-    """SHA-256 of all that the ids of examples depend on."""
+    """Cache key: SHA-256 of all that the ids of examples depend on."""
     template = importlib.metadata.version("mistral-common")
     said = f"examples {FORMAT} {form} {tokenizer.sha256} {template}\n"
     return hashlib.sha256(
@@ -207,7 +207,7 @@ def _written(
     tokenizer: Tokenizer,
     on_progress: Callable[[int, int], None],
 ) -> Arrays:
-    """All examples end to end, uncut."""
+    """Tokenises all examples, concatenated and not truncated."""
     complaints = Complaints(data)
     records = [*source.records(complaints)]
     fields = [record.fields for record in records]
@@ -229,7 +229,7 @@ def _written(
 
 
 def _split(written: Arrays, spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
-    """Those to learn from, and those held out, no one of which is among them."""
+    """Train/validation split of examples without duplicates across it."""
     every = min(EVERY, max(1, len(spans)))
     digests = [
         hashlib.blake2b(written["ids"][span.begin : span.end].data, digest_size=16).digest()
@@ -243,7 +243,7 @@ def _split(written: Arrays, spans: Sequence[Span]) -> tuple[list[Span], list[Spa
 
 
 def _documents(written: Arrays, spans: Sequence[Span]) -> Documents:
-    """These examples alone, end to end."""
+    """The tokens of these examples, concatenated."""
     ids, counted = (
         np.concatenate([written[name][span.begin : span.end] for span in spans])
         for name in ("ids", "counted")
@@ -252,7 +252,7 @@ def _documents(written: Arrays, spans: Sequence[Span]) -> Documents:
 
 
 def _answers(written: Arrays, spans: Sequence[Span], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """UTF-8 bytes of the answers of each, which are fewer where it is cut."""
+    """UTF-8 bytes of the answers of each example, as truncated."""
     begins, whole = written["begins"], written["n_bytes"]
     return tuple(
         int(whole[number])
@@ -263,7 +263,7 @@ def _answers(written: Arrays, spans: Sequence[Span], tokenizer: Tokenizer) -> tu
 
 
 def _opening(form: Form, fields: dict[str, Any]) -> str:
-    """What is asked first."""
+    """The first question or prompt of an example."""
     if form == "completion":
         return fields["prompt"]
     messages, _ = conversation(fields)
@@ -272,7 +272,7 @@ def _opening(form: Form, fields: dict[str, Any]) -> str:
 
 
 def _note(lengths: Integer[np.ndarray, " examples"], n_kept: int, block: int) -> str:
-    """What does not fit, if anything."""
+    """A message on examples that are truncated or dropped, or empty."""
     n_long = int((lengths > block + 1).sum())
     if not n_long:
         return ""

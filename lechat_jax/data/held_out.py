@@ -1,4 +1,4 @@
-"""Held-out rows: what is scored and never learned, and the bytes of text that it stands for."""
+"""Held-out rows for validation, with their UTF-8 bytes, for bits per byte."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,17 +15,17 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 def score_blocks(
     val: Integer[np.ndarray, " val"], block: int, bos_id: int
 ) -> tuple[Integer[np.ndarray, "B T"], Integer[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-    """Inputs, targets and weights that score each validation token once, except BOS.
+    """Rows that score each token of a validation stream once, except BOS: inputs, targets, weights.
 
     Rows are consecutive, so the first tokens of a row are predicted from little context.
-    The last row is filled with BOS; weights are False where the target is BOS.
+    The last row is padded with BOS; weights are False where the target is BOS.
 
     >>> inputs, targets, weights = score_blocks(np.array([1, 7, 8, 2, 1, 9]), 3, bos_id=1)
     >>> inputs.tolist(), targets.tolist(), weights.astype(int).tolist()
     ([[1, 7, 8], [2, 1, 9]], [[7, 8, 2], [1, 9, 1]], [[1, 1, 1], [0, 1, 0]])
 
     Raises:
-        BadInput: there is no token to score, or the first, which nothing precedes, is not BOS.
+        BadInput: there is no token to score, or the first token is not BOS.
     """
     if len(val) < 2 or val[0] != bos_id:
         raise BadInput(f"{len(val)} validation tokens hold no BOS ({bos_id}) and one to score")
@@ -37,10 +37,10 @@ def score_blocks(
 
 
 def score_rows(val: Integer[np.ndarray, " val"], block: int, bos_id: int) -> Rows:
-    """The same as `score_blocks`, as rows of `block + 1` tokens.
+    """Rows of `block + 1` tokens that score a validation stream as `score_blocks` does.
 
     Raises:
-        BadInput: as there.
+        BadInput: as `score_blocks`.
     """
     inputs, targets, counted = score_blocks(val, block, bos_id)
     tokens = np.concatenate([inputs[:, :1], targets], axis=1)
@@ -48,7 +48,7 @@ def score_rows(val: Integer[np.ndarray, " val"], block: int, bos_id: int) -> Row
 
 
 def interim_rows(n_rows: int, limit: int) -> Integer[np.ndarray, " rows"]:
-    """At most `limit` of the rows of `score_blocks`, evenly spread and always the same ones.
+    """A fixed, evenly spread subset of at most `limit` rows, for validation during training.
 
     >>> interim_rows(10, 4).tolist()
     [1, 3, 6, 8]
@@ -64,13 +64,13 @@ INTERIM_ROWS = 8  # of them, evenly spread, in a validation during training
 
 
 class HeldOut(NamedTuple):
-    """What is scored and never learned.
+    """Held-out rows, which are scored and never trained on.
 
     Attributes:
-        rows: of T + 1 tokens, with what counts of them.
-        n_bytes: UTF-8 bytes of the text that the counted tokens stand for.
-        subset: the rows that are scored on the way.
-        bytes_of: those of some rows.
+        rows: rows of T + 1 tokens, with their loss mask.
+        n_bytes: UTF-8 bytes of the text of the scored tokens.
+        subset: indices of the rows that are scored during training.
+        bytes_of: gives the UTF-8 bytes of the scored tokens of some rows.
     """
 
     rows: Rows
@@ -80,12 +80,12 @@ class HeldOut(NamedTuple):
 
     @property
     def counts(self) -> Integer[np.ndarray, " rows"]:
-        """How many tokens of each row are scored."""
+        """Number of scored tokens of each row."""
         return np.asarray(self.rows.counted)[:, 1:].sum(axis=1)
 
     @classmethod
     def of_text(cls, tokens: Tokens, tokenizer: Tokenizer) -> "HeldOut":
-        """Every held-out token but BOS, which is given, scored exactly once."""
+        """The held-out stream of a text: every token but BOS is scored exactly once."""
         rows = score_rows(tokens.val, BLOCK, tokenizer.bos_id)
         subset = interim_rows(len(rows.tokens), INTERIM_ROWS)
         return cls(rows, tokens.val_bytes, subset, decoded_bytes(rows, tokenizer))
@@ -94,10 +94,10 @@ class HeldOut(NamedTuple):
 def decoded_bytes(
     rows: Rows, tokenizer: Tokenizer
 ) -> Callable[[Integer[np.ndarray, " rows"]], int]:
-    """Tells how many UTF-8 bytes the counted tokens of some rows stand for, by decoding them.
+    """A function that counts the UTF-8 bytes of the scored tokens of some rows, by decoding them.
 
-    Rows are cut anywhere, and decoding drops the space that one begins with: 0.02 % of the
-    bytes in English. A score of all rows counts the text itself.
+    Rows are cut anywhere, and decoding drops a row's leading space: 0.02 % of the bytes in
+    English. For a score of all rows the bytes of the text itself are used.
     """
 
     def bytes_of(chosen: Integer[np.ndarray, " rows"]) -> int:

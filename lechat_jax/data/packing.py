@@ -1,4 +1,4 @@
-"""Documents of many lengths in rows of one length: little padding, and a new mixture each epoch."""
+"""Sequence packing: documents in rows of one length by best-fit decreasing, shuffled per epoch."""
 
 import bisect
 import functools
@@ -14,12 +14,12 @@ from lechat_jax.errors import BadInput
 
 
 class Documents(NamedTuple):
-    """Documents end to end.
+    """Concatenated documents as token ids, loss mask and offsets.
 
     Attributes:
-        ids: of all of them.
-        counted: which of those are learned as targets.
-        begins: where each begins, and at last where all end.
+        ids: token ids of all documents.
+        counted: loss mask: True for ids that are trained on as targets.
+        begins: start of each document, and at last the end of all.
     """
 
     ids: Integer[np.ndarray, " ids"]
@@ -28,7 +28,7 @@ class Documents(NamedTuple):
 
     @classmethod
     def of(cls, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> "Documents":
-        """From the ids of each, and which of them are learned."""
+        """Concatenates documents, each given as ids and loss mask."""
         lengths = [len(ids) for ids, _ in documents]
         return cls(
             np.array([id_ for ids, _ in documents for id_ in ids], np.int32),
@@ -40,7 +40,7 @@ class Documents(NamedTuple):
     def of_stream(
         cls, stream: Integer[np.ndarray, " stream"], bos_id: int, block: int
     ) -> "Documents":
-        """What lies between two BOS; longer ones in pieces, each token a target in one of them.
+        """Splits a stream at BOS; longer documents are cut, each token a target in one piece.
 
         >>> Documents.of_stream(np.array([1, 5, 6, 7, 1, 8]), 1, block=2).ids.tolist()
         [1, 5, 6, 6, 7, 1, 8]
@@ -56,14 +56,14 @@ class Documents(NamedTuple):
 
     @property
     def lengths(self) -> Integer[np.ndarray, " documents"]:
-        """Tokens of each."""
+        """Number of tokens of each document."""
         return np.diff(self.begins)
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """The documents of each row, by number: each is where it leaves the least room.
+    """Best-fit-decreasing bin packing: the indices of the documents in each row.
 
-    The longest are placed first (best-fit decreasing), so the short ones fill what is left.
+    Longest first, each goes where it leaves the least room, so short ones fill the gaps.
 
     >>> best_fit([5, 3, 7, 2], room=8)
     [[2], [0, 1], [3]]
@@ -91,15 +91,14 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 class Packed:
-    """Which documents share each row of each step's batch: a pure function of (seed, step).
+    """Packed batches: which documents share each row, as a pure function of (seed, step).
 
-    The lengths alone decide how many rows there are and what lengths share one, so every
-    epoch has the same number of rows. Each draws anew which document of a length is where,
-    and the order of the rows; each document is in it once. There is no state, so a resumed
-    run reads on where it stopped.
+    The lengths alone decide the number of rows and which lengths share one, so all epochs have
+    equally many rows. Each epoch shuffles documents of equal length and the order of rows; each
+    document is in it once. There is no state, so a resumed run continues where it stopped.
 
     Attributes:
-        windows: rows of an epoch.
+        windows: number of rows of an epoch.
 
     Raises:
         BadInput: a document does not fit into a row, or an argument is out of range.
@@ -128,7 +127,7 @@ class Packed:
 
     @property
     def padding(self) -> float:
-        """The share of an epoch's tokens that belong to no document."""
+        """Fraction of an epoch's tokens that are padding."""
         return 1 - len(self.documents.ids) / (self.windows * (self.block + 1))
 
     def rows(self, first_step: int, n_steps: int, part: slice = slice(None)) -> Rows:
@@ -139,11 +138,11 @@ class Packed:
         return self._filled(numbers, (n_steps, len(within)))
 
     def one_epoch(self) -> Rows:
-        """All rows once, [windows, block + 1]."""
+        """All rows of the first epoch's packing, [windows, block + 1]."""
         return self._filled(range(self.windows), (self.windows,))
 
     def sharing(self, number: int) -> list[int]:
-        """The documents of a row, by number; rows are counted through all epochs."""
+        """Indices of the documents in a row; rows are counted through all epochs."""
         epoch, offset = divmod(number, self.windows)
         order, who = self._epoch(epoch)
         return [int(who[place]) for place in self._rows[order[offset]]]
@@ -169,7 +168,7 @@ class Packed:
     def _drawn(
         self, epoch: int
     ) -> tuple[Integer[np.ndarray, " windows"], Integer[np.ndarray, " documents"]]:
-        """The order of an epoch's rows, and the document at each place, the longest first."""
+        """Shuffles an epoch: the order of its rows, and its documents, longest first."""
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(self.windows)
         mixed = rng.permutation(len(self.documents.lengths))

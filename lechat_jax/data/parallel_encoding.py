@@ -1,7 +1,7 @@
-"""Examples written down as ids, by several processes at once where there are many.
+"""Parallel tokenisation of fine-tuning examples in several processes.
 
-A conversation takes Mistral's template a millisecond or two, all of it Python, which threads would
-take turns at. The processes import no JAX, which would take longer than most files do.
+A conversation takes Mistral's template a millisecond or two of Python, which holds the GIL, so
+threads would not help. The processes import no JAX, which would take longer than most files do.
 """
 
 import contextlib
@@ -34,21 +34,21 @@ MOST = 16  # processes, each of which holds a tokenizer
 
 
 class Example(NamedTuple):
-    """One document: its ids from BOS on, and which of them are learned."""
+    """A tokenised example: its ids from BOS on, and the loss mask."""
 
     ids: list[int]
     counted: list[bool]
 
 
 class Page(NamedTuple):
-    """Examples end to end, as far as they could be written.
+    """A tokenised chunk of examples, concatenated, without those that are invalid.
 
     Attributes:
-        lengths: tokens of each.
-        n_bytes: UTF-8 bytes of the answers of each.
-        ids: of all of them.
-        counted: which of those are learned.
-        faults: the place in the chunk of each that could not, and why.
+        lengths: number of tokens of each example.
+        n_bytes: UTF-8 bytes of the answers of each example.
+        ids: token ids of all examples.
+        counted: loss mask of all ids.
+        faults: index in the chunk and error of each invalid example.
     """
 
     lengths: list[int]
@@ -64,16 +64,16 @@ def pages(
     records: Sequence[Fields],
     on_progress: Callable[[int, int], None],
 ) -> Iterator[Page]:
-    """The examples in order, `CHUNK` of them at a time.
+    """Tokenises records in order, in several processes if there are many; `CHUNK` examples a page.
 
     Args:
-        form: how they are written.
-        tokenizer: that they are read with.
-        records: their fields.
+        form: format of the records.
+        tokenizer: the tokenizer.
+        records: fields of each record.
         on_progress: called with the number of examples done and to do.
 
     Raises:
-        BadInput: a process came to an end, as for want of memory.
+        BadInput: a process died, as when memory runs out.
     """
     chunks = [[*records[i : i + CHUNK]] for i in range(0, len(records), CHUNK)]
     n = min(MOST, _cores(), len(chunks) // FEWEST)
@@ -86,7 +86,7 @@ def pages(
 
 
 def page(write: Callable[[Fields], Example], tokenizer: Tokenizer, records: list[Fields]) -> Page:
-    """The examples of a chunk."""
+    """Tokenises a chunk of records."""
     lengths, n_bytes, ids, counted, faults = [], [], [], [], []
     for place, fields in enumerate(records):
         try:
@@ -110,13 +110,13 @@ def page(write: Callable[[Fields], Example], tokenizer: Tokenizer, records: list
 
 
 def answer_bytes(tokenizer: Tokenizer, ids: Ids, counted: Bool[np.ndarray, " ids"]) -> int:
-    """UTF-8 bytes of the answers, each decoded by itself."""
+    """UTF-8 bytes of the answers of an example, each decoded by itself."""
     edges = np.flatnonzero(np.diff(counted, prepend=False, append=False)).reshape(-1, 2).tolist()
     return sum(len(tokenizer.decode(ids[a:b].tolist()).encode()) for a, b in edges)
 
 
 def writer(form: Form, tokenizer: Tokenizer) -> Callable[[Fields], Example]:
-    """From the fields of a record to its example, or `Unusable`."""
+    """A function that tokenises a record's fields, or raises `Unusable`."""
     if form == "messages":
         transcripts = Transcripts(tokenizer)
         return lambda fields: Example(*transcripts.write(*conversation(fields)))
@@ -131,10 +131,10 @@ def writer(form: Form, tokenizer: Tokenizer) -> Callable[[Fields], Example]:
 
 
 def write_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
-    """A prompt as it is when a model is given it, and the completion that it is to say.
+    """Tokenises a prompt and its completion, with the loss on the completion.
 
     Raises:
-        Unusable: there is nothing to complete it with, or it is not Unicode.
+        Unusable: the completion is empty, or a text is not Unicode.
     """
     if not completion:
         raise Unusable("has an empty `completion`")
@@ -151,14 +151,14 @@ WriteEach = Callable[[list[list[Fields]]], Iterator[Page]]
 
 @contextlib.contextmanager
 def _alone(form: Form, tokenizer: Tokenizer) -> Iterator[WriteEach]:
-    """Writes here."""
+    """Tokenises in this process."""
     write = writer(form, tokenizer)
     yield lambda chunks: (page(write, tokenizer, chunk) for chunk in chunks)
 
 
 @contextlib.contextmanager
 def _several(n: int, form: Form, tokenizer: Tokenizer) -> Iterator[WriteEach]:
-    """Has `n` processes write, each with a thread here that waits for it."""
+    """Tokenises in `n` processes, each with a thread here that waits for it."""
     idle: queue.SimpleQueue[_Scribe] = queue.SimpleQueue()
 
     def write(chunk: list[Fields]) -> Page:
@@ -177,7 +177,7 @@ def _several(n: int, form: Form, tokenizer: Tokenizer) -> Iterator[WriteEach]:
 
 
 class _Scribe:
-    """A process that writes what it is sent."""
+    """A worker process that tokenises the chunks it is sent."""
 
     def __init__(self, form: Form, tokenizer: Path) -> None:
         here = str(Path(__file__).parents[2])
@@ -203,7 +203,7 @@ class _Scribe:
         self._process.communicate()
 
     def write(self, chunk: list[Fields]) -> Page:
-        """The page of a chunk."""
+        """Sends a chunk to the process and waits for its page."""
         assert self._process.stdin
         assert self._process.stdout
         try:
@@ -218,14 +218,14 @@ class _Scribe:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _serve(form: Form, path: Path) -> None:
-    """Writes the chunks that come in on stdin until it ends."""
+    """Worker loop: tokenises chunks from stdin until its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for whatever a library prints

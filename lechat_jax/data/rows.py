@@ -1,4 +1,4 @@
-"""Rows of tokens to learn from: what the data makes, and a training step reads."""
+"""Batch of token rows with loss mask and document ids, as a training step takes it."""
 
 from typing import Any, NamedTuple
 
@@ -8,17 +8,17 @@ from jaxtyping import Array, Bool, Int, Integer
 
 
 class Rows(NamedTuple):
-    """Rows of T + 1 tokens, of which each but the first is the target of the one before.
+    """Rows of T + 1 tokens: inputs, and targets shifted by one.
 
-    Of numpy or JAX, or descriptions, with as many axes before the rows as are wanted, such as
-    one for the steps of a call.
+    Arrays of numpy or JAX, or `jax.ShapeDtypeStruct`s, with any leading axes, such as one for the
+    steps of a call.
 
     Attributes:
-        tokens: the ids.
-        counted: which of them are learned as targets; by default all. The first of a row is
-            none, nor is the first of a document, whatever is said here.
-        documents: the number of the document that each token is part of; those of a document
-            stand side by side. By default a row is one document.
+        tokens: token ids.
+        counted: loss mask: tokens that are trained on as targets; by default all. The first token
+            of a row or a document never counts.
+        documents: document id of each token, constant within a document, for the attention
+            mask. By default a row is one document.
     """
 
     tokens: Integer[Any, "*calls B row"]
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
 
 def positions_in(documents: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The position of each token in its own document, which begins at 0.
+    """Position of each token in its own document, from 0.
 
     >>> positions_in(jnp.asarray([[7, 7, 7, 2, 2, 9]])).tolist()
     [[0, 1, 2, 0, 1, 0]]

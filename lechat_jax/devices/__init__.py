@@ -1,1 +1,1 @@
-"""Chips and processes: the mesh, several hosts, memory, compiled programs kept on disk."""
+"""Devices: mesh and sharding, multi-host processes, memory, persistent compilation cache."""

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that the second start of a program is a fast one."""
+"""JAX's persistent compilation cache, so that the second start of a program is fast."""
 
 import os
 import sys
@@ -16,12 +16,12 @@ KEEP_ALL = {
 
 
 def enable_compilation_cache() -> None:
-    """Has JAX keep what it compiles in `jax` below `cache_home()`, a private folder.
+    """Enables JAX's persistent compilation cache in `jax` below `cache_home()`, a private folder.
 
-    For command lines to call, before anything is compiled; a library leaves this to its
-    user. JAX runs what it finds in that folder, hence private. Does nothing where a folder
-    was chosen already, by `JAX_COMPILATION_CACHE_DIR` or in `jax.config`. A folder that
-    cannot be used costs time and not the run: it is reported on stderr.
+    Commands call it before anything is compiled; a library leaves this to its user. The folder
+    is private because JAX runs what it reads there. A folder that is set already, by
+    `JAX_COMPILATION_CACHE_DIR` or in `jax.config`, stays. A folder that cannot be used is
+    reported on stderr and does not end the run.
     """
     if jax.config.values.get("jax_compilation_cache_dir"):
         return

@@ -1,4 +1,4 @@
-"""Memory of the host: what JAX on a CPU takes as it is and reads at full speed, and its return."""
+"""Host memory: zero-copy arrays in huge pages for JAX on a CPU, and returning freed memory."""
 
 import ctypes
 import math
@@ -11,10 +11,10 @@ ALIGNMENT = 64  # bytes; JAX copies host memory that does not start at a multipl
 
 
 def host_empty(shape: tuple[int, ...], dtype: DTypeLike) -> Shaped[np.ndarray, "..."]:
-    """An array for somebody to fill, which `jax.device_put` on a CPU will adopt without a copy.
+    """Uninitialised numpy array that `jax.device_put` on a CPU adopts without a copy (zero-copy).
 
-    It lies in huge pages, for which numpy asks the system and XLA does not: decoding from them
-    is a tenth faster, since a page of 4 kB ends what the processor reads ahead.
+    It lies in huge pages, which numpy requests and XLA does not: decoding from them is a tenth
+    faster, since the processor's prefetching ends at a page, of 4 kB by default.
     """
     dtype = np.dtype(dtype)
     n = math.prod(shape) * dtype.itemsize
@@ -24,6 +24,6 @@ def host_empty(shape: tuple[int, ...], dtype: DTypeLike) -> Shaped[np.ndarray, "
 
 
 def give_back_memory() -> None:
-    """Hands memory that was freed back to the system, which the allocator of glibc would keep."""
+    """Returns freed memory to the system (`malloc_trim`), which glibc's allocator would keep."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)

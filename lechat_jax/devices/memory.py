@@ -1,7 +1,7 @@
-"""Room in memory: how much is left, whether something fits, and running out in one sentence.
+"""Free memory, checks that an allocation fits, and out-of-memory errors as one sentence.
 
-A process that takes more than there is is killed by the system without a word, often after
-minutes. So whoever needs much asks first.
+The system kills a process that takes too much memory, without a message and often after
+minutes. So large allocations are checked first.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ OTHER_MEMORY = r"shared memory|vmem"
 
 
 def available_bytes() -> int:
-    """Main memory that this process may still take: the system's, within its control groups.
+    """Host memory available to this process, in bytes: the system's, within the cgroup limits.
 
-    A container, a Slurm job and a service are killed at the limit of their group, however much
-    the machine has.
+    A container, a Slurm job and a service are killed at the limit of their control group, however
+    much the machine has.
     """
     return max(0, min([psutil.virtual_memory().available, *_left_in_groups()]))
 
 
 def check_fits(what: str, needed: int, free: int | None, remedy: str) -> None:
-    """Raises `BadInput` for more bytes than are free; what is `None` is not known.
+    """Raises `BadInput` if `needed` bytes exceed `free` ones; `None` is unknown and passes.
 
     >>> check_fits("the cache takes", 3 * 10**9, 2 * 10**9, "ask for less")
     Traceback (most recent call last):
@@ -43,12 +43,12 @@ def check_fits(what: str, needed: int, free: int | None, remedy: str) -> None:
 
 
 class OutOfMemory(BadInput):
-    """More memory was asked for than there is."""
+    """Out of memory, on the host or on a device."""
 
 
 @contextlib.contextmanager
 def running_out(remedy: str) -> Iterator[None]:
-    """Within it, memory that runs out is bad input, whoever ran out of it: see `exhausted`."""
+    """Context manager that turns out-of-memory errors into `OutOfMemory`; see `exhausted`."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
@@ -58,7 +58,7 @@ def running_out(remedy: str) -> Iterator[None]:
 
 
 def exhausted(error: BaseException) -> str | None:
-    """What to say of an error that tells that memory ran out, on the host or on a device.
+    """The message for an out-of-memory error of the host or a device; `None` for any other error.
 
     >>> exhausted(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3000000000 bytes."))
     'out of memory: there was no room for another 3.00 GB'
@@ -79,9 +79,9 @@ def _is_nomem(error: BaseException) -> bool:
 
 
 def _left_in_groups(groups: Path = GROUPS, own: Path = OWN) -> Iterator[int]:
-    """What the limit of each group around this process leaves, with the files it could drop.
+    """Bytes left below the memory limit of each enclosing cgroup, reclaimable file cache included.
 
-    A container often sees its own group as the root, whatever `own` calls it.
+    A container often sees its own group as the root, whatever its name in `own`.
     """
     try:
         lines = own.read_text(encoding="utf-8").splitlines()

@@ -1,12 +1,13 @@
-"""One model on many devices: a mesh of two axes, and a rule for each letter.
+"""Device mesh and sharding: FSDP and tensor parallelism (tp) by a rule for each axis letter.
 
-    fsdp   each device has its own rows of the batch, and a slice of every weight, which is
-           gathered where it is used (ZeRO, arXiv:1910.02054)
-    tp     each device has its own heads, hidden units and words (Megatron, arXiv:1909.08053),
-           or its own experts, whole, where there are any (GShard, arXiv:2006.16668)
+    fsdp   data parallelism with sharded weights: each device has its own rows of the batch,
+           and a slice of every weight, gathered where it is used (ZeRO, arXiv:1910.02054)
+    tp     tensor parallelism: each device has its own heads, hidden units and vocabulary
+           (Megatron, arXiv:1909.08053), or its own experts (GShard, arXiv:2006.16668)
 
-Rows are independent but for the sum of their losses. So a device runs the program of a single
-one on its rows, and says itself what it gathers and adds up; what tp splits, XLA partitions.
+Rows are independent but for the sum of their losses. So along fsdp each device runs the
+single-device program on its rows (`shard_map`), with explicit all-gathers and reductions; along
+tp XLA partitions.
 """
 
 import functools
@@ -35,12 +36,12 @@ Tree = TypeVar("Tree")
 
 
 def spec(axes: str, shape: tuple[int, ...] = (), mesh: Mesh | None = None) -> P:
-    """The mesh axis of each letter; the first letter that asks for one has it.
+    """The PartitionSpec of axis letters; the first letter with a rule for a mesh axis gets it.
 
-    Of a shape on a mesh, an axis is for a letter whose size it divides: a stack of six blocks
-    on four devices is split as its kernels are, since L is not. Written as JAX writes the
-    places of what it returns, without what splits nothing: a function is compiled once for
-    what it is given at first and for what it returned.
+    With a shape and a mesh, only a letter whose size the mesh axis divides gets it: a stack of
+    six blocks on four devices is split as its kernels are, since L is not. Trailing axes that
+    split nothing are left out, as in the shardings that JAX returns, so that a function is not
+    compiled again for its own output.
 
     >>> spec("NHD"), spec("BTD"), spec("LFD")
     (P('tp', None, 'fsdp'), P('fsdp',), P('fsdp', 'tp'))
@@ -57,10 +58,10 @@ def spec(axes: str, shape: tuple[int, ...] = (), mesh: Mesh | None = None) -> P:
 
 
 def make_mesh(asked: str) -> Mesh:
-    """The mesh that `fsdp=4,tp=2` describes; an axis that is left out has one device.
+    """The mesh described by a string such as `fsdp=4,tp=2`; a missing axis has one device.
 
     Raises:
-        BadInput: it describes none, or there are not as many devices.
+        BadInput: it is not a mesh, or there are not as many devices.
     """
     sizes, devices = sizes_of(asked), jax.devices()
     n = math.prod(sizes.values())
@@ -73,13 +74,13 @@ def make_mesh(asked: str) -> Mesh:
 
 
 def sizes_of(asked: str) -> dict[str, int]:
-    """The devices along each axis of the mesh that is asked for.
+    """Parses a mesh such as `fsdp=4,tp=2`: the number of devices along each axis.
 
     >>> sizes_of("tp=2")
     {'fsdp': 1, 'tp': 2}
 
     Raises:
-        BadInput: it describes none.
+        BadInput: it is not a mesh.
     """
     sizes = {ROWS: 1, HEADS: 1}
     for part in asked.split(","):
@@ -91,13 +92,13 @@ def sizes_of(asked: str) -> dict[str, int]:
 
 
 def mesh_of(fsdp: int, tp: int, devices: list[Any]) -> Mesh:
-    """The mesh of these devices; those of a process are neighbours."""
+    """The mesh of these devices, grouped by process."""
     auto = (AxisType.Auto, AxisType.Auto)
     return Mesh(np.array(devices).reshape(fsdp, tp), (ROWS, HEADS), axis_types=auto)
 
 
 def usual_mesh() -> Mesh | None:
-    """All devices in `fsdp`, if there are several accelerators or several processes."""
+    """The default mesh: all devices along `fsdp`; `None` for one device, or a CPU alone."""
     devices = jax.devices()
     if len(devices) == 1 or (jax.default_backend() == "cpu" and jax.process_count() == 1):
         return None
@@ -105,10 +106,10 @@ def usual_mesh() -> Mesh | None:
 
 
 def check_divides(mesh: Mesh, config: MistralConfig, batch: int) -> None:
-    """Nothing, if every device gets as much as any other.
+    """Checks that the mesh divides the batch and the model's dimensions evenly.
 
     Raises:
-        BadInput: the mesh does not divide the batch or a dimension of the model.
+        BadInput: it does not; the dimension is named.
     """
     sizes = {
         "rows of a batch (B, --batch)": (ROWS, batch),
@@ -130,7 +131,7 @@ def check_divides(mesh: Mesh, config: MistralConfig, batch: int) -> None:
 
 
 def shardings(mesh: Mesh, tree: PyTree) -> Any:
-    """Where each leaf belongs: weights by name, and whatever an optimiser keeps of each."""
+    """The NamedSharding of each leaf: weights by name, and the optimiser state of each."""
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
@@ -142,7 +143,7 @@ def shardings(mesh: Mesh, tree: PyTree) -> Any:
 
 
 def described(mesh: Mesh | None, tree: Tree) -> Tree:
-    """Descriptions of the leaves, with their place on the mesh if there is one."""
+    """`jax.ShapeDtypeStruct`s of the leaves, with their shardings if there is a mesh."""
     if mesh is None:
         return tree
     return jax.tree.map(
@@ -153,19 +154,19 @@ def described(mesh: Mesh | None, tree: Tree) -> Tree:
 
 
 def pinned(mesh: Mesh | None, tree: Tree) -> Tree:
-    """The same leaves in their places, whatever XLA would choose; in a traced function."""
+    """Constrains each leaf to its sharding inside jit (`with_sharding_constraint`)."""
     if mesh is None:
         return tree
     return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
 
 
 def settled(mesh: Mesh | None, tree: Tree) -> Tree:
-    """The same leaves in their places, wherever they come from; all processes have the same."""
+    """Moves each leaf to its sharding; all processes must pass the same values."""
     return tree if mesh is None else jax.device_put(tree, shardings(mesh, tree))
 
 
-def made_sharded(mesh: Mesh | None, make: Callable[..., Tree], *args: Any) -> Tree:
-    """What `make` returns, of which no device ever holds more than its part."""
+def create_sharded(mesh: Mesh | None, make: Callable[..., Tree], *args: Any) -> Tree:
+    """The result of `make`, created sharded: no device ever holds more than its part."""
     if mesh is None:
         return make(*args)
     places = shardings(mesh, jax.eval_shape(make, *args))
@@ -173,7 +174,7 @@ def made_sharded(mesh: Mesh | None, make: Callable[..., Tree], *args: Any) -> Tr
 
 
 def own_rows(mesh: Mesh | None, batch: int) -> slice:
-    """The rows of a batch that this process has devices for, one after the other."""
+    """The slice of a batch's rows that belong to this process's devices."""
     if mesh is None:
         return slice(None)
     place = NamedSharding(mesh, P(ROWS))
@@ -183,7 +184,7 @@ def own_rows(mesh: Mesh | None, batch: int) -> slice:
 
 
 def placed(mesh: Mesh | None, axes: str, array: np.ndarray, batch: int | None = None) -> Any:
-    """Rows on their devices; each process gives all of them, or its own of a whole batch."""
+    """Places rows on their devices; each process passes all of them, or its own of `batch` rows."""
     if mesh is None:
         return array
     shape = tuple(
@@ -200,13 +201,12 @@ def sum_over_rows(
     weights: Mapping[str, Array],
     *rows: Array | None,
 ) -> Array:
-    """The sum of `work(weights, *rows)` of all devices along `fsdp`, each with its own rows.
+    """FSDP: sums `work(weights, *rows)` over the devices along `fsdp`, each with its own rows.
 
-    The weights come to `work` whole along that axis and in `dtype`, so half as much is sent
-    for bfloat16; their gradients are added up in the type of the weights. Between the forward
-    and the backward pass they stay gathered. To gather them again by a policy of
-    `jax.checkpoint` was tried: it kept every step of the loops inside `work` instead, 8 GB for
-    the head of a 7B.
+    The weights are all-gathered along that axis in `dtype`, so half as much is sent for
+    bfloat16; their gradients are reduced in the dtype of the weights. Between the forward and
+    the backward pass they stay gathered. Gathering them again by a policy of `jax.checkpoint`
+    was tried: it kept every step of the loops inside `work` instead, 8 GB for the head of a 7B.
     """
     parts = {name: _manual(mesh, name, leaf) for name, leaf in weights.items()}
 
@@ -232,10 +232,10 @@ def sum_over_rows(
 def over_heads(
     attention: Callable[..., Array], q: Array, k: Array, v: Array, documents: Array | None
 ) -> Array:
-    """`attention(q, k, v, documents)`, of which each device along `tp` does its own heads.
+    """Tensor parallelism over heads: each device along `tp` computes attention of its own heads.
 
-    XLA cannot split a kernel that it has not made, not even along an axis of one device, so
-    it is told how. Queries and keys are [B, T, heads, H], and K is a multiple of `tp`.
+    XLA cannot partition a custom kernel, not even along an axis of one device, hence
+    `shard_map`. Queries and keys are [B, T, heads, H], and K is a multiple of `tp`.
     """
     if HEADS not in jax.sharding.get_abstract_mesh().axis_names:
         return attention(q, k, v, documents)
@@ -256,11 +256,11 @@ def over_experts(
     experts: Array,
     shares: Array,
 ) -> Array:
-    """`work(kernels, x, experts, shares)`, of which each device along `tp` does its experts' part.
+    """Expert parallelism: each device along `tp` computes its own experts' part of `work`.
 
-    Kernels have E axes first, and `work` counts the experts from its first kernel: a number
-    outside of those it has is an expert of another device. Tokens are the same along `tp`, so
-    only the results have to be added up.
+    Kernels have axis E first, and `work` counts experts from its first kernel: an id out of
+    range is an expert of another device. Tokens are replicated along `tp`, so the results are
+    summed (all-reduce).
     """
     mesh = jax.sharding.get_abstract_mesh()
     n = dict(mesh.shape).get(HEADS, 1)
@@ -283,10 +283,10 @@ def over_experts(
 
 
 def _manual(mesh: Mesh, name: str, leaf: Array) -> P:
-    """The part of a weight's spec that says where rows are; what tp splits is XLA's affair.
+    """The `fsdp` part of a weight's PartitionSpec; XLA handles `tp`.
 
-    The mesh divides the axes of a model, see `check_divides`, but two features of int4 are one
-    byte: of those, every device has all where it does not divide them.
+    The mesh divides the axes of a model, see `check_divides`, but a packed int4 axis has half the
+    size: where the mesh does not divide that, the axis is replicated.
     """
     is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
     whole = spec(letters(name)) if is_float else spec(letters(name), leaf.shape, mesh)
@@ -294,7 +294,7 @@ def _manual(mesh: Mesh, name: str, leaf: Array) -> P:
 
 
 def _gathered(leaf: Array, axis: int, dtype: DTypeLike) -> Array:
-    """All slices of a weight along `axis`; of a gradient each device gets its slice of the sum."""
+    """All-gathers a weight along `axis`; its gradient is reduce-scattered."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):  # a frozen int8 kernel, of which there is none
         return jax.lax.all_gather(leaf, ROWS, axis=axis, tiled=True)
 
@@ -311,10 +311,9 @@ def _gathered(leaf: Array, axis: int, dtype: DTypeLike) -> Array:
 
 
 def keeps_its_type(name: str, leaf: Array) -> bool:
-    """Whether a weight is computed with as it is: a number that is none, or a scale of others.
+    """Whether a weight is never cast to the compute dtype: integers, scales of int8, int4 and LoRA.
 
-    Those of quantised kernels and of adapters are float32: rounded, they would be wrong in all
-    that they multiply.
+    Those scales are float32: rounding them would falsify everything that they multiply.
     """
     is_number = jnp.issubdtype(leaf.dtype, jnp.floating)
     return not is_number or is_part(name) or part_of(name) == LORA_SCALE
@@ -326,9 +325,9 @@ def _replicated(mesh: Mesh, dtype: DTypeLike, leaf: Array) -> Array:
 
 
 def on_one_device(mesh: Mesh, weights: Mapping[str, Array], dtype: DTypeLike) -> dict[str, Array]:
-    """All of the weights on the first device of this process, in `dtype`.
+    """Gathers all weights on the first device of this process, in `dtype`.
 
-    One weight after the other is for a moment on all devices. Every process has to call it.
+    Each weight is for a moment on all devices. Every process must call it.
     """
     types = {n: leaf.dtype if keeps_its_type(n, leaf) else dtype for n, leaf in weights.items()}
     return {

@@ -1,9 +1,9 @@
-"""One program on several hosts: every process takes each step, the first speaks and writes.
+"""Multi-host training (`jax.distributed`): all processes take each step, the first logs and writes.
 
-Each process runs the same program with the same flags and has its own devices. What all of
-them must do alike, although only one can know it (a signal that came, how long a step took,
-which checkpoint is good), they agree on here. With a single process nothing of it costs
-anything. The folder of the run must be one that all processes share.
+Each process runs the same program with the same flags and has its own devices. Decisions that
+all must share although only one process knows the facts (a signal, the time of a step, which
+checkpoint is good) are agreed on here. With a single process this costs nothing. The run's
+folder must be on a file system that all processes share.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ TIMEOUT = 300  # seconds for all processes to arrive
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """This process is one of several; to be called before JAX is asked for its devices.
+    """Joins a multi-host run (`jax.distributed.initialize`), before JAX looks for devices.
 
-    On a Cloud TPU, under Slurm, Open MPI and on Kubernetes JAX finds out everything itself.
+    On a Cloud TPU, under Slurm, Open MPI and on Kubernetes JAX detects all arguments itself.
 
     Args:
-        coordinator: address and port of the first process, which the others can reach.
-        num_processes: how many there are.
-        process_id: which of them this is, from 0.
+        coordinator: `host:port` of the first process, reachable by the others.
+        num_processes: number of processes.
+        process_id: index of this process, from 0.
 
     Raises:
-        BadInput: there is nothing to find out from, or the others do not come.
+        BadInput: nothing can be detected, or the other processes do not connect.
     """
     # Ours is the only handler of SIGTERM: JAX's own would take the signal from it.
     jax.config.update("jax_enable_preemption_service", False)
@@ -52,15 +52,15 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks and writes."""
+    """Whether this is process 0, the one that logs and writes."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def from_first(work: Callable[[], Any]) -> Any:
-    """What the first process finds, as JSON can say it; the others wait for it.
+    """Runs `work` in the first process and broadcasts its result, a JSON value, to all.
 
     Raises:
-        BadInput: in every process what `work` raised in the first.
+        BadInput: `work` raised it in the first process; raised in every process.
     """
     if not jax.distributed.is_initialized():
         return work()
@@ -77,14 +77,14 @@ def from_first(work: Callable[[], Any]) -> Any:
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether it is so in any process; every process has to ask."""
+    """Logical or of a flag over all processes; every process must call it."""
     if not jax.distributed.is_initialized():
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def _told(text: str) -> str:
-    """The text of the first process, in all."""
+    """Broadcasts the first process's text to all."""
     raw = np.frombuffer(text.encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(raw.size)))
     padded = np.resize(raw, size) if is_first() else np.zeros(size, np.uint8)
@@ -93,11 +93,11 @@ def _told(text: str) -> str:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Within it, a process that fails is gone at once, so that no other waits for it.
+    """Context manager in which a failing process exits at once, so that no other waits for it.
 
-    Left to itself it would wait for the others when Python ends, and they for it: in a
-    collective they notice that the connection is closed, or are ended by JAX when the first
-    process has missed the dead one for 100 seconds.
+    Otherwise it would wait for the others when Python exits, and they for it. After its exit a
+    collective fails on the closed connection, or JAX ends the others when the first process has
+    missed a heartbeat for 100 seconds.
     """
     try:
         yield

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from lechat_jax.checkpoint.load import load_to_compute
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
@@ -32,7 +32,7 @@ from lechat_jax.data.sources import find_texts, form_of
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
 from lechat_jax.eval.score import Score, Validator
-from lechat_jax.files.atomic import check_writable, write_whole
+from lechat_jax.files.atomic import check_writable, write_atomic
 from lechat_jax.model.scoring import Forward
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -135,7 +135,7 @@ def windows(documents: Documents, block: int, stride: int) -> Documents:
     return Documents(ids, counted, np.cumsum([0, *(len(own) for own, _ in pieces)]))
 
 
-def load_text(options: EvalConfig, trained: Trained, display: Display) -> Text:
+def load_text(options: EvalConfig, trained: SavedModel, display: Display) -> Text:
     """What the options name, read by the model's tokenizer.
 
     Raises:
@@ -209,7 +209,7 @@ def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
     Raises:
         BadInput: the model or the text cannot be used.
     """
-    trained = Trained.open(options.dir)
+    trained = SavedModel.open(options.dir)
     text = load_text(options, trained, display)
     for note in text.notes:
         display.say(f"note: {note}")
@@ -232,11 +232,11 @@ def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
             weights,
             _shown(display, packed.block, began),
             options.tokens,
-            lambda: bool(stop.asked) or time.perf_counter() > end,
+            lambda: bool(stop.received) or time.perf_counter() > end,
         )
     return _figures(options, text, stride, dtype, score) | {
         "of_tokens": int(held.counts.sum()),
-        "stopped": stop.asked or None,
+        "stopped": stop.received or None,
         "tokens_per_s": score.tokens / (time.perf_counter() - began),
         "quantization": trained.quantization or options.quantize,
         "device": jax.devices()[0].device_kind,
@@ -289,6 +289,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"tokens every {found['stride']:,}"
     )
     if options.json:
-        write_whole(options.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write_atomic(options.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
         print(f"report: {options.json}")
     return 0

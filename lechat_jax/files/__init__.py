@@ -1,1 +1,1 @@
-"""Files: written completely or not at all, checked, locked, found, read whatever their encoding."""
+"""Files: atomic writes, SHA-256 manifests, locks, globs, safetensors headers, text decoding."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and whether they can be, asked before the work."""
+"""Atomic file writes (a temporary file, then a rename), and checks that a write will succeed."""
 
 import contextlib
 import os
@@ -13,22 +13,22 @@ PROBE = 1 << 16  # bytes that a full disk has no room for
 STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # files of a process, whatever they are called
 
 
-def write_whole(path: Path, content: str | bytes, remedy: str = "name another file") -> None:
-    """The file has all of the content, or is what it was.
+def write_atomic(path: Path, content: str | bytes, remedy: str = "name another file") -> None:
+    """Writes a file atomically: it has all of the content, or is what it was.
 
     A pipe or a device, such as /dev/stdout, is written to and stays one.
 
     Raises:
-        BadInput: it cannot be written there.
+        BadInput: the file cannot be written; `remedy` ends the message.
     """
     raw = content.encode() if isinstance(content, str) else content
     if _is_device(path):
-        with told(path, remedy), path.open("ab") as file:
+        with disk_errors(path, remedy), path.open("ab") as file:
             file.write(raw)
         return
     target = path.resolve()  # what a symbolic link names, which stays one
     beside = _beside(target)
-    with told(path, remedy):
+    with disk_errors(path, remedy):
         try:
             beside.write_bytes(raw)
             os.replace(beside, target)
@@ -39,8 +39,8 @@ def write_whole(path: Path, content: str | bytes, remedy: str = "name another fi
 
 
 @contextlib.contextmanager
-def told(path: Path, remedy: str = "name another file") -> Iterator[None]:
-    """Within it, what the system has against writing a file is bad input, as a full disk."""
+def disk_errors(path: Path, remedy: str = "name another file") -> Iterator[None]:
+    """Context manager that turns an `OSError` of a write, such as a full disk, into `BadInput`."""
     try:
         yield
     except OSError as error:
@@ -48,9 +48,9 @@ def told(path: Path, remedy: str = "name another file") -> Iterator[None]:
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Raises `BadInput` for files that could not be written: now, and not after the work.
+    """Raises `BadInput` for output files that are not writable, before the work and not after it.
 
-    The folder has to be there, and room for a few bytes. `None` is a file that nobody asked for.
+    Their folder must exist and have room for a few bytes. `None` stands for a file not requested.
     """
     wanted = [path for path in paths if path is not None]
     for path in wanted:
@@ -61,7 +61,7 @@ def check_writable(*paths: Path | None) -> None:
             raise BadInput(f"{path} is a folder; name a file in it")
         if not os.path.isdir(folder):
             raise BadInput(f"there is no folder {folder} to write {path.name} to")
-        with told(path):
+        with disk_errors(path):
             if _is_device(path):
                 _probe_device(path)
             else:
@@ -69,9 +69,9 @@ def check_writable(*paths: Path | None) -> None:
 
 
 def check_new_folder(folder: Path, n_bytes: int = 0) -> None:
-    """Raises `BadInput` for a folder that could not be made, or not hold so many bytes.
+    """Raises `BadInput` if a folder cannot be written to or has less than `n_bytes` free.
 
-    Of one that is there already, for one that cannot be written to. Nothing is left there.
+    A missing folder is created for the check and removed again.
     """
     folder = folder.absolute()
     missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
@@ -95,7 +95,7 @@ def check_new_folder(folder: Path, n_bytes: int = 0) -> None:
 
 
 def _probe(path: Path) -> None:
-    """Writes a file and takes it away again."""
+    """Writes a file and deletes it."""
     try:
         path.write_bytes(bytes(PROBE))
     finally:
@@ -103,7 +103,7 @@ def _probe(path: Path) -> None:
 
 
 def _probe_device(path: Path) -> None:
-    """Writes a line to what keeps nothing, such as /dev/full, which then complains."""
+    """Writes a line to a character device; one such as /dev/full then raises `OSError`."""
     if stat.S_ISCHR(path.stat().st_mode):
         with path.open("ab", buffering=0) as file:
             if not file.isatty():
@@ -115,6 +115,6 @@ def _beside(path: Path) -> Path:
 
 
 def _is_device(path: Path) -> bool:
-    """Whether it is no file that another could take the place of."""
+    """Whether the path is a device, a pipe or a stream, which a rename cannot replace."""
     is_stream = str(path.absolute()).startswith(STREAMS)
     return is_stream or (os.path.exists(path) and not os.path.isfile(path))

@@ -1,4 +1,4 @@
-"""A folder that can prove it is what was written: `SHA256SUMS`, as `sha256sum -c` reads it."""
+"""SHA-256 manifest of a folder: `SHA256SUMS`, in the format of `sha256sum -c`."""
 
 import hashlib
 import os
@@ -14,9 +14,9 @@ LITTER = re.compile(r"(.*/)?(\..*|Thumbs\.db|desktop\.ini)", re.IGNORECASE)
 
 
 def write_manifest(whole: Path, known: Mapping[str, str] | None = None) -> None:
-    """Puts the checksum of every file in the folder into its manifest.
+    """Writes the manifest `SHA256SUMS` of every file in the folder.
 
-    Those in `known`, by name, were taken while the files were written and are not read again.
+    Checksums in `known`, by file name, are taken as given, and those files are not read again.
     """
     known = known or {}
     names = _files(whole)
@@ -31,10 +31,10 @@ def fault(
     *,
     is_read: Callable[[str, Collection[str]], bool] | None = None,
 ) -> str | None:
-    """The first thing wrong with the files of these folders (by default all), or None.
+    """Verifies the files of these folders (by default all): the first damage, or `None`.
 
-    Files beside the folders in it are always among them. What was not saved may be there, unless
-    it `is_read`: told by its name, and by those of the files that were saved.
+    Files at the top are always verified. A file that the manifest lacks is damage only if
+    `is_read(name, names in the manifest)`, that is, if its presence would change what is loaded.
     """
 
     def wanted(name: str) -> bool:
@@ -65,7 +65,7 @@ def fault(
 
 
 def _files(whole: Path) -> list[str]:
-    """Every file of the folder but its manifest and litter, relative to it, sorted."""
+    """Every file of the folder but its manifest and the system's own files, relative and sorted."""
     paths = (Path(folder, name) for folder, _, names in os.walk(whole) for name in names)
     names = {path.relative_to(whole).as_posix() for path in paths} - {MANIFEST}
     return sorted(name for name in names if not LITTER.fullmatch(name))
@@ -83,7 +83,7 @@ def _digests(whole: Path, names: Collection[str]) -> dict[str, str]:
 
 
 def sync(path: Path) -> None:
-    """A file's bytes, or a folder's names, outlast a power cut."""
+    """Syncs a file's bytes, or a folder's names, to the disk (fsync), against a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Which files a path, a folder or a glob names, and which of a folder are left out, and why.
+"""Resolves a path, folder or glob to files, and lists which files of a folder are skipped and why.
 
 Standard library only.
 """
@@ -22,16 +22,16 @@ _MEANT = (".txt", ".md", ".rst", ".jsonl", ".ndjson")
 
 
 class NoRecords(NotText):
-    """A file of JSON holds neither examples nor texts."""
+    """A JSON file whose records are neither training examples nor texts."""
 
 
-class Found(NamedTuple):
-    """Files to read.
+class FileList(NamedTuple):
+    """The files that a path, folder or glob resolves to.
 
     Attributes:
-        files: in order.
-        hidden: what was passed over because its name begins with a dot.
-        in_folder: they are whatever lies in a folder, and were not named.
+        files: in the order in which they are read.
+        hidden: files that are skipped because a name begins with a dot.
+        in_folder: whether they were listed from a folder rather than named.
     """
 
     files: list[Path]
@@ -39,22 +39,22 @@ class Found(NamedTuple):
     in_folder: bool
 
 
-def find_files(data: str) -> Found | None:
-    """The files that `data` names; `None` if it is the id of a dataset.
+def find_files(data: str) -> FileList | None:
+    """Resolves `data` to files; `None` if it is the id of a Hugging Face dataset.
 
     Raises:
-        BadInput: there are none.
+        BadInput: no file matches.
     """
     path = os.path.expanduser(data)
     if os.path.isdir(path):
         return _below(Path(path))
     if os.path.exists(path):
-        return Found([Path(path)], [], False)
+        return FileList([Path(path)], [], False)
     if _GLOB_CHARACTERS.search(path):
         files = sorted(Path(f) for f in glob.glob(path, recursive=True) if not os.path.isdir(f))
         if not files:
             raise BadInput(f"no file matches {data}")
-        return Found(files, [], False)
+        return FileList(files, [], False)
     if _DATASET_ID.fullmatch(data) and not _FILE_SUFFIX.search(data):
         return None
     raise BadInput(
@@ -64,7 +64,7 @@ def find_files(data: str) -> Found | None:
 
 
 def located(data: str | None) -> str | None:
-    """The same data, as a path that leads there from any folder; a dataset's id is none.
+    """`data` as an absolute path, so that it holds from any folder; a dataset's id stays as it is.
 
     >>> located(None), located("owner/dataset")
     (None, 'owner/dataset')
@@ -77,8 +77,8 @@ def located(data: str | None) -> str | None:
     return data
 
 
-def _below(top: Path) -> Found:
-    """All files below a folder but hidden ones, and sockets and the like."""
+def _below(top: Path) -> FileList:
+    """All regular files below a folder, without hidden ones."""
 
     def refuse(error: OSError) -> None:
         raise BadInput(f"cannot read the folder {error.filename}: {error.strerror}") from error
@@ -89,24 +89,24 @@ def _below(top: Path) -> Found:
         folders[:] = [name for name in folders if name[0] != "."]
         shown = [Path(folder, name) for name in names if name[0] != "."]
         files += [file for file in shown if file.is_file() or file.is_symlink()]
-    return Found(sorted(files), sorted(hidden), True)
+    return FileList(sorted(files), sorted(hidden), True)
 
 
 class LeftOut:
-    """What of a folder is not read, and why."""
+    """The files of a folder that are skipped, by reason."""
 
-    def __init__(self, found: Found) -> None:
+    def __init__(self, found: FileList) -> None:
         self.n_read = 0
         self._found = found
         self._why: dict[str, list[Path]] = {"hidden": found.hidden} if found.hidden else {}
 
     def add(self, why: str, file: Path) -> None:
-        """One more."""
+        """Records a skipped file and the reason."""
         self._why.setdefault(why, []).append(file)
 
     @contextlib.contextmanager
     def unless_fit(self, file: Path) -> Iterator[None]:
-        """Leaves out a file that turns out to be no text, unless it was named or is meant to be."""
+        """Context manager that skips a file of a folder if it is not text or holds no records."""
         try:
             yield
         except NoRecords:
@@ -120,8 +120,8 @@ class LeftOut:
         else:
             self.n_read += 1
 
-    def told(self) -> str:
-        """The files by what they are, as the end of a sentence; nothing, if all were read."""
+    def summary(self) -> str:
+        """The skipped files by reason, as the end of a sentence; empty if none was skipped."""
         parts = []
         for why, files in self._why.items():
             names = ", ".join(file.name for file in files[:3])
@@ -129,7 +129,7 @@ class LeftOut:
         return f"; left out: {', '.join(parts)}" if parts else ""
 
     def notes(self, data: str) -> tuple[str, ...]:
-        """One sentence, if anything was left out."""
-        told = self.told()
+        """One sentence on the skipped files, or none."""
+        skipped = self.summary()
         files = "1 file" if self.n_read == 1 else f"{self.n_read:,} files"
-        return (f"read {files} below {data}{told}",) if told else ()
+        return (f"read {files} below {data}{skipped}",) if skipped else ()

@@ -1,4 +1,4 @@
-"""Records of JSON and rows of datasets, and all that is wrong with them in one message.
+"""JSON and JSON Lines records, and rows of datasets, with all their errors in one message.
 
 Standard library only.
 """
@@ -19,14 +19,14 @@ _BEGINNING = re.compile(r"\S")
 
 
 class Record(NamedTuple):
-    """An object of a file or a row of a dataset: which one it is, and what it says."""
+    """One JSON object of a file or row of a dataset: where it is ("line 3"), and its fields."""
 
     where: str
     fields: dict[str, Any]
 
 
 class Complaints:
-    """What is wrong with a source, gathered so that one look tells all of it.
+    """Collects the errors of a data source, so that one message reports all of them.
 
     >>> complaints = Complaints("chats.jsonl")
     >>> complaints.add("line 3", "is not JSON")
@@ -40,14 +40,14 @@ class Complaints:
         self._found: list[tuple[str, str]] = []
 
     def add(self, where: str, what: str) -> None:
-        """One more: `where` is the line or row, and `what` goes on from there."""
+        """Adds an error: `where` is the line or row, and `what` continues the sentence."""
         self._found.append((where, what))
 
     def raise_any(self) -> None:
-        """Nothing, if all is well.
+        """Raises the collected errors, if there are any.
 
         Raises:
-            BadInput: it is not; the first complaints are quoted and the others counted.
+            BadInput: there are errors; the first ones are quoted and the others counted.
         """
         n = len(self._found)
         found = [f"{where}, {what}" for where, what in sorted(self._found, key=_in_order)]
@@ -62,20 +62,20 @@ class Complaints:
 
 
 def _in_order(complaint: tuple[str, str]) -> list[str | int]:
-    """By file and then by line, line 9 before line 10."""
+    """Natural sort key: by file and then by line number, line 9 before line 10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", complaint[0])]
 
 
 def holds_records(file: Path) -> bool:
-    """Whether the name says so: .jsonl, .ndjson or .json, in any letters, compressed or not."""
+    """Whether a file is JSON by its suffix (.jsonl, .ndjson, .json, any case, or compressed)."""
     return plain_name(file).endswith((".jsonl", ".ndjson", ".json"))
 
 
 def json_records(file: Path, complaints: Complaints, named: bool = False) -> Iterator[Record]:
-    """The JSON objects of a file: JSON lines, one list, or each object over several lines.
+    """The JSON objects of a file: JSON Lines, one array, or objects that span several lines.
 
-    People give all three any of the names that `holds_records` knows, so the content decides.
-    What is no object is complained of. `named` records tell their file, where there are several.
+    All three occur under each suffix that `holds_records` knows, so the content decides. What is
+    not an object is added to `complaints`. With `named`, a record's place has the file's name.
 
     Raises:
         BadInput: the file cannot be read.
@@ -91,7 +91,7 @@ def json_records(file: Path, complaints: Complaints, named: bool = False) -> Ite
 
 
 def parsed(text: str) -> Any:
-    """The value that a JSON text is, or the `ValueError` that says why it is none."""
+    """Parses a JSON text; returns, and does not raise, the `ValueError` if it is invalid."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -101,15 +101,15 @@ def parsed(text: str) -> Any:
 
 
 def without_nulls(value: Any, depth: int = DEEPEST) -> Any:
-    """The same JSON without its null fields, at every depth.
+    """Removes null fields from a JSON value, at every depth.
 
-    A table of Arrow, and so the library `datasets`, gives every object all fields that any has.
+    Arrow, and so the library `datasets`, gives every object all fields that any object has.
 
     >>> without_nulls({"role": "user", "name": None, "content": [{"text": "Hi", "url": None}]})
     {'role': 'user', 'content': [{'text': 'Hi'}]}
 
     Raises:
-        ValueError: it is nested too deeply for what goes through it by recursion.
+        ValueError: it is nested more than `depth` deep, too deep for recursive functions.
     """
     if depth == 0:
         raise ValueError(f"it is nested more than {DEEPEST} levels deep")
@@ -122,7 +122,7 @@ def without_nulls(value: Any, depth: int = DEEPEST) -> Any:
 
 
 def _values(text: str) -> Iterator[tuple[str, Any]]:
-    """Each value and its place; for one that is not JSON the `ValueError` that says why."""
+    """Each value and its place; a `ValueError` in place of a value that is not JSON."""
     lines = lines_of(text)
     opening, second = next(lines, None), next(lines, None)
     if opening is None:
@@ -153,7 +153,7 @@ def _entries(values: list[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _stream(text: str) -> Iterator[tuple[str, Any]]:
-    """Values one behind the other, whatever lines they take, up to the first that is none."""
+    """Concatenated JSON values over any number of lines, up to the first invalid one."""
     decoder, at, line = json.JSONDecoder(), 0, 1
     while found := _BEGINNING.search(text, at):
         line += text.count("\n", at, found.start())
@@ -170,7 +170,7 @@ def _stream(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def half_pair(text: str) -> str | None:
-    """What is wrong with a text that cannot be written in UTF-8, or `None`."""
+    """Finds a lone surrogate, which UTF-8 cannot encode: the error message, or `None`."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,8 +1,8 @@
-"""A lock on a folder that ends with the process that holds it, whichever way that ends.
+"""File lock on a folder (POSIX record lock, or Windows), released when its process ends.
 
 The operating system holds it, so nothing is left to clean up after `kill -9` or a power cut. On
 Linux and macOS it is a POSIX record lock, which NFS knows too, so that it holds between hosts,
-and which no child inherits; on Windows the lock of one byte.
+and which no forked process inherits; on Windows the lock of one byte.
 """
 
 import errno
@@ -20,13 +20,13 @@ UNKNOWN = {errno.ENOLCK, errno.ENOSYS, getattr(errno, "ENOTSUP", errno.ENOSYS)}
 
 
 class Lock:
-    """Of a folder, until it is released or its process ends.
+    """Exclusive lock on a folder between processes, until `release` or the end of the process.
 
-    Where the file system knows no locks (some network mounts), there is none, and `is_held` says
-    so. It is not between threads of one process.
+    A file system without locks (some network mounts) gives none, and `is_held` is False. Threads
+    of one process do not exclude each other.
 
     Raises:
-        BadInput: another process holds it; its number and host are named.
+        BadInput: another process holds it; its process id and host are named.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,12 +51,12 @@ class Lock:
         os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def release(self) -> None:
-        """From now on others may hold it."""
+        """Releases the lock."""
         os.close(self._file)
 
 
 def _lock(file: int) -> None:
-    """Raises `OSError` if another process has it."""
+    """Takes the lock without waiting; raises `OSError` if another process holds it."""
     if os.name == "nt":
         msvcrt = importlib.import_module("msvcrt")
         os.lseek(file, PLACE, os.SEEK_SET)

@@ -1,4 +1,4 @@
-"""Where lechat keeps what it can make again, and which names are those of one folder anywhere."""
+"""The cache folder of lechat, and which names are valid file names on every system."""
 
 import os
 import re
@@ -16,14 +16,14 @@ LONGEST = 200  # bytes; file systems take 255, and a suffix may be put behind it
 
 
 def cache_home() -> Path:
-    """The user's cache folder for lechat, which exists and was made private (mode 0700).
+    """The user's cache folder for lechat, created private (mode 0700).
 
     `LECHAT_CACHE` names it; without it, it is `lechat` below `XDG_CACHE_HOME` (which counts
     only when absolute, as the XDG specification says), else below `~/.cache`. Private,
     because compiled programs read from there are run.
 
     Raises:
-        OSError: it cannot be made, or there is no home folder to make it in.
+        OSError: it cannot be created, or there is no home folder.
     """
     named, xdg = os.environ.get("LECHAT_CACHE", ""), os.environ.get("XDG_CACHE_HOME", "")
     try:
@@ -40,9 +40,9 @@ def cache_home() -> Path:
 
 
 def fault_of_name(name: str) -> str | None:
-    """What keeps a text from being the name of one file or folder on every system, or `None`.
+    """Why a text is not a portable file name, as the end of a sentence; `None` if it is one.
 
-    A name from outside must not lead elsewhere, as `../x`, `/x`, `C:x` and a device would.
+    Path traversal by a name from outside is refused: `../x`, `/x`, `C:x`, devices.
 
     >>> fault_of_name("../x"), fault_of_name("x-1.2")
     ("has a '/' in it", None)

@@ -1,4 +1,4 @@
-"""What a safetensors file says it holds, or what the file is instead.
+"""Headers and index files of safetensors checkpoints, with a clear error for any other file.
 
 The safetensors library validates each file; only the place of each tensor is read here, so
 that it can be mapped, which the library does not offer for bfloat16 without a framework.
@@ -38,14 +38,14 @@ LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is.
+    """One tensor of a safetensors file: name, dtype, shape and byte offset.
 
     Attributes:
         name: its key in the file.
-        dtype: of its elements; `ml_dtypes.bfloat16` for BF16.
-        shape: its dimensions, the last one contiguous.
+        dtype: type of its elements; `ml_dtypes.bfloat16` for BF16.
+        shape: sizes of its axes, row-major.
         path: the file that holds it.
-        start: its first byte, counted from the start of the file.
+        start: offset of its first byte from the start of the file.
     """
 
     name: str
@@ -56,7 +56,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Its size in the file.
+        """Size of the tensor in bytes.
 
         >>> TensorInfo("norm.scale", np.dtype(np.float32), (3, 2), Path("x"), 8).nbytes
         24
@@ -65,11 +65,11 @@ class TensorInfo:
 
 
 def read_header(folder: Path, file_name: str) -> dict[str, TensorInfo]:
-    """The tensors of one file of a checkpoint's folder.
+    """Reads the header of one safetensors file: its tensors by name.
 
     Raises:
-        BadInput: it is missing, outside the folder, damaged, something else under this name,
-            or holds elements of a type that numpy has not.
+        BadInput: the file is missing, outside the folder, damaged, not safetensors, or has a
+            dtype that numpy lacks.
     """
     path = folder / file_name
     if not path.is_file():
@@ -94,10 +94,10 @@ def read_header(folder: Path, file_name: str) -> dict[str, TensorInfo]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The file name of the shard of each tensor; all are plain names in the index's folder.
+    """Reads a shard index (`*.safetensors.index.json`): the file name of each tensor's shard.
 
     Raises:
-        BadInput: it is no index, or a name leads elsewhere, as `../x` and `C:x` do.
+        BadInput: it is not an index, or a name leads out of the folder, as `../x` and `C:x` do.
     """
     weight_map = parse_json(index.read_bytes(), index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -118,10 +118,10 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """The object in a JSON text, in which no key may come twice.
+    """Parses a JSON object, refusing duplicate keys.
 
     Raises:
-        BadInput: it is no JSON, no object, or a key comes twice; `path` is named.
+        BadInput: it is not JSON, not an object, or has a key twice; `path` is named.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -142,12 +142,12 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def check_inside(folder: Path, path: Path) -> None:
-    """Nothing, for a file that lies in the folder or, by a link, in the Hub's own cache.
+    """Refuses a symbolic link out of the folder, unless it leads into the Hugging Face Hub's cache.
 
-    There a snapshot is a folder of links to `../../blobs`.
+    In that cache a snapshot is a folder of links to `../../blobs`.
 
     Raises:
-        BadInput: it is a link to somewhere else.
+        BadInput: the file is a link to somewhere else.
     """
     home, target = folder.resolve(), path.resolve()
     in_cache = home.parent.name == "snapshots" and target.is_relative_to(
@@ -160,7 +160,7 @@ def check_inside(folder: Path, path: Path) -> None:
 
 
 def _check_valid(path: Path) -> None:
-    """Raises `BadInput` that says what the file is instead, as far as one can see."""
+    """Raises `BadInput` for a file that is not valid safetensors, naming what it seems to be."""
     try:
         with safe_open(path, framework="numpy"):
             return
@@ -187,7 +187,7 @@ def _check_valid(path: Path) -> None:
 
 
 def _is_cut(length: bytes, size: int, rest: bytes) -> bool:
-    """Whether a file of `size` bytes begins as safetensors does but ends too early."""
+    """Whether a safetensors file of `size` bytes is truncated."""
     n_header = int.from_bytes(length, "little")
     if n_header > LONGEST_HEADER or not rest.startswith(b"{"):
         return size < 8

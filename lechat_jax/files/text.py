@@ -1,4 +1,4 @@
-"""Text files as people have them: UTF-8, UTF-16 with a mark, compressed; and their lines.
+"""Text files: byte order marks, UTF-8/16/32, decompression (gz, bz2, xz, zst), line ends.
 
 Whatever a person hands over is read here, so that an encoding or an end of line that one command
 knows is known to all. Standard library only; the library `zstandard` is imported for a `.zst`.
@@ -31,31 +31,31 @@ _LINE = re.compile(r"[^\r\n]+")
 
 
 class NotText(BadInput):
-    """The bytes of a file are those of no text that can be read here."""
+    """A file whose bytes are not text in a known encoding."""
 
 
 def read_text(file: Path, numbered: bool = False) -> str:
-    """The text of a file, decompressed, without a byte order mark.
+    """Reads a text file, decompressed and without its byte order mark (BOM).
 
-    A mark says which of UTF-8, UTF-16 and UTF-32 it is; without one it is UTF-8. A name that
-    ends in .gz, .bz2, .xz or .zst says how it is compressed. Line ends stay as they are.
+    The BOM tells UTF-8, UTF-16 and UTF-32 apart; without one the text is UTF-8. The suffix .gz,
+    .bz2, .xz or .zst names the compression. Line ends stay as they are.
 
     Args:
         file: its path.
-        numbered: a complaint tells the line, too.
+        numbered: whether the error message names the line.
 
     Raises:
         NotText: it is not in one of these encodings, or not compressed as its name says.
-        BadInput: it cannot be read at all.
+        BadInput: the file cannot be read.
     """
     return decoded(_decompressed(read_bytes(file), file), str(file), numbered)
 
 
 def read_bytes(file: Path) -> bytes:
-    """The bytes of a file as they are.
+    """Reads the bytes of a file as stored.
 
     Raises:
-        BadInput: it cannot be read, or is a folder.
+        BadInput: the file cannot be read, or is a folder.
     """
     try:
         return file.read_bytes()
@@ -66,10 +66,10 @@ def read_bytes(file: Path) -> bytes:
 
 
 def read_stdin() -> str:
-    """All of stdin as text, whatever the locale says of its encoding.
+    """Reads stdin as text, by its byte order mark or as UTF-8, whatever the locale.
 
     Raises:
-        NotText: it is neither UTF-8 nor has it a byte order mark.
+        NotText: it has no byte order mark and is not UTF-8.
     """
     if not isinstance(sys.stdin, io.TextIOWrapper):
         return sys.stdin.read()
@@ -77,13 +77,13 @@ def read_stdin() -> str:
 
 
 def decoded(raw: bytes, name: str, numbered: bool = False) -> str:
-    r"""The text that the bytes are, without a byte order mark; see `read_text`.
+    r"""Decodes bytes to text by their byte order mark, which is dropped; see `read_text`.
 
     >>> decoded("caf\u00e9".encode("utf-16"), "a.txt"), decoded(b"\xef\xbb\xbfcaf", "b.txt")
     ('café', 'caf')
 
     Raises:
-        NotText: they are none; `name` is told, and where.
+        NotText: they are not text; the message gives `name` and the place.
     """
     mark = next((mark for mark in MARKS if raw.startswith(mark)), b"")
     encoding = MARKS.get(mark, "utf-8")
@@ -107,13 +107,13 @@ def decoded(raw: bytes, name: str, numbered: bool = False) -> str:
 
 
 def stdin_encoding() -> str | None:
-    """The `encoding_of` what comes in on stdin, as soon as it does; `None` where none can tell."""
+    """Detects the encoding of stdin by its first bytes; `None` where they cannot be peeked at."""
     buffer = sys.stdin.buffer
     return encoding_of(buffer.peek(4)) if isinstance(buffer, io.BufferedReader) else None
 
 
 def encoding_of(beginning: bytes) -> str:
-    r"""Python's name for the encoding of a stream that begins so, which drops its mark.
+    r"""Detects an encoding by the byte order mark: Python's codec, which drops the mark.
 
     >>> encoding_of(b"\xff\xfeH\0"), encoding_of(b"Hello")
     ('utf-16', 'utf-8-sig')
@@ -123,10 +123,10 @@ def encoding_of(beginning: bytes) -> str:
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    r"""The lines that are not blank, each with its number, counted from 1.
+    r"""The non-blank lines of a text, each with its number, from 1.
 
-    They end in LF, CR LF or CR. The other ends that Python's `splitlines` knows are not ends
-    here: JSON strings may hold U+2028.
+    Lines end in LF, CR LF or CR only: Python's `splitlines` also splits at U+2028, which JSON
+    strings may hold.
 
     >>> list(lines_of("a\r\n\nb\u2028c\rd"))
     [(1, 'a'), (3, 'b\u2028c'), (4, 'd')]
@@ -141,7 +141,7 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
 
 
 def plain_name(file: Path) -> str:
-    """The name of a file without the suffix that says how it is compressed, in small letters.
+    """The lower-case name of a file without its compression suffix.
 
     >>> plain_name(Path("Chats.JSONL.gz"))
     'chats.jsonl'
@@ -163,7 +163,7 @@ def _decompressed(raw: bytes, file: Path) -> bytes:
 
 
 def _zstd(raw: bytes, file: Path) -> bytes:
-    """Python has a decompressor from 3.14 on."""
+    """Decompresses Zstandard: by Python 3.14's own module, or the library `zstandard`."""
     try:
         library = importlib.import_module("compression.zstd")
         make = library.ZstdDecompressor

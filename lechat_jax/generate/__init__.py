@@ -1,1 +1,1 @@
-"""Prompts continued: prefill, the decode loop, sampling."""
+"""Text generation: prefill, decode loop, continuous batching, sampling, prompt lookup decoding."""

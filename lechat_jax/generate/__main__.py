@@ -1,4 +1,4 @@
-"""`python -m lechat_jax.generate`."""
+"""Entry point of `python -m lechat_jax.generate`."""
 
 from lechat_jax.cli.flags import run
 from lechat_jax.generate.command import main

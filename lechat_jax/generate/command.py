@@ -1,7 +1,7 @@
-"""Continues text with a trained model, however long it gets.
+"""Generates text: continues prompts with a trained model, to any length.
 
-The prompt and its continuation go to stdout as they come, the speed to stderr. Memory does
-not grow with the text: each layer keeps its `sliding_window` tokens and no more.
+The prompt and its continuation stream to stdout, the speed goes to stderr. Memory does not grow
+with the text: the KV cache of each layer holds its `sliding_window` tokens and no more.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from typing import Literal
 
 import tyro
 
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
-from lechat_jax.cli.display import Reading, Visible
+from lechat_jax.cli.display import PrefillProgress, Visible
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
-from lechat_jax.files.atomic import check_writable, write_whole
+from lechat_jax.files.atomic import check_writable, write_atomic
 from lechat_jax.generate.continuation import Sample, join, stop_texts
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.loaded_model import CONTEXT
@@ -37,37 +37,40 @@ class GenerateConfig:
 
     Attributes:
         folder: Folder of a training run, such as runs/NAME, or of weights in lechat's format, as
-            python -m parity.convert writes it.
-        prompt: Text to continue; may be given several times, and each is continued as if alone.
-            Empty, or without any prompt, the model begins a text of its own.
-        prompt_ids: Token ids to continue instead of a text, such as 1,415,2936; may be given
-            several times. Nothing is put before them, so begin with BOS; no tokenizer is needed.
-        prompts_file: File of prompts instead, a line each, or .jsonl with objects that have
-            `prompt` (a text) or `ids`; "-" reads lines from stdin. Each is continued as if alone;
-            an empty line is an empty prompt.
-        max_tokens: Most new tokens in each sample.
-        temperature: What logits are divided by before a draw: 1 is the model's own distribution,
-            less is safer, 0 takes the likeliest token always.
-        top_k: Draw from the k likeliest tokens only; 0 is all.
-        top_p: Draw from the likeliest tokens only, as many as it takes to pass this probability; 1
-            is all.
-        min_p: Draw only from tokens at least this fraction as likely as the likeliest; 0 is all.
-        seed: Of the draws: the same seed gives the same text.
-        samples: How many continuations of each prompt.
-        batch: Most continuations made at once. Each takes a cache of its own.
-        stop: Text that ends a continuation, which is cut before it, wherever the borders of
-            tokens are; may be given several times.
-        ignore_eos: Go on when the model ends its text.
-        context: Tokens that layers without a sliding window can hold, prompt included. Memory for
-            all is taken at once, and generation stops there. Other models have no such limit.
+            written by python -m parity.convert.
+        prompt: Text to continue; repeatable, each prompt is independent. An empty prompt, or
+            none at all, lets the model start from BOS.
+        prompt_ids: Token ids to continue instead of text, such as 1,415,2936; repeatable. BOS is
+            not added, so begin with it; needs no tokenizer.
+        prompts_file: File of prompts instead: one a line, or .jsonl of objects with `prompt`
+            (text) or `ids`; "-" reads lines from stdin. Each prompt is independent; an empty
+            line is an empty prompt.
+        max_tokens: Maximum new tokens of each sample.
+        temperature: Sampling temperature: logits are divided by it. 1 is the model's own
+            distribution, less is safer, 0 is greedy decoding.
+        top_k: Sample from the k likeliest tokens only; 0 is off.
+        top_p: Nucleus sampling: sample from the likeliest tokens only, as many as it takes to
+            pass this probability; 1 is off.
+        min_p: Sample only from tokens at least this fraction as likely as the likeliest; 0 is off.
+        seed: Random seed of sampling: the same seed gives the same text.
+        samples: Number of samples of each prompt.
+        batch: Maximum samples decoded at once; each has a KV cache of its own.
+        stop: Stop text: a sample ends before it, even if it starts within a token; repeatable. By
+            default only EOS and --max-tokens end a sample.
+        ignore_eos: Continue after EOS, to --max-tokens. By default EOS ends a sample.
+        context: Maximum tokens, prompt included, in the KV cache of layers without a sliding
+            window. It is allocated at once, and generation stops there. Other models have no limit.
         dtype: Type to compute in. By default as stored, but float32 on a CPU if that fits into
-            memory. Weights of bfloat16 take half of it, and there prompts and batches are slower.
-        quantize: Keep the weights in int8, a quarter of float32, or int4, an eighth; python -m
-            parity.quality tells what that costs. A model stored like that stays so.
-        speculate: Guess ahead from the text itself: the same text, sooner where it repeats itself.
-        draft: Tokens that --speculate guesses at a time.
-        json: File for the samples, each with its prompt, the index of that and the number of the
-            sample, ids, log-probabilities in nats, text and why it stopped; and the speed.
+            memory. bfloat16 takes half the memory; on a CPU it is slower for prompts and batches.
+        quantize: Quantise the weights on loading: int8 takes a quarter of float32, int4 an eighth;
+            python -m parity.quality measures the loss. By default as stored; a quantised model
+            stays as it is.
+        speculate: Speculative decoding by prompt lookup, without a draft model: the same text,
+            sooner where it repeats itself. By default off.
+        draft: Tokens that --speculate guesses per step.
+        json: JSON file for the samples and the speed in tokens/s: of each sample the prompt, its
+            index, the sample's number, ids, log-probabilities in nats, text and stop reason. By
+            default none is written.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -93,7 +96,7 @@ class GenerateConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Generates as the flags say; see `--help`."""
+    """Runs the command `generate`: parses flags, generates, prints; returns the exit code."""
     options = flags.parse(GenerateConfig, "python -m lechat_jax.generate", __doc__ or "", argv)
     sampling = Sampling(
         options.temperature, options.top_k, options.top_p, options.min_p, options.seed
@@ -110,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quantize=options.quantize,
         batch=min(options.batch, len(asked) * options.samples),
         draft=options.draft if options.speculate else 0,
-        on_read=Reading(),
+        on_read=PrefillProgress(),
     )
     rows = [ids for ids in map(generator.ids_of, asked) for _ in range(options.samples)]
     generator.check(rows, options.max_tokens)
@@ -130,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(options: GenerateConfig) -> None:
-    """Raises `BadInput` for what can be known to be wrong before anything is loaded."""
+    """Validates the flags before anything is loaded; raises `BadInput`."""
     for name in ("samples", "batch"):
         if getattr(options, name) < 1:
             raise BadInput(f"--{name} must be at least 1, not {getattr(options, name)}")
@@ -141,8 +144,8 @@ def _check(options: GenerateConfig) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises `BadInput` for a model without a tokenizer, before its weights are read."""
-    if Trained.open(folder).tokenizer is None:
+    """Raises `BadInput` for a model without a tokenizer, before its weights are loaded."""
+    if SavedModel.open(folder).tokenizer is None:
         raise BadInput(f"{no_tokenizer(folder, 'a prompt cannot be read')}, or give --prompt-ids")
 
 
@@ -153,7 +156,7 @@ def _batches(
     sampling: Sampling,
     timed: "Timed",
 ) -> Iterator[Iterator[list[Sample]]]:
-    """The rounds of one batch after the other."""
+    """Generates batch after batch: an iterator of rounds for each."""
     for first in range(0, len(rows), options.batch):
         yield timed.watch(
             generator.stream_batch(
@@ -169,13 +172,13 @@ def _batches(
 
 
 class Timed:
-    """How fast the rounds of all batches came.
+    """Measures the generation speed over all batches, in tokens/s.
 
     Attributes:
-        tokens: all that came, of all samples.
-        first: seconds until the first round, which reads the prompts.
-        tokens_per_s: of the rounds after the first of each batch, all samples together; `None`
-            without any.
+        tokens: number of tokens generated, of all samples.
+        first: time to first token in seconds: the prefill and the first round.
+        tokens_per_s: decoding speed of all samples together, without the first round of each
+            batch; `None` if there are no other rounds.
     """
 
     def __init__(self) -> None:
@@ -185,11 +188,11 @@ class Timed:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """See the class."""
+        """Decoding speed of all samples together; `None` if it was not measured."""
         return self._later / self._seconds if self._later else None
 
     def watch(self, rounds: Iterator[list[Sample]]) -> Iterator[list[Sample]]:
-        """The same rounds, on the clock."""
+        """Passes the rounds of a batch through and times them."""
         began = time.perf_counter()
         for number, pieces in enumerate(rounds):
             now = time.perf_counter()
@@ -205,10 +208,10 @@ class Timed:
 
 
 def _prompts(options: GenerateConfig) -> list[Prompt]:
-    """What is to be continued, as text or ids.
+    """The prompts of the flags, as text or ids.
 
     Raises:
-        BadInput: it was said in two ways, or is no prompt.
+        BadInput: they are given in two ways, or one is not a prompt.
     """
     said = [name for name in ("prompt", "prompt_ids", "prompts_file") if getattr(options, name)]
     if len(said) > 1:
@@ -242,9 +245,9 @@ def _tell(
     batches: Iterable[Iterator[list[Sample]]],
     samples: list[Sample],
 ) -> None:
-    """Prints all samples after their prompts: one alone as it comes, several when complete.
+    """Prints prompts and samples: a single sample as it streams, several when complete.
 
-    They are appended to `samples`, interrupted ones too.
+    Samples are appended to `samples`, interrupted ones too.
     """
     alone = len(rows) == 1
     visible = Visible().show if sys.stdout.isatty() else str
@@ -278,7 +281,7 @@ def _tell(
 
 
 def _interrupted(sample: Sample) -> Sample:
-    """The sample as far as it came, unless it had ended by itself."""
+    """Marks an unfinished sample as interrupted."""
     return dataclasses.replace(sample, stopped=sample.stopped or "interrupted")
 
 
@@ -296,7 +299,7 @@ def _report(options: GenerateConfig, timed: Timed, samples: list[Sample]) -> Non
 def _write(
     path: Path, prompts: Sequence[Prompt], samples: list[Sample], tokens_per_s: float | None
 ) -> None:
-    """The samples as JSON, all of them or none, those of each prompt in a row.
+    """Writes the samples as JSON, atomically, those of each prompt side by side.
 
     Raises:
         BadInput: the file cannot be written.
@@ -314,4 +317,4 @@ def _write(
         ],
         "tokens_per_s": tokens_per_s,
     }
-    write_whole(path, json.dumps(found) + "\n")
+    write_atomic(path, json.dumps(found) + "\n")

@@ -1,4 +1,4 @@
-"""What comes out of generation, row by row: ids, text, and why there is no more."""
+"""Samples: ids, text, log-probabilities and stop reason of each row; stop texts."""
 
 import dataclasses
 import math
@@ -13,17 +13,16 @@ Stopped = Literal["eos", "length", "stop", "context", "interrupted"]
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What was generated for one prompt, or the next piece of it.
+    """A generated sample of one prompt, or the next piece of a streamed one.
 
     Attributes:
-        ids: the new tokens, an EOS that ended the text included. Of a text that was cut before a
-            stop text those that begin before it; the last may go on into it.
-        logprobs: nats that the model itself gave each, at temperature 1 and unfiltered.
-        text: of the new tokens but for an EOS, as it continues the prompt's; empty without a
-            tokenizer.
-        stopped: why nothing follows: the model ended the text, there are `max_tokens`, a stop
-            text came, the context of a layer without a window is full, or somebody interrupted
-            it. `None` when more is to come.
+        ids: the new tokens, EOS included. Before a stop text, the tokens that begin before it;
+            the last one may reach into it.
+        logprobs: log-probability of each token under the model in nats, at temperature 1 and
+            unfiltered.
+        text: text of the new tokens, as it continues the prompt; empty without a tokenizer.
+        stopped: stop reason: EOS, `max_tokens`, a stop text, a full context (layers without a
+            window) or an interrupt. `None` if more follows.
     """
 
     ids: list[int]
@@ -33,7 +32,7 @@ class Sample:
 
 
 def join(pieces: Sequence[Sample]) -> Sample:
-    """The sample that these pieces are of, in order."""
+    """Joins the streamed pieces of a sample, in order."""
     return Sample(
         ids=[id_ for piece in pieces for id_ in piece.ids],
         logprobs=[logprob for piece in pieces for logprob in piece.logprobs],
@@ -43,7 +42,7 @@ def join(pieces: Sequence[Sample]) -> Sample:
 
 
 class Certain(NamedTuple):
-    """Tokens that can be handed out, and the text."""
+    """Tokens and text that no later token can take back."""
 
     ids: list[int]
     logprobs: list[float]
@@ -51,13 +50,13 @@ class Certain(NamedTuple):
 
 
 class UntilStop:
-    """Tokens and their text up to a stop text, wherever the borders of the tokens are.
+    """Cuts a token stream before a stop text, which may start or end within a token.
 
-    What may be the beginning of a stop text is held back until it is known to be none. Of several
-    stop texts that counts which is complete first.
+    Text that may be the start of a stop text is held back. Of several stop texts the one that is
+    complete first counts.
 
     Attributes:
-        found: whether a stop text came; nothing is handed out of what is behind.
+        found: whether a stop text has come; nothing after it is output.
 
     >>> tokenizer = Tokenizer.mistral_v1()
     >>> heard = UntilStop(tokenizer, stop=["cat sat"])
@@ -80,7 +79,7 @@ class UntilStop:
         self._tokens: list[tuple[int, int, float]] = []  # of it: where each begins, id, logprob
 
     def push(self, ids: Sequence[int], logprobs: Sequence[float]) -> Certain:
-        """What the next tokens make certain."""
+        """Adds the next tokens; returns those that are certain."""
         begins = 0
         for id_, logprob in zip(ids, logprobs, strict=True):
             if self.found:
@@ -93,14 +92,14 @@ class UntilStop:
         return self._pop(begins)
 
     def flush(self) -> Certain:
-        """What is still held, now that nothing follows."""
+        """Ends the stream; returns what was held back."""
         if self.found:
             return Certain([], [], "")
         self._text += self._decoder.flush()
         return self._pop(len(self._text), all_tokens=True)
 
     def _look(self) -> int:
-        """Where in the text a stop text begins, or may begin."""
+        """Offset in the held text at which a stop text begins or may begin."""
         text, stop = self._text, self._stop
         complete = [(at + len(end), at) for end in stop if (at := text.find(end)) >= 0]
         self.found = bool(complete)
@@ -110,10 +109,10 @@ class UntilStop:
         return next((i for i in places if any(end.startswith(text[i:]) for end in stop)), len(text))
 
     def _pop(self, length: int, all_tokens: bool = False) -> Certain:
-        """So much of the text, and the tokens that begin in it.
+        """Takes `length` characters of the held text, and the tokens that begin in them.
 
-        One without a text of its own, as a part of a character is, begins where the text of the
-        next one does.
+        A token without text, such as a part of a character, begins where the next token's text
+        does.
         """
         n = sum(all_tokens or begin < length for begin, _, _ in self._tokens)
         tokens, text = self._tokens[:n], self._text[:length]
@@ -123,14 +122,14 @@ class UntilStop:
 
 
 class Continuation:
-    """How far one prompt of a batch has been continued.
+    """Progress of one row of a batch: tokens left, stop texts, stop reason.
 
     Attributes:
-        limit: most new tokens: `max_tokens`, or fewer where `room` (`None`: endless) is.
-        stopped: why there is no more to come, if so.
+        limit: maximum new tokens: the lesser of `max_tokens` and `room` (`None`: no limit).
+        stopped: stop reason; `None` if more follows.
 
     Raises:
-        BadInput: there are stop texts and no tokenizer to tell them by.
+        BadInput: there are stop texts and no tokenizer.
     """
 
     def __init__(
@@ -153,10 +152,10 @@ class Continuation:
         self._note([])
 
     def take(self, ids: list[int], logprobs: list[float]) -> Sample:
-        """The next piece, made of the tokens that a call of `decode` produced for the row.
+        """The next piece of the sample, from the tokens that `decode` produced for the row.
 
         Raises:
-            BadInput: the model computes no finite numbers.
+            BadInput: a log-probability is not finite.
         """
         if not all(map(math.isfinite, logprobs)):
             raise BadInput("the model's logits are not finite numbers; its weights are broken")
@@ -179,7 +178,7 @@ class Continuation:
 
 
 def stop_texts(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """The texts that end a continuation, of which a text alone is one.
+    """Validates stop texts: one text or several, none of them empty.
 
     Raises:
         BadInput: one is empty.

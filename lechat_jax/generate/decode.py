@@ -1,7 +1,7 @@
-"""The hot functions of generation: prefill of a prompt's chunk, and the decode loop.
+"""Jitted functions of generation: chunked prefill, and the decode loop with prompt lookup.
 
-Both are compiled once for a model and a number of rows, whatever the lengths: prompts go
-in a chunk of one row at a time, and one call of `decode` makes as many tokens as it is told to.
+Both are compiled once for a model and a number of rows, for any lengths: prefill takes a chunk of
+one row at a time, and a call of `decode` makes a given number of steps.
 """
 
 import functools
@@ -25,17 +25,15 @@ MOST = 64  # steps that one call of `decode` can take: its buffers have room for
 
 
 class DecodeState(NamedTuple):
-    """What changes from token to token, carried through the loop and from call to call.
+    """Decode state, carried through the decode loop and between its calls.
 
     Attributes:
-        cache: keys and values of all tokens before `token`.
-        token: the newest of each row, which the model has not read yet; at first the last
-            of the prompt.
-        position: of `token`, counted from the row's own first token; `EMPTY` for a row that is
-            free, or whose prompt is still being read: nothing is written into its ring.
+        cache: KV cache of all tokens before `token`.
+        token: newest token of each row, not yet in the cache; at first the prompt's last.
+        position: position of `token` in its row, from 0; `EMPTY` for a row that is free or still
+            in prefill: nothing is written into its ring.
         left: tokens that each row may still produce; at 0 the row is done.
-        seen: the newest tokens, `token` among them, as `look_up` wants them; without
-            speculation there are no slots.
+        seen: newest tokens, `token` included, for prompt lookup (`look_up`); S is 0 without it.
     """
 
     cache: Cache
@@ -46,12 +44,12 @@ class DecodeState(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What stays the same from token to token.
+    """What is constant for a row while it decodes: sampling, random stream, EOS ids.
 
     Attributes:
         controls: temperature and filters of each row.
-        streams: the random stream of each row.
-        ends: whether a token ends its row, such as EOS.
+        streams: random stream of each row.
+        ends: True for the ids that end a row, such as EOS.
     """
 
     controls: Controls
@@ -60,13 +58,13 @@ class Request(NamedTuple):
 
 
 class Produced(NamedTuple):
-    """The tokens of one call, those of a row from column 0 on; behind `length` there are none.
+    """Tokens that one call of `decode` produced; a row's are in columns 0 .. length - 1.
 
     Attributes:
-        ids: the tokens, the one that ended a row included.
-        logprobs: nats that the model itself gave each, at temperature 1 and unfiltered.
-        length: how many in each row.
-        steps: how often the model was run.
+        ids: token ids, EOS included.
+        logprobs: log-probability of each under the model in nats, at temperature 1 and unfiltered.
+        length: number of tokens of each row.
+        steps: number of forward passes.
     """
 
     ids: Int[Array, "B T"]
@@ -88,11 +86,11 @@ def prefill(
     tokens: Int[Array, "1 T"],
     positions: Int[Array, "1 T"],
 ) -> Cache:
-    """The cache with one more chunk of one row's prompt in it; `EMPTY` positions are padding.
+    """Chunked prefill: extends the KV cache by a chunk of one row's prompt; `EMPTY` is padding.
 
-    One row at a time, so that nobody is padded to the length of the others and what is computed
-    does not depend on them. No logits are made: the last token of a prompt is left to `decode`,
-    which is then the only place where anything is sampled. The cache passed in is used up.
+    One row at a time, so that no row is padded to the length of the others or depends on them. No
+    logits are computed: a prompt's last token is left to `decode`, the only place that samples. The
+    cache passed in is donated.
     """
     alone = jax.tree.map(lambda rows: jax.lax.dynamic_slice_in_dim(rows, row, 1), cache)
     alone = bind(config, weights).extend(tokens, positions, alone)[1]
@@ -101,10 +99,9 @@ def prefill(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def clear(cache: Cache, row: Int[Array, ""]) -> Cache:
-    """The cache with nothing in one row, as if it had never been used.
+    """Clears one row of the KV cache: keys, values and positions.
 
-    Not only its positions go: a value that is no number would be none under any mask. The cache
-    passed in is used up.
+    Positions alone would not do: a masked NaN is still NaN. The cache passed in is donated.
     """
     alone = jax.tree.map(lambda rows: jnp.zeros_like(rows[:1]), cache)
     rings = [ring._replace(position=ring.position + EMPTY) for ring in alone.rings]
@@ -113,7 +110,7 @@ def clear(cache: Cache, row: Int[Array, ""]) -> Cache:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def with_row(rows: T, row: Int[Array, ""], alone: T) -> T:
-    """Arrays of B rows with one of them replaced; what is passed in is used up."""
+    """Replaces one row in arrays of B rows; the arrays passed in are donated."""
     return _put(rows, row, alone)
 
 
@@ -133,17 +130,17 @@ def decode(
     n: Int[Array, ""],
     draft: int = 0,
 ) -> tuple[DecodeState, Produced]:
-    """Tokens of `n` more steps for each row, and the state after them; n is at most `MOST`.
+    """Decode loop: up to `n` steps of all rows, at most `MOST`; their tokens and the new state.
 
-    Ends early when all rows are done. A row that is done keeps its place in the batch, and
-    what is computed there is not used. The state passed in is used up; its cache is
-    updated in place, so memory does not depend on how long this goes on.
+    Ends early when all rows are done. A row that is done stays in the batch, and its results are
+    ignored. The state passed in is donated, so its KV cache is updated in place and memory is
+    constant.
 
-    A step makes one token, or with a `draft` up to draft + 1: so many are guessed from the
-    text itself, the model reads them all at once, and those are kept that it would have
-    chosen. Each choice is made as it would be without guesses, by the key of its position,
-    so the text is the same, drawn ones included, up to how a product of several rows rounds.
-    When the guesses no longer pay for themselves it ends early, for the caller to go on without.
+    A step makes one token, or with a `draft` up to draft + 1 (speculative decoding): the draft
+    comes from prompt lookup, the model verifies it in one pass, and the tokens that it would have
+    chosen are accepted. Each choice uses the random key of its position, so the text is the same,
+    sampled ones included, up to the rounding of larger matmuls. It ends early when the acceptance
+    rate is too low, for the caller to go on without a draft.
     """
     model = bind(config, weights)
     ahead = jnp.arange(1 + draft, dtype=jnp.int32)
@@ -181,12 +178,12 @@ def decode(
 
 
 def break_even(draft: int, batch: int, is_drawn: bool) -> float:
-    """Tokens that a step must make of each row for so many guesses to be worth what it takes.
+    """Break-even of speculative decoding: tokens per step and row from which a draft saves time.
 
-    An accelerator reads the weights, and what it computes with them beside that hardly counts. On
-    a CPU a step takes longer the more positions it reads, all the more when they are many, or
-    when each is drawn, from all ids. Measured for one row of lechat-15m and seven guesses: 2.1
-    times a step without, and 5.2 where tokens are drawn.
+    An accelerator is bound by reading the weights, so a draft costs little. On a CPU a step takes
+    longer with each position, more so with many rows, or when tokens are sampled from all ids.
+    Measured for one row of lechat-15m and a draft of 7: 2.1 times a step without, and 5.2 with
+    sampling.
     """
     if jax.default_backend() == "cpu":
         cost = (0.65 if is_drawn else 0.3) * max(1.0, batch / 8)
@@ -209,7 +206,7 @@ def _nothing(state: DecodeState, width: int) -> Produced:
 def _choose(
     logits: Float[Array, "B T V"], positions: Int[Array, "B T"], request: Request
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """The token at each of these positions, and what the model gave it, each on its own."""
+    """Samples a token at each of these positions independently, with its log-probability."""
     B, T, V = logits.shape
     streams, controls = jax.tree.map(
         lambda x: jnp.repeat(x, T, axis=0), (request.streams, request.controls)
@@ -225,10 +222,10 @@ def _kept(
     ends: Bool[Array, "B V"],
     left: Int[Array, "B"],
 ) -> Bool[Array, "B T"]:
-    """Which of the chosen tokens stand: all that were chosen after what is in the text.
+    """Verifies a draft: True for the accepted tokens of each row.
 
-    The first was; each later one was chosen after a guess, and stands if all guesses before
-    it were right, none of them ended the row, and there is room.
+    The first is always accepted; a later one, if all drafted tokens before it were right, none of
+    them ended the row, and tokens are left.
     """
     right = (guess == ids[:, :-1]) & ~jnp.take_along_axis(ends, guess, axis=1)
     reached = jnp.cumprod(jnp.pad(right, ((0, 0), (1, 0)), constant_values=True), axis=1) > 0
@@ -236,7 +233,7 @@ def _kept(
 
 
 def _mean_made(kept: Bool[Array, "B T"], left: Int[Array, "B"]) -> Float[Array, ""]:
-    """Tokens that a step has made of each row that wanted any."""
+    """Mean number of accepted tokens of the rows that are not done."""
     return jnp.sum(kept, dtype=jnp.float32) / jnp.sum(left > 0, dtype=jnp.float32)
 
 
@@ -248,7 +245,7 @@ def _advance(
     kept: Bool[Array, "B T"],
     ends: Bool[Array, "B V"],
 ) -> tuple[DecodeState, Produced]:
-    """The state and the output with the kept tokens behind the others of their rows."""
+    """Appends the accepted tokens to state and output."""
     rows, T = jnp.arange(ids.shape[0])[:, None], ids.shape[1]
     n = jnp.sum(kept, axis=1, dtype=jnp.int32)
     columns = jnp.where(kept, out.length[:, None] + jnp.arange(T), out.ids.shape[1])
@@ -275,11 +272,11 @@ def _advance(
 def compile_for(
     config: MistralConfig, weights: Described, batch: int, chunk: int, context: int, draft: int
 ) -> None:
-    """Compiles the functions for so many rows; a call like that then starts at once.
+    """Ahead-of-time compilation of prefill and decode for `batch` rows, so that they start at once.
 
-    With a draft that is `decode` with guesses and without. `weights` may be descriptions, so this
-    can be done before they are there. Compiling takes 0.1 to 0.2 GB, most of it for a moment, and
-    the weights will want all there is.
+    With a draft, `decode` is compiled with and without it. `weights` may be
+    `jax.ShapeDtypeStruct`s, so this can run before they are loaded. Compiling takes 0.1 to 0.2 GB,
+    most of it briefly, which the weights would leave no room for.
     """
 
     def arguments(ahead: int) -> tuple[DecodeState, Request]:

@@ -1,4 +1,4 @@
-"""A conversation, and the text in which a model reads and continues it."""
+"""A chat: a conversation, and the KV-cached text in which a model reads and continues it."""
 
 import dataclasses
 from collections.abc import Generator, Iterator, Sequence
@@ -13,31 +13,31 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 @runtime_checkable
 class Text(Protocol):
-    """What a chat needs of a `Session`."""
+    """The interface of `Session` that a chat needs."""
 
     ids: list[int]
 
     @property
     def room(self) -> int | None:
-        """Tokens that still fit; `None` is without end."""
+        """Tokens that still fit into the context; `None` is no limit."""
 
     def reset(self, length: int = 0) -> None:
-        """From here on the text is its first `length` tokens."""
+        """Truncates the text to its first `length` tokens."""
 
     def feed(self, ids: Sequence[int]) -> None:
         """Appends tokens."""
 
     def stream(self, max_tokens: int, sampling: Sampling) -> Iterator[Sample]:
-        """The next piece of the text, again and again until it stops."""
+        """Generates the continuation of the text, piece by piece."""
         ...
 
 
 class Dialogue:
-    """Questions in, answers out, and the text between kept as short as the template lets it be.
+    """A chat with a model: a question in, a streamed answer out; only new tokens need prefill.
 
     Attributes:
-        conversation: what was said.
-        last: the samples that the last answer consists of.
+        conversation: the chat history.
+        last: the streamed pieces of the last answer.
     """
 
     def __init__(
@@ -57,10 +57,9 @@ class Dialogue:
         self._stop = stop
 
     def answer(self, question: str) -> Generator[str, None, None]:
-        """The answer, piece by piece; whoever stops asking has cut it short.
+        """Streams the answer to a question; closing the iterator cuts the answer short.
 
-        What was handed out stays part of the conversation; before that the question is
-        none either.
+        What was output stays in the history; if nothing was, the question does not either.
 
         Raises:
             BadInput: the question does not fit into the context, or is not Unicode.
@@ -94,22 +93,22 @@ class Dialogue:
                 self.conversation.add(question, said)
 
     def _own(self, piece: Sample) -> tuple[list[int], list[float]]:
-        """The tokens of a piece but for an end that is not the template's, which closes it."""
+        """The tokens of a piece, without an end token other than the template's EOS."""
         foreign = piece.stopped == "eos" and piece.ids[-1] != self._tokenizer.eos_id
         kept = slice(-1 if foreign else None)
         return piece.ids[kept], piece.logprobs[kept]
 
     def say(self, question: str) -> str:
-        """The whole answer to a question; as `answer`, which gives it piece by piece."""
+        """The complete answer to a question; `answer` streams it."""
         return "".join(self.answer(question))
 
     def reset(self) -> None:
-        """From here on nothing was said; the system prompt stays."""
+        """Clears the history; the system prompt stays."""
         self.conversation.exchanges.clear()
         self._text.reset()
 
     def _read(self, ids: list[int]) -> None:
-        """The text is these ids, of which only the new ones need be read if it can be so."""
+        """Sets the text to these ids, keeping the KV cache of the common prefix where possible."""
         known = len(self._text.ids)
         room = self._text.room
         if room is not None and len(ids) >= room + known:

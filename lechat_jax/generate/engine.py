@@ -1,9 +1,9 @@
-"""Continuous batching: rows of one decode state that are admitted, advanced and freed singly.
+"""Continuous batching: rows of one decode state are admitted, advanced and freed one by one.
 
-A row is a text with its own ring of keys and values, its own sampling and its own end. Prompts
-are read one row and one chunk at a time, so that whoever drives the engine can decode the other
-rows in between, and all rows are decoded together. No token depends on the other rows: each is
-computed by the same compiled programs from its own prompt, stream and position alone.
+A row is a text with its own ring buffer of keys and values, sampling and EOS ids. Prefill takes one
+chunk of one row at a time, so that the other rows can be decoded in between; all rows are decoded
+together. No token depends on the other rows: each is computed by the same compiled programs from
+its own prompt, stream and position alone.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ PATIENCE = 0.1  # seconds of decoding until a stream shows something
 IDLE = Sampling(temperature=0)  # what a free row costs least with
 
 
-class Made(NamedTuple):
-    """What one row produced in a call: token ids, and nats that the model itself gave each."""
+class RowTokens(NamedTuple):
+    """Tokens that one row produced in a call: ids, and log-probabilities in nats."""
 
     ids: list[int]
     logprobs: list[float]
@@ -49,7 +49,7 @@ class Made(NamedTuple):
 
 @dataclasses.dataclass
 class _Reading:
-    """A prompt that is not in the cache yet, from position `at` on, and what follows it."""
+    """An admitted prompt whose prefill has come to position `at`, and its request."""
 
     row: int
     prompt: Sequence[int]
@@ -60,23 +60,23 @@ class _Reading:
 
 
 class Engine:
-    """Rows of a decode state that are filled, continued and freed one by one.
+    """Continuous batching engine: rows of a decode state that are admitted, advanced and freed.
 
-    Three functions are compiled for a number of rows, and one that writes a row; nothing that
-    can be asked for compiles anything else.
+    Three functions are compiled for a number of rows, and one that writes a row; no request
+    compiles anything else.
 
     Attributes:
         n_rows: rows B, free ones included.
-        lengths: tokens of the text in each row, those that were produced included; 0 is free.
-        unread: tokens of admitted prompts that are still to be read.
+        lengths: tokens of the text in each row, prompt and produced; 0 is free.
+        unread: prompt tokens that are admitted and await prefill.
 
     Args:
-        config: the model's.
-        weights_for: the weights as a product of so many positions wants them.
+        config: the model's config.
+        weights_for: gives the weights in the form for matmuls of so many positions.
         n_rows: rows B.
-        chunk: tokens T of a prompt that are read at once.
+        chunk: tokens T of a prefill chunk.
         context: positions that a layer without a window can hold.
-        draft: tokens that are guessed ahead by prompt lookup, where guesses have been right.
+        draft: tokens drafted per step by prompt lookup, while the acceptance rate pays.
     """
 
     def __init__(
@@ -114,16 +114,16 @@ class Engine:
         stream: int = 0,
         start: int = 0,
     ) -> None:
-        """Gives a row a prompt, which `read` brings into the cache chunk by chunk.
+        """Admits a prompt to a row; `read` then does its prefill chunk by chunk.
 
         Args:
-            row: from 0 to n_rows - 1; what was in it is forgotten.
+            row: from 0 to n_rows - 1; its former text is dropped.
             prompt: ids, BOS included; at least one.
-            limit: most new tokens.
-            sampling: how they are chosen.
-            eos_ids: tokens that end the row.
-            stream: number of the random stream: rows of one seed differ by it.
-            start: tokens of the prompt that the row has read already, or that are left out.
+            limit: maximum new tokens.
+            sampling: sampling parameters.
+            eos_ids: ids that end the row.
+            stream: number of the random stream, which distinguishes rows of one seed.
+            start: tokens of the prompt that are in the row's cache already, or are skipped.
         """
         self.free(row)
         if not start and self._used[row]:
@@ -138,9 +138,9 @@ class Engine:
         self._waiting.append(reading)
 
     def read(self) -> bool:
-        """Reads one chunk of the prompt that was admitted first; whether there is more to read.
+        """Prefill of one chunk of the prompt that was admitted first; returns whether more is left.
 
-        The last token of a prompt is left to `advance`.
+        The last token of a prompt is left to `advance`, which samples after it.
         """
         if not self._waiting:
             return False
@@ -160,7 +160,7 @@ class Engine:
         return bool(self._waiting)
 
     def read_all(self, on_read: OnRead | None = None) -> None:
-        """Reads all prompts that were admitted; with `on_read` it waits for every chunk."""
+        """Prefill of all admitted prompts; with `on_read` it waits for every chunk."""
         total = self.unread
         if on_read:
             on_read(0, total)
@@ -171,10 +171,10 @@ class Engine:
                 jax.block_until_ready(self._state.cache)
                 on_read(total - self.unread, total)
 
-    def advance(self, n: int) -> list[Made]:
-        """Up to `n` steps, at most `MOST`, of all rows that are read: what each has produced.
+    def advance(self, n: int) -> list[RowTokens]:
+        """Decodes up to `n` steps, at most `MOST`, of all rows that are ready; their new tokens.
 
-        Fewer when all rows are at their end, or guesses do not pay any more.
+        Fewer steps if all rows are done, or drafts do not pay any more.
         """
         guessing = self._guessing()
         weights = self._weights_for(self.n_rows * (1 + guessing))
@@ -187,14 +187,14 @@ class Engine:
         self._left = np.array(left)
         made = []
         for row, length in enumerate(lengths.tolist()):
-            made.append(Made(ids[row, :length].tolist(), logprobs[row, :length].tolist()))
+            made.append(RowTokens(ids[row, :length].tolist(), logprobs[row, :length].tolist()))
             self.lengths[row] += length
             if repeats := self._repeats[row]:
                 repeats.add(made[row].ids)
         return made
 
     def free(self, row: int) -> None:
-        """Forgets what a row was to produce; until it is admitted anew it costs least."""
+        """Frees a row: it produces nothing more until another prompt is admitted."""
         for reading in [reading for reading in self._waiting if reading.row == row]:
             self._waiting.remove(reading)
             self.unread -= len(reading.prompt) - 1 - reading.at
@@ -203,11 +203,11 @@ class Engine:
         self.lengths[row], self._repeats[row], self._drawn[row] = 0, None, False
 
     def spare(self) -> int | None:
-        """Tokens that a text may be cut by, so that its ring still holds what is before."""
+        """Tokens that can be cut off a text while its ring holds the window before them."""
         return self._state.cache.spare(self._config)
 
     def _begin(self, read: _Reading) -> None:
-        """A row whose prompt is in the cache takes part from now on."""
+        """Starts the decoding of a row whose prefill is complete."""
         last = len(read.prompt) - 1
         self._seat(read.row, int(read.prompt[last]), last, read.limit, read.request)
         self._drawn[read.row] = read.sampling.temperature > 0
@@ -228,7 +228,7 @@ class Engine:
         return Request(sampling.controls(1), sampling.streams(1, stream), jnp.asarray(ends[None]))
 
     def _guessing(self) -> int:
-        """Tokens to guess in the next call, for which the state has what is looked up."""
+        """Tokens to draft in the next call; prepares the state for prompt lookup."""
         live = [row for row in range(self.n_rows) if self._left[row]]
         rates = [repeats.rate for row in live if (repeats := self._repeats[row])]
         enough = break_even(self._draft, self.n_rows, any(self._drawn[row] for row in live))
@@ -241,9 +241,9 @@ class Engine:
 
 
 def rounds(engine: Engine, rows: Sequence[Continuation]) -> Iterator[list[Sample]]:
-    """The pieces of all rows after each call of `Engine.advance`, until all have stopped.
+    """Streams all rows: the pieces after each call of `Engine.advance`, until all have stopped.
 
-    A call makes one token at first, for an early start, and more as long as they come quickly.
+    The first call makes one token, for a short time to first token; later ones make more.
     """
     n = 1
     while not all(row.stopped for row in rows):

@@ -1,4 +1,4 @@
-"""Text generation: a model that continues prompts, all at once or piece by piece, and chats."""
+"""Text generation in Python: `load` a model, then `generate`, `stream` or `chat`."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lechat_jax.checkpoint.load import load_to_compute
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.continuation import Continuation, Sample, join, stop_texts
 from lechat_jax.generate.decode import compile_for
@@ -24,7 +24,7 @@ from lechat_jax.quantize.scheme import Format
 
 
 class Generator(LoadedModel):
-    """Continues prompts: what the command line, training and Python programs hold."""
+    """Generates text with a model, batched or streamed, for commands, training and Python."""
 
     @classmethod
     def from_checkpoint(
@@ -38,28 +38,28 @@ class Generator(LoadedModel):
         draft: int = 0,
         on_read: OnRead | None = None,
     ) -> "Generator":
-        """The model of a training run's last good checkpoint, or of lechat's weight format.
+        """Loads a training run's last good checkpoint, or weights in lechat's format.
 
-        Damaged checkpoints that had to be passed over are named on stderr.
+        Damaged checkpoints that are skipped are named on stderr.
 
         Args:
-            folder: of either kind; another format is refused with the command to convert it.
+            folder: of a run or of weights; for other formats the error names the converter.
             context: as for the class.
-            dtype: to compute in. By default as stored, but float32 on a CPU where that fits into
-                memory: several rows at once, and prompts, are faster in it.
-            quantize: "int8" to keep the kernels in int8, a quarter of float32, with a scale for
-                each output channel; what is stored like that stays so.
-            batch: prompts to compile for while the weights are read, so that the first token
-                comes sooner; by default nothing is compiled before it is needed.
-            draft: as for `stream`, for what is compiled.
+            dtype: compute dtype. By default as stored, but float32 on a CPU where that fits into
+                memory: batches and prefill are faster in it.
+            quantize: "int8" for per-channel int8, a quarter of float32, or "int4" for group-wise
+                int4, an eighth; weights that are stored quantised stay so.
+            batch: number of prompts to compile for while the weights are read, for a shorter
+                time to first token; by default compilation waits for the first call.
+            draft: as for `stream`, to compile for.
             on_read: as for the class.
 
         Raises:
             BadInput: the folder is neither, is damaged, or has no good checkpoint yet; the
-                weights do not fit into memory; or they are stored in several types and none
-                was chosen.
+                weights do not fit into memory; or they are stored in several dtypes and `dtype`
+                is not given.
         """
-        trained = Trained.open(Path(folder))
+        trained = SavedModel.open(Path(folder))
         tokenizer = trained.tokenizer
 
         def compile_ahead(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -113,12 +113,12 @@ class Generator(LoadedModel):
         first_row: int = 0,
         stop: str | Sequence[str] = (),
     ) -> Sample | list[Sample]:
-        """What follows a prompt, or each of several in one batch.
+        """Generates the continuation of one prompt, or of each of several as a batch.
 
-        The arguments are `stream_batch`'s.
+        Arguments as for `stream_batch`.
 
         Returns:
-            A sample for one text, or for the ids of one; a list of them for a list of prompts.
+            A sample for one prompt (a text or ids); a list of samples for a list of prompts.
         """
         is_one = isinstance(prompts, str) or any(isinstance(p, int | np.integer) for p in prompts)
         several = cast(Prompts, [prompts] if is_one else prompts)
@@ -135,7 +135,7 @@ class Generator(LoadedModel):
         draft: int = 0,
         stop: str | Sequence[str] = (),
     ) -> Iterator[Sample]:
-        """What follows a prompt, piece by piece as it is made; arguments as for `stream_batch`."""
+        """Streams the continuation of a prompt, piece by piece; arguments as for `stream_batch`."""
         rounds_ = self.stream_batch(
             [self.ids_of(prompt)], max_tokens, sampling, eos_ids, draft, stop=stop
         )
@@ -151,22 +151,22 @@ class Generator(LoadedModel):
         first_row: int = 0,
         stop: str | Sequence[str] = (),
     ) -> Iterator[list[Sample]]:
-        """The next piece for each prompt, again and again until all have stopped.
+        """Streams the continuations of a batch of prompts: rounds of one piece for each prompt.
 
-        The first pieces are of one token, for an early start, and the following ones grow
-        as long as they come quickly. No token depends on that, or on the other rows: only
-        on the model, the row's prompt and number, and `sampling`.
+        The first pieces have one token, for a short time to first token; later ones grow as
+        long as they come quickly. No token depends on that, or on the other rows: only on the
+        model, the row's prompt and number, and `sampling`.
 
         Args:
-            prompts: texts, or the ids of each, BOS included; at least one.
-            max_tokens: new tokens for each prompt, or fewer.
-            sampling: how tokens are chosen; by default as `Sampling()`.
-            eos_ids: tokens that end a text; by default those of the model. Empty: none.
-            draft: tokens to guess ahead from the text itself, as `decode` does it: the same
-                text sooner, if it repeats itself.
-            first_row: number of the first prompt, for draws that differ from batch to batch.
-            stop: texts that end a continuation, over all borders of tokens; it is cut before the
-                one that is complete first. A text alone is one.
+            prompts: texts, or ids with BOS included; at least one prompt.
+            max_tokens: maximum new tokens of each prompt.
+            sampling: sampling parameters; by default `Sampling()`.
+            eos_ids: ids that end a text; by default the model's. Empty: none.
+            draft: tokens per step of speculative decoding by prompt lookup; 0 is off. The same
+                text, sooner if it repeats itself.
+            first_row: number of the first prompt, so that random streams differ by batch.
+            stop: stop text or texts, which may start within a token; a continuation is cut
+                before the one that is complete first.
 
         Raises:
             BadInput: a prompt is empty, longer than the context or not of this vocabulary,
@@ -193,16 +193,16 @@ class Generator(LoadedModel):
         draft: int = 0,
         stop: str | Sequence[str] = (),
     ) -> Dialogue:
-        """A conversation by the model's chat template, whose `say` answers a question.
+        """Starts a chat by the model's chat template; `say` answers a question.
 
-        What was said stays in the KV cache, so that a question costs its own tokens only.
+        The history stays in the KV cache, so that a question costs its own tokens only.
 
         Args:
-            system: what the model is told before all questions.
-            max_tokens: most tokens of an answer.
-            sampling: how tokens are chosen; by default at a temperature of 0.7.
-            draft: tokens to guess ahead, as for `stream`.
-            stop: texts that end an answer.
+            system: system prompt.
+            max_tokens: maximum tokens of an answer.
+            sampling: sampling parameters; by default a temperature of 0.7.
+            draft: tokens per step of speculative decoding, as for `stream`.
+            stop: stop text or texts, which end an answer.
 
         Raises:
             BadInput: there is no tokenizer, or the cache does not fit into memory.

@@ -1,4 +1,4 @@
-"""A model that is loaded for generation: its weights, its tokenizer, and what it can be asked."""
+"""A model loaded for generation: weights, tokenizer, limits, checks of prompts and memory."""
 
 from collections.abc import Collection, Sequence
 
@@ -23,20 +23,20 @@ Prompts = Sequence[Sequence[int]] | list[str] | list[str | list[int]]
 
 
 class LoadedModel:
-    """A model, and how to feed it.
+    """A model with its tokenizer, prefill chunk and context size.
 
-    For each number of prompts the functions of `Engine` are compiled; nothing else that can be
-    asked for, neither lengths nor sampling, compiles anything.
+    The functions of `Engine` are compiled for each number of prompts; lengths and sampling
+    parameters compile nothing.
 
     Attributes:
-        config: the model's.
-        weights: the model's, by name; the dtype of the norms is what is computed in.
-        tokenizer: makes text of ids; without one there are only ids.
-        eos_ids: tokens that end a text, unless told otherwise: those given and the tokenizer's.
-        chunk: tokens of a prompt that are read at once.
+        config: the model's config.
+        weights: the model's weights by name; the norms' dtype is the compute dtype.
+        tokenizer: the tokenizer; without one there are only ids.
+        eos_ids: default ids that end a text: those given and the tokenizer's.
+        chunk: tokens of a prefill chunk.
         context: positions that a layer without a window can hold, prompt included.
-        on_read: is told how many tokens of the prompts are read, and of how many: at first of
-            none, then after each chunk, for which it waits.
+        on_read: called with the prompt tokens done and to do: at the start of prefill with 0,
+            then after each chunk, for which prefill waits.
 
     Raises:
         BadInput: chunk or context is below 1, or the tokenizer is another model's.
@@ -69,7 +69,7 @@ class LoadedModel:
             )
 
     def engine(self, n_rows: int, draft: int = 0) -> Engine:
-        """So many free rows for texts of this model, with guesses of up to `draft` tokens."""
+        """A continuous batching engine of `n_rows` free rows; drafts have up to `draft` tokens."""
         return Engine(
             self.config,
             self._weights_for,
@@ -80,7 +80,7 @@ class LoadedModel:
         )
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a prompt: BOS, and those of the text.
+        """Encodes a prompt: BOS, then the ids of the text.
 
         Raises:
             BadInput: there is no tokenizer.
@@ -90,7 +90,7 @@ class LoadedModel:
         return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
     def ids_of(self, prompt: Prompt) -> Sequence[int]:
-        """The tokens of a prompt, which may be a text.
+        """The ids of a prompt, which is a text or ids.
 
         Raises:
             BadInput: there is no tokenizer for a text.
@@ -98,11 +98,11 @@ class LoadedModel:
         return self.encode(prompt) if isinstance(prompt, str) else prompt
 
     def room(self, length: int) -> int | None:
-        """Tokens that fit behind so many; without end when every layer has a window."""
+        """Tokens that fit into the context after `length`; `None` if every layer has a window."""
         return self.context - length if None in self.config.windows else None
 
     def check(self, prompts: Sequence[Sequence[int]], max_tokens: int = 0, draft: int = 0) -> None:
-        """Raises `BadInput` for what this model cannot continue, or not so far."""
+        """Raises `BadInput` for prompts that this model cannot continue by so many tokens."""
         if not 0 <= max_tokens < 2**31:
             raise BadInput(f"max_tokens must be at least 0 and below 2**31, not {max_tokens}")
         if not 0 <= draft <= MOST_DRAFT:
@@ -125,11 +125,11 @@ class LoadedModel:
                 )
 
     def check_memory(self, batch: int, draft: int) -> None:
-        """Raises `BadInput` when the cache for so many rows would not fit."""
+        """Raises `BadInput` if the KV cache of `batch` rows does not fit into memory."""
         size = cache_size(self.config, self.weights, batch, self.chunk, self.context, draft)
         free = free_bytes(self.weights["norm.scale"])
         check_fits("the cache takes", cached_bytes(size), free, SHORTER)
 
     def _weights_for(self, positions: int) -> Weights:
-        """The weights as a product of so many positions wants them."""
+        """The weights in the form for matmuls of so many positions."""
         return self._for_one if positions == 1 else self._for_more

@@ -1,4 +1,4 @@
-"""How prompts are read: in which chunks, and into a cache of which size."""
+"""Prefill: chunk size of prompts, and size of the KV cache."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -19,7 +19,7 @@ Described = Weights | Mapping[str, jax.ShapeDtypeStruct]
 
 
 class CacheSize(NamedTuple):
-    """The arguments of `empty_cache`."""
+    """The arguments of `empty_cache`, which decide a KV cache's size."""
 
     config: MistralConfig
     batch: int
@@ -36,11 +36,11 @@ def cache_size(
     context: int,
     draft: int,
 ) -> CacheSize:
-    """The cache for so many rows, which are read by the chunk and guessed `draft` tokens ahead.
+    """Size of the KV cache for `batch` rows, with prefill chunks and drafts.
 
-    Keys have the type that is computed in, that of the norms, but at least float32 on a CPU,
-    which would convert the whole ring, and back, to write a token of bfloat16 into it. A guess
-    may reach beyond the context, though no text does.
+    Keys have the compute dtype, that of the norms, but at least float32 on a CPU, which would
+    convert the complete ring buffer, and back, to write one bfloat16 token into it. A draft may
+    reach beyond the context, though no text does.
     """
     dtype = weights["norm.scale"].dtype
     if jax.default_backend() == "cpu":
@@ -49,9 +49,9 @@ def cache_size(
 
 
 def cached_bytes(size: CacheSize) -> int:
-    """Memory of a cache and of what reads it: its rings, and the scores of one layer.
+    """Memory of a KV cache in bytes: its ring buffers, and the attention scores of one layer.
 
-    Those are of a chunk of one row, which is read apart from the others.
+    Scores are of one row's chunk, since prefill takes one row at a time.
     """
     config, batch, chunk, context, dtype = size
     slots = max(capacity(window, chunk, context) for window in config.windows)
@@ -61,7 +61,7 @@ def cached_bytes(size: CacheSize) -> int:
 
 
 def best_chunk() -> int:
-    """Tokens of a prompt to read at once.
+    """Tokens of a prefill chunk on this device.
 
     A CPU takes 0.1 ms for each token of a chunk (the default model, two cores), padding too,
     so a short prompt wants a short chunk, and up to `FEW` it multiplies as fast as it ever
@@ -74,9 +74,9 @@ def best_chunk() -> int:
 def chunk_of(
     prompt: Sequence[int], at: int, chunk: int
 ) -> tuple[Int[np.ndarray, "1 T"], Int[np.ndarray, "1 T"]]:
-    """Tokens and positions of a prompt from position `at` on, without its last token.
+    """A prefill chunk: tokens and positions of a prompt from `at` on, without its last token.
 
-    What is missing behind them is padding, at no position.
+    The rest of the chunk is padding, at position -1 (`EMPTY`).
 
     >>> chunk_of([11, 12, 13, 14, 15], at=3, chunk=3)
     (array([[14,  0,  0]], dtype=int32), array([[ 3, -1, -1]], dtype=int32))

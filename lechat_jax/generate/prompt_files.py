@@ -1,4 +1,4 @@
-"""Prompts from a file: a text a line, or JSON objects."""
+"""Prompt files: a text a line, or JSON Lines of texts or ids."""
 
 import re
 from pathlib import Path
@@ -12,15 +12,15 @@ Prompt = str | list[int]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file, in order: texts, or token ids; `-` is stdin.
+    """Reads a prompt file, in order: texts or token ids; `-` is stdin.
 
-    Of a file of JSON (see `json_records`) each object has `prompt`, a text, or `ids`. Of any other
-    file each line is a text, without its end, and an empty line an empty text: prompt number i is
-    line number i, so that answers can be matched.
+    In a JSON file (see `json_records`) each object has `prompt`, a text, or `ids`. In any other
+    file each line is a text and an empty line an empty text: prompt i is line i, so that samples
+    can be matched.
 
     Raises:
-        BadInput: the file cannot be read or holds no prompt, or a line is not as it must be; its
-            number is named.
+        BadInput: the file cannot be read or has no prompt, or a record is invalid; its line is
+            named.
     """
     prompts: list[Prompt] = []
     if str(path) == "-":
@@ -47,7 +47,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _prompt(fields: dict[str, Any]) -> Prompt | None:
-    """What an object asks to be continued; `None` if it does not."""
+    """The prompt of a JSON object; `None` if it has none."""
     prompt = fields.get("ids") if fields.get("prompt") is None else fields["prompt"]
     if isinstance(prompt, str):
         return prompt

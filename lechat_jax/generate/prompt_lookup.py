@@ -1,8 +1,8 @@
-"""Prompt lookup: what followed the last time that the text went like this, as a guess.
+"""Prompt lookup decoding: drafts the tokens that followed the last match of the text's end.
 
-Saxena 2023 (github.com/apoorvumang/prompt-lookup-decoding). A text that repeats itself, as
-code, edits and summaries do, is guessed well, and a guess costs nothing but a search: one
-comparison with each of the last `SEEN` tokens.
+Speculative decoding without a draft model (Saxena 2023,
+github.com/apoorvumang/prompt-lookup-decoding). Texts that repeat themselves, as code, edits and
+summaries do, are drafted well, and a draft costs only a search among the last `SEEN` tokens.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ NGRAM = 3  # tokens that have to be equal for the best kind of match; fewer will
 
 
 def newest(texts: Sequence[Sequence[int]], S: int) -> Int[np.ndarray, "B S"]:
-    """The last S tokens of each text, that of position p in slot p % S.
+    """Ring buffer of the last S tokens of each text: position p is in slot p % S.
 
     >>> newest([[5, 6, 7, 8], [9]], 3).tolist()
     [[8, 6, 7], [9, -1, -1]]
@@ -35,7 +35,7 @@ def newest(texts: Sequence[Sequence[int]], S: int) -> Int[np.ndarray, "B S"]:
 def record(
     seen: Int[Array, "B S"], positions: Int[Array, "B T"], tokens: Int[Array, "B T"]
 ) -> Int[Array, "B S"]:
-    """`seen` with these tokens in it, that of position p in slot p % S; `EMPTY` is left out."""
+    """Writes tokens into the ring buffer: position p into slot p % S; `EMPTY` is left out."""
     S = seen.shape[1]
     rows = jnp.arange(seen.shape[0])[:, None]
     slots = jnp.where(positions == EMPTY, S, positions % S)
@@ -43,15 +43,15 @@ def record(
 
 
 def look_up(seen: Int[Array, "B S"], position: Int[Array, "B"], n: int) -> Int[Array, "B draft"]:
-    """The n tokens that followed the latest of the longest matches with the end of each row.
+    """Drafts n tokens: those that followed the latest of the longest matches of each row's end.
 
-    A match is the last three tokens, or two, or one; without any, the guess is arbitrary. One
-    that reaches the end of the text goes round: after `a b a b` comes `a b a b`.
+    A match is an n-gram of the last three tokens, or two, or one; without any, the draft is
+    arbitrary. A draft that reaches the text's end repeats: after `a b a b` comes `a b a b`.
 
     Args:
-        seen: the tokens, that of position p in slot p % S.
-        position: of the newest token of each row, which is in `seen`.
-        n: length of the guess, at most S.
+        seen: ring buffer of tokens: position p in slot p % S.
+        position: position of each row's newest token, which is in `seen`.
+        n: length of the draft, at most S.
 
     >>> look_up(jnp.array([[7, 8, 9, 1, 7, 8, -1, -1]]), jnp.array([5]), n=3).tolist()
     [[9, 1, 7]]
@@ -73,15 +73,15 @@ def look_up(seen: Int[Array, "B S"], position: Int[Array, "B"], n: int) -> Int[A
 
 
 class Repeats:
-    """How well a text could have been guessed so far, told by going through it as decoding would.
+    """Estimates the acceptance rate of prompt lookup on a text, by replaying it as decoding would.
 
-    A step that guesses costs more than one that does not, so guesses are made only where they
-    have been right. This goes by the tokens alone and not by a clock, so that the same request
-    takes the same steps.
+    A step with a draft costs more than one without, so drafts are made only where they have been
+    right. This depends on the tokens alone and not on a clock, so that the same request takes the
+    same steps.
 
     Attributes:
-        text: the tokens.
-        rate: tokens that a step of guesses makes, lately: 1 where none is right.
+        text: the token ids.
+        rate: recent tokens per step with drafts; 1 if no drafted token is right.
 
     >>> Repeats([1, 2, 3, 4, 5] * 5, draft=3).rate > 3
     True
@@ -99,7 +99,7 @@ class Repeats:
         self.add(text[-SEEN:])
 
     def add(self, ids: Sequence[int]) -> None:
-        """The next tokens of the text."""
+        """Appends tokens to the text and updates the rate."""
         for id_ in map(int, ids):
             text, source = self.text, self._source
             text.append(id_)
@@ -116,7 +116,7 @@ class Repeats:
 
 
 def lately(rate: Number, made: Number) -> Number:
-    """Tokens a step, of which the last four count most, after a step that made so many.
+    """Moving average of tokens per step, mostly of the last four, after a step that made so many.
 
     >>> lately(1.0, 5.0)
     2.0

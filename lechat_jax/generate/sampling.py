@@ -1,11 +1,11 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p and min-p.
+"""Sampling of the next token from logits: greedy, temperature, top-k, top-p (nucleus), min-p.
 
 The order is fixed, and each filter sees what the one before it left, renormalised:
 
     logits / temperature  ->  top-k  ->  top-p  ->  min-p  ->  one draw
 
-All of it is a function of (logits, keys, controls), and the controls are traced, one per
-row: changing a temperature or turning a filter on compiles nothing.
+A pure function of (logits, keys, controls). The controls are traced arrays, one value per row:
+changing a temperature or turning a filter on compiles nothing.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from lechat_jax.errors import BadInput
 
 
 class Controls(NamedTuple):
-    """How each row of a batch is sampled; `filter_logits` says what the numbers do."""
+    """Sampling parameters of each row of a batch; for their meaning see `Sampling`."""
 
     temperature: Float[Array, "B"]
     top_k: Int[Array, "B"]
@@ -31,15 +31,15 @@ class Controls(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to choose the next token, as a user says it.
+    """Sampling parameters as a user gives them.
 
     Attributes:
-        temperature: what the logits are divided by; 0 takes the likeliest token always.
+        temperature: logits are divided by it; 0 is greedy decoding.
         top_k: only the k likeliest tokens; 0 for all.
-        top_p: only the likeliest tokens, up to and including the one that brings their
-            probability past p; 1 for all.
+        top_p: nucleus sampling: only the likeliest tokens, up to and including the one that
+            brings their probability past p; 1 for all.
         min_p: only tokens at least this fraction as likely as the likeliest; 0 for all.
-        seed: of the random draws; each row of a batch has a stream of its own.
+        seed: random seed; each row of a batch has a random stream of its own.
 
     Raises:
         BadInput: a number is out of range.
@@ -66,7 +66,7 @@ class Sampling:
             raise BadInput(f"seed must be at least 0 and below 2**32, not {self.seed}")
 
     def controls(self, batch: int) -> Controls:
-        """The same for each of `batch` rows."""
+        """These parameters as arrays, the same for each of `batch` rows."""
 
         def rows(value: float | int, dtype: type[np.number], most: float | int) -> Array:
             return jnp.asarray(np.full(batch, min(value, most), dtype))  # so nothing compiles
@@ -79,19 +79,19 @@ class Sampling:
         )
 
     def streams(self, batch: int, first_row: int = 0) -> UInt[Array, "B 2"]:
-        """The random stream of each row, as `token_keys` wants it: the words (row, seed).
+        """The random stream of each row for `token_keys`: the two words (row, seed).
 
-        Two words are a Threefry key, so the streams are distinct without any hashing.
+        Two words are a Threefry key, so the streams are distinct without hashing.
         """
         row = np.arange(first_row, first_row + batch, dtype=np.uint32)
         return jnp.asarray(np.stack([row, np.full_like(row, self.seed)], axis=1))
 
 
 def token_keys(streams: UInt[Array, "B 2"], positions: Int[Array, "B"]) -> Key[Array, "B"]:
-    """The key for the token at each row's position.
+    """PRNG key of the token at each row's position.
 
-    It depends on seed, row and position alone, so a text does not depend on how many
-    tokens are made in one call, on padding, or on JAX's default generator.
+    It depends on seed, row and position alone, so a text does not depend on the number of
+    tokens per call, on padding, or on JAX's default generator.
     """
     keys = jax.random.wrap_key_data(streams, impl="threefry2x32")
     return jax.vmap(jax.random.fold_in)(keys, positions)
@@ -100,11 +100,11 @@ def token_keys(streams: UInt[Array, "B 2"], positions: Int[Array, "B"]) -> Key[A
 def sample(
     logits: Float[Array, "B V"], keys: Key[Array, "B"], controls: Controls
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """A token for each row, and the log-probability that the model itself gave it.
+    """Samples a token for each row; the ids, and their log-probabilities in nats under the model.
 
-    That is, at temperature 1 and before any filter, whatever the controls. A temperature
-    of 0 takes the largest logit, the lowest id where several are; the work of drawing is
-    skipped when no row asks for it. Logits are at least float32.
+    Log-probabilities are at temperature 1 and unfiltered, whatever the controls. A temperature
+    of 0 takes the largest logit, of equal ones the lowest id; sampling is skipped if all rows
+    are greedy. Logits are at least float32.
     """
 
     def draw() -> Int[Array, "B"]:
@@ -120,10 +120,10 @@ def sample(
 
 
 def largest(x: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """The lowest id of those with the largest number; with NaN in the row, any id.
+    """Argmax of each row, the lowest id if several are largest; with NaN in the row, any id.
 
-    `argmax` in two reductions that XLA vectorises on a CPU, as it does not `argmax` with
-    its two results: 0.3 ms instead of 1.6 for a draw from 32,000 ids.
+    Two reductions, which XLA vectorises on a CPU, unlike `argmax` with its two results: 0.3 ms
+    instead of 1.6 for a draw from 32,000 ids.
 
     >>> largest(jnp.array([[1.0, 2.0, 2.0]])).tolist()
     [1]
@@ -134,10 +134,10 @@ def largest(x: Float[Array, "B V"]) -> Int[Array, "B"]:
 
 
 def filter_logits(logits: Float[Array, "B V"], controls: Controls) -> Float[Array, "B V"]:
-    """The logits over the temperature, with minus infinity for what the filters drop.
+    """Logits over the temperature, with -inf for tokens dropped by top-k, top-p and min-p.
 
-    The likeliest token always stays, and a temperature of 0 counts as the smallest
-    positive number. What is off in every row is not searched for.
+    The likeliest token always stays, and a temperature of 0 counts as the smallest positive
+    number. A filter that is off in every row costs nothing.
     """
     dtype = logits.dtype
     temperature, top_k, top_p, min_p = (x.astype(dtype)[:, None] for x in controls)
@@ -159,7 +159,7 @@ def filter_logits(logits: Float[Array, "B V"], controls: Controls) -> Float[Arra
 
 
 def top_k_mask(logits: Float[Array, "B V"], k: Float[Array, "B 1"]) -> Bool[Array, "B V"]:
-    """True for exactly the k largest, lower ids first where equal; k = 0 is all.
+    """Top-k filter: True for exactly the k largest logits, lower ids first if equal; k = 0 is all.
 
     >>> top_k_mask(jnp.array([[1.0, 3.0, 2.0, 2.0]]), jnp.array([[2.0]]))[0].tolist()
     [False, True, True, False]
@@ -168,10 +168,10 @@ def top_k_mask(logits: Float[Array, "B V"], k: Float[Array, "B 1"]) -> Bool[Arra
 
 
 def top_p_mask(logits: Float[Array, "B V"], p: Float[Array, "B 1"]) -> Bool[Array, "B V"]:
-    """True where the probability of all likelier tokens together is at most p; 1 is all.
+    """Top-p (nucleus) filter: True where all likelier tokens' probability sums to at most p.
 
-    So the token that crosses p stays. The rule of Meta's Llama and of mistral-inference,
-    after Holtzman et al. 2020 (arXiv:1904.09751).
+    So the token that crosses p stays; p = 1 is all. The rule of Meta's Llama and of
+    mistral-inference, after Holtzman et al. 2020 (arXiv:1904.09751).
 
     >>> top_p_mask(jnp.log(jnp.array([[0.2, 0.5, 0.3]])), jnp.array([[0.6]]))[0].tolist()
     [False, True, True]
@@ -182,12 +182,12 @@ def top_p_mask(logits: Float[Array, "B V"], p: Float[Array, "B 1"]) -> Bool[Arra
 def _leading(
     logits: Float[Array, "B V"], weights: Float[Array, "B V"], limit: Float[Array, "B 1"]
 ) -> Bool[Array, "B V"]:
-    """True where the weights of all larger logits add up to at most `limit`.
+    """True where the weights of all larger logits sum to at most `limit`.
 
-    Of equal logits, which must have equal weights, a lower id counts as larger. There is
-    no sorting: the logit that crosses the limit is found by halving, one bit of its
-    floating-point pattern at a time. For 32,000 ids on a CPU that is 0.25 ms; a sort of
-    them is 8 to 11 ms, more than the whole step of a small model.
+    Of equal logits, which must have equal weights, a lower id counts as larger. Instead of
+    sorting, the logit that crosses the limit is determined by bisection, one bit of its
+    floating-point pattern at a time. For 32,000 ids on a CPU that is 0.25 ms; a sort is 8 to
+    11 ms, more than a step of a small model.
     """
     order = _ordered_bits(logits)
     width = jnp.iinfo(order.dtype).bits
@@ -207,7 +207,7 @@ def _leading(
 
 
 def _ordered_bits(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
-    """The floating-point patterns as unsigned integers that are ordered as the numbers are."""
+    """Bit patterns of floats as unsigned integers in the same order."""
     unsigned = {4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), unsigned)  # -0 equals 0
     sign = jnp.ones_like(bits) << (8 * x.dtype.itemsize - 1)

@@ -1,4 +1,4 @@
-"""A text that is read and continued in turns, as a conversation is."""
+"""Generation session: a text that grows by input and output, with its KV cache kept in between."""
 
 from collections.abc import Collection, Iterator, Sequence
 
@@ -9,12 +9,12 @@ from lechat_jax.generate.sampling import Sampling
 
 
 class Session:
-    """One text, whose keys and values stay in the ring from turn to turn.
+    """One text whose KV cache is reused: each continuation needs prefill of its new tokens only.
 
-    So a turn costs its own tokens, however long the text is.
+    The cost does not grow with the text's length.
 
     Attributes:
-        ids: all tokens so far, those that were fed and those that were produced.
+        ids: all tokens so far, fed and generated.
     """
 
     def __init__(self, model: LoadedModel, draft: int = 0) -> None:
@@ -25,9 +25,9 @@ class Session:
         self.reset()
 
     def reset(self, length: int = 0) -> None:
-        """From here on the text is its first `length` tokens, of which the cache keeps what it can.
+        """Truncates the text to its first `length` tokens, keeping what it can of the KV cache.
 
-        The next `stream` reads the rest.
+        The next `stream` does the missing prefill.
         """
         if length:
             del self.ids[length:]
@@ -41,11 +41,11 @@ class Session:
 
     @property
     def room(self) -> int | None:
-        """Tokens that still fit; `None` is without end."""
+        """Tokens that still fit into the context; `None` is no limit."""
         return self._model.room(len(self.ids))
 
     def feed(self, ids: Sequence[int]) -> None:
-        """Appends tokens, which the next `stream` reads first.
+        """Appends tokens to the text; the next `stream` does their prefill.
 
         Raises:
             BadInput: they are not of this vocabulary, or do not fit into the context.
@@ -61,20 +61,20 @@ class Session:
         eos_ids: Collection[int] | None = None,
         stop: str | Sequence[str] = (),
     ) -> Iterator[Sample]:
-        """The next piece of the text, again and again until it stops.
+        """Generates the continuation of the text, piece by piece.
 
-        Whoever stops asking leaves the text with all pieces that were handed out. A stop text is
-        not part of it, but for what a token that begins before has of it.
+        If the iterator is closed early, the text keeps all pieces that were output. A stop text is
+        not part of it, except for what the token before reaches into it.
 
         Args:
-            max_tokens: most new tokens.
-            sampling: how tokens are chosen; a token depends on its seed and position, so
-                the same seed will do for all turns.
-            eos_ids: tokens that end the turn; by default those of the model.
-            stop: texts that end it, as for `Generator.stream`.
+            max_tokens: maximum new tokens.
+            sampling: sampling parameters; randomness depends on seed and position, so the same
+                seed serves for the complete session.
+            eos_ids: ids that end the continuation; by default the model's.
+            stop: stop texts, as for `Generator.stream`.
 
         Raises:
-            BadInput: nothing was fed yet, `max_tokens` is negative, or a stop text is empty.
+            BadInput: the text is empty, `max_tokens` is negative, or a stop text is empty.
         """
         model, sampling = self._model, sampling or Sampling()
         model.check([self.ids], max_tokens)

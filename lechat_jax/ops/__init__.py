@@ -1,1 +1,1 @@
-"""The heavy operations, each in the form that a device is fast at."""
+"""Heavy operations (matmul, attention, cross-entropy), in the form that each device is fast at."""

@@ -1,4 +1,4 @@
-"""Cross-entropy over the whole vocabulary, without ever holding all of its logits."""
+"""Chunked cross-entropy loss over the vocabulary: the logits of all tokens are never in memory."""
 
 import functools
 
@@ -17,10 +17,10 @@ def cross_entropy(
     weights: Float[Array, " T"],
     chunk: int,
 ) -> Float[Array, ""]:
-    """Sum over T tokens of weight * -log softmax(head @ hidden)[target], in nats.
+    """Cross-entropy: sum over T tokens of weight * -log softmax(head @ hidden)[target], in nats.
 
-    The logits of `chunk` tokens are in memory at a time, at least float32. Differentiated,
-    the same pass also makes the gradients of `hidden` and `head`, so that no logit is
+    The logits of `chunk` tokens are in memory at a time, at least float32. When differentiated,
+    the forward pass also computes the gradients of `hidden` and `head`, so that no logit is
     computed twice: three matrix products in all, where recomputing would take four.
     `targets` and `weights` are data and have no gradient.
     """
@@ -31,7 +31,7 @@ def cross_entropy(
 
 
 def _chunks(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, ...]:
-    """The tokens in rows of `chunk`, the last filled up with tokens of weight 0."""
+    """The tokens in rows of `chunk`, the last padded with tokens of weight 0."""
     T, D = hidden.shape
     chunk = min(chunk, T)
     pad = -T % chunk
@@ -44,7 +44,7 @@ def _chunks(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[
 
 
 def _nats(head: Array, h: Array, target: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """The loss of one chunk, and its softmax as numerators and denominators."""
+    """The loss of one chunk in nats, and its softmax as numerators and denominators."""
     logits = jnp.einsum("TD,VD->TV", h, head, preferred_element_type=weight.dtype)
     top = logits.max(axis=-1)
     numerator = jnp.exp(logits - top[:, None])

@@ -1,7 +1,7 @@
-"""Window attention by hand-written kernels: NVIDIA's cuDNN, and splash attention for TPUs.
+"""Flash attention with a sliding window: cuDNN on NVIDIA GPUs, splash attention on TPUs.
 
-Both are flash attention (arXiv:2205.14135), which never writes the scores to memory, and
-skip what lies outside the window. Both count a window without the query itself: W - 1.
+Both (arXiv:2205.14135) never write the scores to memory, and skip blocks outside the window.
+Both count a window without the query itself: W - 1.
 """
 
 import functools
@@ -28,11 +28,11 @@ def fused_attention(
     window: int | None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Queries:
-    """Causal window attention over a whole sequence by cuDNN, in bfloat16 or float16.
+    """Flash attention by cuDNN: causal, with a sliding window, in bfloat16 or float16.
 
-    Causal and a window, never a mask: cuDNN would read a mask as a bias and compute its
-    gradient, and a window that is not causal sees the future (jax#39576). "xla" computes
-    from the same arguments what any machine can check.
+    It is given causal and a window, never a mask: cuDNN would take a mask as a bias and compute
+    its gradient, and a window without causal sees the future (jax#39576). "xla" computes the
+    same on any machine, for tests.
     """
     local = None if window is None or window >= q.shape[1] else (window - 1, 0)
     return jax.nn.dot_product_attention(
@@ -42,9 +42,9 @@ def fused_attention(
 
 @functools.cache
 def cudnn_works(dtype: str, head_dim: int) -> bool:
-    """Whether cuDNN attention can be trained on this machine; if not, a warning says why.
+    """Whether cuDNN attention works forward and backward on this machine; if not, warns why.
 
-    Asked once, by doing it for a few tokens: versions and devices differ too much to list.
+    Tried once, on a few tokens: versions and devices differ too much to list.
     """
     q, k = np.ones((1, 64, 2, head_dim), dtype), np.ones((1, 64, 1, head_dim), dtype)
 
@@ -69,12 +69,11 @@ def splash_attention(
     documents: Int[Array, "B T"] | None = None,
     interpret: bool = False,
 ) -> Queries:
-    """Causal window attention over a whole sequence by JAX's own TPU kernel.
+    """Splash attention, JAX's TPU kernel: causal, with a sliding window and document masks.
 
-    T is padded at the end to whole blocks; no query sees what comes after it, so the
-    padding is seen by itself alone. Documents are told apart within the blocks; blocks
-    of which they hide everything are computed all the same. `interpret` runs it, slowly,
-    on any device.
+    T is padded at the end to full blocks; no query sees what comes after it, so only padding
+    sees the padding. Documents are masked within the blocks; blocks that they mask completely
+    are computed all the same. `interpret` runs it, slowly, on any device, for tests.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
@@ -94,7 +93,7 @@ def splash_attention(
 
 
 def splash_blocks(T: int, window: int | None) -> tuple[int, int]:
-    """The length that T is padded to, and the block that divides it, for the TPU kernel.
+    """Padded length and block size of splash attention for T tokens.
 
     Blocks of 512 keep the matrix unit busy, but a block wider than the window computes
     mostly what the window hides.
@@ -111,7 +110,7 @@ def splash_blocks(T: int, window: int | None) -> tuple[int, int]:
 def _splash_kernel(
     length: int, block: int, n_heads: int, window: int | None, interpret: bool
 ) -> Any:
-    """The kernel for one shape; building it walks all pairs of blocks, so it is kept.
+    """The splash kernel for one shape, cached, since building it visits all pairs of blocks.
 
     Its two backward kernels are separate: the fused one holds a partial gradient of the
     queries for every block of keys, which is T * T / block memory.

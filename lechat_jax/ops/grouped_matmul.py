@@ -1,9 +1,9 @@
-"""The product of rows that lie in groups with a kernel for each group, and no other product.
+"""Grouped matmul (ragged dot) of a dropless mixture of experts: each row times its expert's kernel.
 
-Rows [T, D] come sorted by group, the first sizes[0] for the kernel of group 0 and so on, as
-many as it may be: none is dropped, and none is multiplied with a kernel that is not its own.
+Rows [T, D] are sorted by group: the first sizes[0] for the kernel of group 0 and so on. Sizes are
+arbitrary: no row is dropped, and none is multiplied by another group's kernel.
 
-A GPU or TPU has `jax.lax.ragged_dot` for that; on a CPU see `grouped_matmul_cpu`.
+On a GPU or TPU this is `jax.lax.ragged_dot`; on a CPU see `grouped_matmul_cpu`.
 """
 
 from typing import Any
@@ -21,11 +21,10 @@ from lechat_jax.ops.matmul import here, is_on_cpu
 def grouped(
     rows: Float[Array, "T D"], kernels: Any, sizes: Int[Array, " E"]
 ) -> Float[Array, "T F"]:
-    """Each row times the transposed kernel of its group; rows beyond all groups are anything.
+    """Grouped matmul: each row times its group's transposed kernel; undefined after all.
 
-    Products are added up in at least float32 and rounded once. Kernels of int8 and int4 are
-    constants to a gradient, which goes to the rows alone: those of one product at a time are
-    made floats, when its turn comes.
+    Products are accumulated in at least float32 and rounded once. Int8 and int4 kernels have no
+    gradient, only the rows have; they are dequantized for one product at a time.
     """
     group = group_of_each(len(rows), sizes)
     y = kernels.by_group(rows, group, lambda rows, numbers: _product(rows, numbers, sizes))
@@ -34,7 +33,7 @@ def grouped(
 
 @jax.custom_vjp
 def _product(rows: Array, kernels: Dense | PackedInt4, sizes: Array) -> Float[Array, "T F"]:
-    """In at least float32."""
+    """The grouped matmul, in at least float32."""
     if not is_on_cpu():
         kernels, rows = here(kernels, rows)
         return _ragged(rows, kernels.floats(rows.dtype).astype(rows.dtype), sizes)

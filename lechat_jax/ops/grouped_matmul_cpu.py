@@ -1,12 +1,12 @@
-"""The product by groups on a CPU, and its gradients, with no work for the kernels of others.
+"""Grouped matmul on a CPU, with its gradients: rows are multiplied by their own kernel only.
 
-`jax.lax.ragged_dot` multiplies every row with every kernel there and then chooses: with 8
-groups 8 times the work. So here kernel after kernel is taken in blocks that the cache holds and
-multiplied with its rows, a tile of them at a time: how many tiles there are is only known when
-it runs. A tile may reach into rows of another group, for which it is not there.
+`jax.lax.ragged_dot` on a CPU multiplies every row by every kernel and then selects: with 8
+groups 8 times the work. So here each kernel is read in blocks that fit the cache and multiplied
+by its rows, a tile of rows at a time, in loops whose length depends on the group sizes. A tile
+may overlap the next group's rows; those are masked.
 
-Of a few rows, as in decoding, each takes its kernel on its own, as a sum that XLA fuses with
-reading it: no copy of the kernel is made.
+With few rows, as in decoding, each row reads its kernel by itself, as a sum that XLA fuses with
+the read: no copy of the kernel is made.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,12 @@ SMALL = 32  # of the last of them, if two such tiles are enough
 
 
 class Tile(NamedTuple):
-    """Some rows that follow each other.
+    """A tile of consecutive rows, and a mask of those that belong to the group.
 
     Attributes:
-        at: the first of them.
-        size: how many there are.
-        is_own: whether a row is of the group; those next to its own may be there as well.
+        at: index of the first row.
+        size: number of rows.
+        is_own: whether a row belongs to the group; the tile may overlap its neighbours.
     """
 
     at: Int[Array, ""]
@@ -39,13 +39,13 @@ class Tile(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Where the groups are that have any rows.
+    """Offsets of the groups that have rows.
 
     Attributes:
-        n: how many have.
-        which: their numbers, in the order of their rows, and behind them those that have none.
-        start: the first row of each group.
-        end: the row behind its last.
+        n: number of groups that have rows.
+        which: group ids: those that have rows, in order, then the others.
+        start: first row of each group.
+        end: one past the last row of each group.
     """
 
     n: Int[Array, ""]
@@ -62,10 +62,9 @@ class Groups(NamedTuple):
     def by_blocks(
         self, F: int, n: int, each: Callable[[Array, Array, Array], Array], y: Array
     ) -> Array:
-        """What becomes of y when `each` has had the kernels of the groups, a block at a time.
+        """Loop over the groups' kernels in blocks of outputs, carrying `y` through `each`.
 
-        It gets the group and where in its F outputs a block of n begins, of which the last may be
-        less than n before their end.
+        `each` gets the group and the first output of a block of n; fewer may remain in the last.
         """
         n_blocks = -(-F // n)
 
@@ -75,7 +74,7 @@ class Groups(NamedTuple):
         return jax.lax.fori_loop(0, self.n * n_blocks, turn, y)
 
     def by_tiles(self, e: Array, T: int, each: Callable[[Tile, Array], Array], y: Array) -> Array:
-        """What becomes of y when `each` has had the rows of a group, a tile at a time."""
+        """Loop over the rows of a group in tiles, carrying `y` through `each`."""
         first, end = self.start[e], self.end[e]
         for n, size in _tiles(end - first, T):
 
@@ -91,10 +90,10 @@ class Groups(NamedTuple):
 
 
 def _tiles(rows: Array, T: int) -> list[tuple[Array, int]]:
-    """How many tiles of which size a group of so many rows needs, of T rows in all.
+    """Number and size of the tiles that a group of `rows` needs, of T rows in all.
 
-    None is of all T where there are smaller ones: XLA would take its product out of the loop,
-    and so work on it even where there is no such tile.
+    No tile has all T rows where smaller ones exist: XLA would hoist its product out of the loop,
+    and compute it even where there is no such tile.
     """
     if T <= TILE:
         size = min(SMALL, T)
@@ -108,7 +107,7 @@ def _tiles(rows: Array, T: int) -> list[tuple[Array, int]]:
 
 
 def group_of_each(T: int, sizes: Int[Array, " E"]) -> Int[Array, " T"]:
-    """The group of each row; of those beyond all groups, the last."""
+    """The group id of each row; the last group for rows after all groups."""
     group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(T), side="right")
     return jnp.minimum(group, len(sizes) - 1)
 
@@ -116,7 +115,7 @@ def group_of_each(T: int, sizes: Int[Array, " E"]) -> Int[Array, " T"]:
 def product(
     rows: Float[Array, "T D"], kernels: Dense | PackedInt4, sizes: Int[Array, " E"]
 ) -> Float[Array, "T F"]:
-    """Each row times the transposed kernel of its group, nought for a row beyond all groups."""
+    """Grouped matmul on a CPU: each row times its transposed kernel; zero after all groups."""
     rows = _wide(rows)
     T, (_, F, D) = len(rows), kernels.shape
     if T <= ALONE:
@@ -140,7 +139,7 @@ def product(
 def _each_alone(
     rows: Float[Array, "T D"], kernels: Dense | PackedInt4, sizes: Int[Array, " E"]
 ) -> Float[Array, "T F"]:
-    """A kernel is read as often as it has rows; in blocks if it has to be converted."""
+    """Row by row: a kernel is read once per row, in blocks if it must be converted."""
     T, (_, F, D) = len(rows), kernels.shape
     group = group_of_each(T, sizes)
     n = F if kernels.numbers.dtype == rows.dtype else _rows_of_block(F, D)
@@ -159,7 +158,7 @@ def _each_alone(
 def gradient_of_rows(
     dy: Float[Array, "T F"], kernels: Dense | PackedInt4, sizes: Int[Array, " E"]
 ) -> Float[Array, "T D"]:
-    """The product with the kernels themselves, nought for a row beyond all groups."""
+    """Gradient of the rows: grouped matmul by the kernels; zero after all groups."""
     dy = _wide(dy)
     T, (_, F, D) = len(dy), kernels.shape
     n, groups = _rows_of_block(F, D), Groups.of(sizes)
@@ -183,7 +182,7 @@ def gradient_of_rows(
 def gradient_of_kernels(
     dy: Float[Array, "T F"], rows: Float[Array, "T D"], sizes: Int[Array, " E"]
 ) -> Float[Array, "E F D"]:
-    """The sum of the outer products of each group."""
+    """Gradient of the kernels: the sum of outer products of each group."""
     dy, rows = _wide(dy), _wide(rows)
     (T, F), D, E = dy.shape, rows.shape[1], len(sizes)
     n, groups = _rows_of_block(F, D), Groups.of(sizes)
@@ -206,6 +205,6 @@ def _wide(x: Float[Array, "T D"]) -> Float[Array, "T D"]:
 
 
 def _rows_of_block(F: int, D: int) -> int:
-    """Of a kernel, as many as fit into a block, all if they nearly do."""
+    """Rows of a kernel per block that fits the cache; all rows if they nearly fit."""
     n_blocks = -(-F * D // BLOCK)
     return -(-F // n_blocks)

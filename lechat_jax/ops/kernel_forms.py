@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int8, Int32, Shaped, UInt8
 
 from lechat_jax.ops.matmul import from_bits, project, widened
-from lechat_jax.ops.matmul_int4 import halves, project_pairs
+from lechat_jax.ops.matmul_int4 import even_odd, project_int4
 
 # Of rows, and a kernel whose numbers stand for themselves but for a factor, in float32 or wider.
 GroupedProduct = Callable[[Array, Any], Array]
@@ -87,7 +87,7 @@ class ScaledInt8(NamedTuple):
 class PackedInt4(NamedTuple):
     """Two integers a byte, and scale and zero point of each group of features, see `quantize.int4`.
 
-    By groups its features are those in low halves of bytes, and then those in high ones.
+    By groups its features are those in low nibbles of bytes, and then those in high ones.
     """
 
     numbers: UInt8[Array, "..."]
@@ -103,13 +103,13 @@ class PackedInt4(NamedTuple):
     def matmul(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
         """`x` times the transposed kernel, in the type of `x`."""
         matrix = self.numbers.reshape(-1, x.shape[1] // 2)
-        return project_pairs(x, matrix, *(p.reshape(len(matrix), -1) for p in self[1:]))
+        return project_int4(x, matrix, *(p.reshape(len(matrix), -1) for p in self[1:]))
 
     def floats(self, dtype: DTypeLike) -> Float[Array, "E F D"]:
         """All numbers of experts, whole in memory."""
         E, F, _ = self.shape
         parts = (part.reshape(E * F, -1) for part in self)
-        return jnp.concatenate(halves(*parts), axis=1).astype(dtype).reshape(self.shape)
+        return jnp.concatenate(even_odd(*parts), axis=1).astype(dtype).reshape(self.shape)
 
     def by_group(
         self, rows: Float[Array, "T D"], group: Int[Array, " T"], product: GroupedProduct
@@ -120,7 +120,7 @@ class PackedInt4(NamedTuple):
     def block(self, start: tuple, n: int, dtype: DTypeLike) -> Float[Array, "few D"]:
         """The floats of n outputs of a kernel; `start` is its group and the first of them."""
         parts = (cut(part, (*start, 0), (1, n, part.shape[2]))[0] for part in self)
-        return jnp.concatenate(halves(*parts), axis=1).astype(dtype)
+        return jnp.concatenate(even_odd(*parts), axis=1).astype(dtype)
 
 
 class Ordered(NamedTuple):

@@ -1,13 +1,12 @@
-"""The product of a kernel and the positions it maps, in the form that the device is fast at.
+"""Matmul of positions and a kernel (matrix-vector in decoding), in the device's fastest form.
 
-A decoded token reads every weight once, so what counts is how close to the memory's speed
-that goes. On a CPU XLA's matrix product does not come near it: it repacks the kernel at each
-call, and what is not float32 it first writes out as float32, often all kernels at once. So
-few positions are multiplied and summed instead, which XLA fuses into one pass over a float32
-kernel as it is stored; an int8 kernel is multiplied by integers, where XLA is fast at that; and
-else a kernel of two-byte or one-byte numbers is converted a block at a time, which stays in the
-cache. Milliseconds for twelve kernels of 3,584 x 1,024 and one of 32,000 x 1,024, two AVX-512
-cores, with jax 0.10.2 and 0.12.0:
+Decoding reads every weight once per token, so it is bound by memory bandwidth. On a CPU XLA's
+matrix product is far from that: it repacks the kernel at each call, and first converts other
+types to float32, often all kernels at once. So few positions are multiplied and summed instead,
+which XLA fuses into one pass over a float32 kernel as stored; an int8 kernel is multiplied in
+integers, where XLA is fast at that; and otherwise a bfloat16 or int8 kernel is converted a block
+at a time, which stays in the cache. Milliseconds for twelve kernels of 3,584 x 1,024 and one of
+32,000 x 1,024, two AVX-512 cores, with jax 0.10.2 and 0.12.0:
 
     positions            1            4            8            64           256
     float32, product     7.6 / 40     -            21 / 21      66 / 65      -
@@ -18,11 +17,11 @@ cores, with jax 0.10.2 and 0.12.0:
     bfloat16, sum        8.4 / 8.2    -            51 / 51      -            -
     bfloat16, blocks     6.9 / 12     -            12 / 12      57 / 57      -
 
-Blocks take two to eight times as long while others on the machine use its cache; the other
-forms do not.
+Blocks take two to eight times as long while other processes use the cache; the other forms do
+not.
 
-A bfloat16 kernel has to come as its bits, in uint16, wherever it is cut: of a conversion XLA knows
-that it may as well be done before the block is cut out, for all of the kernel.
+A bfloat16 kernel that is read in blocks is passed as its bits, in uint16: otherwise XLA moves the
+conversion before the slice, and converts the complete kernel.
 """
 
 import functools
@@ -59,16 +58,16 @@ def project(
     scale: Float[Array, "F"] | None = None,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "T F"]:
-    """`x` times the transposed kernel; D and F stand for whatever it reads and writes.
+    """Linear layer: `x` times the transposed kernel; D and F are its input and output features.
 
-    Products are added up in at least float32 and rounded once. An int8 kernel and its scale
-    are constants to a gradient, which goes to `x` alone.
+    Products are accumulated in at least float32 and rounded once. An int8 kernel and its scale
+    have no gradient, only `x` has.
 
     Args:
-        x: positions, in the type that is computed in.
-        kernel: of the same type, its bits, or int8.
-        scale: of each output of an int8 kernel.
-        dtype: of the result; by default that of `x`.
+        x: positions, in the compute dtype.
+        kernel: weights in the same dtype, bfloat16 as bits (uint16), or int8.
+        scale: scale of each output of an int8 kernel.
+        dtype: dtype of the result; by default that of `x`.
     """
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     if scale is None:
@@ -97,7 +96,7 @@ def _project(
 def _project_int8(
     x: Array, kernel: Array, scale: Array, dtype: np.dtype, x_dtype: np.dtype
 ) -> Array:
-    """See `project`. Differentiated as it stands, a kernel would be kept as float32."""
+    """`project` for int8, with its own gradient: JAX's would keep the kernel as float32."""
     return _project(x, kernel, scale, dtype)
 
 
@@ -110,7 +109,7 @@ def _forward(
 def _backward(
     dtype: np.dtype, x_dtype: np.dtype, kept: tuple[Array, Array], dy: Float[Array, "T F"]
 ) -> tuple[Array, None, None]:
-    """One kernel at a time is converted, when its turn comes."""
+    """Gradient of `x`; kernels are dequantized one at a time."""
     kernel, scale = kept
     dy = (dy * scale).astype(x_dtype)
     kernel = here(kernel, dy)[0].astype(x_dtype)
@@ -125,10 +124,10 @@ _project_int8.defvjp(_forward, _backward)
 def as_bits(
     weights: Mapping[str, Array] | Mapping[str, jax.ShapeDtypeStruct], positions: int
 ) -> dict[str, Any]:
-    """The weights as decoding wants them: on a CPU, bfloat16 kernels as the bits they are.
+    """Weights for decoding: on a CPU, bfloat16 kernels are viewed as their bits (uint16).
 
-    They share memory with those given. Where single positions are mapped, new versions of JAX
-    take kernels as they are, but for those of experts, which are cut out of a stack.
+    They share memory with the weights given. For single positions new versions of JAX take
+    bfloat16 kernels as stored, but for those of experts, which are sliced from a stack.
     """
     if not is_on_cpu():
         return dict(weights)
@@ -140,12 +139,12 @@ def as_bits(
 
 
 def from_bits(rows: Shaped[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """The numbers themselves, where these are the bits of bfloat16."""
+    """The bfloat16 numbers of bits (uint16); other arrays as they are."""
     return jax.lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
 
 
 def is_on_cpu() -> bool:
-    """Whether products are worked out on a CPU."""
+    """Whether matmuls run on a CPU."""
     return jax.default_backend() == "cpu"
 
 
@@ -158,7 +157,7 @@ def _bits(name: str, leaf: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDty
 
 
 def _cpu_form(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Product | None:
-    """The fastest form for these positions on a CPU; `None` is a plain matrix product."""
+    """The fastest form of the matmul for these positions on a CPU; `None` is XLA's own."""
     if kernel.dtype == jnp.int8 and _may_be_of_integers(x):
         return _of_integers
     if kernel.dtype.name in SUMMED and len(x) <= FEW:
@@ -174,10 +173,10 @@ def _may_be_of_integers(x: Float[Array, "T D"]) -> bool:
 
 
 def _of_integers(x: Float[Array, "T D"], kernel: Int8[Array, "F D"]) -> Float[Array, "T F"]:
-    """The product of an int8 kernel as one of integers, which no order of adding up rounds.
+    """Int8 matmul in integer arithmetic, exact in any order of summation.
 
-    The numbers of a position are rounded to steps of its largest / (127 * 2**16), which is
-    1.2e-7 of it, as is float32's own step there. So each is an integer of three bytes.
+    Activations of a position are rounded to steps of its absmax / (127 * 2**16), which is 1.2e-7
+    of it, as is float32's own step there. So each is an integer of three bytes.
     """
     wide = x.astype(jnp.float32)
     # No division of all by one number, which XLA does in another way for one position alone.
@@ -193,13 +192,13 @@ def _of_integers(x: Float[Array, "T D"], kernel: Int8[Array, "F D"]) -> Float[Ar
 
 
 def _last_byte(number: Int32[Array, "T D"]) -> tuple[Int32[Array, "T D"], Int32[Array, "T D"]]:
-    """The last byte as a number from -128 to 127, and what is before it."""
+    """Splits off the last byte, as a number from -128 to 127, from the rest."""
     last = (number << 24) >> 24
     return last, (number - last) >> 8
 
 
 def _in_blocks(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Float[Array, "T F"]:
-    """The product a few rows of the kernel at a time; the last block may overlap another."""
+    """Matmul by blocks of the kernel's rows; the last block may overlap the one before."""
     F, D = kernel.shape
     rows = max(1, min(BLOCK // D, F // 2))
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -214,16 +213,16 @@ def _in_blocks(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Float[Ar
 
 
 def zeros_after(x: Float[Array, "T D"], shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """Zeros for a loop to write over, which are there when `x` is and not before.
+    """Zeros for a loop to overwrite, allocated when `x` is computed and not before.
 
-    XLA would fill plain ones for the loops of all layers at the start of a program: 0.35 GB for
-    512 positions of a model of 0.28 billion weights.
+    XLA would allocate plain zeros for the loops of all layers at the start of a program: 0.35 GB
+    for 512 positions of a model of 0.28 billion weights.
     """
     return jnp.full(shape, x[0, 0] > jnp.inf, dtype)
 
 
 def widened(block: Shaped[Array, "F D"], dtype: DTypeLike) -> Float[Array, "F D"]:
-    """The numbers of a block in the type to multiply in, where they may be the bits of bfloat16."""
+    """Converts a block, possibly the bits of bfloat16, to the dtype to multiply in."""
     if block.dtype == jnp.uint16:
         bits = block.astype(jnp.uint32) << 16
         block = jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -237,7 +236,7 @@ def _product(x: Float[Array, "T D"], kernel: Float[Array, "F D"]) -> Float[Array
 
 
 def _sum(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Float[Array, "T F"]:
-    """The product as a sum over D, which XLA fuses with the conversion of the kernel."""
+    """Matmul as a multiply and a sum over D, which XLA fuses with the conversion of the kernel."""
     kernel, x = here(kernel, x)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     if x.shape[0] > 1:
@@ -249,9 +248,8 @@ def _sum(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Float[Array, "
 
 
 def here(kernel: Kernel, x: Array) -> tuple[Kernel, Array]:
-    """The same, and XLA does not move the conversion of a kernel, or of its parts, from here.
+    """Optimization barrier: keeps XLA from hoisting the conversion of a kernel out of a loop.
 
-    It would convert all kernels before a loop that only reads them: a float32 copy of the
-    whole model.
+    Hoisted, all kernels would be converted before the decode loop: a float32 copy of the model.
     """
     return jax.lax.optimization_barrier((kernel, x))

@@ -1,8 +1,8 @@
-"""The product of positions and a kernel of int4, which has two features of an output in a byte.
+"""Matmul of positions and a group-wise int4 kernel, which has two features a byte.
 
-What a byte holds is never put side by side: a product is the sum of two, of the even features,
-which are the low halves, and of the odd ones. On a CPU a few rows of the kernel are made float32 at
-a time, which stays in the cache, as `projection` does it.
+The nibbles of a byte are never interleaved: a product is the sum of two, of the even features
+(low nibbles) and of the odd ones (high nibbles). On a CPU a few rows of the kernel are
+dequantized at a time, which stay in the cache, as in `matmul`.
 """
 
 import jax
@@ -11,20 +11,20 @@ from jaxtyping import Array, Float, UInt8
 
 from lechat_jax.ops.matmul import BLOCK, here, is_on_cpu, zeros_after
 
-Halves = tuple[Array, Array]
+EvenOdd = tuple[Array, Array]
 
 
 @jax.custom_vjp
-def project_pairs(
+def project_int4(
     x: Float[Array, "T D"],
     kernel: UInt8[Array, "F half"],
     scale: Float[Array, "F groups"],
     zero: UInt8[Array, "F groups"],
 ) -> Float[Array, "T F"]:
-    """`x` times the transposed kernel that the parts stand for, see `int4`.
+    """Int4 linear layer: `x` times the transposed, dequantized kernel; see `quantize.int4`.
 
-    Products are added up in at least float32 and rounded once. The parts are constants to a
-    gradient, which goes to `x` alone: one kernel at a time is made of them, when its turn comes.
+    Products are accumulated in at least float32 and rounded once. The kernel has no gradient,
+    only `x` has; kernels are dequantized one at a time.
     """
     made = _in_blocks(x, kernel, scale, zero) if is_on_cpu() else _whole(x, kernel, scale, zero)
     return made.astype(x.dtype)
@@ -33,7 +33,7 @@ def project_pairs(
 def _forward(
     x: Array, kernel: Array, scale: Array, zero: Array
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    return project_pairs(x, kernel, scale, zero), (kernel, scale, zero)
+    return project_int4(x, kernel, scale, zero), (kernel, scale, zero)
 
 
 def _backward(
@@ -44,20 +44,20 @@ def _backward(
     wide = jnp.promote_types(dy.dtype, jnp.float32)
     of_each = (
         jnp.einsum("TF,FD->TD", dy, half.astype(dy.dtype), preferred_element_type=wide)
-        for half in halves(kernel, scale, zero)
+        for half in even_odd(kernel, scale, zero)
     )
     dx = jnp.stack([*of_each], axis=-1).reshape(len(dy), -1)
     return dx.astype(dy.dtype), None, None, None
 
 
-project_pairs.defvjp(_forward, _backward)
+project_int4.defvjp(_forward, _backward)
 
 
-def halves(kernel: Array, scale: Array, zero: Array) -> Halves:
-    """The weights of the even features and of the odd ones, [F, D / 2] each, in float32.
+def even_odd(kernel: Array, scale: Array, zero: Array) -> EvenOdd:
+    """Dequantizes int4: weights of the even features and of the odd ones, float32 [F, D / 2] each.
 
-    They are made group by group. If XLA saw that groups are not asked for, it would look up the
-    scale of each weight by itself, which takes two to three times as long.
+    A barrier keeps the work by group. Otherwise XLA would look up the scale of each weight by
+    itself, which takes two to three times as long.
     """
     groups = scale.shape[1]
     pairs = kernel.reshape(len(kernel), groups, -1)
@@ -72,13 +72,13 @@ def _whole(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Array, "
     wide = jnp.promote_types(x.dtype, jnp.float32)
     of_each = (
         jnp.einsum("TD,FD->TF", part, half.astype(x.dtype), preferred_element_type=wide)
-        for part, half in zip((x[:, 0::2], x[:, 1::2]), halves(kernel, scale, zero), strict=True)
+        for part, half in zip((x[:, 0::2], x[:, 1::2]), even_odd(kernel, scale, zero), strict=True)
     )
     return sum(of_each, jnp.zeros((), wide))
 
 
 def _in_blocks(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Array, "T F"]:
-    """A few rows of the kernel at a time; the last block may overlap another."""
+    """The matmul by blocks of the kernel's rows; the last block may overlap the one before."""
     F, half = kernel.shape
     rows = max(1, min(BLOCK // (2 * half), F // 2))
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -92,7 +92,7 @@ def _in_blocks(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Arra
     def with_block(i: Array, y: Float[Array, "F T"]) -> Float[Array, "F T"]:
         start = jnp.minimum(i * rows, F - rows)
         cut = [jax.lax.dynamic_slice_in_dim(part, start, rows) for part in (kernel, scale, zero)]
-        low, high = (block.astype(x.dtype) for block in halves(*cut))
+        low, high = (block.astype(x.dtype) for block in even_odd(*cut))
         made = product(low, even) + product(high, odd)
         return jax.lax.dynamic_update_slice_in_dim(y, made, start, axis=0)
 

@@ -1,10 +1,10 @@
-"""What a training step keeps of a layer for its backward pass, and what it makes again.
+"""Activation checkpointing (rematerialization): what a layer keeps for its backward pass.
 
-Memory is bought with time. Numbers that a layer of `lechat-15m` keeps of a token in a row of
-128, out of D = 192:
+It trades compute for memory. Numbers that a layer of `lechat-15m` keeps per token in a row of
+128, with D = 192:
 
     none   5372   everything
-    dots   2016   its input, and the products with weights q k v o gate up; the rest is cheap
+    dots   2016   its input, and the matmuls with weights q k v o gate up; the rest is cheap
     full    192   its input; a second forward pass, which makes 4/3 of the work
 
 A step of 4,096 tokens then needs 0.66, 0.29 or 0.15 GB beside parameters, optimiser and gradients:
@@ -38,10 +38,10 @@ KEPT_ON_A_CPU = {
 
 
 def recomputing(layer: Layer, name: str) -> Layer:
-    """The same function, of whose inner results the backward pass keeps what `name` says.
+    """Activation checkpointing (`jax.checkpoint`) of a layer by a policy: `none`, `dots`, `full`.
 
-    Its gradients are all worked out before the layer below has its turn. XLA might leave those
-    of the weights for later and keep, until then, all that they are made of.
+    All its gradients are computed before the backward pass of the layer below. XLA might defer
+    those of the weights, and keep all their operands until then.
 
     Raises:
         BadInput: there is no policy of that name.
@@ -56,7 +56,7 @@ def recomputing(layer: Layer, name: str) -> Layer:
 
 @jax.custom_vjp
 def _at_once(arguments: PyTree) -> PyTree:
-    """The same; of their gradients none is used before all are there."""
+    """Identity whose gradients are used only once all are computed (optimization barrier)."""
     return arguments
 
 

@@ -1,1 +1,1 @@
-"""How a weight is stored in fewer bits: int8 and int4."""
+"""Weight quantization: per-channel int8 and group-wise int4."""

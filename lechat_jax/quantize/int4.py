@@ -1,12 +1,12 @@
-"""Weights of four bits with a scale and a zero for each group of features: an eighth of float32.
+"""Group-wise int4 quantization: 4-bit weights with a scale and zero point per group (an eighth).
 
-A kernel [*writes, *reads] becomes q in 0 .. 15, in groups of features that it reads, and w is
-about (q - zero) * scale. Two neighbours share a byte, the first in its low half. This is what GPTQ
-and its like make, too, whose numbers fit in as they are. Some of them quantise the features in an
-order of their own, so that those of a group are not neighbours; then the kernel has its features in
-that order, and `order` names the feature of the model that each of them is.
+A kernel [*writes, *reads] becomes q in 0 .. 15, in groups of input features, and w is about
+(q - zero) * scale. Two neighbours share a byte, the first in its low nibble. GPTQ's integers fit
+this format unchanged. With GPTQ's activation order (`desc_act`) the features of a group are not
+neighbours; then the kernel has its features in that order, and `order` gives the index of each
+in the model.
 
-Done by numpy, without JAX; see `int8`.
+Computed by numpy, without JAX; see `int8`.
 """
 
 import math
@@ -23,14 +23,14 @@ LEAST = np.float32(TOP * np.finfo(np.float32).tiny)  # see int8
 
 
 class Packed(NamedTuple):
-    """A kernel in int4, of F outputs and D features.
+    """A group-wise int4 kernel of F outputs and D input features.
 
     Attributes:
         kernel: two features a byte, [F, D / 2] or in the axes of the kernel.
-        scale: of each output and group.
-        zero: the q that stands for nought, of each output and group; 0 .. 16.
-        order: the feature of the model that each of the kernel's is, in a stack of E experts for
-            each; `None` is the model's own.
+        scale: scale of each output and group.
+        zero: zero point (the q that stands for 0) of each output and group; 0 .. 16.
+        order: the model's index of each of the kernel's features, per expert in a stack of E;
+            `None` if the order is the same.
     """
 
     kernel: UInt8[np.ndarray, "..."]
@@ -40,7 +40,7 @@ class Packed(NamedTuple):
 
 
 def pack(q: UInt8[np.ndarray, "F D"]) -> UInt8[np.ndarray, "F D/2"]:
-    """Two neighbours a byte.
+    """Packs 4-bit numbers two a byte, the first in the low nibble.
 
     >>> [hex(byte) for byte in pack(np.array([[1, 2, 15, 0]], np.uint8))[0]]
     ['0x21', '0xf']
@@ -49,7 +49,7 @@ def pack(q: UInt8[np.ndarray, "F D"]) -> UInt8[np.ndarray, "F D/2"]:
 
 
 def unpack(kernel: UInt8[np.ndarray, "F half"]) -> UInt8[np.ndarray, "F D"]:
-    """The numbers of two a byte, one a byte.
+    """Unpacks 4-bit numbers, two a byte, to one a byte.
 
     >>> unpack(np.array([[0x21, 0x0f]], np.uint8)).tolist()
     [[1, 2, 15, 0]]
@@ -64,9 +64,9 @@ def packed(
     where: object = "",
     release: Callable[[], None] = lambda: None,
 ) -> Packed:
-    """The kernel of that name rounded to the nearest of 16 numbers between its groups' extremes.
+    """Quantizes a kernel to int4: round to nearest between each group's extremes (16 levels).
 
-    Nought is one of them, so a pruned weight stays pruned.
+    Zero is one of the levels, so a pruned weight stays pruned.
 
     >>> found = packed("head.kernel", np.array([[-1.0, 2.0, 0.0, 0.0]]), group=2)
     >>> found.scale.tolist(), found.zero.tolist(), unpack(found.kernel).tolist()
@@ -101,7 +101,7 @@ def packed(
 
 
 def unpacked(form: Packed) -> Float32[np.ndarray, "F D"]:
-    """The matrix that the parts stand for, its features in the order of the model.
+    """Dequantizes an int4 kernel to float32, its features in the model's order.
 
     >>> scale, zero = np.array([[0.5]], np.float32), np.array([[8]], np.uint8)
     >>> unpacked(Packed(np.array([[0x10]], np.uint8), scale, zero, np.array([1, 0], np.int32)))

@@ -1,10 +1,10 @@
-"""Weights as int8 with a scale for each output channel: a quarter of float32, half of bfloat16.
+"""Per-channel int8 quantization: symmetric, one scale per output channel (a quarter of float32).
 
 A kernel [*writes, *reads] becomes q = round(w / scale) in -127 .. 127, and scale = max |w| / 127
-over the axes that it reads; w is about q * scale.
+over the axes that it reads (absmax); w is about q * scale.
 
-Done by numpy, a few rows of a kernel at a time, since the source may be a map of a file that
-is larger than the memory.
+Computed by numpy, a few rows of a kernel at a time, since the source may be a memory map of a
+file larger than memory.
 """
 
 import math
@@ -26,14 +26,14 @@ PIECE = 1 << 20  # weights in float32 at once; one core does 1e9 a second
 
 
 class Quantized(NamedTuple):
-    """A kernel in int8, and the scale of each of its output channels."""
+    """A per-channel int8 kernel and the scale of each output channel."""
 
     kernel: Int8[np.ndarray, "..."]
     scale: Float32[np.ndarray, "..."]
 
 
 def scale_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes that a kernel writes, each of whose channels has a scale.
+    """Shape of a kernel's int8 scales: its output axes.
 
     >>> scale_shape("blocks.0.attn.q.kernel", (6, 8, 40))
     (6, 8)
@@ -49,7 +49,7 @@ def quantized(
     where: object = "",
     release: Callable[[], None] = lambda: None,
 ) -> Quantized:
-    """The kernel of that name in int8; `release` is called after each piece of it was read.
+    """Quantizes a kernel to per-channel int8; `release` is called after each piece that was read.
 
     >>> quantized("head.kernel", np.array([[-254.0, 100.0], [0, 0]]))
     Quantized(kernel=array([[-127,   50], [   0,    0]], dtype=int8),
@@ -79,7 +79,7 @@ def dequantize(
     scale: Float32[np.ndarray, "..."],
     dtype: DTypeLike = np.float32,
 ) -> Shaped[np.ndarray, "..."]:
-    """The kernel that the scales make of int8, rounded once to `dtype`.
+    """Dequantizes an int8 kernel, rounded once to `dtype`.
 
     >>> dequantize(np.array([[-127, 50]], np.int8), np.array([2], np.float32))
     array([[-254.,  100.]], dtype=float32)
@@ -92,20 +92,20 @@ def dequantize(
 
 
 def pieces(matrix: Shaped[np.ndarray, "F D"]) -> Iterator[slice]:
-    """As many rows at a time as make a piece."""
+    """Slices of rows, each of about `PIECE` numbers."""
     n = max(1, PIECE // max(1, matrix.shape[1]))
     for start in range(0, len(matrix), n):
         yield slice(start, start + n)
 
 
 def wide_piece(piece: Shaped[np.ndarray, "F D"]) -> Float32[np.ndarray, "F D"]:
-    """A copy in float32, in which a number beyond it is infinite."""
+    """A float32 copy; a number out of range becomes infinite."""
     with np.errstate(over="ignore"):
         return piece.astype(np.float32)
 
 
 def check_finite(extremes: Shaped[np.ndarray, "..."], where: object, form: str) -> None:
-    """Raises `BadInput` if the extremes of a kernel say that a weight is not finite."""
+    """Raises `BadInput` if the extremes of a kernel show a weight that is not finite."""
     if not np.isfinite(extremes).all():
         raise BadInput(
             f"{where} is not finite, so it has no {form} form; its file is damaged or "

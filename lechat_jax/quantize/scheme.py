@@ -1,10 +1,10 @@
-"""Kernels that are no floats: which they are, of which parts, and what config.json says of it.
+"""Quantization scheme of a model: which weights are int8 or int4, their parts, and config.json.
 
-A kernel is quantised into parts under its own name and behind it: int8 has its numbers and
-`<name>.scale` (see `int8`), int4 its numbers, `<name>.scale`, `<name>.zero` and, where the features
-have an order of their own, `<name>.order` (see `int4`). Norms are never quantised: they are a
-ten-thousandth of a model. Nor is the router of a mixture of experts, as small, in which rounding
-would send tokens astray. Tables, the embedding and the head, are int8 in either format, or floats.
+A quantised kernel is stored as several tensors: int8 as `<name>` and `<name>.scale` (see `int8`),
+int4 as `<name>`, `<name>.scale`, `<name>.zero` and, with an activation order, `<name>.order` (see
+`int4`). Norms are never quantised: they are a ten-thousandth of a model. Nor is the router of a
+mixture of experts, as small, in which rounding would send tokens to other experts. The embedding
+and the head are int8 in either format, or floats.
 
 JAX, which takes a second to load, is not needed to convert a model.
 """
@@ -47,25 +47,25 @@ Parts = Mapping[str, Shaped[np.ndarray, "..."]]
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How the kernels of a model are quantised.
+    """Quantization scheme of a model's weights.
 
     Attributes:
-        format: of the maps.
-        group: features that share a scale, of int4.
-        is_ordered: whether the features of each map have an order of their own.
-        has_int8_tables: whether embedding and head are int8, or else floats.
+        format: "int8" or "int4", of the linear layers.
+        group: int4's group size: input features that share a scale.
+        is_ordered: whether int4 kernels have an activation order.
+        has_int8_embeddings: whether embedding and head are int8, or else floats.
     """
 
     format: Format
     group: int = 0
     is_ordered: bool = False
-    has_int8_tables: bool = True
+    has_int8_embeddings: bool = True
 
     def __str__(self) -> str:
         return self.format
 
     def format_of(self, name: str) -> Format | None:
-        """In which format a weight is; `None` for what stays as it is.
+        """The format of a weight: "int8", "int4", or `None` if it is not quantised.
 
         >>> form = Form("int4", 128)
         >>> [form.format_of(n) for n in ("blocks.0.mlp.up.kernel", "embed.kernel", "norm.scale")]
@@ -74,15 +74,15 @@ class Form:
         if not is_kernel(name):
             return None
         if name in TABLES:
-            return "int8" if self.has_int8_tables else None
+            return "int8" if self.has_int8_embeddings else None
         return self.format
 
     def is_fixed(self, name: str) -> bool:
-        """Whether a part of that name has the type that it must have, and is never cast."""
+        """Whether a tensor of that name has a fixed dtype and is never cast."""
         return is_part(name) or self.format_of(name) is not None
 
     def parts(self, name: str, shape: tuple[int, ...]) -> dict[str, Spec]:
-        """Type and shape of each part of a kernel, by name; of what stays as it is, nothing.
+        """Dtype and shape of each tensor of a quantised kernel, by name; empty if it is a float.
 
         >>> parts = Form("int4", 8).parts("blocks.0.attn.o.kernel", (40, 6, 8))
         >>> for name, (dtype, shape) in parts.items():
@@ -108,28 +108,28 @@ class Form:
                 return found | ({name + ORDER: order} if self.is_ordered else {})
 
     def to_dict(self) -> dict[str, Any]:
-        """The words of config.json, where the usual goes unsaid."""
+        """The scheme as JSON for config.json, without default values."""
         found: dict[str, Any] = {"format": self.format}
         found |= {"group": self.group} if self.format == "int4" else {}
         found |= {"ordered": True} if self.is_ordered else {}
-        return found | ({} if self.has_int8_tables else {"tables": "float"})
+        return found | ({} if self.has_int8_embeddings else {"tables": "float"})
 
 
 INT8 = Form("int8")
 
 
-def asked(quantize: Format | None, config: MistralConfig) -> Form | None:
-    """The form that a model is brought into when one says so.
+def scheme_for(quantize: Format | None, config: MistralConfig) -> Form | None:
+    """The scheme for `--quantize`: int8, int4 with a group size that fits the model, or `None`.
 
-    The groups of int4 are of 128 features, or of as many as divide all that the maps read.
+    The group size of int4 is the largest divisor of 128 that divides all input widths.
 
     >>> from lechat_jax.config import preset
-    >>> [asked("int4", preset(name)).group for name in ("mistral-7b-v0.1", "lechat-15m")]
+    >>> [scheme_for("int4", preset(name)).group for name in ("mistral-7b-v0.1", "lechat-15m")]
     [128, 32]
 
     Raises:
-        BadInput: it is none of the formats, or the model's widths have too small a divisor for
-            int4.
+        BadInput: the format is unknown, or the model's widths have too small a common divisor
+            for int4.
     """
     check_format(quantize)
     if quantize != "int4":
@@ -145,7 +145,7 @@ def asked(quantize: Format | None, config: MistralConfig) -> Form | None:
 
 
 def is_quantized(names: Iterable[str]) -> bool:
-    """Whether there are scales of kernels among the names.
+    """Whether a model is quantised: whether its names include scales of kernels.
 
     >>> is_quantized(["embed.kernel", "norm.scale"]), is_quantized(["embed.kernel.scale"])
     (False, True)
@@ -154,16 +154,16 @@ def is_quantized(names: Iterable[str]) -> bool:
 
 
 def form_of(weights: Mapping[str, Any]) -> Form | None:
-    """The form that weights have, told by their parts."""
+    """Detects the quantization scheme of weights by their names and shapes; `None` for floats."""
     if not is_quantized(weights):
         return None
-    has_int8_tables = TABLES[0] + SCALE in weights
+    has_int8_embeddings = TABLES[0] + SCALE in weights
     name = next((kernel_of(name) for name in weights if part_of(name) == ZERO), None)
     if name is None:
-        return Form("int8", has_int8_tables=has_int8_tables)
+        return Form("int8", has_int8_embeddings=has_int8_embeddings)
     kernel, scale = weights[name], weights[name + SCALE]
     group = 2 * math.prod(kernel.shape) // math.prod(scale.shape)
-    return Form("int4", group, name + ORDER in weights, has_int8_tables)
+    return Form("int4", group, name + ORDER in weights, has_int8_embeddings)
 
 
 def in_parts(
@@ -173,7 +173,7 @@ def in_parts(
     where: object = "",
     release: Callable[[], None] = lambda: None,
 ) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The parts of a kernel of floats, by name, rounded to the nearest; see `int8` and `int4`.
+    """Quantizes a float kernel (round to nearest): its tensors by name; see `int8` and `int4`.
 
     Raises:
         BadInput: a weight is not finite; `where`, the name by default, is named.
@@ -190,7 +190,7 @@ def in_parts(
 
 
 def numbers_of(name: str, parts: Parts, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
-    """The kernel of that shape that its parts stand for, in float32."""
+    """Dequantizes the tensors of a kernel to float32, in the given shape."""
     if name + ZERO not in parts:
         return dequantize(parts[name], parts[name + SCALE])
     made = Packed(parts[name], parts[name + SCALE], parts[name + ZERO], parts.get(name + ORDER))
@@ -198,10 +198,10 @@ def numbers_of(name: str, parts: Parts, shape: tuple[int, ...]) -> Float32[np.nd
 
 
 def quantize_weights(weights: dict[str, Any], form: Form = INT8) -> dict[str, Any]:
-    """A model's `Weights` in that form, on the default device; the dict given is emptied.
+    """Quantizes a model's `Weights` on the default device; the dict that is passed in is emptied.
 
-    So that there are never two models in memory: each kernel is let go as soon as it has been
-    quantised, unless somebody else holds it.
+    So there are never two models in memory: each kernel is released once it is quantised, unless
+    there is another reference to it.
 
     Raises:
         BadInput: a weight is not finite; it is named.
@@ -221,10 +221,10 @@ def quantize_weights(weights: dict[str, Any], form: Form = INT8) -> dict[str, An
 
 
 def check_format(quantize: str | None) -> None:
-    """Nothing, for a way to quantise that is known, or none.
+    """Validates a quantization format: "int8", "int4" or `None`.
 
     Raises:
-        BadInput: it is another.
+        BadInput: it is anything else.
     """
     if quantize not in (None, *get_args(Format)):
         raise BadInput(
@@ -234,23 +234,23 @@ def check_format(quantize: str | None) -> None:
 
 
 def pop_format(fields: dict[str, Any], path: Path) -> Form | None:
-    """What `quantization` says in a config read from `path`, out of which it is taken.
+    """Removes `quantization` from a config read from `path` and parses it to a scheme, or `None`.
 
     >>> fields = {"dim": 40, "quantization": {"format": "int8"}}
     >>> str(pop_format(fields, Path("config.json"))), fields
     ('int8', {'dim': 40})
 
     Raises:
-        BadInput: a form that is not known.
+        BadInput: the scheme is not known.
     """
     said = fields.pop(QUANTIZATION, None)
     if said is None:
         return None
     if isinstance(said, dict) and said.get("format") in get_args(Format):
-        has_int8_tables = said.get("tables") != "float"
+        has_int8_embeddings = said.get("tables") != "float"
         group = said.get("group", 0)
         if type(group) is int:
-            form = Form(said["format"], group, said.get("ordered") is True, has_int8_tables)
+            form = Form(said["format"], group, said.get("ordered") is True, has_int8_embeddings)
             is_int8 = form.format == "int8"
             if form.to_dict() == said and (is_int8 or (group >= LEAST_GROUP and not group % 2)):
                 return form

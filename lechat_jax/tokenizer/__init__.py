@@ -1,1 +1,1 @@
-"""Text and token ids, chat templates included."""
+"""Tokenizers (SentencePiece, tekken), chat templates, added tokens, streaming decoding."""

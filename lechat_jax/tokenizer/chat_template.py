@@ -1,8 +1,8 @@
-"""Mistral's chat templates: a conversation as the ids that the model of a tokenizer was taught.
+"""Mistral's chat templates: the token ids of a conversation, as each tokenizer version has them.
 
-All of it is mistral-common's, except that an answer stays the ids that the model produced.
-Encoded again from its text it might get others, and what the model has read would no longer
-be the beginning of what it is to read.
+The template is mistral-common's, except that an answer stays the ids that the model produced.
+Encoded again from its text it might get other ids, and the ids in the KV cache would no longer
+be a prefix of the next prompt.
 """
 
 from collections.abc import Sequence
@@ -45,11 +45,11 @@ KINDS: dict[str, type[InstructTokenizerV1]] = {
 
 
 class Exchange(NamedTuple):
-    """A question and its answer.
+    """One exchange of a chat: the user's question and the model's answer.
 
     Attributes:
-        question: what the user said.
-        answer: the ids that the model produced, closed by EOS.
+        question: text of the user's message.
+        answer: ids that the model produced, closed by EOS.
     """
 
     question: str
@@ -57,12 +57,11 @@ class Exchange(NamedTuple):
 
 
 class Conversation:
-    """What was said so far, and what the model reads when more is said.
+    """A chat history, and the prompt ids that the chat template makes of it for the next question.
 
-    The ids for a question begin with those for the question before and with its answer,
-    so that only the rest need be read, with two exceptions: versions 2 and 3 put the
-    system prompt into the last question, so it moves, and whoever sets `system` anew
-    changes the beginning.
+    The ids for a question begin with those for the question before and its answer, so that only
+    the rest needs prefill, with two exceptions: versions 2 and 3 put the system prompt into the
+    last question, so it moves, and setting `system` changes the start.
 
     Attributes:
         exchanges: the questions and answers.
@@ -85,14 +84,14 @@ class Conversation:
 
     @system.setter
     def system(self, text: str) -> None:
-        """Set anew, it is as if it had been so from the beginning."""
+        """Replaces the system prompt, for the whole history."""
         self._tokenizer.encode(text)  # or refuses it
         self._system = text
 
     def ask(self, question: str) -> list[int]:
-        """All ids from BOS on, to which the model's answer to the question is the continuation.
+        """The prompt ids of a question: the whole history from BOS on, which the answer continues.
 
-        The question is not part of the conversation until it is answered (`add`).
+        The question joins the history only with its answer (`add`).
 
         Raises:
             BadInput: the question is not Unicode.
@@ -107,14 +106,14 @@ class Conversation:
         return self._template().encode_chat_completion(request).tokens
 
     def add(self, question: str, answer: Sequence[int]) -> None:
-        """From here on the exchange is part of the conversation; an answer cut short is closed."""
+        """Appends an exchange to the history; an unfinished answer is closed with EOS."""
         eos_id = self._tokenizer.eos_id
         closed = [*answer] if answer and answer[-1] == eos_id else [*answer, eos_id]
         self.exchanges.append(Exchange(question, closed))
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation as the messages that chat programs exchange, in order."""
+        """The history as chat messages (`role`, `content`), in order, the system prompt first."""
         found = [{"role": "system", "content": self.system}] if self.system else []
         for question, answer in self.exchanges:
             found.append({"role": "user", "content": question})
@@ -122,7 +121,7 @@ class Conversation:
         return found
 
     def _earlier(self) -> list[UserMessage | AssistantMessage]:
-        """The exchanges, with the number of each answer in its place."""
+        """The exchanges, with the number of each answer as its text."""
         return [
             message
             for number, exchange in enumerate(self.exchanges)
@@ -133,7 +132,7 @@ class Conversation:
         ]
 
     def _template(self) -> MistralTokenizer:
-        """mistral-common's encoder, that writes for the number of an answer its ids."""
+        """mistral-common's encoder, which writes an answer's ids in place of its number."""
         instruct = KINDS[self._version.value](self._base)
 
         def answer(message: AssistantMessage, is_before_last_user_message: bool) -> list[int]:
@@ -148,7 +147,7 @@ class Conversation:
 
 
 def base_of(tokenizer: Tokenizer) -> Base:
-    """The tokenizer as mistral-common has it, of the version that its content says."""
+    """mistral-common's own tokenizer object, of the version that the file's content says."""
     if isinstance(tokenizer.codec, Tekken):
         return tokenizer.codec.model
     return SentencePieceTokenizer(tokenizer.path, TokenizerVersion(tokenizer.version))

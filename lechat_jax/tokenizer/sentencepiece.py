@@ -1,4 +1,4 @@
-"""Mistral's SentencePiece models, versions 1 to 7: merges of characters, and bytes for the rest."""
+"""Mistral's SentencePiece tokenizers, versions 1 to 7: BPE with byte fallback."""
 
 import codecs
 import os
@@ -19,7 +19,7 @@ MARKS = {"v7": "[SYSTEM_PROMPT]", "v3": "[PREFIX]", "v2": "[INST]"}
 
 
 def _one_by_one(error: UnicodeError) -> tuple[str, int]:
-    """U+FFFD for one byte: as SentencePiece does, the bytes after it get another chance."""
+    """Decodes one invalid byte to U+FFFD and goes on after it, as SentencePiece does."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return "\ufffd", error.start + 1
@@ -29,7 +29,7 @@ codecs.register_error("lechat.one_by_one", _one_by_one)
 
 
 class SentencePiece:
-    """A SentencePiece model with byte fallback; `Tokenizer` says what its methods do."""
+    """A SentencePiece model with byte fallback; for its methods see `Tokenizer`."""
 
     broken = "lechat.one_by_one"
 
@@ -55,7 +55,7 @@ class SentencePiece:
 
     @property
     def file_name(self) -> str:
-        """Mistral's name for it; v7m1 differs from v7 only in how images are read."""
+        """Mistral's file name for this version; v7m1 differs from v7 only for images."""
         name = f"tokenizer.model.{self.version}"
         return self._path.name if self._path.name.startswith(f"{name}m") else name
 
@@ -64,7 +64,7 @@ class SentencePiece:
         return self._pieces.encode(text)
 
     def encode_after(self, text: str) -> list[int]:
-        """The ids of a text before which there is another: it does not seem to start a word."""
+        """The ids of a text that follows another text: without SentencePiece's leading space."""
         return self.encode(f"\n{text}")[
             len(self.encode("\n")) :
         ]  # a byte, which nothing merges with
@@ -74,9 +74,8 @@ class SentencePiece:
     ) -> list[Int32[np.ndarray, "..."]]:
         """The ids of each text.
 
-        Long texts are cut for the threads, before a line end: that is a byte piece, which no
-        merge crosses. What SentencePiece puts before it, because a text seems to start
-        there, is dropped again.
+        Long texts are split for the threads before a newline: it is a byte piece, which no merge
+        crosses. The space that SentencePiece puts before each part is dropped again.
         """
         parts = [_parts(text) for text in texts]
         flat = [part for group in parts for part in group]
@@ -95,23 +94,23 @@ class SentencePiece:
         return self._pieces.decode(ids)
 
     def raw(self, id_: int) -> bytes | None:
-        """The byte of an id that stands for one."""
+        """The byte of a byte-fallback id; `None` for any other."""
         byte = self.byte_of.get(id_)
         return None if byte is None else bytes([byte])
 
     def text(self, id_: int, first: bool) -> str:
-        """The text of one id; as the `first` of a text it lacks the space put before that."""
+        """The text of one id; the `first` id of a text lacks SentencePiece's leading space."""
         if first:
             return self.decode([id_])
         return self.decode([self._letter, id_])[1:]  # any byte before it makes it not the first
 
     def is_control(self, id_: int) -> bool:
-        """Whether the id has no text and leaves the next one first."""
+        """Whether the id has no text, so that the id after it still counts as the first."""
         return self._pieces.is_control(id_)
 
 
 def _parts(text: str) -> list[str]:
-    """The text in parts of about `LONG_TEXT` characters; all but the first start with a newline."""
+    """Splits a text before newlines into parts of about `LONG_TEXT` characters."""
     parts, start = [], 0
     while len(text) - start > LONG_TEXT:
         end = text.rfind("\n", start + 1, start + LONG_TEXT)

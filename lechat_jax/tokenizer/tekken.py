@@ -1,4 +1,4 @@
-"""Mistral's tekken tokenizers, `tekken.json`: merges of bytes, from version 3 on."""
+"""Mistral's tekken tokenizers (`tekken.json`, version 3 on): byte-level BPE, as tiktoken's."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from lechat_jax.errors import BadInput
 
 
 class Tekken:
-    """A tekken model, read by mistral-common; `Tokenizer` says what its methods do.
+    """A tekken model, loaded by mistral-common; for its methods see `Tokenizer`.
 
     The first ids are control tokens, the next 256 single bytes. Loading takes a second, half
     of it for importing mistral-common.
@@ -42,11 +42,11 @@ class Tekken:
         return self._encode(text, bos=False, eos=False)
 
     def _encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """What mistral-common's method of that name does, for any text.
+        """mistral-common's `encode`, without its crash on long runs of blanks.
 
-        tiktoken's engine of regular expressions ends at a run of about a million blanks, for
-        which it remembers each place that it might go back to. Its slower way, which splits the
-        text into words by the library `regex`, has no limit and finds the same words.
+        tiktoken's regular expressions fail at a run of about a million blanks, since they store
+        each place to backtrack to. Its slower path, which splits the text into words by the library
+        `regex`, has no limit and gives the same words.
         """
         tiktoken = self.model._model
         try:
@@ -57,26 +57,26 @@ class Tekken:
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_after(self, text: str) -> list[int]:
-        """The ids of a text before which there is another."""
+        """The ids of a text that follows another text."""
         return self.encode(text)
 
     def encode_batch(
         self, texts: Sequence[str], num_threads: int
     ) -> list[Int32[np.ndarray, "..."]]:
-        """The ids of each text; encoding releases Python's lock."""
+        """The ids of each text, in threads, since encoding releases the GIL."""
         with ThreadPoolExecutor(num_threads or None) as threads:
             return [np.array(ids, np.int32) for ids in threads.map(self.encode, texts)]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of the ids; a control token cuts a character that it comes amid."""
+        """The text of the ids; a control token within a character cuts it."""
         return self.model.decode(ids)
 
     def raw(self, id_: int) -> bytes | None:
-        """The bytes of any id but the control tokens."""
+        """The bytes of an id; `None` for a control token."""
         return None if self.is_control(id_) else self.model.id_to_byte_piece(id_)
 
     def text(self, id_: int, first: bool) -> str:
-        """The text of one id; it does not matter whether it is the first."""
+        """The text of one id; `first` makes no difference."""
         return self.decode([id_])
 
     def is_control(self, id_: int) -> bool:

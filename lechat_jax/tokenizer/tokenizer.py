@@ -1,4 +1,4 @@
-"""Text to Mistral's token ids and back, a stream at a time."""
+"""Mistral's tokenizer: text to token ids and back, also streaming."""
 
 import codecs
 import hashlib
@@ -27,7 +27,7 @@ PADDING = 512
 
 
 def preferred(paths: Iterable[Path]) -> Path | None:
-    """The tokenizer among these files, by Mistral's names for them; `None` if there is none.
+    """Chooses the tokenizer file among these by Mistral's file names; `None` if there is none.
 
     Mistral's repositories may hold several. As in mistral-common, `tekken.json` wins, and
     otherwise the newest version; mistral-inference refuses such a folder.
@@ -45,26 +45,26 @@ def preferred(paths: Iterable[Path]) -> Path | None:
 
 
 class Tokenizer:
-    """Mistral's tokenizer of any version, SentencePiece or tekken; every text has tokens.
+    """Mistral's tokenizer of any version, SentencePiece or tekken; every text can be encoded.
 
-    `decode(encode(s))` is `s`. SentencePiece puts a space before a text, which `decode`
-    takes away again, and loses U+2581, the sign it writes for a space; tekken does neither.
+    `decode(encode(s))` is `s`. SentencePiece puts a space before a text, which `decode` removes
+    again, and loses U+2581, its symbol for a space; tekken does neither.
 
-    A model may have more ids, see `beside`. Tokens that were added to it are found in a text, and
-    ids that are neither theirs nor the tokenizer's have no text.
+    A model may have more ids, see `beside`: added tokens, which are recognised in a text, and
+    padding ids, which have no text.
 
     Attributes:
-        path: the file it was read from.
-        codec: what does the work.
-        sha256: of that file, and of the added tokens if there are any.
-        version: Mistral's, such as "v3", which says how a conversation is written down.
-        file_name: Mistral's name for such a file.
+        path: file that it was read from.
+        codec: the SentencePiece or tekken model.
+        sha256: digest of that file, and of the added tokens if there are any.
+        version: Mistral's version, such as "v3", which decides the chat template.
+        file_name: Mistral's file name for this version.
         vocab_size: number of ids V.
-        starts_anew: whether the text behind an added token is encoded as one of its own.
+        starts_anew: whether the text after an added token is encoded like a text of its own.
         bos_id: id that starts a document.
-        eos_id: id that ends one.
-        byte_of: the byte that an id stands for, for the 256 ids that stand for one.
-        broken: Python's name for how a byte that is in no character becomes U+FFFD.
+        eos_id: id that ends a document.
+        byte_of: byte of each of the 256 byte ids.
+        broken: Python's error handler that decodes invalid bytes to U+FFFD.
     """
 
     def __init__(self, path: Path) -> None:
@@ -109,22 +109,22 @@ class Tokenizer:
         """The tokenizer in a SentencePiece model file or a `tekken.json`.
 
         Raises:
-            BadInput: there is no such file, or it holds something else.
+            BadInput: there is no such file, or it is not a tokenizer.
         """
         return cls(Path(path))
 
     @classmethod
     def beside(cls, folder: Path, vocab_size: int) -> "Tokenizer | None":
-        """The tokenizer in a model's folder, with the tokens that were added; `None` without one.
+        """The tokenizer in a model's folder, with its added tokens; `None` if there is none.
 
-        Of several it is the `preferred` one.
+        Of several files the `preferred` one is read.
 
         Args:
-            folder: of the model.
-            vocab_size: ids of the model, which may be more than the tokenizer's.
+            folder: the model's folder.
+            vocab_size: number of ids of the model, which may exceed the tokenizer's.
 
         Raises:
-            BadInput: the file is no tokenizer, or another model's.
+            BadInput: the file is not a tokenizer, or another model's.
         """
         path = preferred(folder.iterdir())
         if path is None:
@@ -144,12 +144,12 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without BOS and EOS; control tokens spelled in it stay text.
+        """Encodes a text, without BOS and EOS; control tokens spelled in it stay text.
 
-        Tokens that were added to the model are those tokens, as transformers reads them.
+        Added tokens spelled in it become their ids, as in transformers.
 
         Raises:
-            BadInput: the text holds half a character pair, as undecodable bytes become.
+            BadInput: the text has a lone surrogate, as undecodable bytes become.
         """
         try:
             text.encode()
@@ -158,11 +158,10 @@ class Tokenizer:
         return self._encode(text, self.codec.encode)
 
     def encode_after(self, text: str) -> list[int]:
-        """The ids with which a model goes on to say this text after another one.
+        """Encodes a text that continues another one.
 
-        Behind those of the other text they decode to both, with nothing in between; where
-        the two meet, encoding both as one might merge what no model that was given the first
-        could merge.
+        Appended to the ids of the other text they decode to both, with no space in between. No
+        token spans the border, as none could when a model continues a prompt.
 
         >>> tokenizer = Tokenizer.mistral_v1()
         >>> tokenizer.decode(tokenizer.encode("1 + 1 =") + tokenizer.encode_after(" 2"))
@@ -173,7 +172,7 @@ class Tokenizer:
     def encode_batch(
         self, texts: Sequence[str], num_threads: int = 0
     ) -> list[Int32[np.ndarray, "..."]]:
-        """The ids of each text, equal to `encode`, on `num_threads` threads (0: all cores)."""
+        """Encodes many texts, each as by `encode`, on `num_threads` threads (0: all cores)."""
         if not self._added:
             return self.codec.encode_batch(texts, num_threads)
         if not self.starts_anew:  # the parts of a text depend on their place
@@ -192,7 +191,7 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text of the ids; control ids and padding have none, a broken byte is U+FFFD.
+        """Decodes ids to text; control ids and padding have none, an invalid byte is U+FFFD.
 
         Raises:
             BadInput: an id is not in the vocabulary.
@@ -204,7 +203,7 @@ class Tokenizer:
         return self.codec.decode(known)
 
     def raw(self, id_: SupportsIndex) -> bytes | None:
-        """The bytes of an id that may hold a part of a character; `None` for any other.
+        """The bytes of an id that may be a part of a character; `None` for any other.
 
         Raises:
             BadInput: the id is not in the vocabulary.
@@ -213,7 +212,7 @@ class Tokenizer:
         return self.codec.raw(known) if self.is_own(known) else None
 
     def piece_text(self, id_: SupportsIndex, first: bool) -> str:
-        """The text of one id; as the `first` of a text it may lack a space put before that.
+        """The text of one id; the `first` id of a text may lack a leading space.
 
         Raises:
             BadInput: the id is not in the vocabulary.
@@ -222,7 +221,7 @@ class Tokenizer:
         return self.codec.text(known, first) if self.is_own(known) else self._added.get(known, "")
 
     def is_control(self, id_: SupportsIndex) -> bool:
-        """Whether the id has no text and leaves the next one first (BOS, EOS).
+        """Whether the id has no text and the one after it still counts as the first (BOS, EOS).
 
         Raises:
             BadInput: the id is not in the vocabulary.
@@ -231,11 +230,11 @@ class Tokenizer:
         return self.codec.is_control(known) if self.is_own(known) else known not in self._added
 
     def is_own(self, id_: SupportsIndex) -> bool:
-        """Whether the id is the tokenizer's, and neither added to the model nor padding."""
+        """Whether the id is in the tokenizer's file: neither an added token nor padding."""
         return operator.index(id_) < self.codec.vocab_size
 
     def save(self, folder: Path) -> Path:
-        """The file, copied into the folder under Mistral's name for it.
+        """Copies the tokenizer's file into a folder, under Mistral's file name.
 
         Raises:
             OSError: the folder cannot be written.
@@ -250,7 +249,7 @@ class Tokenizer:
         return path
 
     def _grow(self, vocabulary: Vocabulary) -> None:
-        """Has from here on the ids of a model that has more of them."""
+        """Extends the tokenizer by the model's added tokens and padding ids."""
         self.vocab_size, self.starts_anew = vocabulary.size, vocabulary.starts_anew
         self._added = {i: text for i, text in vocabulary.added.items() if not self.is_own(i)}
         if self._added:
@@ -261,7 +260,7 @@ class Tokenizer:
             self.sha256 = hashlib.sha256(known.encode()).hexdigest()
 
     def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """The ids of a text with added tokens in it, of which `encode` gives the first part's."""
+        """Encodes a text that contains added tokens; `encode` is used for its first part."""
         if not self._added:
             return encode(text)
         ids: list[int] = []
@@ -271,7 +270,7 @@ class Tokenizer:
         return ids
 
     def _known(self, id_: SupportsIndex) -> int:
-        """The id as a plain integer, which must be in the vocabulary."""
+        """The id as an int; raises `BadInput` if it is not in the vocabulary."""
         known = operator.index(id_)
         if not 0 <= known < self.vocab_size:
             raise BadInput(
@@ -282,15 +281,15 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """The text of ids that arrive a few at a time, each character as soon as it is certain.
+    """Streaming detokenizer: text of ids that arrive a few at a time, never a broken character.
 
     The pushes and the `flush` at the end together are `decode` of all ids. Bytes are held
     until they are a character, or can no longer become one and are U+FFFD, so a prefix of
     the output is never a broken character. Work and memory per id are constant.
 
     Args:
-        prefix_ids: what came before, such as a prompt; its text is not given again, but the
-            text after it keeps its leading space, and a character it began is completed.
+        prefix_ids: ids before the stream, such as a prompt; their text is not output, but the
+            text after it keeps its leading space, and a character begun in it is completed.
 
     >>> tokenizer = Tokenizer.mistral_v1()
     >>> stream = StreamDecoder(tokenizer, tokenizer.encode("The cat"))
@@ -305,7 +304,7 @@ class StreamDecoder:
         self.push(prefix_ids)
 
     def push(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text that these ids make certain; often empty, in the middle of a character.
+        """Decodes the next ids to the text that is complete so far; empty within a character.
 
         Raises:
             BadInput: an id is not in the vocabulary.
@@ -313,7 +312,7 @@ class StreamDecoder:
         return "".join(map(self._push_one, ids))
 
     def flush(self) -> str:
-        """What is still held, now that nothing follows: U+FFFD."""
+        """Ends the stream: U+FFFD for an incomplete character, else empty."""
         return self._bytes.decode(b"", final=True)
 
     def _push_one(self, id_: SupportsIndex) -> str:

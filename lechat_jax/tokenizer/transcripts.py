@@ -1,7 +1,7 @@
-"""Conversations that were had, as the ids that a model is taught, the assistant's marked.
+"""Training conversations as token ids with a loss mask, by Mistral's chat template.
 
-Written down by mistral-common as for the chat command, see `template`; what stands between
-the messages and how is its affair, in each version of the tokenizer.
+Encoded by mistral-common as for the chat command, see `chat_template`, in each tokenizer
+version; the mask is True on the assistant's ids.
 """
 
 import json
@@ -23,11 +23,11 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class Unusable(Exception):
-    """A conversation cannot be learned from; the message says why, to go on after "line 3"."""
+    """A conversation that cannot be trained on; the message continues a sentence after "line 3"."""
 
 
 class Transcripts:
-    """Writes conversations down for one tokenizer."""
+    """Encodes conversations for training with one tokenizer's chat template."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         version, base = TokenizerVersion(tokenizer.version), base_of(tokenizer)
@@ -44,13 +44,13 @@ class Transcripts:
         )
 
     def write(self, messages: Any, tools: Any = None) -> tuple[list[int], list[bool]]:
-        """All ids from BOS on, and which of them are the assistant's, its EOS included.
+        """Encodes a conversation: ids from BOS on, and the loss mask (the assistant's ids and EOS).
 
-        A message of the assistant's with a `weight` of 0 is read and not learned. A field that
-        is null is as if it were not there.
+        An assistant message with a `weight` of 0 is context and not trained on. Null fields count
+        as absent.
 
         Raises:
-            Unusable: the messages are no conversation that ends with an answer.
+            Unusable: the messages are not a conversation that ends with an answer.
         """
         try:
             messages, tools = without_nulls(messages), without_nulls(tools)
@@ -76,7 +76,7 @@ class Transcripts:
         return ids, counted
 
     def _noted(self, role: str, encode: Callable[..., Any]) -> Callable[..., Any]:
-        """The same encoder, whose number of ids is noted."""
+        """Wraps an encoder so that the number of its ids is recorded."""
 
         def noting(*args: Any, **kwargs: Any) -> Any:
             written = encode(*args, **kwargs)
@@ -88,12 +88,12 @@ class Transcripts:
 
 
 def _no_text(*args: Any, **kwargs: Any) -> str:
-    """Instead of all ids as text, which mistral-common adds and nobody reads."""
+    """Replaces the decoded text of all ids, which mistral-common adds and nobody reads."""
     return ""
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message without its weight and without empty fields, which may come from a table, too."""
+    """A message without its weight and its empty fields, which Arrow tables add."""
     said = {
         k: v for k, v in message.items() if k != "weight" and (k == "content" or v not in ([], {}))
     }
@@ -104,7 +104,7 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_arguments(call: Any) -> Any:
-    """A call whose arguments were all null, or none, has none."""
+    """A tool call with empty arguments in place of null or missing ones."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or "arguments" in function:
         return call
@@ -112,7 +112,7 @@ def _with_arguments(call: Any) -> Any:
 
 
 def _with_parameters(tool: Any) -> Any:
-    """Likewise a tool whose parameters are."""
+    """A tool with empty parameters in place of null or missing ones."""
     function = tool.get("function") if isinstance(tool, dict) else None
     if not isinstance(function, dict) or "parameters" in function:
         return tool
@@ -120,10 +120,10 @@ def _with_parameters(tool: Any) -> Any:
 
 
 def check(messages: Any) -> None:
-    """Nothing, if this is a conversation: a question first, answers in turn, an answer last.
+    """Validates a conversation: a question first, alternating roles, an answer last.
 
     Raises:
-        Unusable: it is none.
+        Unusable: it is not such a conversation.
     """
     if not isinstance(messages, list) or not messages:
         raise Unusable("has no list of messages in `messages`")

@@ -1,7 +1,7 @@
-"""Added tokens and ends of text: what a folder says of its ids beside the tokenizer.
+"""Added tokens, BOS and EOS ids in the JSON files beside a tokenizer.
 
-Fine-tunes grow the vocabulary (ChatML's `<|im_start|>`) and end their texts with what they added.
-Hugging Face's files say so, which keep their names and their content in every format.
+Fine-tunes grow the vocabulary (ChatML's `<|im_start|>`) and end texts with added tokens. Hugging
+Face's files hold these, and keep their names and content in every format.
 """
 
 import re
@@ -22,14 +22,14 @@ BESIDE = re.compile(
 
 
 class Vocabulary(NamedTuple):
-    """What is known of a model's ids that its tokenizer does not say.
+    """A model's ids beyond its tokenizer's: vocabulary size and added tokens.
 
     Attributes:
         size: number of ids V, the rows of the embedding; more than the tokenizer has, if tokens
             were added or the rows padded.
-        added: text of each id that has one beside the tokenizer's own.
-        starts_anew: whether the text behind an added token is encoded as one of its own, with the
-            space that SentencePiece puts before it; `legacy` in Hugging Face's settings.
+        added: text of each added token, by id.
+        starts_anew: whether the text after an added token is encoded like a text of its own, with
+            SentencePiece's leading space; `legacy` in Hugging Face's settings.
     """
 
     size: int
@@ -38,9 +38,9 @@ class Vocabulary(NamedTuple):
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """The added tokens that the files of a folder name, as transformers reads them.
+    """Reads the added tokens of a folder's JSON files, as transformers does.
 
-    A token for which the model has no row cannot be given to it and is left out, as text.
+    A token beyond the model's embedding rows is left out and stays text.
 
     Raises:
         BadInput: a file is damaged.
@@ -64,11 +64,11 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
 
 
 def control_ids(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`bos_token_id` and `eos_token_id`, one or a list, where `generation_config.json` says them.
+    """Reads `bos_token_id` and `eos_token_id` (an id or a list) of `generation_config.json`.
 
     Args:
-        folder: of the model.
-        config: Hugging Face's, which says what that file does not.
+        folder: the model's folder.
+        config: Hugging Face's config, for what that file lacks.
 
     Raises:
         BadInput: they are no ids.
@@ -88,7 +88,7 @@ def control_ids(folder: Path, config: Mapping[str, Any] | None = None) -> dict[s
 
 
 def ends(folder: Path) -> tuple[int, ...]:
-    """The ids that end a text of the model in a folder; none where nothing is said.
+    """The EOS ids of the model in a folder; none where `generation_config.json` names none.
 
     Raises:
         BadInput: they are no ids.
@@ -98,12 +98,12 @@ def ends(folder: Path) -> tuple[int, ...]:
 
 
 def beside(folder: Path) -> list[Path]:
-    """The files of a folder that say more of its ids than the tokenizer does."""
+    """The JSON files of added tokens and special ids beside a tokenizer."""
     return sorted(path for path in folder.iterdir() if BESIDE.fullmatch(path.name))
 
 
 def no_tokenizer(folder: Path, so: str) -> str:
-    """A sentence on why there is no text with a folder, what follows, and what to do."""
+    """The error message for a folder without a tokenizer; `so` says what follows from it."""
     theirs = (folder / "tokenizer.json").is_file()
     why = ", and a tokenizer.json is none that is read here" if theirs else ""
     return (
@@ -113,10 +113,10 @@ def no_tokenizer(folder: Path, so: str) -> str:
 
 
 def _text(token: Any) -> Any:
-    """The text of an added token, which old files say without its properties."""
+    """The text of an added token, which is an object or, in old files, a string."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or an empty one where there is no file."""
+    """The JSON object in a file, or an empty one if there is no file."""
     return parse_json(path.read_bytes(), path) if path.is_file() else {}

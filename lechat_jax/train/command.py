@@ -19,7 +19,7 @@ from lechat_jax.cli import flags as cli
 from lechat_jax.cli.config_file import to_yaml
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
-from lechat_jax.data.dataset import Lessons, load_lessons
+from lechat_jax.data.dataset import Dataset, open_dataset
 from lechat_jax.devices import processes
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.devices.memory import OutOfMemory, running_out
@@ -79,7 +79,7 @@ def _trained(options: TrainConfig, began: float) -> Run:
             if training.step == training.total:
                 finish(trainer)
             else:
-                pause(trainer, stop.asked)
+                pause(trainer, stop.received)
         except Diverged as error:
             display.say(f"stopped: {error}", style="red")
             raise
@@ -105,7 +105,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
     if mesh:
         check_divides(mesh, config, shape.batch // options.accumulate)
     _check_room(start, run, is_new, mesh, display)
-    lessons = load_lessons(
+    lessons = open_dataset(
         options.data,
         tokenizer,
         shape.block,
@@ -205,7 +205,7 @@ def _remember(run: Run, options: TrainConfig) -> None:
         run.config = config
 
 
-def _begin_run(run: Run, start: Start, lessons: Lessons, loaded: Loaded | None) -> None:
+def _begin_run(run: Run, start: Start, lessons: Dataset, loaded: Loaded | None) -> None:
     """A new run in its folder, with all that is known at the start."""
     options = start.options
     run.begin()

@@ -74,7 +74,7 @@ class Events:
             self.training.weights,
             show,
             options.eval_tokens,
-            lambda: anywhere(bool(stop.asked) or late()),
+            lambda: anywhere(bool(stop.received) or late()),
         )
         rate, of = final.tokens / (time.perf_counter() - began), self.validator.n_tokens
         known = (row for row in run.metrics() if row["step"] == self.training.step)
@@ -83,7 +83,7 @@ class Events:
         part = f"all {of:,} held-out tokens"
         if final.tokens < of:
             bound = "--eval-tokens" if final.tokens >= options.eval_tokens else "--eval-minutes"
-            why = stop.asked or bound
+            why = stop.received or bound
             part = f"{final.tokens:,} of {of:,} held-out tokens, evenly spread ({why})"
         return (
             f"{final.bits_per_byte:.4f} bits per byte on {part} "

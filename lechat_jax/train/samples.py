@@ -73,7 +73,7 @@ class Samples:
         found: dict[str, list[int]] = {}
         for prompt in (self.job.lessons.opening, *self.job.options.prompt):
             try:
-                ids = self.job.lessons.asked(prompt)
+                ids = self.job.lessons.prompt_ids(prompt)
             except FAILURES as error:
                 self.job.display.say(f"no sample at step {step} of {prompt[:40]!r}: {error}")
                 continue

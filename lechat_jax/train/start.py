@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lechat_jax.checkpoint.load import shapes_to_compute
 from lechat_jax.checkpoint.peft import read_adapter
 from lechat_jax.checkpoint.run import Run
-from lechat_jax.checkpoint.saved_model import Loaded, Trained
+from lechat_jax.checkpoint.saved_model import Loaded, SavedModel
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
@@ -64,7 +64,7 @@ class Start(NamedTuple):
     options: TrainConfig
     model: MistralConfig
     tokenizer: Tokenizer
-    source: Trained | None = None
+    source: SavedModel | None = None
     learning: Asked | None = None
 
     @property
@@ -114,7 +114,7 @@ def started(asked: TrainConfig) -> Start:
             )
     else:
         options = _located(asked)
-        source = Trained.open(asked.init_from)
+        source = SavedModel.open(asked.init_from)
         check_source(source, options)
         model, tokenizer = source.config, source.tokenizer
         if tokenizer is None:
@@ -137,7 +137,7 @@ def resumed(run: Run, asked: TrainConfig) -> Start:
     """
     from_first(run.hold)
     config = run.config
-    trained = Trained.open(run.folder)
+    trained = SavedModel.open(run.folder)
     if asked.init_from and not trained.adapters:
         raise BadInput(
             f"{run.folder} has all its weights and needs no others to go on; leave out --init-from"
@@ -177,7 +177,7 @@ def adapters_asked(options: TrainConfig, config: MistralConfig) -> Asked | None:
     return Asked(adapters)
 
 
-def check_source(source: Trained, options: TrainConfig) -> None:
+def check_source(source: SavedModel, options: TrainConfig) -> None:
     """Raises `BadInput` for weights that cannot learn, or have nothing beside them that could."""
     if source.adapters is not None:
         merge = command("parity.convert", source.folder, f"{source.folder}-merged", to="lechat")
@@ -197,7 +197,7 @@ def check_source(source: Trained, options: TrainConfig) -> None:
 
 
 def load_base(
-    source: Trained, options: TrainConfig, dtype: Dtype, mesh: Mesh | None, display: Display
+    source: SavedModel, options: TrainConfig, dtype: Dtype, mesh: Mesh | None, display: Display
 ) -> Loaded:
     """The weights of --init-from: in the float32 that they learn in, or as adapters need them.
 
@@ -209,7 +209,7 @@ def load_base(
         display: says what is damaged.
 
     Raises:
-        BadInput: they are not finite, or as `Trained.load` says.
+        BadInput: they are not finite, or as `SavedModel.load` says.
     """
     display.wait("loading weights")
     kept = dtype if options.learns_adapters else "float32"

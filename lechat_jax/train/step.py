@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
-from lechat_jax.devices.mesh import made_sharded, pinned
+from lechat_jax.devices.mesh import create_sharded, pinned
 from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.scoring import Forward, total_nats
@@ -53,7 +53,7 @@ def init_state(config: MistralConfig, options: StepOptions, seed: int) -> TrainS
     def draw() -> Weights:
         return weights_of(Mistral(config, rngs=nnx.Rngs(seed)))
 
-    return state_of(made_sharded(options.mesh, draw), options)
+    return state_of(create_sharded(options.mesh, draw), options)
 
 
 def state_of(weights: Weights, options: StepOptions) -> TrainState:
@@ -63,7 +63,7 @@ def state_of(weights: Weights, options: StepOptions) -> TrainState:
     def start(weights: Weights) -> tuple[optax.OptState, Array]:
         return optimizer.init(weights), jnp.zeros((), jnp.int32)
 
-    return TrainState(weights, *made_sharded(options.mesh, start, weights))
+    return TrainState(weights, *create_sharded(options.mesh, start, weights))
 
 
 def train_steps(

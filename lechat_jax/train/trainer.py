@@ -82,7 +82,7 @@ class Trainer:
 
     def is_unwanted(self, stop: Stop) -> bool:
         """Whether it is to be saved and left: by a signal, or since nobody reads what it says."""
-        return bool(stop.asked) or self.job.display.has_no_reader
+        return bool(stop.received) or self.job.display.has_no_reader
 
     def may_send(self, waiting: int) -> bool:
         """Whether more steps may begin before the losses of so many calls are read.

@@ -17,7 +17,7 @@ from lechat_jax.checkpoint.run import Run
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
-from lechat_jax.data.dataset import Lessons
+from lechat_jax.data.dataset import Dataset
 from lechat_jax.devices.mesh import described, placed, settled
 from lechat_jax.devices.processes import from_first, is_first
 from lechat_jax.errors import BadInput
@@ -54,7 +54,7 @@ class Job(NamedTuple):
     run: Run
     config: MistralConfig
     options: TrainConfig
-    lessons: Lessons
+    lessons: Dataset
     tokenizer: Tokenizer
     display: Display
     began: float

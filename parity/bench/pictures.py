@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from lechat_jax.files.atomic import write_whole
+from lechat_jax.files.atomic import write_atomic
 from parity.bench.learners.race import Point
 from parity.report import Report
 
@@ -76,4 +76,4 @@ def _figure(height: float) -> Any:
 def _write(figure: Any, path: Path, **how: bool) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", **how)
-    write_whole(path, content.getvalue())
+    write_atomic(path, content.getvalue())

@@ -27,7 +27,7 @@ from lechat_jax.config.layout import kernel_of
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
 from lechat_jax.files.checksums import sync, write_manifest
-from lechat_jax.quantize.scheme import Form, asked, in_parts
+from lechat_jax.quantize.scheme import Form, in_parts, scheme_for
 from lechat_jax.quantize.scheme import Format as Quantization
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.tokenizer import preferred
@@ -282,7 +282,7 @@ def form_to_write(source: Source, options: Convert) -> Form | None:
         raise BadInput(f"{options.src} is {source.quantization} already; copy the folder")
     if stored and options.to == "lechat" and options.quantize in (None, stored.format):
         return None if options.dequantize else stored
-    return asked(options.quantize, source.config)
+    return scheme_for(options.quantize, source.config)
 
 
 def _parts(source: Source, name: str, form: Form) -> dict[str, Shaped[np.ndarray, "..."]]:

@@ -249,9 +249,9 @@ def _run(folder: Path, fields: dict[str, Any]) -> Source:
 
 def _adapted(folder: Path, dtype: np.dtype | None) -> Source:
     """The adapters of a run's last good checkpoint, merged into the weights they are for."""
-    from lechat_jax.checkpoint.saved_model import Trained
+    from lechat_jax.checkpoint.saved_model import SavedModel
 
-    trained = Trained.open(folder)
+    trained = SavedModel.open(folder)
     learned = trained.load_adapters()
     base = open_source(trained.base.folder, dequantize=True)
     trained.check_base(_manifest(base))

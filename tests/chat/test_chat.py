@@ -487,6 +487,4 @@ def test_help_describes_each_flag(capsys: Output) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
-    assert "what the model is told before all questions" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    assert "System prompt. By default none." in " ".join(capsys.readouterr().out.split())

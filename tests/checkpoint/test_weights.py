@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from lechat_jax.checkpoint import weights as module
 from lechat_jax.checkpoint.folder import fault_of, kind_of
 from lechat_jax.checkpoint.safetensors import TensorFiles, write_tensors
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import load_weights, save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
@@ -251,13 +251,13 @@ def test_memory_is_told_before_anything_is_read(
 ) -> None:
     n_norms, n_all = 3 * 40, sum(leaf.size for leaf in weights.values())
     n_int8 = sum(leaf.nbytes for name, leaf in in_int8.items() if "norm" not in name)
-    cases: tuple[tuple[Trained, str | None, Literal["int8"] | None, int], ...] = (
-        (Trained.open(folder), None, None, 4 * n_all),
-        (Trained.open(folder), "bfloat16", None, 2 * n_all),
-        (Trained.open(folder), None, "int8", n_int8 + 4 * n_norms),
-        (Trained.open(folder), "bfloat16", "int8", n_int8 + 2 * n_norms),
-        (Trained.open(int8_folder), "bfloat16", None, n_int8 + 2 * n_norms),
-        (Trained.open(int8_folder), "float32", "int8", n_int8 + 4 * n_norms),
+    cases: tuple[tuple[SavedModel, str | None, Literal["int8"] | None, int], ...] = (
+        (SavedModel.open(folder), None, None, 4 * n_all),
+        (SavedModel.open(folder), "bfloat16", None, 2 * n_all),
+        (SavedModel.open(folder), None, "int8", n_int8 + 4 * n_norms),
+        (SavedModel.open(folder), "bfloat16", "int8", n_int8 + 2 * n_norms),
+        (SavedModel.open(int8_folder), "bfloat16", None, n_int8 + 2 * n_norms),
+        (SavedModel.open(int8_folder), "float32", "int8", n_int8 + 4 * n_norms),
     )
     for trained, dtype, quantize, expected in cases:
         assert trained.weights_bytes(dtype, quantize) == expected

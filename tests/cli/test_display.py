@@ -51,7 +51,7 @@ def shown(console: Console) -> str:
 
 
 def read(time: Clock, seconds: list[float], done: list[int]) -> None:
-    reading = display.Reading()
+    reading = display.PrefillProgress()
     for time.now, n in zip(seconds, done, strict=True):
         reading(n, 32_000)
 

@@ -30,9 +30,9 @@ def old_effect() -> Iterator[list[int]]:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_noted_by_name(number: signal.Signals, old_effect: list[int]) -> None:
     with Stop() as stop:
-        assert stop.asked == ""
+        assert stop.received == ""
         signal.raise_signal(number)
-        assert stop.asked == number.name
+        assert stop.received == number.name
     assert old_effect == []
 
 
@@ -45,7 +45,7 @@ def test_the_second_has_its_old_effect(
         signal.raise_signal(first)
         signal.raise_signal(second)
     assert old_effect == [second]
-    assert stop.asked == first.name
+    assert stop.received == first.name
 
 
 @pytest.mark.parametrize("first", SIGNALS)
@@ -57,7 +57,7 @@ def test_a_terminal_that_closes_is_a_wish_however_often_one_is_told(
         for number in (first, signal.SIGHUP, signal.SIGHUP):
             signal.raise_signal(number)
     assert old_effect == []
-    assert stop.asked == first.name
+    assert stop.received == first.name
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -67,7 +67,7 @@ def test_what_is_ignored_stays_ignored_as_under_nohup(
     signal.signal(number, signal.SIG_IGN)
     with Stop() as stop:
         signal.raise_signal(number)
-        assert stop.asked == ""
+        assert stop.received == ""
     assert signal.getsignal(number) == signal.SIG_IGN
 
 
@@ -77,7 +77,7 @@ def test_a_second_ctrl_c_interrupts_as_ever(old_effect: list[int]) -> None:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert stop.asked == "SIGINT"
+    assert stop.received == "SIGINT"
 
 
 @pytest.mark.parametrize("asked", [False, True])

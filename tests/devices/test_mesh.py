@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from lechat_jax.checkpoint.run import Run
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.checkpoint.weights import save_weights, weight_shapes
 from lechat_jax.config import MistralConfig
@@ -249,7 +249,7 @@ def test_weights_and_checkpoints_are_read_into_their_places(
     Checkpoints(run.checkpoints).save(3, {"model": weights}, {})
     places = shardings(mesh, weights)
     for folder in ("weights", "run"):
-        loaded = Trained.open(tmp_path / folder).load(mesh=mesh).weights
+        loaded = SavedModel.open(tmp_path / folder).load(mesh=mesh).weights
         for name, leaf in loaded.items():
             assert leaf.sharding == places[name]
             np.testing.assert_array_equal(leaf, weights[name])

@@ -9,7 +9,7 @@ import pytest
 
 from lechat_jax.errors import BadInput
 from lechat_jax.files import atomic
-from lechat_jax.files.atomic import check_new_folder, check_writable, write_whole
+from lechat_jax.files.atomic import check_new_folder, check_writable, write_atomic
 
 GB = 10**9
 full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has one")
@@ -26,7 +26,7 @@ def everything_in(folder: Path) -> list[str]:
 def test_a_file_has_what_was_written(tmp_path: Path, content: str | bytes) -> None:
     path = tmp_path / "report"
     path.write_text("old")
-    write_whole(path, content)
+    write_atomic(path, content)
     raw = content if isinstance(content, bytes) else content.encode()
     assert path.read_bytes() == raw
     assert everything_in(tmp_path) == ["report"]
@@ -34,7 +34,7 @@ def test_a_file_has_what_was_written(tmp_path: Path, content: str | bytes) -> No
 
 def test_what_a_link_names_is_written_and_the_link_stays(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    write_whole(tmp_path / "link", "new")
+    write_atomic(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_text() == "new"
 
@@ -44,7 +44,7 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: heard.append(pipe.read_text()))
     reader.start()
-    write_whole(pipe, "{}")
+    write_atomic(pipe, "{}")
     reader.join(10)
     assert heard == ["{}"]
     assert pipe.is_fifo()
@@ -52,10 +52,10 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
 
 @full_disk
 def test_a_device_is_written_to_and_stays_one() -> None:
-    write_whole(Path("/dev/null"), "gone")
+    write_atomic(Path("/dev/null"), "gone")
     assert Path("/dev/null").is_char_device()
     with pytest.raises(BadInput, match=r"cannot write /dev/full .No space left on device.; name"):
-        write_whole(Path("/dev/full"), "no room")
+        write_atomic(Path("/dev/full"), "no room")
 
 
 # --- asked before ---

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.generate.engine import Engine, Made
+from lechat_jax.generate.engine import Engine, RowTokens
 from lechat_jax.generate.loaded_model import LoadedModel
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import bind, weights_of
@@ -33,12 +33,12 @@ def model(request: pytest.FixtureRequest, tiny: MistralConfig) -> LoadedModel:
     return LoadedModel(lively(config), chunk=4, context=128)
 
 
-def join(rounds: list[Made]) -> Made:
+def join(rounds: list[RowTokens]) -> RowTokens:
     ids, logprobs = zip(*rounds, strict=True)
-    return Made([*itertools.chain(*ids)], [*itertools.chain(*logprobs)])
+    return RowTokens([*itertools.chain(*ids)], [*itertools.chain(*logprobs)])
 
 
-def alone(model: LoadedModel, n_rows: int, row: int, draft: int = 0) -> Made:
+def alone(model: LoadedModel, n_rows: int, row: int, draft: int = 0) -> RowTokens:
     """What a row says when nobody else is there."""
     engine, (_, sampling, limit) = model.engine(n_rows, draft), ASKED[row]
     engine.admit(row, prompt_of(row), limit, sampling, stream=row)
@@ -46,7 +46,7 @@ def alone(model: LoadedModel, n_rows: int, row: int, draft: int = 0) -> Made:
     return finish(engine, row)
 
 
-def finish(engine: Engine, row: int) -> Made:
+def finish(engine: Engine, row: int) -> RowTokens:
     made = []
     while not made or made[-1].ids:
         made.append(engine.advance(8)[row])
@@ -57,7 +57,7 @@ def finish(engine: Engine, row: int) -> Made:
 def test_a_row_is_bit_for_bit_what_it_is_alone(model: LoadedModel, steps: int) -> None:
     """Whoever joins, is being read or leaves meanwhile, and however many steps a call takes."""
     engine = model.engine(4)
-    waiting, made = [*ASKED], {row: list[Made]() for row in ASKED}
+    waiting, made = [*ASKED], {row: list[RowTokens]() for row in ASKED}
     while waiting or any(not rounds or rounds[-1].ids for rounds in made.values()):
         if waiting:
             row = waiting.pop()
@@ -123,7 +123,7 @@ def test_a_row_that_is_freed_makes_nothing_more(model: LoadedModel, when: str) -
 def test_rows_that_guess_say_what_they_say_alone(model: LoadedModel) -> None:
     """Guesses are the engine's, whose rows may be read to different lengths or free."""
     engine = model.engine(4, draft=3)
-    made = {row: list[Made]() for row in (0, 2)}
+    made = {row: list[RowTokens]() for row in (0, 2)}
     for row in made:
         engine.admit(row, prompt_of(row) * 2, 30, GREEDY)
         engine.read_all()

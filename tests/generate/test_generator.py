@@ -18,7 +18,7 @@ import pytest
 from jax import monitoring
 
 from lechat_jax.checkpoint.run import Run
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig, preset
@@ -120,7 +120,7 @@ def test_a_context_that_does_not_fit_is_refused_before_the_weights_are_read(
 ) -> None:
     config = dataclasses.replace(tiny, sliding_window=None)
     save_weights(tmp_path / "model", config, weights_of(lively(config)), None)
-    monkeypatch.setattr(Trained, "load", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr(SavedModel, "load", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(BadInput, match=r"the weights and a cache of .* shorter context"):
         Generator.from_checkpoint(tmp_path / "model", context=10**9)
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from lechat_jax.checkpoint.run import Run
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.cli.display import Display
@@ -86,7 +86,7 @@ def test_the_figures_are_those_of_all_logits_at_once(
     monkeypatch.setattr(module, "CHUNK", chunk)
     found = figures(tmp_path, folder, "--tokens", 64)
     with Display(None) as display:
-        text = held_out(Trained.open(folder), None, 64, display)
+        text = held_out(SavedModel.open(folder), None, 64, display)
     assert text.inputs.shape == (1, 64)
     np.testing.assert_array_equal(text.inputs[:, 1:], text.targets[:, :-1])
     model = lively(tiny)
@@ -141,7 +141,7 @@ def test_a_wrong_scale_is_seen(folder: Path, tiny: MistralConfig, tmp_path: Path
 
 def test_a_run_reads_what_was_held_out_when_it_was_trained(run: Path, tmp_path: Path) -> None:
     found = figures(tmp_path, run, "--tokens", 100_000)
-    trained, tokenizer = Trained.open(run), Tokenizer.mistral_v1()
+    trained, tokenizer = SavedModel.open(run), Tokenizer.mistral_v1()
     assert trained.run
     tokens = load_tokens(load_corpus(trained.run.config["train"]["data"]), tokenizer)
     held = HeldOut.of_text(tokens, tokenizer)

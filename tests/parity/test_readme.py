@@ -250,7 +250,13 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("page", READMES)
+@pytest.mark.parametrize(
+    "page",
+    [
+        page if page == "README.md" else pytest.param(page, marks=pytest.mark.slow)
+        for page in READMES
+    ],
+)
 def test_the_blocks_of_a_page_run_in_order(
     page: str, brought: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

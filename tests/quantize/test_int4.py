@@ -9,22 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import load_weights, save_weights, weight_shapes
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import bind, weights_of
 from lechat_jax.ops import matmul_int4
-from lechat_jax.ops.matmul_int4 import project_pairs
+from lechat_jax.ops.matmul_int4 import project_int4
 from lechat_jax.quantize import int8
 from lechat_jax.quantize.int4 import Packed, pack, packed, unpack, unpacked
 from lechat_jax.quantize.scheme import (
     Form,
-    asked,
     form_of,
     numbers_of,
     pop_format,
     quantize_weights,
+    scheme_for,
 )
 from tests.support.models import lively
 
@@ -96,7 +96,7 @@ def test_every_form_is_the_product(
     made = kernel_of(96, 56, 8)
     x = jax.random.normal(jax.random.key(2), (T, 56)).astype(dtype)
     exact = np.asarray(x, np.float64) @ unpacked(made).astype(np.float64).T
-    found = project_pairs(x, *map(jnp.asarray, made[:3]))
+    found = project_int4(x, *map(jnp.asarray, made[:3]))
     assert found.dtype == dtype
     budget = 1e-2 if dtype == "bfloat16" else 1e-6
     assert np.abs(np.asarray(found, np.float64) - exact).max() < budget * 4 * exact.std()
@@ -107,7 +107,7 @@ def test_the_gradient_is_that_of_the_product() -> None:
     x = jax.random.normal(jax.random.key(2), (5, 16))
     plain = jnp.asarray(unpacked(made))
     parts = [*map(jnp.asarray, made[:3])]
-    ours = jax.grad(lambda x: jnp.sum(jnp.sin(project_pairs(x, *parts))))(x)
+    ours = jax.grad(lambda x: jnp.sum(jnp.sin(project_int4(x, *parts))))(x)
     expected = jax.grad(lambda x: jnp.sum(jnp.sin(x @ plain.T)))(x)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
@@ -124,7 +124,7 @@ def test_a_loop_does_not_make_the_kernel_beforehand() -> None:
     def loop(x: jax.Array, kernels: list[tuple[jax.Array, ...]], n: int) -> jax.Array:
         def once(_: int, x: jax.Array) -> jax.Array:
             for kernel in kernels:
-                x = jnp.sin(jnp.tile(project_pairs(x, *kernel), 2))
+                x = jnp.sin(jnp.tile(project_int4(x, *kernel), 2))
             return x
 
         return jax.lax.fori_loop(0, n, once, x)
@@ -144,14 +144,14 @@ def test_a_model_in_int4_is_saved_loaded_and_computes_what_its_numbers_do(
     small: MistralConfig, tmp_path: Path
 ) -> None:
     form = Form("int4", 8)
-    assert asked("int4", small) == form
+    assert scheme_for("int4", small) == form
     made = quantize_weights(weights_of(lively(small)), form)
     assert form_of(made) == form
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in made.items()} == {
         name: (leaf.shape, leaf.dtype) for name, leaf in weight_shapes(small, form).items()
     }
     save_weights(tmp_path / "int4", small, made, None)
-    trained = Trained.open(tmp_path / "int4")
+    trained = SavedModel.open(tmp_path / "int4")
     assert trained.quantization == form
     assert trained.weights_bytes("float32") == sum(leaf.nbytes for leaf in made.values())
     _, loaded = load_weights(tmp_path / "int4", dtype="bfloat16", quantize="int8")
@@ -175,24 +175,24 @@ def test_a_model_in_int4_is_saved_loaded_and_computes_what_its_numbers_do(
 
 
 def test_groups_divide_the_widths_or_int4_is_refused(small: MistralConfig) -> None:
-    found = asked("int4", preset("mistral-7b-v0.1"))
+    found = scheme_for("int4", preset("mistral-7b-v0.1"))
     assert found == Form("int4", 128)
     # Attention's output reads three heads of eight, the other maps 64 and 128.
     narrow = {"dim": 64, "hidden_dim": 128, "n_heads": 3, "n_kv_heads": 1, "head_dim": 8}
-    form = asked("int4", MistralConfig.from_dict(small.to_dict() | narrow))
+    form = scheme_for("int4", MistralConfig.from_dict(small.to_dict() | narrow))
     assert form == Form("int4", 8)
     odd = MistralConfig.from_dict(small.to_dict() | {"hidden_dim": 44})
     with pytest.raises(BadInput, match=r"int4 has groups of 8 .* widths of this model, 40, 48 and"):
-        asked("int4", odd)
+        scheme_for("int4", odd)
 
 
 @pytest.mark.parametrize(
     "form",
     [
         Form("int8"),
-        Form("int8", has_int8_tables=False),
+        Form("int8", has_int8_embeddings=False),
         Form("int4", 64),
-        Form("int4", 128, is_ordered=True, has_int8_tables=False),
+        Form("int4", 128, is_ordered=True, has_int8_embeddings=False),
     ],
 )
 def test_a_form_is_said_in_words_and_read_again(form: Form) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lechat_jax.checkpoint.run import Run
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.checkpoint.weights import save_weights, weight_shapes
 from lechat_jax.cli.display import Display
@@ -170,7 +170,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: MistralConfig) -> Run:
 
 
 def test_a_run_is_quantised_when_it_is_loaded(run: Run, tiny: MistralConfig) -> None:
-    trained = Trained.open(run.folder)
+    trained = SavedModel.open(run.folder)
     assert trained.quantization is None
     loaded = trained.load("bfloat16", "int8").weights
     expected = quantize_weights(weights_of(lively(tiny)))

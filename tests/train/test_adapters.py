@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
@@ -67,7 +67,7 @@ def losses(run: Path) -> list[float]:
 
 
 def logits_of(run: Path) -> np.ndarray:
-    trained = Trained.open(run)
+    trained = SavedModel.open(run)
     return np.asarray(bind(trained.config, trained.load().weights)(jnp.asarray(TOKENS)))
 
 
@@ -82,7 +82,7 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
 
 def test_it_learns_and_holds_the_adapters_alone(run: Path) -> None:
     assert losses(run)[-1] < losses(run)[0] - 0.5
-    names = set(Trained.open(run).load_adapters().weights)
+    names = set(SavedModel.open(run).load_adapters().weights)
     maps = ("attn.q", "attn.o", "mlp.up", "mlp.down")
     assert names == {f"blocks.0.{word}.lora.{half}" for word in maps for half in "ab"}
     n_bytes = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
@@ -131,7 +131,7 @@ def test_beside_int8_it_is_what_it_is_merged_with_what_int8_stands_for(
     base: Path, convert: Convert
 ) -> None:
     run = learn(base, "int8", "--lora-rank", "2", "--quantize", "int8")
-    weights = Trained.open(run).load().weights
+    weights = SavedModel.open(run).load().weights
     assert weights["blocks.0.attn.q.kernel"].dtype == jnp.int8
     merged = base.with_name("int8-merged")
     assert convert([str(run), str(merged), "--to", "lechat"]) == 0

@@ -14,7 +14,7 @@ import sentencepiece
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.cli import flags
 from lechat_jax.config import MistralConfig
-from lechat_jax.data.dataset import Lessons, Packing, load_lessons
+from lechat_jax.data.dataset import Dataset, Packing, open_dataset
 from lechat_jax.model.binding import weights_of
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -75,8 +75,8 @@ def first_loss(model: Mistral, chats: Path, vocabulary: Path) -> float:
     return float(np.concatenate(nats).mean())
 
 
-def lessons(data: Path, tokenizer: Tokenizer, packing: Packing = "auto", batch: int = 1) -> Lessons:
-    return load_lessons(str(data), tokenizer, BLOCK, batch, 0, packing, lambda done, of: None)
+def lessons(data: Path, tokenizer: Tokenizer, packing: Packing = "auto", batch: int = 1) -> Dataset:
+    return open_dataset(str(data), tokenizer, BLOCK, batch, 0, packing, lambda done, of: None)
 
 
 def test_a_fine_tune_counts_the_tokens_of_the_assistant_alone(

@@ -14,7 +14,7 @@ from rich.console import Console
 from lechat_jax.checkpoint.run import Run
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
-from lechat_jax.data.dataset import load_lessons
+from lechat_jax.data.dataset import open_dataset
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
 from lechat_jax.model.binding import weights_of
@@ -41,7 +41,7 @@ def sampled(config: MistralConfig, tmp_path: Path) -> Sampled:
     words = "".join(f"The square of {i} is {i * i}.\n" for i in range(200))
     (tmp_path / "text.txt").write_text(words)
     data = str(tmp_path / "text.txt")
-    lessons = load_lessons(data, tokenizer, 16, 2, 0, "off", lambda done, of: None)
+    lessons = open_dataset(data, tokenizer, 16, 2, 0, "off", lambda done, of: None)
     lessons.opening = "The first words"
 
     def take(**asked: Any) -> str:

@@ -16,7 +16,7 @@ from lechat_jax.config import MistralConfig, preset
 from lechat_jax.config.layout import SCALE
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import Weights
-from lechat_jax.quantize.scheme import asked, quantize_weights
+from lechat_jax.quantize.scheme import quantize_weights, scheme_for
 from parity.bench.decoders.lechat import (
     IMPLS,
     QUANTIZED,
@@ -92,7 +92,7 @@ class Models:
         if dtype not in self._weights:
             match dtype:
                 case "int8" | "int4":
-                    form = asked(dtype, self.config)
+                    form = scheme_for(dtype, self.config)
                     assert form
                     made = quantize_weights(dict(self.weights(self.wide)), form)
                 case _:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lechat_jax.files.atomic import write_whole
+from lechat_jax.files.atomic import write_atomic
 from parity.check.reports.html import page
 from parity.check.reports.text import (
     CAPTION,
@@ -65,7 +65,7 @@ def write_json(path: Path, report: Report) -> None:
     Raises:
         BadInput: it cannot be written there.
     """
-    write_whole(path, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
 
 
 def write_html(path: Path, report: Report) -> None:
@@ -74,7 +74,7 @@ def write_html(path: Path, report: Report) -> None:
     Raises:
         BadInput: it cannot be written there.
     """
-    write_whole(path, page(report))
+    write_atomic(path, page(report))
 
 
 def write_junit(path: Path, report: Report) -> None:
@@ -108,7 +108,7 @@ def write_junit(path: Path, report: Report) -> None:
     ET.SubElement(suite, "system-out").text = clean(said)
     ET.indent(suites)
     text = ET.tostring(suites, encoding="unicode")
-    write_whole(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n')
+    write_atomic(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n')
 
 
 def write_markdown(path: Path, report: Report) -> None:
@@ -131,7 +131,7 @@ def write_markdown(path: Path, report: Report) -> None:
         parts += [_markdown_table(header, lines), CAPTION]
         parts += _markdown_over(report)
     parts.append("\n".join(f"- {_escape(line)}" for line in remarks(report)))
-    write_whole(path, "\n\n".join(parts) + "\n")
+    write_atomic(path, "\n\n".join(parts) + "\n")
 
 
 # --- a verdict ---

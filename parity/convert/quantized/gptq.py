@@ -161,7 +161,7 @@ def _form(
     Its groups may be smaller, with scales that are repeated, where widths are no multiple.
     """
     if bits == 8:
-        return Form("int8", has_int8_tables=False) if size is None else None
+        return Form("int8", has_int8_embeddings=False) if size is None else None
     widths = [D for _, D in shapes.values()]
     group = math.gcd(*widths, *([size] if size else []))
     if group < LEAST_GROUP or group % 2:
@@ -172,7 +172,7 @@ def _form(
         for key in (".g_idx", ".weight_g_idx")
         if stem + key in store.tensors
     )
-    return Form("int4", group, is_ordered, has_int8_tables=False)
+    return Form("int4", group, is_ordered, has_int8_embeddings=False)
 
 
 def _checked(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lechat_jax.checkpoint.run import Run
-from lechat_jax.checkpoint.saved_model import Trained
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
@@ -89,7 +89,7 @@ def test_the_name_of_a_tokenizer_says_its_version(
         made = convert(source, tmp_path / f"{source.name}-{to}", to)
         assert [path.name for path in made.glob("tokenizer.model*")] == [name]
         assert (made / name).read_bytes() == ours.path.read_bytes()
-    found = Trained.open(tmp_path / "hf-lechat").tokenizer
+    found = SavedModel.open(tmp_path / "hf-lechat").tokenizer
     assert found
     assert (found.version, found.sha256) == (version, ours.sha256)
 
@@ -108,7 +108,7 @@ def test_tekken_keeps_its_name_everywhere(tiny: MistralConfig, tmp_path: Path) -
         source = convert(source, tmp_path / to, to)
         assert (source / "tekken.json").read_bytes() == tekken.path.read_bytes()
         assert not list(source.glob("tokenizer*"))
-    found = Trained.open(tmp_path / "lechat").tokenizer
+    found = SavedModel.open(tmp_path / "lechat").tokenizer
     assert found
     assert found.sha256 == tekken.sha256
 
@@ -121,7 +121,7 @@ def test_of_several_tokenizers_the_folder_says_which(tiny: MistralConfig, tmp_pa
     made = convert(start, tmp_path / "lechat", "lechat")
     names = {path.name for path in made.iterdir() if path.name.startswith("t")}
     assert names == {"tekken.json", "tokenizer.model.v3"}
-    found = Trained.open(made).tokenizer
+    found = SavedModel.open(made).tokenizer
     assert found
     assert found.version == "v7"
 
@@ -168,7 +168,7 @@ def test_added_tokens_have_the_ids_of_transformers(
         (hf / "tokenizer_config.json").write_text(json.dumps(settings))
     lechat = convert(hf, tmp_path / "lechat", "lechat")
     back = convert(lechat, tmp_path / "back", "hf")
-    ours = Trained.open(lechat).tokenizer
+    ours = SavedModel.open(lechat).tokenizer
     assert ours
     for folder in (hf, back):
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
