@@ -1,6 +1,5 @@
 """How a finding of the parity check is said, the same in every kind of report."""
 
-import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -117,12 +116,13 @@ def remarks(report: Report) -> list[str]:
     return lines + ([report.machine] if report.machine else [])
 
 
-def fold(stages: Iterable[Stage]) -> dict[str, dict[Column, Stage]]:
-    """The worst comparison of each stage in each column, stages in the order of `STAGES`."""
-    ordered = sorted(stages, key=lambda s: (STAGES.index(s.stage), column_of(s)))
+def fold(stages: Iterable[Stage], by_layer: bool = False) -> dict[str, dict[Column, Stage]]:
+    """The worst comparison of each stage, or of each layer of it, in each column; as executed."""
     rows: dict[str, dict[Column, Stage]] = {}
-    for (name, column), group in itertools.groupby(ordered, lambda s: (s.stage, column_of(s))):
-        rows.setdefault(name, {})[column] = worst(group)
+    for stage in sorted(stages, key=lambda s: s.order if by_layer else (STAGES.index(s.stage),)):
+        row = rows.setdefault(stage.label if by_layer else stage.stage, {})
+        column = column_of(stage)
+        row[column] = worst([row.get(column, stage), stage])
     return rows
 
 

@@ -3,11 +3,14 @@
 Every file is written whole or not at all.
 """
 
+import io
 import itertools
 import json
+import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +18,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from rich.theme import Theme
 
 from lechat_jax.files.atomic import write_atomic
-from parity.check.reports.html import page
 from parity.check.reports.text import (
     CAPTION,
     FAULT_HEADER,
@@ -37,11 +40,50 @@ from parity.check.reports.text import (
     sentence,
     title,
 )
-from parity.check.verdict import STAGES, FaultReport, Verdict
+from parity.check.verdict import STAGES, FaultReport, Stage, Verdict
 
 CELL = len("✗ no 3.1e-02/2.3e-03")  # what must not be broken; a layer goes below it
 GAP = 2  # between two columns
 MOST_ROWS = 200  # over budget that are listed where a summary must stay short
+WRAPPED = ("fault", "missed by", "note")  # columns whose text may take several lines
+COMPARED = ("dtype", "compared", "rel", "budget", "position", "note")
+
+# Decades of error over budget, each with its colours, which every common kind of colour blindness
+# can tell apart: blue within, orange over.
+BINS = (
+    (1e-3, "to 0.001", "#10202e on #f1f6fb"),
+    (1e-2, "to 0.01", "#10202e on #d9e8f5"),
+    (1e-1, "to 0.1", "#10202e on #b5d3ec"),
+    (1e0, "to 1, the budget", "#0b1823 on #86b7df"),
+    (1e1, "over, to 10", "bold #2b1600 on #fdd9a8"),
+    (1e2, "over, to 100", "bold #2b1600 on #fbb062"),
+    (1e4, "over, to 10 000", "bold #1c0d00 on #e8792b"),
+    (math.inf, "over, beyond", "bold #ffffff on #9c3503"),
+)
+PAGE_WIDTH = 150  # characters of a table on a web page
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{mark} {title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ margin: 2rem; font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }}
+pre {{ overflow-x: auto; font: 12px/1.4 monospace; }}
+.good {{ border-left: .4rem solid #86b7df; padding: .7rem; font-size: 1.1rem; }}
+.bad {{ border-left: .4rem solid #e8792b; padding: .7rem; font-size: 1.1rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="{kind}"><b>{mark} {sentence}</b></p>
+<ul>{remarks}</ul>
+<pre>{tables}</pre>
+</body>
+</html>
+"""
 
 
 def show(console: Console, report: Report) -> None:
@@ -69,12 +111,34 @@ def write_json(path: Path, report: Report) -> None:
 
 
 def write_html(path: Path, report: Report) -> None:
-    """The report as one page that needs nothing else.
+    """The report as one web page: no script, and nothing that is fetched.
 
     Raises:
         BadInput: it cannot be written there.
     """
-    write_atomic(path, page(report))
+    console = Console(
+        file=io.StringIO(),
+        record=True,
+        force_terminal=True,
+        width=PAGE_WIDTH,
+        theme=Theme({"red": BINS[-1][2]}),  # which is legible by day and by night
+    )
+    if isinstance(report, FaultReport):
+        console.print(_fault_table(console, report))
+    elif report.stages:
+        legend = (Text(f" {label} ", style) for _, label, style in BINS)
+        console.print(Text("Error over budget: ").append_text(Text(" ").join(legend)), Text())
+        console.print(_error_map(console, report), Text(), _all_comparisons(console, report))
+    mark, kind = ("✓", "good") if good(report) else ("✗", "bad")
+    page = PAGE.format(
+        mark=mark,
+        kind=kind,
+        title=escape(clean(title(report))),
+        sentence=escape(clean(sentence(report))),
+        remarks="".join(f"<li>{escape(clean(line))}</li>" for line in remarks(report)),
+        tables=console.export_html(code_format="{code}", inline_styles=True),
+    )
+    write_atomic(path, page)
 
 
 def write_junit(path: Path, report: Report) -> None:
@@ -167,7 +231,7 @@ def _pages(names: Sequence[Column], width: int) -> Iterator[Sequence[Column]]:
 
 
 def _cases(verdict: Verdict) -> Iterator["_Case"]:
-    for stage in sorted(verdict.stages, key=lambda stage: stage.order):
+    for stage in _as_executed(verdict):
         group = f"parity.{stage.dtype}.{against(column_of(stage))}"
         group += f".{stage.model}" if stage.model else ""
         note = "\n".join(filter(None, (stage.note, verdict.hint)))
@@ -176,21 +240,52 @@ def _cases(verdict: Verdict) -> Iterator["_Case"]:
 
 def _markdown_over(verdict: Verdict) -> list[str]:
     """What is over budget, row by row, in the order of execution."""
-    over = sorted((s for s in verdict.stages if not s.ok), key=lambda stage: stage.order)
+    over = [stage for stage in _as_executed(verdict) if not stage.ok]
     if not over:
         return []
-    header = ["over budget", "dtype", "compared", "rel", "budget", "position", "note"]
-    lines = (
-        [
-            *(stage.label, stage.dtype, against(column_of(stage))),
-            *(scientific(stage.rel), scientific(stage.budget)),
-            "" if stage.position is None else str(stage.position),
-            stage.note,
-        ]
-        for stage in over[:MOST_ROWS]
-    )
+    table = _markdown_table(["over budget", *COMPARED], map(_comparison, over[:MOST_ROWS]))
     rest = len(over) - MOST_ROWS
-    return [_markdown_table(header, lines)] + ([f"… and {rest} more"] if rest > 0 else [])
+    return [table] + ([f"… and {rest} more"] if rest > 0 else [])
+
+
+def _as_executed(verdict: Verdict) -> list[Stage]:
+    return sorted(verdict.stages, key=lambda stage: stage.order)
+
+
+def _comparison(stage: Stage) -> list[str]:
+    """One comparison: where it is, and then what `COMPARED` names."""
+    return [
+        *(stage.label, stage.dtype, against(column_of(stage))),
+        *(scientific(stage.rel), scientific(stage.budget)),
+        "" if stage.position is None else str(stage.position),
+        stage.note,
+    ]
+
+
+def _error_map(console: Console, verdict: Verdict) -> Table:
+    """Heat map of error over budget, a row for each layer's stages and a column for each pair."""
+    names = columns(verdict.stages)
+    table = _table(console, ["stage"])
+    for name in names:
+        table.add_column(Text(f"{name[0]}\n{against(name)}"))
+    for label, row in fold(verdict.stages, by_layer=True).items():
+        table.add_row(label, *(_share(row[name]) if name in row else "" for name in names))
+    return table
+
+
+def _all_comparisons(console: Console, verdict: Verdict) -> Table:
+    table = _table(console, ["stage", "rel/budget", *COMPARED])
+    for stage in _as_executed(verdict):
+        label, *rest = (Text(clean(text)) for text in _comparison(stage))
+        table.add_row(label, _share(stage), *rest)
+    return table
+
+
+def _share(stage: Stage) -> Text:
+    """Error over budget, in the colour of its decade."""
+    mark = "✓" if stage.ok else "✗"
+    value = f"{stage.share:.2g}" if math.isfinite(stage.rel) else scientific(stage.rel)
+    return Text(f" {mark} {value} ", next(c for most, _, c in BINS if stage.share <= most))
 
 
 # --- planted faults ---
@@ -242,7 +337,7 @@ def _table(console: Console, header: Sequence[str]) -> Table:
     box = SIMPLE_HEAD if ruled else None
     table = Table(box=box, padding=padding, pad_edge=False, show_edge=False)
     for name in header:  # what is short stays whole, and leaves the wrapping to the others
-        table.add_column(name, overflow="fold", no_wrap=name not in ("fault", "missed by"))
+        table.add_column(name, overflow="fold", no_wrap=name not in WRAPPED)
     return table
 
 
