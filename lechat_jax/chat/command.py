@@ -11,25 +11,17 @@ import io
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
-
-import tyro
 
 from lechat_jax.chat.slash_commands import Commands
 from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
-from lechat_jax.cli.display import PrefillProgress, Visible
+from lechat_jax.cli.display import Visible
 from lechat_jax.cli.signals import Stop
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
 from lechat_jax.files.text import stdin_encoding
-from lechat_jax.generate.continuation import stop_texts
 from lechat_jax.generate.dialogue import Dialogue
-from lechat_jax.generate.generator import Generator
-from lechat_jax.generate.loaded_model import CONTEXT
-from lechat_jax.generate.sampling import Sampling
-from lechat_jax.quantize.scheme import Format
+from lechat_jax.generate.options import GenerationOptions
 from lechat_jax.tokenizer.tokenizer import preferred
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 
@@ -37,78 +29,34 @@ ENDS = {"SIGTERM": 143, "SIGHUP": 129}  # signals that end it, and what a shell 
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(GenerationOptions):
     """The flags of `python -m lechat_jax.chat`.
 
     Attributes:
-        folder: Folder of weights in lechat's format, as written by python -m parity.convert, or of
-            a training run, such as runs/NAME.
         system: System prompt. By default none.
-        max_tokens: Maximum tokens of each answer.
-        temperature: Sampling temperature: logits are divided by it. 1 is the model's own
-            distribution, less is safer, 0 is greedy decoding.
-        top_k: Sample from the k likeliest tokens only; 0 is off.
-        top_p: Nucleus sampling: sample from the likeliest tokens only, as many as it takes to
-            pass this probability; 1 is off.
-        min_p: Sample only from tokens at least this fraction as likely as the likeliest; 0 is off.
-        seed: Random seed of sampling: the same seed and questions give the same answers.
-        context: Maximum tokens of the chat in the KV cache of layers without a sliding window. It
-            is allocated at once. Other models have no limit.
-        dtype: Type to compute in. By default as stored, but float32 on a CPU if that fits into
-            memory. bfloat16 takes half the memory; on a CPU it is slower for questions.
-        quantize: Quantise the weights on loading: int8 takes a quarter of float32, int4 an eighth;
-            python -m parity.quality measures the loss. By default as stored; a quantised model
-            stays as it is.
-        speculate: Speculative decoding by prompt lookup, without a draft model: the same answers,
-            sooner where they repeat the chat. By default off.
-        draft: Tokens that --speculate guesses per step.
-        stop: Stop text: an answer ends before it; repeatable. By default only EOS and --max-tokens
-            end an answer.
         verbose: Print after each answer its time in seconds and tokens/s. By default off.
     """
 
-    folder: tyro.conf.Positional[Path]
-    system: str = ""
     max_tokens: int = 1024
     temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 0.95
-    min_p: float = 0.0
-    seed: int = 0
-    context: int = CONTEXT
-    dtype: Literal["bfloat16", "float32"] | None = None
-    quantize: Format | None = None
-    speculate: bool = False
-    draft: int = 7
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    system: str = ""
     verbose: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command `chat`: parses flags, loads the model, chats; returns the exit code."""
     options = flags.parse(ChatConfig, "python -m lechat_jax.chat", __doc__ or "", argv)
-    sampling = Sampling(
-        options.temperature, options.top_k, options.top_p, options.min_p, options.seed
-    )
+    sampling = options.sampling
     _check(options)
-    draft = options.draft if options.speculate else 0
     note(f"loading {options.folder}")
     began = time.perf_counter()
     enable_compilation_cache()
-    generator = Generator.from_checkpoint(
-        options.folder,
-        context=options.context,
-        dtype=options.dtype,
-        quantize=options.quantize,
-        batch=1,
-        draft=draft,
-        on_read=PrefillProgress(),
-    )
+    generator = options.load(batch=1)
     dialogue = generator.chat(
         options.system,
         max_tokens=options.max_tokens,
         sampling=sampling,
-        draft=draft,
+        draft=options.n_drafted,
         stop=options.stop,
     )
     note(f"ready after {time.perf_counter() - began:.1f} s; /help lists the commands")
@@ -120,11 +68,9 @@ def _check(options: ChatConfig) -> None:
 
     Warns about a training run that was not trained on conversations.
     """
-    stop_texts(options.stop)
+    options.check()
     if options.max_tokens < 1:
         raise BadInput(f"--max-tokens must be at least 1, not {options.max_tokens}")
-    if options.speculate and options.draft < 1:
-        raise BadInput(f"--draft must be at least 1 token, not {options.draft}")
     trained = SavedModel.open(options.folder)
     if preferred(options.folder.iterdir()) is None:
         raise BadInput(no_tokenizer(options.folder, "there is no chat"))

@@ -10,34 +10,30 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
-from lechat_jax.cli.display import PrefillProgress, Visible
+from lechat_jax.cli.display import Visible
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_atomic
-from lechat_jax.generate.continuation import Sample, join, stop_texts
+from lechat_jax.generate.continuation import Sample, join
 from lechat_jax.generate.generator import Generator
-from lechat_jax.generate.loaded_model import CONTEXT
+from lechat_jax.generate.options import GenerationOptions
 from lechat_jax.generate.prompt_files import Prompt, read_prompts
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.quantize.scheme import Format
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 
 RULE = "-" * 72  # between two samples
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(GenerationOptions):
     """The flags of `python -m lechat_jax.generate`.
 
     Attributes:
-        folder: Folder of a training run, such as runs/NAME, or of weights in lechat's format, as
-            written by python -m parity.convert.
         prompt: Text to continue; repeatable, each prompt is independent. An empty prompt, or
             none at all, lets the model start from BOS.
         prompt_ids: Token ids to continue instead of text, such as 1,415,2936; repeatable. BOS is
@@ -45,76 +41,33 @@ class GenerateConfig:
         prompts_file: File of prompts instead: one a line, or .jsonl of objects with `prompt`
             (text) or `ids`; "-" reads lines from stdin. Each prompt is independent; an empty
             line is an empty prompt.
-        max_tokens: Maximum new tokens of each sample.
-        temperature: Sampling temperature: logits are divided by it. 1 is the model's own
-            distribution, less is safer, 0 is greedy decoding.
-        top_k: Sample from the k likeliest tokens only; 0 is off.
-        top_p: Nucleus sampling: sample from the likeliest tokens only, as many as it takes to
-            pass this probability; 1 is off.
-        min_p: Sample only from tokens at least this fraction as likely as the likeliest; 0 is off.
-        seed: Random seed of sampling: the same seed gives the same text.
         samples: Number of samples of each prompt.
         batch: Maximum samples decoded at once; each has a KV cache of its own.
-        stop: Stop text: a sample ends before it, even if it starts within a token; repeatable. By
-            default only EOS and --max-tokens end a sample.
         ignore_eos: Continue after EOS, to --max-tokens. By default EOS ends a sample.
-        context: Maximum tokens, prompt included, in the KV cache of layers without a sliding
-            window. It is allocated at once, and generation stops there. Other models have no limit.
-        dtype: Type to compute in. By default as stored, but float32 on a CPU if that fits into
-            memory. bfloat16 takes half the memory; on a CPU it is slower for prompts and batches.
-        quantize: Quantise the weights on loading: int8 takes a quarter of float32, int4 an eighth;
-            python -m parity.quality measures the loss. By default as stored; a quantised model
-            stays as it is.
-        speculate: Speculative decoding by prompt lookup, without a draft model: the same text,
-            sooner where it repeats itself. By default off.
-        draft: Tokens that --speculate guesses per step.
         json: JSON file for the samples and the speed in tokens/s: of each sample the prompt, its
             index, the sample's number, ids, log-probabilities in nats, text and stop reason. By
             default none is written.
     """
 
-    folder: tyro.conf.Positional[Path]
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     prompt_ids: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     prompts_file: Path | None = None
-    max_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 0.95
-    min_p: float = 0.0
-    seed: int = 0
     samples: int = 1
     batch: int = 16
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     ignore_eos: bool = False
-    context: int = CONTEXT
-    dtype: Literal["bfloat16", "float32"] | None = None
-    quantize: Format | None = None
-    speculate: bool = False
-    draft: int = 7
     json: Path | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command `generate`: parses flags, generates, prints; returns the exit code."""
     options = flags.parse(GenerateConfig, "python -m lechat_jax.generate", __doc__ or "", argv)
-    sampling = Sampling(
-        options.temperature, options.top_k, options.top_p, options.min_p, options.seed
-    )
+    sampling = options.sampling
     _check(options)
     enable_compilation_cache()
     asked = _prompts(options)
     if any(isinstance(prompt, str) for prompt in asked):
         check_tokenizer(options.folder)
-    generator = Generator.from_checkpoint(
-        options.folder,
-        context=options.context,
-        dtype=options.dtype,
-        quantize=options.quantize,
-        batch=min(options.batch, len(asked) * options.samples),
-        draft=options.draft if options.speculate else 0,
-        on_read=PrefillProgress(),
-    )
+    generator = options.load(min(options.batch, len(asked) * options.samples))
     rows = [ids for ids in map(generator.ids_of, asked) for _ in range(options.samples)]
     generator.check(rows, options.max_tokens)
     timed, samples = Timed(), list[Sample]()
@@ -137,9 +90,7 @@ def _check(options: GenerateConfig) -> None:
     for name in ("samples", "batch"):
         if getattr(options, name) < 1:
             raise BadInput(f"--{name} must be at least 1, not {getattr(options, name)}")
-    if options.speculate and options.draft < 1:
-        raise BadInput(f"--draft must be at least 1 token, not {options.draft}")
-    stop_texts(options.stop)
+    options.check()
     check_writable(options.json)
 
 
@@ -164,7 +115,7 @@ def _batches(
                 options.max_tokens,
                 sampling,
                 eos_ids=() if options.ignore_eos else None,
-                draft=options.draft if options.speculate else 0,
+                draft=options.n_drafted,
                 first_row=first,
                 stop=options.stop,
             )
