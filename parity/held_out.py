@@ -4,13 +4,13 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Integer
 
 from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli.display import Display
 from lechat_jax.data.batches import load_tokens
 from lechat_jax.data.corpus import load_corpus
-from lechat_jax.data.held_out import BLOCK, interim_rows, score_blocks
+from lechat_jax.data.held_out import BLOCK, HeldOut
+from lechat_jax.data.rows import Rows
 from lechat_jax.data.sources import form_of
 from lechat_jax.errors import BadInput
 from lechat_jax.shell import command
@@ -21,17 +21,13 @@ class Text(NamedTuple):
     """What both models read, in rows of equal length.
 
     Attributes:
-        inputs: the ids.
-        targets: at each place the next id.
-        counted: whether that is scored; BOS is given and not scored.
-        n_bytes: of UTF-8 that the targets stand for; `None` for random ids.
+        rows: of T + 1 tokens, with what counts of them.
+        n_bytes: of UTF-8 that the counted tokens stand for; `None` for random ids.
         name: of the text.
         note: what a reader of the figures should know, or nothing.
     """
 
-    inputs: Integer[np.ndarray, "B T"]
-    targets: Integer[np.ndarray, "B T"]
-    counted: Bool[np.ndarray, "B T"]
+    rows: Rows
     n_bytes: int | None
     name: str
     note: str = ""
@@ -55,9 +51,9 @@ def held_out(trained: SavedModel, data: str | None, n_tokens: int, display: Disp
         if data is not None:
             raise BadInput(no_tokenizer(trained.folder, "--data cannot be read"))
         ids = np.random.default_rng(0).integers(vocab, size=(n_rows, block + 1))
-        counted = np.ones((n_rows, block), bool)
+        rows = Rows(ids, np.ones_like(ids, bool))
         note = f"{trained.folder} has no tokenizer: the ids are random, no text that anyone wrote"
-        return Text(ids[:, :-1], ids[:, 1:], counted, None, "random ids", note)
+        return Text(rows, None, "random ids", note)
     asked = trained.run.config["train"] if trained.run else {}
     named = data if data is not None else asked.get("data")
     if form_of(named):
@@ -69,10 +65,8 @@ def held_out(trained: SavedModel, data: str | None, n_tokens: int, display: Disp
     tokens = load_tokens(
         corpus, tokenizer, on_progress=lambda done, of: display.work("tokenising, byte", done, of)
     )
-    inputs, targets, counted = score_blocks(tokens.val, block, tokenizer.bos_id)
-    chosen = interim_rows(len(inputs), n_rows)
-    # What a row lacks of its text, cut anywhere, is 0.02 % of its bytes in English.
-    n_bytes = sum(len(tokenizer.decode(row).encode()) for row in targets[chosen].tolist())
+    held = HeldOut.of_text(tokens, tokenizer, block, interim=n_rows)
+    rows = Rows(held.rows.tokens[held.subset], np.asarray(held.rows.counted)[held.subset])
     notes = [*corpus.notes, trained.not_trained_on(data, corpus.name, corpus.sha256)]
     note = "; ".join(filter(None, notes))
-    return Text(inputs[chosen], targets[chosen], counted[chosen], n_bytes, corpus.name, note)
+    return Text(rows, held.bytes_of(held.subset), corpus.name, note)

@@ -116,12 +116,13 @@ def measure(options: Quality, display: Display) -> dict[str, Any]:
     if other and other.config != config:
         raise BadInput(f"{options.dir} and {options.against} are not the same model")
     text = held_out(trained, options.data, options.tokens, display)
+    inputs, counted = text.rows.tokens[:, :-1], np.asarray(text.rows.counted)[:, 1:]
     display.wait("loading weights")
     weights = _load(trained, options.dtype)
     dtype = str(weights["norm.scale"].dtype)
     rows = [_row(dtype, weights)]
     head = weights["embed.kernel" if config.tied_embeddings else "head.kernel"]
-    read = [_hidden(config, weights, row) for row in _shown(text.inputs, display, "reference")]
+    read = [_hidden(config, weights, row) for row in _shown(inputs, display, "reference")]
     display.wait("quantising" if other is None else "loading weights")
     if other is None:
         weights = quantize_weights(weights, scheme_for(options.quantize, config) or INT8)
@@ -130,18 +131,18 @@ def measure(options: Quality, display: Display) -> dict[str, Any]:
         weights = _load(other, dtype)
     rows.append(_row(str(form_of(weights) or dtype), weights))
     parts = []
-    for i, row in enumerate(_shown(text.inputs, display, rows[1]["weights"])):
+    for i, row in enumerate(_shown(inputs, display, rows[1]["weights"])):
         x, y = read[i][0], _hidden(config, weights, row)[0]
         for place in range(0, len(x), CHUNK):
             chunk = slice(place, place + CHUNK)
-            targets = jnp.asarray(text.targets[i, chunk], jnp.int32)
+            targets = jnp.asarray(text.rows.tokens[i, 1:][chunk], jnp.int32)
             parts.append(_compare(config, head, weights, x[chunk], y[chunk], targets))
     fields = (np.concatenate(leaves) for leaves in zip(*parts, strict=True))
-    counted = Tokens(*(leaf[text.counted.reshape(-1)] for leaf in fields))
+    tokens = Tokens(*(leaf[counted.reshape(-1)] for leaf in fields))
     return {
         "folder": str(options.dir),
         "against": str(options.against) if options.against else None,
-        **summary(counted, text, rows),
+        **summary(tokens, text, rows),
         "machine": machine_line(),
     }
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Integer
+from jaxtyping import Integer
 
 from lechat_jax.data.batches import Tokens
 from lechat_jax.data.rows import Rows
@@ -12,17 +12,15 @@ from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 
-def score_blocks(
-    val: Integer[np.ndarray, " val"], block: int, bos_id: int
-) -> tuple[Integer[np.ndarray, "B T"], Integer[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-    """Rows that score each token of a validation stream once, except BOS: inputs, targets, weights.
+def score_rows(val: Integer[np.ndarray, " val"], block: int, bos_id: int) -> Rows:
+    """Rows of `block + 1` tokens that score each token of a validation stream once, except BOS.
 
     Rows are consecutive, so the first tokens of a row are predicted from little context.
-    The last row is padded with BOS; weights are False where the target is BOS.
+    The last row is padded with BOS, which never counts.
 
-    >>> inputs, targets, weights = score_blocks(np.array([1, 7, 8, 2, 1, 9]), 3, bos_id=1)
-    >>> inputs.tolist(), targets.tolist(), weights.astype(int).tolist()
-    ([[1, 7, 8], [2, 1, 9]], [[7, 8, 2], [1, 9, 1]], [[1, 1, 1], [0, 1, 0]])
+    >>> rows = score_rows(np.array([1, 7, 8, 2, 1, 9]), 3, bos_id=1)
+    >>> rows.tokens.tolist(), rows.counted.astype(int).tolist()
+    ([[1, 7, 8, 2], [2, 1, 9, 1]], [[0, 1, 1, 1], [0, 0, 1, 0]])
 
     Raises:
         BadInput: there is no token to score, or the first token is not BOS.
@@ -30,21 +28,12 @@ def score_blocks(
     if len(val) < 2 or val[0] != bos_id:
         raise BadInput(f"{len(val)} validation tokens hold no BOS ({bos_id}) and one to score")
     n = -(-(len(val) - 1) // block)
-    padded = np.full(n * block + 1, bos_id, val.dtype)
+    padded = np.full(n * block + 1, bos_id, np.int32)
     padded[: len(val)] = val
-    inputs, targets = padded[:-1].reshape(n, block), padded[1:].reshape(n, block)
-    return inputs, targets, targets != bos_id
-
-
-def score_rows(val: Integer[np.ndarray, " val"], block: int, bos_id: int) -> Rows:
-    """Rows of `block + 1` tokens that score a validation stream as `score_blocks` does.
-
-    Raises:
-        BadInput: as `score_blocks`.
-    """
-    inputs, targets, counted = score_blocks(val, block, bos_id)
-    tokens = np.concatenate([inputs[:, :1], targets], axis=1)
-    return Rows(tokens.astype(np.int32), np.pad(counted, ((0, 0), (1, 0))))
+    tokens = np.lib.stride_tricks.sliding_window_view(padded, block + 1)[::block]
+    counted = tokens != bos_id
+    counted[:, 0] = False
+    return Rows(tokens, counted)
 
 
 def interim_rows(n_rows: int, limit: int) -> Integer[np.ndarray, " rows"]:
@@ -84,10 +73,19 @@ class HeldOut(NamedTuple):
         return np.asarray(self.rows.counted)[:, 1:].sum(axis=1)
 
     @classmethod
-    def of_text(cls, tokens: Tokens, tokenizer: Tokenizer) -> "HeldOut":
-        """The held-out stream of a text: every token but BOS is scored exactly once."""
-        rows = score_rows(tokens.val, BLOCK, tokenizer.bos_id)
-        subset = interim_rows(len(rows.tokens), INTERIM_ROWS)
+    def of_text(
+        cls,
+        tokens: Tokens,
+        tokenizer: Tokenizer,
+        block: int | None = None,
+        interim: int = INTERIM_ROWS,
+    ) -> "HeldOut":
+        """The held-out stream of a text: every token but BOS is scored exactly once.
+
+        Rows have `block` targets, by default `BLOCK`; the subset has at most `interim` rows.
+        """
+        rows = score_rows(tokens.val, block or BLOCK, tokenizer.bos_id)
+        subset = interim_rows(len(rows.tokens), interim)
         return cls(rows, tokens.val_bytes, subset, decoded_bytes(rows, tokenizer))
 
 

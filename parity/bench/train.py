@@ -31,7 +31,7 @@ from parity.bench.learners.lechat import (
     Setup,
     initial_weights,
 )
-from parity.bench.learners.race import PEER, Point, Runner, held_out_rows, race, side_by_side_table
+from parity.bench.learners.race import PEER, Point, Runner, race, side_by_side_table
 from parity.bench.pictures import draw_curves
 from parity.bench.work import Work, cell
 from parity.measure import machine_line, wait_until_idle
@@ -166,7 +166,7 @@ class Train(Work):
             if self.minutes is None:
                 self.take_turns(runners)
             else:
-                held_out = held_out_rows(tokens, tokenizer, self.eval_rows)
+                held_out = HeldOut.of_text(tokens, tokenizer, interim=self.eval_rows)
                 points = self.side_by_side(runners, held_out, report, console)
                 tables.append(side_by_side_table(points, self.eval_every))
         peak = peak and max(peak, peak_flops(self.dtype) or 0.0)

@@ -15,7 +15,7 @@ from lechat_jax.data import batches as data
 from lechat_jax.data import token_cache
 from lechat_jax.data.batches import Batches, load_tokens
 from lechat_jax.data.corpus import Corpus, Document, load_corpus
-from lechat_jax.data.held_out import interim_rows, score_blocks
+from lechat_jax.data.held_out import interim_rows, score_rows
 from lechat_jax.data.token_cache import HEADER
 from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -308,25 +308,25 @@ stream = st.lists(st.integers(1, 6), min_size=1, max_size=60).map(
 
 @given(stream, st.integers(1, 12))
 def test_each_validation_token_is_scored_once_except_bos(val: np.ndarray, block: int) -> None:
-    inputs, targets, weights = score_blocks(val, block, BOS)
-    assert inputs.shape == targets.shape == weights.shape
-    assert inputs.shape[1] == block
-    assert targets[weights].tolist() == val[val != BOS].tolist()
-    assert inputs[weights].tolist() == val[:-1][val[1:] != BOS].tolist(), "what came before"
-    assert inputs.size - (len(val) - 1) < block, "no more rows than needed"
+    tokens, counted, _ = score_rows(val, block, BOS)
+    assert tokens.shape[1] == block + 1
+    assert not counted[:, 0].any()
+    assert tokens[counted].tolist() == val[val != BOS].tolist()
+    before = tokens[:, :-1][counted[:, 1:]]
+    assert before.tolist() == val[:-1][val[1:] != BOS].tolist(), "what came before"
+    assert len(tokens) * block - (len(val) - 1) < block, "no more rows than needed"
 
 
 def test_the_last_row_is_filled_up() -> None:
-    inputs, targets, weights = score_blocks(np.array([1, 5, 6, 2, 1, 7]), 4, BOS)
-    assert inputs.tolist() == [[1, 5, 6, 2], [1, 7, 1, 1]]
-    assert targets.tolist() == [[5, 6, 2, 1], [7, 1, 1, 1]]
-    assert weights.tolist() == [[True, True, True, False], [True, False, False, False]]
+    tokens, counted, _ = score_rows(np.array([1, 5, 6, 2, 1, 7]), 4, BOS)
+    assert tokens.tolist() == [[1, 5, 6, 2, 1], [1, 7, 1, 1, 1]]
+    assert counted.tolist() == [[False, True, True, True, False], [False, True] + 3 * [False]]
 
 
 @pytest.mark.parametrize("val", [[], [1], [5, 6]])
 def test_a_stream_that_cannot_be_scored_whole_is_refused(val: list[int]) -> None:
     with pytest.raises(BadInput, match="validation"):
-        score_blocks(np.array(val, np.uint16), 4, BOS)
+        score_rows(np.array(val, np.uint16), 4, BOS)
 
 
 @given(st.integers(1, 5000), st.integers(1, 300))

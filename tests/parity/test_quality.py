@@ -87,8 +87,8 @@ def test_the_figures_are_those_of_all_logits_at_once(
     found = figures(tmp_path, folder, "--tokens", 64)
     with Display(None) as display:
         text = held_out(SavedModel.open(folder), None, 64, display)
-    assert text.inputs.shape == (1, 64)
-    np.testing.assert_array_equal(text.inputs[:, 1:], text.targets[:, :-1])
+    assert text.rows.tokens.shape == (1, 65)
+    inputs, targets = text.rows.tokens[:, :-1], text.rows.tokens[:, 1:]
     model = lively(tiny)
     in_int8 = quantize_weights(weights_of(model))
     back = {
@@ -98,9 +98,9 @@ def test_the_figures_are_those_of_all_logits_at_once(
         for name, leaf in in_int8.items()
         if not name.endswith("kernel.scale")
     }
-    ids = jnp.asarray(text.inputs, jnp.int32)
+    ids = jnp.asarray(inputs, jnp.int32)
     a, b = (log_softmax(np.asarray(nnx.jit(one)(ids))) for one in (lively(tiny), bind(tiny, back)))
-    losses = [-np.take_along_axis(x, text.targets[..., None], 2).mean() for x in (a, b)]
+    losses = [-np.take_along_axis(x, targets[..., None], 2).mean() for x in (a, b)]
     kl = (np.exp(a) * (a - b)).sum(axis=-1)
     assert [row["loss"] for row in found["rows"]] == pytest.approx(losses, rel=1e-5)
     assert [row["perplexity"] for row in found["rows"]] == pytest.approx(np.exp(losses), rel=1e-4)

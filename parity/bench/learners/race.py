@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lechat_jax.data.batches import Tokens
-from lechat_jax.data.held_out import HeldOut, interim_rows
+from lechat_jax.data.held_out import HeldOut
 from lechat_jax.errors import BadInput
 from lechat_jax.eval.score import Score
-from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.flops import flops_per_token
 from parity.bench.learners.lechat import FOREVER, Learner, Setup
 from parity.measure import PeakMemory, wait_until_idle
@@ -130,12 +128,6 @@ class Runner:
             return None
         config, block = self.setup.config, self.setup.batches.block
         return self.tokens_per_s * flops_per_token(config, block) / peak
-
-
-def held_out_rows(tokens: Tokens, tokenizer: Tokenizer, rows: int) -> HeldOut:
-    """The held-out text, with a subset of at most so many rows: evenly spread, always the same."""
-    held_out = HeldOut.of_text(tokens, tokenizer)
-    return held_out._replace(subset=interim_rows(len(held_out.rows.tokens), rows))
 
 
 def bits_per_byte(learner: Learner, held_out: HeldOut) -> float:
