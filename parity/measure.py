@@ -4,11 +4,11 @@ import gc
 import importlib.metadata
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -70,27 +70,30 @@ class PeakMemory:
         give_back_memory()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-            self._before = _resident("VmRSS")
+            self._before = resident("VmRSS")
         except OSError:
             self._before = None
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._before is not None and (peak := _resident("VmHWM")) is not None:
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None and (peak := resident("VmHWM")) is not None:
             self.bytes = max(0, peak - self._before)
 
 
-def _resident(key: str) -> int | None:
-    """A line of `/proc/self/status`, in bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{key}:"):
-            return 1024 * int(line.split()[1])
-    return None
+def resident(key: str) -> int | None:
+    """A line of `/proc/self/status`, such as VmRSS, in bytes; `None` if the system has none."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:  # only Linux has it
+        return None
+    found = re.search(rf"^{key}:\s*(\d+) kB", status, re.MULTILINE)
+    return 1024 * int(found[1]) if found else None
+
+
+def device_peak() -> int | None:
+    """Most bytes of JAX's accelerator that were in use since the start; `None` on a CPU."""
+    device = jax.devices()[0]
+    return None if device.platform == "cpu" else device.memory_stats()["peak_bytes_in_use"]
 
 
 class Read(NamedTuple):

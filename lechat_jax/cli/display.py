@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 import time
-from types import TracebackType
 from typing import IO, Any, cast
 
 from rich.console import Console
@@ -151,12 +150,7 @@ class Display:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
     @property

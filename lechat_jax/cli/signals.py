@@ -1,7 +1,7 @@
 """Graceful shutdown: SIGINT, SIGTERM and SIGHUP are noted, and the work at hand is finished."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 # A terminal that is closed, or an ssh that is lost: SIGHUP, which Windows has no word for and
@@ -29,12 +29,7 @@ class Stop:
                 self._old[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, old in self._old.items():
             signal.signal(number, old)
 

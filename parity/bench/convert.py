@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import re
 import shutil
 import statistics
 import tempfile
@@ -21,7 +20,7 @@ from parity import make_checkpoint
 from parity.bench.work import Work, cell
 from parity.convert import command as convert
 from parity.convert.names import Format
-from parity.measure import in_turn, wait_until_idle
+from parity.measure import in_turn, resident, wait_until_idle
 from parity.report import Report, Row, TableText
 
 SAMPLE_SECONDS = 0.02  # between two looks at the memory
@@ -160,19 +159,10 @@ class PeakAnonymous:
         self._thread.join()
 
     def _watch(self) -> None:
-        while (now := _anonymous()) is not None:
+        while (now := resident("RssAnon")) is not None:
             self.bytes = max(self.bytes or 0, now)
             if self._is_over.wait(SAMPLE_SECONDS):
                 return
-
-
-def _anonymous() -> int | None:
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    found = re.search(r"^RssAnon:\s*(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ The oracles are a log-softmax in float64 NumPy, and JAX differentiating the plai
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lechat_jax.ops.cross_entropy import cross_entropy
+from tests.support.jaxprs import equations
 
 T, D, V = 23, 5, 31
 Loss = Callable[..., Any]
@@ -126,15 +127,6 @@ def test_half_precision_is_summed_in_single() -> None:
 
 
 # --- what it costs ---
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """Every equation of a program, those of its loops and calls included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for part in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            if hasattr(part, "eqns"):
-                yield from equations(part)
 
 
 def largest_value(program: Callable[..., Any], *parts: Any) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
@@ -28,6 +28,7 @@ from lechat_jax.train.step import (
     state_of,
     train_steps,
 )
+from tests.support.jaxprs import equations
 
 B, CALLS = 3, 4
 OPTIONS = StepOptions(chunk=20)  # 20 does not divide the 48 tokens of a batch
@@ -250,15 +251,6 @@ def test_the_rate_follows_the_step_of_the_state(small: MistralConfig) -> None:
 
 
 # --- precision ---
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """Every equation of a program, those of its loops and calls included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for part in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            if hasattr(part, "eqns"):
-                yield from equations(part)
 
 
 def product_types(program: Callable[..., Any], *args: Any) -> set[str]:

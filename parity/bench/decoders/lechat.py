@@ -27,6 +27,7 @@ from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.loaded_model import MOST_DRAFT, LoadedModel
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import Weights, bind
+from parity.measure import device_peak
 
 Impl = Literal["lechat_jax", "lechat_torch", "transformers"]
 DtypeName = Literal["float32", "bfloat16", "int8", "int4"]
@@ -113,9 +114,8 @@ class Lechat:
         return len(self.ids[0]) - before
 
     def device_bytes(self) -> int | None:
-        """See `Decoder.device_bytes`; JAX counts all that was in use since the start."""
-        device = jax.devices()[0]
-        return None if device.platform == "cpu" else device.memory_stats()["peak_bytes_in_use"]
+        """See `Decoder.device_bytes`."""
+        return device_peak()
 
 
 def random_weights(config: MistralConfig, dtype: DTypeLike, seed: int) -> Weights:

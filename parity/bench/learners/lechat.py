@@ -23,6 +23,7 @@ from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.scoring import score
 from lechat_jax.train.options import Dtype
 from lechat_jax.train.step import StepOptions, gradient, state_of, train_steps
+from parity.measure import device_peak
 
 FOREVER = np.iinfo(np.int32).max  # steps in a run whose length is not known yet
 
@@ -143,9 +144,8 @@ class Lechat:
         return self.state.weights
 
     def device_bytes(self) -> int | None:
-        """See `Learner.device_bytes`; JAX counts all that was in use since the start."""
-        device = jax.devices()[0]
-        return None if device.platform == "cpu" else device.memory_stats()["peak_bytes_in_use"]
+        """See `Learner.device_bytes`."""
+        return device_peak()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,25 @@ def right(
     tmp_path_factory: pytest.TempPathFactory, small: MistralConfig, weights: dict[str, np.ndarray]
 ) -> str:
     return saved(tmp_path_factory.mktemp("right") / "model", small, weights)
+
+
+@pytest.fixture
+def against_wrong(
+    small: MistralConfig,
+    weights: dict[str, np.ndarray],
+    right: str,
+    tmp_path: Path,
+    capsys: Output,
+) -> Callable[..., dict[str, Any]]:
+    """The verdict on the right weights in a folder `wrong`: other tensors, or another config."""
+
+    def found(*flags: str, tensors: Mapping[str, np.ndarray] = {}, **config: Any) -> dict[str, Any]:
+        wrong = saved(
+            tmp_path / "wrong", dataclasses.replace(small, **config), {**weights, **tensors}
+        )
+        return verdict(capsys, tmp_path, "--checkpoint", right, "--against", wrong, *flags)
+
+    return found
 
 
 def test_a_random_model_is_the_same_function_in_all_three(
@@ -177,16 +196,11 @@ def test_a_checkpoint_is_checked_and_its_window_shortened(
 
 @pytest.mark.usefixtures("one_pass_only")
 def test_a_wrong_conversion_is_red_and_what_is_wrong_with_it_is_said(
-    small: MistralConfig,
-    weights: dict[str, np.ndarray],
-    right: str,
-    tmp_path: Path,
-    capsys: Output,
+    weights: dict[str, np.ndarray], against_wrong: Callable[..., dict[str, Any]]
 ) -> None:
     gate, up = "blocks.1.mlp.gate.kernel", "blocks.1.mlp.up.kernel"
-    wrong = saved(tmp_path / "wrong", small, weights | {gate: weights[up], up: weights[gate]})
-    flags = ["--checkpoint", right, "--against", wrong, "--dtypes", "float64"]
-    found = verdict(capsys, tmp_path, *flags)
+    swapped = {gate: weights[up], up: weights[gate]}
+    found = against_wrong("--dtypes", "float64", tensors=swapped)
     assert (found["code"], found["equal"]) == (1, False)
     first = found["first_divergence"]
     assert (first["stage"], first["layer"], first["dtype"]) == ("mlp", 1, "float64")
@@ -199,21 +213,14 @@ def test_a_wrong_conversion_is_red_and_what_is_wrong_with_it_is_said(
 
 @pytest.mark.usefixtures("one_pass_only")
 def test_a_config_that_was_read_wrongly_is_recognised(
-    small: MistralConfig,
-    weights: dict[str, np.ndarray],
-    right: str,
-    tmp_path: Path,
-    capsys: Output,
+    right: str, tmp_path: Path, against_wrong: Callable[..., dict[str, Any]]
 ) -> None:
-    config = dataclasses.replace(small, sliding_window=8)
-    wrong = saved(tmp_path / "wrong", config, weights)
-    flags = ["--checkpoint", right, "--against", wrong, "--dtypes", "float64"]
-    found = verdict(capsys, tmp_path, *flags)
+    found = against_wrong("--dtypes", "float64", sliding_window=8)
     assert found["code"] == 1
     assert found["first_divergence"]["stage"] == "attn"
     assert found["first_divergence"]["position"] == 7  # the first query that sees a key too many
     assert found["hint"] == "lechat_jax computes as if the window has one key more"
-    assert f"sliding_window is 8 in {wrong} and 7 in {right}" in found["notes"]
+    assert f"sliding_window is 8 in {tmp_path / 'wrong'} and 7 in {right}" in found["notes"]
 
 
 @pytest.mark.usefixtures("one_pass_only")
@@ -265,17 +272,12 @@ def test_equal_weights_are_said_to_be_equal_before_anything_is_computed(
 
 
 def test_weights_alone_are_compared_to_the_last_bit(
-    small: MistralConfig,
-    weights: dict[str, np.ndarray],
-    right: str,
-    tmp_path: Path,
-    capsys: Output,
+    weights: dict[str, np.ndarray], against_wrong: Callable[..., dict[str, Any]]
 ) -> None:
     up = "blocks.1.mlp.up.kernel"
     nearly = {up: weights[up].copy()}
     nearly[up][3, 5] *= 1 + 2**-7
-    wrong = saved(tmp_path / "wrong", small, weights | nearly)
-    found = verdict(capsys, tmp_path, "--checkpoint", right, "--against", wrong, "--weights-only")
+    found = against_wrong("--weights-only", tensors=nearly)
     assert (found["code"], found["equal"]) == (1, False)
     assert [stage["note"] for stage in found["stages"] if not stage["ok"]] == [
         f"{up}: 1 of 2,240 differ, the first at [3, 5]"
@@ -284,17 +286,11 @@ def test_weights_alone_are_compared_to_the_last_bit(
 
 
 def test_equal_weights_of_another_config_are_another_model(
-    small: MistralConfig,
-    weights: dict[str, np.ndarray],
-    right: str,
-    tmp_path: Path,
-    capsys: Output,
+    right: str, tmp_path: Path, against_wrong: Callable[..., dict[str, Any]]
 ) -> None:
-    config = dataclasses.replace(small, norm_eps=1e-6)
-    other = saved(tmp_path / "other", config, weights)
-    found = verdict(capsys, tmp_path, "--checkpoint", right, "--against", other, "--weights-only")
+    found = against_wrong("--weights-only", norm_eps=1e-6)
     assert (found["code"], found["equal"]) == (1, False)
-    assert f"norm_eps is 1e-06 in {other} and 1e-05 in {right}" in found["notes"]
+    assert f"norm_eps is 1e-06 in {tmp_path / 'wrong'} and 1e-05 in {right}" in found["notes"]
 
 
 def one_weight(small: MistralConfig, folder: Path, value: float) -> Source:
@@ -402,31 +398,24 @@ def test_reports_of_every_kind_are_written(right: str, tmp_path: Path, capsys: O
 
 
 def test_a_large_model_is_checked_a_layer_at_a_time(
-    small: MistralConfig,
     weights: dict[str, np.ndarray],
     right: str,
     tmp_path: Path,
     capsys: Output,
+    against_wrong: Callable[..., dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(run, "WHOLE", 0)
-    flags = ["--checkpoint", right, "--tokens", "24", "--window", "7"]
-    found = verdict(capsys, tmp_path, *flags)
+    flags = ["--tokens", "24", "--window", "7"]
+    found = verdict(capsys, tmp_path, "--checkpoint", right, *flags)
     assert found["code"] == 0
     assert {stage["dtype"] for stage in found["stages"]} == {"float32"}
-    assert {stage["stage"] for stage in found["stages"]} == {
-        "embed",
-        "attn",
-        "mlp",
-        "norm",
-        "logits",
-    }
+    assert {stage["stage"] for stage in found["stages"]} == {*"embed attn mlp norm logits".split()}
     texts = {stage["note"] for stage in found["stages"] if stage["note"]}
     assert texts == {"positions 0 to 23", "positions 32744 to 32767"}
 
     q = "blocks.0.attn.q.kernel"
-    wrong = saved(tmp_path / "wrong", small, weights | {q: np.roll(weights[q], 1, axis=0)})
-    found = verdict(capsys, tmp_path, *flags, "--against", wrong)
+    found = against_wrong(*flags, tensors={q: np.roll(weights[q], 1, axis=0)})
     assert found["code"] == 1
     red = {(s["stage"], s["layer"]) for s in found["stages"] if not s["ok"]}
     assert red == {("attn", 0), ("mlp", 0)}, "the layers after it read what the right one made"
