@@ -396,7 +396,7 @@ def test_a_page_shows_each_error_over_its_budget_and_all_its_figures(tmp_path: P
     page = Page(written(tmp_path, reports.write_html, DIFFERENT))
     first = "attn of layer 0, position 7, float64, jax against torch: rel 3.1e-02, budget 1e-11"
     assert f"✗ different: first at {first}" in page.text
-    error_map = page.lines.index("embed ✓ 0".split())
+    error_map = page.lines.index(["embed", "✓", "0"])
     assert page.lines[error_map - 3 : error_map + 4] == [
         ["float64", "float32", "bfloat16"],
         "stage jax against torch jax against torch float64 torch against torch float64".split(),
@@ -440,7 +440,7 @@ def test_numbers_can_be_read_on_every_colour() -> None:
 
 def test_a_page_says_who_would_have_missed_a_fault(tmp_path: Path) -> None:
     lines = Page(written(tmp_path, reports.write_html, FAULTS)).lines
-    at = lines.index("fault where detected expected found missed by".split())
+    at = lines.index(["fault", "where", "detected", "expected", "found", "missed", "by"])
     assert lines[at + 2 : at + 5] == [
         "window one wider config ✓ yes attn.0 attn.0 levanter, EasyDeL".split(),
         "gate and up swapped weights ✗ elsewhere mlp.2 mlp.1".split(),
