@@ -113,6 +113,8 @@ def run_block(block: Block, *, reads_only: bool = False) -> None:
     elif block.language == "yaml":
         for step in yaml.safe_load(block.text):
             run_shell(step["run"], reads_only)
+    elif block.language == "python" and reads_only:
+        compile(block.text, block.page, "exec")
     elif block.language == "python":
         text = block.text
         for long, short in IN_PYTHON.items():
