@@ -18,7 +18,7 @@ from lechat_jax.config import MistralConfig
 from lechat_torch.attention import attend
 from lechat_torch.cache import Cache, attend_cached
 from lechat_torch.moe import Mixture
-from lechat_torch.rotary import rotate, stretch, turns
+from lechat_torch.rotary import rotate, rotations, stretch
 
 # From rotated queries, keys and values to what each query gathers.
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -28,11 +28,11 @@ class Place(NamedTuple):
     """What the positions of a pass make of its queries and keys, the same in every layer.
 
     Attributes:
-        turn: of both.
+        angles: the rotations of both, as complex numbers.
         stretch: of queries alone, if they grow.
     """
 
-    turn: Complex[Tensor, "#B T 1 pairs"]
+    angles: Complex[Tensor, "#B T 1 pairs"]
     stretch: Float[Tensor, "#B T 1 1"] | None
 
 
@@ -69,7 +69,7 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"], place: Place, mix: Mix) -> Float[Tensor, "B T D"]:
         """What each position gathers from those that `mix` lets it see."""
         q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.q, self.k, self.v))
-        q, k = rotate(q, place.turn), rotate(k, place.turn)
+        q, k = rotate(q, place.angles), rotate(k, place.angles)
         if place.stretch is not None:  # rounded before and after, as in transformers
             q = q * place.stretch.to(q.dtype)
         return self.o(mix(q, k, v).flatten(2))
@@ -187,9 +187,9 @@ class Mistral(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         x = self.embed(tokens)
         c = self.config
-        turn = turns(positions, c.head_dim, c.rope_theta, x.dtype, c.yarn)
+        angles = rotations(positions, c.head_dim, c.rope_theta, x.dtype, c.yarn)
         growth = c.llama_4_scaling
-        place = Place(turn, growth and stretch(positions, growth, x.dtype))
+        place = Place(angles, growth and stretch(positions, growth, x.dtype))
         for block, mix in zip(self.blocks, mixes, strict=True):
             x = block(x, place, mix)
         return self.norm(x)

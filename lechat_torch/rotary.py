@@ -9,7 +9,7 @@ from torch import Tensor
 from lechat_jax.config import Llama4Scaling, Yarn
 
 
-def turns(
+def rotations(
     positions: Int[Tensor, "B T"],
     head_dim: int,
     theta: float,
@@ -22,7 +22,7 @@ def turns(
     axis is that of the heads, which all turn alike. With `yarn` pairs turn slower, and the
     numbers are longer: 0.1 ln(factor) + 1, if its scale is applied.
 
-    >>> quarters = turns(torch.tensor([[0, 1, 2]]), 2, 1e4, torch.float64) ** (torch.pi / 2)
+    >>> quarters = rotations(torch.tensor([[0, 1, 2]]), 2, 1e4, torch.float64) ** (torch.pi / 2)
     >>> quarters.flatten().real.round().int().tolist()
     [1, 0, -1]
     """
@@ -74,16 +74,16 @@ def stretch(
 
 
 def rotate(
-    x: Float[Tensor, "B T N H"], turn: Complex[Tensor, "#B T 1 pairs"]
+    x: Float[Tensor, "B T N H"], angles: Complex[Tensor, "#B T 1 pairs"]
 ) -> Float[Tensor, "B T N H"]:
     """Each head turned: lane h is the real part of a number, lane h + H/2 the imaginary.
 
     That is the order of lanes in Hugging Face's files; Mistral's own have pairs side by side.
 
-    >>> turn = torch.polar(torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), torch.pi / 2))
-    >>> rotate(torch.tensor([[[[3.0, 5.0]]]]), turn).round().tolist()
+    >>> angles = torch.polar(torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), torch.pi / 2))
+    >>> rotate(torch.tensor([[[[3.0, 5.0]]]]), angles).round().tolist()
     [[[[-5.0, 3.0]]]]
     """
-    real, imaginary = x.to(turn.real.dtype).chunk(2, dim=-1)
-    turned = torch.complex(real, imaginary) * turn
+    real, imaginary = x.to(angles.real.dtype).chunk(2, dim=-1)
+    turned = torch.complex(real, imaginary) * angles
     return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)

@@ -23,13 +23,15 @@ Key = TypeVar("Key", bound=Hashable)
 READS = 5  # of the array whose reading is timed; the best counts
 
 
-def in_turn(tasks: Mapping[Key, Callable[[], float]], repetitions: int) -> dict[Key, list[float]]:
+def interleaved(
+    tasks: Mapping[Key, Callable[[], float]], repetitions: int
+) -> dict[Key, list[float]]:
     """What each task returns in each repetition, the tasks taking turns: A B A B.
 
     Machines drift, by heat and by neighbours. What is measured in turn drifts together.
 
     >>> ticks = iter(range(4))
-    >>> in_turn({"A": lambda: next(ticks), "B": lambda: next(ticks)}, repetitions=2)
+    >>> interleaved({"A": lambda: next(ticks), "B": lambda: next(ticks)}, repetitions=2)
     {'A': [0, 2], 'B': [1, 3]}
     """
     results: dict[Key, list[float]] = {key: [] for key in tasks}

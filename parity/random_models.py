@@ -12,7 +12,7 @@ from lechat_jax.model.binding import bind, shapes_of, weights_of
 from lechat_jax.model.mistral import Mistral
 
 
-def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Mistral:
+def random_model(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Mistral:
     """A model whose logits have a deviation of about 1 and change with every detail.
 
     Fresh norms are all one and fresh layers add little, so that a lost norm, a wrong
@@ -32,11 +32,11 @@ def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0)
     return bind(config, {name: jnp.asarray(array, dtype) for name, array in drawn.items()})
 
 
-def lively_weights(config: MistralConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """The weights of a lively model by lechat's names, float32.
+def random_weights(config: MistralConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """The weights of a random model by lechat's names, float32.
 
     All of them are numbers that bfloat16 has too, so that models in different arithmetic
     have the very same weights.
     """
-    model = lively(config, jnp.bfloat16, seed)
+    model = random_model(config, jnp.bfloat16, seed)
     return {name: np.asarray(leaf).astype(np.float32) for name, leaf in weights_of(model).items()}

@@ -22,24 +22,24 @@ class Rotation(NamedTuple):
     sin: Float[Array, "B T H/2"]
 
 
-class Turns(NamedTuple):
-    """How queries and how keys are turned: alike, unless queries grow with their position."""
+class Rotations(NamedTuple):
+    """Rotations of queries and of keys: the same, unless queries are scaled by position."""
 
     q: Rotation
     k: Rotation
 
 
-def turns(positions: Int[Array, "B T"], config: MistralConfig, dtype: DTypeLike) -> Turns:
-    """What queries and keys at these positions are turned by, in a model that computes in `dtype`.
+def rotations(positions: Int[Array, "B T"], config: MistralConfig, dtype: DTypeLike) -> Rotations:
+    """Rotations of the queries and keys at these positions, for a model that computes in `dtype`.
 
-    A turn keeps lengths or multiplies all of a head by one number, so the growth of queries is
-    part of theirs and costs nothing.
+    Llama 4's scale of queries by position is multiplied into their cosines and sines, where it
+    costs nothing.
     """
-    turn = rotation(positions, config.head_dim, config.rope_theta, dtype, config.yarn)
+    k = rotation(positions, config.head_dim, config.rope_theta, dtype, config.yarn)
     if config.llama_4_scaling is None:
-        return Turns(turn, turn)
-    growth = query_scale(positions, config.llama_4_scaling, turn.cos.dtype)[..., None]
-    return Turns(Rotation(turn.cos * growth, turn.sin * growth), turn)
+        return Rotations(k, k)
+    scale = query_scale(positions, config.llama_4_scaling, k.cos.dtype)[..., None]
+    return Rotations(Rotation(k.cos * scale, k.sin * scale), k)
 
 
 def rotation(
@@ -49,7 +49,7 @@ def rotation(
     dtype: DTypeLike,
     yarn: Yarn | None = None,
 ) -> Rotation:
-    """The angle position * theta^(-2h/H) of each lane pair h, as cosine and sine.
+    """Cosine and sine of the RoPE angle position * theta^(-2h/H) of each lane pair h.
 
     Computed in float32, or in float64 when `dtype` is, since in bfloat16 position 257
     would already be 256. `theta` is the base of the frequencies, which `yarn` stretches; then
@@ -65,12 +65,12 @@ def rotation(
         length = yarn.attention_factor
     # Elementwise, not an einsum: a matrix unit would round the positions to bfloat16.
     angles = positions[..., None].astype(wide) * inv_freq
-    turn = Rotation(jnp.cos(angles), jnp.sin(angles))
-    return turn if length is None else Rotation(turn.cos * length, turn.sin * length)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return Rotation(cos, sin) if length is None else Rotation(cos * length, sin * length)
 
 
 def _slowed(head_dim: int, theta: float, yarn: Yarn, dtype: DTypeLike) -> Float[Array, " pairs"]:
-    """How much of each pair's speed is divided by the factor: from none to all, along a line.
+    """YaRN's ramp: how much of each pair's frequency is divided by the factor, from 0 to 1.
 
     The line runs between whole pairs, those around the ones that make just `beta` and `alpha`
     turns in the original length. As in transformers' `_compute_yarn_parameters`.
@@ -89,7 +89,7 @@ def _slowed(head_dim: int, theta: float, yarn: Yarn, dtype: DTypeLike) -> Float[
 def query_scale(
     positions: Int[Array, "B T"], scaling: Llama4Scaling, dtype: DTypeLike
 ) -> Float[Array, "B T"]:
-    """What the query at each position is multiplied by; 1 for padding, whose position is -1.
+    """Llama 4's query scale at each position; 1 for padding, whose position is -1.
 
     >>> found = query_scale(jnp.array([[0, 9, 10, 99]]), Llama4Scaling(0.5, 10), jnp.float32)
     >>> found.round(4).tolist() == jnp.array([[1, 1, 1.3466, 2.1513]]).round(4).tolist()
@@ -100,11 +100,11 @@ def query_scale(
 
 
 def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
-    """Every lane pair of every head turned by the angle of its position.
+    """Applies RoPE: rotates every lane pair of every head by the angle of its position.
 
     Lengths are kept, or multiplied by that of `by`, and but for that the product of a query
-    and a key depends on the distance of their positions alone. Turned in the precision of
-    `by`, returned in that of `x`.
+    and a key depends on the distance of their positions alone. Computed in the dtype of `by`,
+    returned in that of `x`.
     """
     first, second = jnp.split(x.astype(by.cos.dtype), 2, axis=-1)
     cos, sin = by.cos[:, :, None], by.sin[:, :, None]

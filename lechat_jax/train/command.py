@@ -36,7 +36,7 @@ from lechat_jax.train.memory_plan import (
     checkpoint_bytes,
     needed,
     simulated_mesh,
-    told,
+    summary,
 )
 from lechat_jax.train.options import MOVABLE, TrainConfig
 from lechat_jax.train.schedule import elapsed, process_start
@@ -47,7 +47,7 @@ from lechat_jax.train.training_run import Diverged, Job, TrainingRun, step_optio
 
 
 def run(options: TrainConfig) -> Run:
-    """Trains from Python as the command does, and returns the folder of the run.
+    """Trains from Python as `lechat train` does, and returns the run.
 
     It prints its progress, and its minutes count from this call. Ctrl-C and SIGTERM save the
     run, which `TrainConfig(resume=run.folder)` goes on with. Call it in the main thread.
@@ -63,7 +63,7 @@ def run(options: TrainConfig) -> Run:
 
 
 def _trained(options: TrainConfig, began: float) -> Run:
-    """The run, finished or stopped by a signal; its minutes count from `began`."""
+    """Trains to the end or to a signal; its minutes count from `began`."""
     if options.distributed or options.coordinator:
         processes.start(options.coordinator, options.num_processes, options.process_id)
     enable_compilation_cache()
@@ -91,7 +91,7 @@ def _trained(options: TrainConfig, began: float) -> Run:
 
 
 def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trainer:
-    """A trainer at the first step of a new run, or where a stopped one is to go on.
+    """Sets up the trainer of a new run, or of one that is resumed.
 
     Raises:
         BadInput: the options, the text, the weights or the folder cannot be used; nothing
@@ -105,7 +105,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
     if mesh:
         check_divides(mesh, config, shape.batch // options.accumulate)
     _check_room(start, run, is_new, mesh, display)
-    lessons = open_dataset(
+    dataset = open_dataset(
         options.data,
         tokenizer,
         shape.block,
@@ -114,11 +114,11 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
         options.packing,
         lambda done, of: display.work("tokenising", done, of),
     )
-    display.say(f"text:  {lessons.name}, {lessons.size}, SHA-256 {lessons.sha256}")
-    for note in lessons.notes:
+    display.say(f"text:  {dataset.name}, {dataset.size}, SHA-256 {dataset.sha256}")
+    for note in dataset.notes:
         display.say(f"note: {note}")
-    known = lessons.sha256 if is_new else run.config["train"].get("corpus_sha256", "unknown")
-    if known != lessons.sha256:
+    known = dataset.sha256 if is_new else run.config["train"].get("corpus_sha256", "unknown")
+    if known != dataset.sha256:
         raise BadInput(
             f"the text is not the one that {asked.resume} was started on (SHA-256 {known}); "
             "restore it or say with --data where it is, or start a new run"
@@ -127,7 +127,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
         source = start.source
         loaded = load_base(source, options, shape.dtype, mesh, display) if source else None
     if is_new:
-        from_first(lambda: _begin_run(run, start, lessons, loaded))
+        from_first(lambda: _begin_run(run, start, dataset, loaded))
     else:
         _remember(run, options)
     with _forgotten_if_it_fails(run, tokenizer), running_out(REMEDY):
@@ -135,7 +135,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             track_in_tensorboard(run)
         if options.wandb:
             track_in_wandb(run, options.wandb)
-        job = Job(run, config, options, lessons, tokenizer, display, began, mesh)
+        job = Job(run, config, options, dataset, tokenizer, display, began, mesh)
         training = TrainingRun(job)
         trainer = Trainer(training)
         weights = loaded.weights if loaded else None
@@ -161,7 +161,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
 
 
 def _check_room(start: Start, run: Run, is_new: bool, mesh: Mesh | None, display: Display) -> None:
-    """Raises `BadInput` for a training that does not fit into memory, or a run onto the disk."""
+    """Raises `BadInput` if training does not fit into memory, or its checkpoints onto the disk."""
     options, parts = start.options, start.parts
     step, shape = step_options(options, mesh), options.shape(jax.default_backend())
     free = free_bytes(jnp.zeros(()))
@@ -179,7 +179,7 @@ def _check_room(start: Start, run: Run, is_new: bool, mesh: Mesh | None, display
 
 @contextlib.contextmanager
 def _forgotten_if_it_fails(run: Run, tokenizer: Tokenizer) -> Iterator[None]:
-    """Within it, a run that ends with nothing saved leaves its name to the next one."""
+    """Context manager that deletes the folder of a run that ends with nothing saved."""
     try:
         yield
     except BadInput as error:
@@ -190,7 +190,7 @@ def _forgotten_if_it_fails(run: Run, tokenizer: Tokenizer) -> Iterator[None]:
 
 
 def _devices(mesh: Mesh | None) -> str:
-    """What it runs on, in words."""
+    """Description of the devices."""
     if mesh is None:
         return jax.default_backend()
     axes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
@@ -198,23 +198,23 @@ def _devices(mesh: Mesh | None) -> str:
 
 
 def _remember(run: Run, options: TrainConfig) -> None:
-    """Stores where text and weights of a run are, which were just found to be the same."""
+    """Stores the new paths of a run's text and base weights, which were just verified."""
     config, fields = run.config, options.to_dict()
     if any(config["train"].get(name) != fields[name] for name in MOVABLE):
         config["train"] |= {name: fields[name] for name in MOVABLE}
         run.config = config
 
 
-def _begin_run(run: Run, start: Start, lessons: Dataset, loaded: Loaded | None) -> None:
-    """A new run in its folder, with all that is known at the start."""
+def _begin_run(run: Run, start: Start, dataset: Dataset, loaded: Loaded | None) -> None:
+    """Creates the folder of a new run, with its config and tokenizer."""
     options = start.options
     run.begin()
     start.tokenizer.save(run.folder)
     for path in beside(start.source.folder) if start.source else []:
         shutil.copyfile(path, run.folder / path.name)
     found: dict[str, Any] = options.shape(jax.default_backend())._asdict()
-    found |= {"corpus": lessons.name, "corpus_bytes": lessons.n_bytes}
-    found |= {"corpus_sha256": lessons.sha256, "chat": lessons.chat}
+    found |= {"corpus": dataset.name, "corpus_bytes": dataset.n_bytes}
+    found |= {"corpus_sha256": dataset.sha256, "chat": dataset.chat}
     if loaded:
         found |= {"init_from_sha256": loaded.sha256}
     fields = {"model": start.model.to_dict(), "train": options.to_dict() | found}
@@ -225,7 +225,7 @@ def _begin_run(run: Run, start: Start, lessons: Dataset, loaded: Loaded | None) 
 
 
 def finish(trainer: Trainer) -> None:
-    """The samples, the full validation, the curve and the summary.
+    """Finishes a run: samples, full validation, curve and summary.
 
     A signal ends the validation, and what was scored so far counts.
     """
@@ -235,10 +235,10 @@ def finish(trainer: Trainer) -> None:
         adapter = training.keep_adapter()
         scored = trainer.events.validate_all(stop)
         curve = job.run.draw()
-    if job.lessons.chat:
+    if job.dataset.chat:
         more = command("lechat_jax.chat", job.run.folder)
     else:
-        more = command("lechat_jax.generate", job.run.folder, prompt=job.lessons.opening)
+        more = command("lechat_jax.generate", job.run.folder, prompt=job.dataset.opening)
     job.display.say(
         f"{scored}\n"
         f"trained on {training.seen:,} tokens in {training.step} steps, lately "
@@ -252,7 +252,7 @@ def finish(trainer: Trainer) -> None:
 
 
 def pause(trainer: Trainer, signal: str) -> None:
-    """The samples, the curve and the way on of a run that was asked to stop."""
+    """Ends a run that was stopped: samples, curve and the command that resumes it."""
     training, run = trainer.training, trainer.job.run
     trainer.events.sample()
     run.draw()
@@ -264,7 +264,7 @@ def pause(trainer: Trainer, signal: str) -> None:
 
 
 def foretell(asked: TrainConfig) -> str:
-    """What the training would take of the memory of each device, in words.
+    """Report of --dry-run: the memory that training takes on each device.
 
     Raises:
         BadInput: the options cannot be used.
@@ -285,14 +285,14 @@ def foretell(asked: TrainConfig) -> str:
         f"{start.options.model_name} on {mesh.size} devices, {shape.batch} x {shape.block} tokens "
         f"in {shape.dtype} with --remat {start.options.remat}, memory of each as XLA plans it for "
         "a CPU, where bfloat16 is computed in float32 (an accelerator needs less):\n"
-        f"{told(memory)}\n"
+        f"{summary(memory)}\n"
         f"and of the disk {checkpoint_bytes(options, start.parts) / 1e9:.2f} GB for each of "
         f"{start.options.keep} checkpoints (--keep) and one that is being written"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The main job; see `--help`."""
+    """Entry point of `python -m lechat_jax.train`; returns the exit code."""
     asked = cli.parse(TrainConfig, "python -m lechat_jax.train", __doc__ or "", argv)
     if asked.dry_run:
         print(foretell(asked))

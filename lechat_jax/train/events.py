@@ -13,40 +13,40 @@ from lechat_jax.train.training_run import TrainingRun
 
 
 class Events:
-    """What a run does beside its steps, with the weights as they then are."""
+    """Events of a run: validation, checkpoints and samples of its current weights."""
 
     def __init__(self, training: TrainingRun) -> None:
         self.training, self.job = training, training.job
-        held_out = self.job.lessons.held_out()
+        held_out = self.job.dataset.held_out()
         self.validator = Validator(self.job.config, training.step_options, held_out)
         self.samples = Samples(self.job)
 
     def do_those_due(self) -> None:
-        """Validates, saves and samples if it is time; after the last step that comes later.
+        """Runs the events that are due after this step, but for those of the last one.
 
         Saves before it samples: what takes memory that nobody foretold may be killed.
         """
-        timetable = self.training.timetable
+        schedule = self.training.schedule
         for what, do in (
             ("eval", self.validate),
             ("checkpoint", self.training.save),
             ("sample", self.sample),
         ):
-            if timetable.due(what, self.training.step):
+            if schedule.due(what, self.training.step):
                 began = time.perf_counter()
                 do()
-                timetable.took(what, time.perf_counter() - began)
+                schedule.took(what, time.perf_counter() - began)
 
     def sample(self) -> None:
-        """Continues the prompts with the weights as they are."""
+        """Samples from the current weights."""
         self.samples.take(self.training.step, self.training.weights)
 
     def validate(self) -> None:
-        """Scores a fixed part of the held-out rows, and learns how long all of them will take."""
+        """Validates on a fixed part of the held-out rows, and estimates the time of all of them."""
         score = self.validator.interim(self.training.weights)
         if seconds := self.validator.seconds_for_all:
             share = min(1.0, self.job.options.eval_tokens / self.validator.n_tokens)
-            self.training.timetable.took("ending", share * seconds)
+            self.training.schedule.took("ending", share * seconds)
         self.job.run.log([self.training.row() | score.metrics()])
         self.job.display.say(
             f"step {self.training.step} · {clock(elapsed(self.job.began))} · validation loss "
@@ -55,12 +55,12 @@ class Events:
         )
 
     def validate_all(self, stop: Stop) -> str:
-        """Scores the held-out rows, as many as there is time for, logs that and says it in words.
+        """Validates on the held-out rows, as many as there is time for, and logs the score.
 
         A signal ends it too, and what was scored so far counts.
         """
         options, run, began = self.job.options, self.job.run, time.perf_counter()
-        usual = self.training.timetable.minutes / 2
+        usual = self.training.schedule.minutes / 2
         minutes = usual if options.eval_minutes is None else options.eval_minutes
 
         def late() -> bool:

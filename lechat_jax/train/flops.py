@@ -1,4 +1,4 @@
-"""What a training step has to compute, and what the device could: their ratio is the MFU.
+"""Model FLOPs utilisation (MFU): FLOPs of a training step over what the device could do.
 
 Model FLOPs utilisation (PaLM, arXiv:2204.02311, appendix B) counts what the model needs and
 not what was done, so that computing something twice does not look like work.
@@ -20,7 +20,7 @@ SIZE, RUNS = 1024, 30  # of the product that a CPU is measured by
 
 
 class Peak(NamedTuple):
-    """FLOP/s of dense products, without the sparsity that vendors like to count.
+    """Peak FLOP/s of dense matrix products, without structured sparsity.
 
     Attributes:
         bfloat16: with float32 sums.
@@ -61,7 +61,7 @@ PEAKS = {
 
 
 class Speed:
-    """Of the last steps.
+    """Throughput of the last steps: tokens per second and MFU.
 
     Attributes:
         rate: tokens a second.
@@ -73,7 +73,7 @@ class Speed:
         self.rate, self.peak = 0.0, 0.0
 
     def look_at_the_device(self) -> None:
-        """How fast it could be, with those beside it: once, while nothing else is done here.
+        """Measures or looks up the devices' peak FLOP/s, once, while nothing else runs here.
 
         A CPU is measured, so a later look would be another denominator of the same MFU.
         """
@@ -82,14 +82,14 @@ class Speed:
         self.peak = n * (peak_flops(self.dtype) or 0.0)
 
     def mfu(self, has_frozen: bool) -> float | None:
-        """The part of the devices' FLOP/s that the model needed at the last rate, if known."""
+        """MFU at the last rate, as a fraction; `None` if the peak is unknown."""
         frozen = self.config.n_products if has_frozen else 0
         needed = self.rate * flops_per_token(self.config, self.block, frozen)
         return needed / self.peak if self.peak else None
 
 
 def flops_per_token(config: MistralConfig, T: int, n_frozen: int = 0) -> float:
-    """Floating-point operations of learning from one token in a row of T.
+    """Training FLOPs per token, in a row of T.
 
         6 * (parameters that are multiplied) + 12 * N * H * (keys that a query sees, summed
         over the layers)
@@ -115,7 +115,7 @@ def _mean_keys(T: int, window: int) -> float:
 
 
 def peak_flops(dtype: str) -> float | None:
-    """FLOP/s of one of these devices: what its vendor states, or on a CPU what was measured.
+    """Peak FLOP/s of one device: what its vendor states, or measured on a CPU.
 
     `None` for a device that nobody has looked up. A CPU's is measured anew each time, in less
     than a second, as the fastest of some float32 products: clocks and vector units are not
@@ -130,7 +130,7 @@ def peak_flops(dtype: str) -> float | None:
 
 
 def _best_product() -> float:
-    """FLOP/s of the fastest of a few products of square float32 matrices."""
+    """Measured FLOP/s: the fastest of a few float32 products of square matrices."""
     x = jnp.full((SIZE, SIZE), 0.5, jnp.float32)
     product = _product()
     times = []

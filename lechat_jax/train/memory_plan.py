@@ -1,4 +1,4 @@
-"""What a training step keeps in the memory of each device, before anything is allocated.
+"""Memory plan: device memory of a training step, before anything is allocated.
 
 Parameters, the optimiser's state and gradients follow from shapes and places. What is in
 memory beside them is XLA's affair, so XLA is asked: it compiles the step for as many devices as
@@ -43,7 +43,7 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Parts(NamedTuple):
-    """The weights of a model in training, by name.
+    """Trainable and frozen weights of a model, by name.
 
     Attributes:
         learning: those that learn.
@@ -54,12 +54,12 @@ class Parts(NamedTuple):
     frozen: Shapes
 
     def of_layers(self, depth: int) -> "Parts":
-        """Those of the same model with only its first layers."""
+        """The weights of the first layers alone."""
         return Parts(*({n: x for n, x in part.items() if _is_within(n, depth)} for part in self))
 
 
 class Memory(NamedTuple):
-    """Bytes on each device.
+    """Memory of a training step in bytes per device.
 
     Attributes:
         parameters: those that learn, in float32, and those beside which they do, as they are.
@@ -76,7 +76,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Total in bytes per device."""
         return sum(self)
 
 
@@ -109,7 +109,7 @@ def check_memory(
 
 
 def checkpoint_bytes(options: StepOptions, parts: Parts) -> int:
-    """Of the disk, for all that a run saves at once, whichever devices it lies on."""
+    """Disk space of a checkpoint in bytes, whatever the sharding."""
     memory = _state(dataclasses.replace(options, mesh=None), parts._replace(frozen={}))
     return memory.parameters + memory.optimizer
 
@@ -117,7 +117,7 @@ def checkpoint_bytes(options: StepOptions, parts: Parts) -> int:
 def needed(
     config: MistralConfig, options: StepOptions, B: int, T: int, parts: Parts | None = None
 ) -> Memory:
-    """The memory of a step, of a deep model as shallow ones have it."""
+    """Memory of a step; for deep models extrapolated from shallow ones."""
     parts = parts or Parts(weight_shapes(config), {})
     if config.n_layers <= SHALLOW[1]:
         return compiled(config, options, B, T, parts)
@@ -132,7 +132,7 @@ def needed(
 def compiled(
     config: MistralConfig, options: StepOptions, B: int, T: int, parts: Parts | None = None
 ) -> Memory:
-    """The memory of a step as XLA has planned it."""
+    """Memory of a compiled step by XLA's own analysis."""
     learning, frozen = parts or Parts(weight_shapes(config), {})
     state, frozen = described(options.mesh, (_begun(learning, options), dict(frozen)))
     tokens = jax.ShapeDtypeStruct((1, B, T + 1), jnp.int32)
@@ -150,7 +150,7 @@ def _begun(learning: Shapes, options: StepOptions) -> TrainState:
 
 
 def _state(options: StepOptions, parts: Parts) -> Memory:
-    """The memory of what there is before anything is computed, and of the gradients."""
+    """Memory of weights, optimizer state, batch and gradients."""
     begun = _begun(parts.learning, options)
     state, frozen = described(options.mesh, (begun, dict(parts.frozen)))
     learning = _bytes(state.weights)
@@ -160,7 +160,7 @@ def _state(options: StepOptions, parts: Parts) -> Memory:
 def _activations(
     config: MistralConfig, options: StepOptions, B: int, T: int, state: Memory
 ) -> tuple[int, int]:
-    """Bytes that a step certainly needs beside the state, and bytes that certainly do."""
+    """Lower and upper bound of the activations in bytes."""
     ways = options.mesh.size if options.mesh else 1
     tokens = B * T / options.accumulate / ways
     D, F, N = config.dim, config.hidden_dim, config.n_heads
@@ -177,7 +177,7 @@ def _activations(
 
 
 def simulated_mesh(asked: str) -> Mesh:
-    """The mesh of so many CPU devices, of which there is nothing but the number.
+    """Mesh of simulated CPU devices.
 
     To be asked for before anything else of JAX, since later their number is fixed.
 
@@ -194,8 +194,8 @@ def simulated_mesh(asked: str) -> Mesh:
     return mesh_of(sizes[ROWS], sizes[HEADS], devices[:n])
 
 
-def told(memory: Memory) -> str:
-    """The memory in words, and the smallest usual device that has room for it."""
+def summary(memory: Memory) -> str:
+    """Table of the memory, and the smallest usual device that has room for it."""
     rows = [f"  {name:12}{size / 1e9:9.2f} GB" for name, size in memory._asdict().items()]
     room = next((size for size in USUAL if memory.total <= 0.95 * size * 1e9), None)
     fits = f"a device of {room} GB has room for it" if room else f"no device of {USUAL[-1]} GB has"
@@ -203,7 +203,7 @@ def told(memory: Memory) -> str:
 
 
 def _bytes(tree: PyTree) -> int:
-    """Of the leaves, on one device."""
+    """Bytes of the leaves on one device."""
 
     def of(leaf: jax.ShapeDtypeStruct) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
@@ -213,13 +213,13 @@ def _bytes(tree: PyTree) -> int:
 
 
 def _is_within(name: str, depth: int) -> bool:
-    """Whether the weight is of one of the first layers, or of none."""
+    """Whether a weight is of one of the first layers, or of none."""
     layer = layer_of(name)
     return layer is None or layer < depth
 
 
 def _of_layers(config: MistralConfig, depth: int) -> MistralConfig:
-    """The same model with fewer layers."""
+    """The model with only its first layers."""
     windows = config.sliding_window
     kept = windows[:depth] if isinstance(windows, tuple) else windows
     return dataclasses.replace(config, n_layers=depth, sliding_window=kept)

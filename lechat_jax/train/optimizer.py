@@ -1,4 +1,4 @@
-"""How the weights move: Muon for the matrices, Adam for the rest, one schedule for all.
+"""Optimizer: Muon for the matrices, Adam for embeddings and norms, one learning-rate schedule.
 
 Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one,
 which gets more out of each of the few hundred steps that five minutes on a small machine
@@ -91,8 +91,8 @@ def group(name: str) -> str:
     return module if module in ("embed", "head") else "matrix"
 
 
-class Schedule(NamedTuple):
-    """Where the rate rises and falls.
+class RateSchedule(NamedTuple):
+    """Learning-rate schedule: where the rate rises and falls.
 
     Attributes:
         first: the step at which it begins to rise.
@@ -106,23 +106,23 @@ class Schedule(NamedTuple):
 
 
 def warmup_then_cooldown(
-    step: Int[Array, ""], length: Schedule | Int[ArrayLike, ""]
+    step: Int[Array, ""], length: RateSchedule | Int[ArrayLike, ""]
 ) -> Float[Array, ""]:
-    """The fraction of the peak rate at a step: up in a few steps, level, down to zero.
+    """Warmup-stable-decay learning rate at a step, as a fraction of its peak.
 
     A function of the step and of the run's length alone; a number of steps is a run of so many.
     While the length is still being measured any large one will do, since the level part does not
     depend on it.
     """
-    if not isinstance(length, Schedule):
-        length = Schedule(0, length, COOLDOWN * length)
+    if not isinstance(length, RateSchedule):
+        length = RateSchedule(0, length, COOLDOWN * length)
     up = (step - length.first + 1) / WARMUP_STEPS
     down = (length.end - step) / length.cooldown
     return jnp.clip(jnp.minimum(up, down), 0.0, 1.0).astype(jnp.float32)
 
 
 class Optimizer:
-    """Moves weights by name as a rule says, at `learning_rate` times its peak rates.
+    """Optimizer of weights by name, at `learning_rate` times the peak rates of a rule.
 
     For Muon the same kernel of all blocks is one stack [L, ...], so that a step orthogonalises
     7 stacks and not 7 L little matrices.
@@ -162,19 +162,19 @@ class Optimizer:
         )
 
     def init(self, weights: Weights) -> optax.OptState:
-        """The state before the first step."""
+        """Optimizer state before the first step."""
         return self._inner.init(self._stack(weights))
 
     def update(
         self, grads: Weights, state: optax.OptState, weights: Weights
     ) -> tuple[Weights, optax.OptState]:
-        """What to add to each weight at the full rate, and the state after it."""
+        """Updates to add to the weights at the full rate, and the next optimizer state."""
         updates, state = self._inner.update(self._stack(grads), state, self._stack(weights))
         return self._unstack(cast(Weights, updates)), state
 
 
 def stack_blocks(weights: Weights) -> Weights:
-    """`blocks.0.x`, `blocks.1.x`, … joined to one `blocks.x` of shape [L, ...]."""
+    """Stacks the layers: `blocks.0.x`, `blocks.1.x`, … become one `blocks.x` of shape [L, ...]."""
     layers: dict[str, dict[int, Array]] = {}
     stacked = {}
     for name, leaf in weights.items():

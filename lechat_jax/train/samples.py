@@ -1,4 +1,4 @@
-"""Samples of a model in training: its prompts continued, printed and kept in the run's folder."""
+"""Samples of a model in training: continuations of its prompts, printed and stored."""
 
 import jax
 
@@ -20,7 +20,7 @@ FAILURES = (BadInput, OSError, MemoryError, RuntimeError, ValueError)
 
 
 class Samples:
-    """The samples of a run, each of every prompt.
+    """Sampling during a run, from every prompt.
 
     Attributes:
         longest: tokens of a prompt that are read; of a longer one the last.
@@ -32,7 +32,7 @@ class Samples:
         self.longest = max(CONTEXT, self.shape.block)
 
     def take(self, step: int, weights: Weights) -> None:
-        """Continues every prompt, prints the texts and keeps them in the run's folder.
+        """Samples from every prompt, prints the texts and stores them in the run's folder.
 
         Of a mesh the first device alone continues them, if the whole model fits into its
         memory beside its part of the training state. Every process has to call it. What fails in
@@ -69,11 +69,11 @@ class Samples:
             self.job.display.say(f"[{shown}]{sample.text}\n")
 
     def _prompts(self, step: int) -> dict[str, list[int]]:
-        """The ids of every prompt that can be continued; what cannot, or is cut, is said."""
+        """Encodes the prompts; one that is left out or cut is reported."""
         found: dict[str, list[int]] = {}
-        for prompt in (self.job.lessons.opening, *self.job.options.prompt):
+        for prompt in (self.job.dataset.opening, *self.job.options.prompt):
             try:
-                ids = self.job.lessons.prompt_ids(prompt)
+                ids = self.job.dataset.prompt_ids(prompt)
             except FAILURES as error:
                 self.job.display.say(f"no sample at step {step} of {prompt[:40]!r}: {error}")
                 continue
@@ -87,7 +87,7 @@ class Samples:
         return found
 
     def _on_one_device(self, weights: Weights) -> Weights | None:
-        """The weights to sample from; where they do not fit, none, and it is said."""
+        """Copies the weights to one device; `None`, with a message, where they do not fit."""
         if self.job.mesh is None:
             return weights
         dtype = self.shape.dtype

@@ -1,4 +1,4 @@
-"""How long a run is, at which rate it learns, and after which steps it does something else.
+"""Schedule of a run: its length, its learning rate, and when it validates, samples and saves.
 
 All of it is a function of the step and of a list of plans, which is stored with the run. Where
 minutes were asked for, a plan is measured after a few steps, and another one follows whenever the
@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 
 from lechat_jax.devices.processes import anywhere, from_first
-from lechat_jax.train.optimizer import COOLDOWN, Schedule
+from lechat_jax.train.optimizer import COOLDOWN, RateSchedule
 from lechat_jax.train.options import TrainConfig
 
 TRAINING_SHARE = 0.85  # of the minutes; the rest validates, saves, samples, and is slack
@@ -32,12 +32,12 @@ def process_start() -> float:
 
 
 def elapsed(began: float) -> float:
-    """Seconds since then."""
+    """Seconds since `began`, in seconds of the epoch."""
     return time.time() - began
 
 
 class Plan(NamedTuple):
-    """What is meant to happen from one step on.
+    """Length and learning-rate schedule of a run, as planned from one step on.
 
     Attributes:
         since: that step.
@@ -52,13 +52,13 @@ class Plan(NamedTuple):
     cooldown: float
 
     @classmethod
-    def whole(cls, first: int, steps: int | None) -> "Plan":
-        """From the first step on, of a run that ends at `steps`."""
+    def initial(cls, first: int, steps: int | None) -> "Plan":
+        """The plan of a run, or of its continuation, from `first` to `steps`."""
         return cls(first, first, steps, _float32(COOLDOWN, float((steps or first) - first)))
 
 
-class Timetable:
-    """When a run validates, samples and saves, and when it ends.
+class Schedule:
+    """When a run validates, samples and saves, at which rate it learns, and when it ends.
 
     Attributes:
         plans: one after the other, by the step from which on they are in force.
@@ -75,7 +75,7 @@ class Timetable:
         began: float = 0.0,
     ) -> None:
         self.options, self.steps_per_epoch, self.began = options, steps_per_epoch, began
-        self.plans = [Plan(**plan) for plan in stored] or [Plan.whole(0, options.steps)]
+        self.plans = [Plan(**plan) for plan in stored] or [Plan.initial(0, options.steps)]
         self.minutes = options.usual_minutes
         self.pace = 0.0
         self._cost: dict[str, float] = {}  # in steps, since a slower machine is slower at all
@@ -93,37 +93,37 @@ class Timetable:
         return self.plans[-1].first + max(1, int(self.options.max_epochs * self.steps_per_epoch))
 
     def start_the_clock(self) -> None:
-        """Nothing is to be saved by the clock before its time has gone by from now."""
+        """Restarts the interval after which a checkpoint is due by the clock."""
         self._saved = time.monotonic()
 
     def extend(self, step: int, steps: int | None, minutes: float | None) -> None:
-        """From this step on a schedule of its own begins: so many steps, or minutes, more."""
+        """Continues a run for so many steps or minutes, with a new learning-rate schedule."""
         self.plans = [plan for plan in self.plans if plan.since < step]
-        self.plans.append(Plan.whole(step, steps and step + steps))
+        self.plans.append(Plan.initial(step, steps and step + steps))
         self.minutes = minutes or self.minutes
 
     def took(self, what: str, seconds: float) -> None:
-        """So long it takes, as fast as steps are now; an event, or all that is validated last."""
+        """Records the duration of an event, or of the last validation, in steps at their pace."""
         if self.pace:
             self._cost[what] = seconds / self.pace
 
     def at(self, step: int) -> Plan:
-        """The plan that the step is taken by."""
+        """The plan in force at a step."""
         return next(plan for plan in reversed(self.plans) if plan.since <= step or not plan.since)
 
-    def schedule(self, step: int) -> Schedule:
-        """What the rate of the step follows from."""
+    def rate_at(self, step: int) -> RateSchedule:
+        """The learning-rate schedule in force at a step."""
         first, end, cooldown = self._curve(step)
-        return Schedule(np.int32(first), np.int32(end), np.float32(cooldown))
+        return RateSchedule(np.int32(first), np.int32(end), np.float32(cooldown))
 
     def _curve(self, step: int) -> tuple[int, int, float]:
         plan = self.at(step)
         if plan.steps is not None:
             return plan.first, plan.steps, plan.cooldown
-        return plan.first, self.most, Plan.whole(plan.first, self.most).cooldown
+        return plan.first, self.most, Plan.initial(plan.first, self.most).cooldown
 
     def every(self, what: str, step: int) -> int | None:
-        """Steps between two of the events, once the length of the run is known.
+        """Interval between two events of a kind in steps, once the length of the run is known.
 
         It does not change with what the clock makes of the length. Checkpoints that nobody asked
         for go by the clock.
@@ -134,24 +134,24 @@ class Timetable:
         return asked or (max(1, -(-known[0] // parts)) if known and parts else None)
 
     def due(self, what: str, step: int) -> bool:
-        """Whether it is to be done after that step."""
+        """Whether an event of that kind is due after the step."""
         if every := self.every(what, step):
             return step % every == 0
         late = time.monotonic() - self._saved > CHECKPOINT_SECONDS
         return what == "checkpoint" and anywhere(late)
 
     def is_alone(self, step: int) -> bool:
-        """Whether nothing may begin after that step before all is done that is due then."""
+        """Whether the next step must wait: an event is due, or the run's length is unknown."""
         return self.total is None or any(self.due(what, step) for what in EVENTS)
 
     def steps_after(self, step: int) -> int:
-        """As many as there are until something is to be done, or another plan is in force."""
+        """Number of steps until the next event, the next plan or the end."""
         ends = [step + n - step % n for what in EVENTS if (n := self.every(what, step))]
         changes = [plan.since for plan in self.plans if plan.since > step]
         return min([self.total or self.most, *ends, *changes]) - step
 
     def settle(self, step: int, seconds_per_step: float) -> str:
-        """Turns the minutes into a number of steps, and says why there are so many.
+        """Determines the number of steps that fit the minutes, and says what limits it.
 
         The same on all processes. Steps before were taken at a rate that does not depend on it.
         """
@@ -163,7 +163,7 @@ class Timetable:
         return f"{self.minutes:g} minutes"
 
     def revise(self, step: int, sent: int, seconds_per_step: float) -> bool:
-        """Whether the steps that are not `sent` yet are planned anew, so that the time is kept.
+        """Revises the number of steps to keep the time; whether it changed what is not `sent` yet.
 
         Never those of a run whose length was known when this process began.
         """
@@ -179,7 +179,7 @@ class Timetable:
         return True
 
     def _fitting(self, step: int) -> int:
-        """The step at which training has to end for the rest to be done in time."""
+        """The last step that leaves time for what follows training."""
         left = 60 * self.minutes - elapsed(self.began)
         if self.total is None or "eval" not in self._cost:
             return step + int(max(0.0, TRAINING_SHARE * left) / self.pace)
@@ -191,14 +191,14 @@ class Timetable:
         return step + int(max(0.0, left - rest) / self.pace)
 
     def _times(self, what: str, step: int, left: float) -> float:
-        """How often it is still to be done, the last sample and the last checkpoint included."""
+        """Number of events of a kind still to come, the last sample and checkpoint included."""
         last = what != "eval"
         if every := self.every(what, step):
             return float(((self.total or step) - 1) // every - step // every + last)
         return max(0.0, left / CHECKPOINT_SECONDS) + last
 
     def _plan(self, since: int, total: int) -> None:
-        """From `since` on the run ends at `total`, and the rate falls to zero from where it is."""
+        """Appends a plan: from `since` on the rate falls from where it is to zero at `total`."""
         first, end, cooldown = self._curve(since)
         rate = min(1.0, (end - since) / cooldown)
         left = float(total - since)
@@ -208,5 +208,5 @@ class Timetable:
 
 
 def _float32(a: float, b: float) -> float:
-    """The product as it is computed on a device."""
+    """The product in float32, as a device computes it."""
     return float(np.float32(a) * np.float32(b))

@@ -1,4 +1,4 @@
-"""What a run begins with, new or resumed: options, model, tokenizer, weights to start from."""
+"""Start of a run, new or resumed: its options, model, tokenizer and initial weights."""
 
 import dataclasses
 import time
@@ -31,45 +31,45 @@ from lechat_jax.train.memory_plan import Parts
 from lechat_jax.train.options import DEFAULT_PRESET, Dtype, TrainConfig
 
 
-class Asked(NamedTuple):
-    """The adapters that are to learn.
+class TrainableAdapters(NamedTuple):
+    """LoRA adapters to train.
 
     Attributes:
-        adapters: which maps have one.
-        arrays: what they are at first; `None` for fresh ones.
+        adapters: targets, ranks and scales.
+        arrays: their initial weights; `None` to draw them.
     """
 
     adapters: Adapters
     arrays: Mapping[str, np.ndarray] | None = None
 
     def first(self, config: MistralConfig, seed: int) -> Weights:
-        """The weights of step 0."""
+        """Initial adapter weights."""
         if self.arrays is None:
             return self.adapters.draw(config, seed)
         return {name: jnp.asarray(array) for name, array in self.arrays.items()}
 
 
 class Start(NamedTuple):
-    """What a run begins or goes on with.
+    """What a run starts or resumes with.
 
     Attributes:
-        options: as asked, or those of the run that is resumed.
-        model: its shape.
-        tokenizer: of the folder that the weights come from, or Mistral's first.
-        source: the folder with the weights to begin with, instead of random ones; or the run that
-            is resumed, if it learns adapters beside weights that are elsewhere.
-        learning: the adapters that learn, if not all weights do.
+        options: of the command line, or of the run that is resumed.
+        model: the model's config.
+        tokenizer: of the folder of the initial weights, or Mistral's v1.
+        source: the initial weights, instead of random ones; or the run that is resumed, if it
+            trains adapters of a base model elsewhere.
+        learning: the adapters to train, if not all weights are.
     """
 
     options: TrainConfig
     model: MistralConfig
     tokenizer: Tokenizer
     source: SavedModel | None = None
-    learning: Asked | None = None
+    learning: TrainableAdapters | None = None
 
     @property
     def parts(self) -> Parts:
-        """Shapes of the weights that learn, and of those beside which they do."""
+        """Shapes of the trainable and of the frozen weights."""
         if self.learning is None or self.source is None:
             return Parts(weight_shapes(self.model), {})
         adapters = self.learning.adapters
@@ -83,7 +83,7 @@ class Start(NamedTuple):
 
 
 def run_of(asked: TrainConfig) -> Run:
-    """The run that is to be resumed, or a new one, of which there is nothing yet.
+    """The run to resume, or a new one whose folder does not exist yet.
 
     All processes share its folder.
 
@@ -99,7 +99,7 @@ def run_of(asked: TrainConfig) -> Run:
 
 
 def started(asked: TrainConfig) -> Start:
-    """The start of a new run.
+    """Validates the options of a new run, and opens its initial weights.
 
     Raises:
         BadInput: the model, the weights or their tokenizer cannot be used.
@@ -124,13 +124,13 @@ def started(asked: TrainConfig) -> Start:
                 f"--init-from takes the model from {asked.init_from}, which is another one; "
                 f"leave out {', '.join(flags)}"
             )
-    learning = adapters_asked(options, model)
+    learning = trainable_adapters(options, model)
     options = dataclasses.replace(options, optimizer=options.usual_optimizer)
     return Start(options, model, tokenizer, source, learning)
 
 
 def resumed(run: Run, asked: TrainConfig) -> Start:
-    """What `config.json` of a run says, which no other process trains from now on.
+    """Reads and locks a run to resume it with its own options.
 
     Raises:
         BadInput: another one does, or the folder is not as the run left it.
@@ -151,34 +151,34 @@ def resumed(run: Run, asked: TrainConfig) -> Start:
         model=MistralConfig.from_dict(config["model"]),
         tokenizer=tokenizer,
         source=trained if trained.adapters else None,
-        learning=Asked(trained.adapters) if trained.adapters else None,
+        learning=TrainableAdapters(trained.adapters) if trained.adapters else None,
     )
 
 
 def _located(options: TrainConfig) -> TrainConfig:
-    """The same options, whose text and weights are found from any folder, as a run may move on."""
+    """The options with absolute paths, so that the run can be resumed from any folder."""
     init_from = options.init_from and options.init_from.absolute()
     return dataclasses.replace(options, data=located(options.data), init_from=init_from)
 
 
-def adapters_asked(options: TrainConfig, config: MistralConfig) -> Asked | None:
-    """The adapters that the flags ask for, if they do.
+def trainable_adapters(options: TrainConfig, config: MistralConfig) -> TrainableAdapters | None:
+    """The LoRA adapters of the flags --lora-rank and --lora-from; `None` without them.
 
     Raises:
         BadInput: they do not fit the model, or the folder of --lora-from cannot be read.
     """
     if options.lora_from:
-        return Asked(*read_adapter(options.lora_from, config))
+        return TrainableAdapters(*read_adapter(options.lora_from, config))
     if options.lora_rank is None:
         return None
     alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
     adapters = Adapters(options.lora_rank, alpha, options.lora_targets or tuple(MAPS))
     adapters.parts(config)
-    return Asked(adapters)
+    return TrainableAdapters(adapters)
 
 
 def check_source(source: SavedModel, options: TrainConfig) -> None:
-    """Raises `BadInput` for weights that cannot learn, or have nothing beside them that could."""
+    """Raises `BadInput` for weights that cannot be trained: adapters, or quantised ones alone."""
     if source.adapters is not None:
         merge = command("parity.convert", source.folder, f"{source.folder}-merged", to="lechat")
         adapter = source.folder / "adapter"
@@ -199,7 +199,7 @@ def check_source(source: SavedModel, options: TrainConfig) -> None:
 def load_base(
     source: SavedModel, options: TrainConfig, dtype: Dtype, mesh: Mesh | None, display: Display
 ) -> Loaded:
-    """The weights of --init-from: in the float32 that they learn in, or as adapters need them.
+    """Loads the weights of --init-from: in float32 to train them, or as a frozen base for adapters.
 
     Args:
         source: where they are; of a run that is resumed, the run itself.

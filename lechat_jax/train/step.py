@@ -1,4 +1,4 @@
-"""The training step: several optimiser steps in one compiled call."""
+"""Training step: forward, backward and optimizer update, several in one compiled call."""
 
 import dataclasses
 import functools
@@ -18,11 +18,11 @@ from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.scoring import Forward, total_nats
 from lechat_jax.ops.remat import KEPT_ON_A_CPU
-from lechat_jax.train.optimizer import MUON, Optimizer, Rule, Schedule, warmup_then_cooldown
+from lechat_jax.train.optimizer import MUON, Optimizer, RateSchedule, Rule, warmup_then_cooldown
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. There is no dropout, so no random key is among it."""
+    """Training state: all that a step changes. Without dropout there is no random key in it."""
 
     weights: Weights
     optimizer: optax.OptState
@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepOptions(Forward):
-    """What a compiled training step is specialised to.
+    """Static arguments of the compiled training step.
 
     Weights and optimiser stay float32 whatever the dtype. `router_aux_loss` is of each of the
     parts of a batch.
@@ -48,7 +48,7 @@ class StepOptions(Forward):
 
 
 def init_state(config: MistralConfig, options: StepOptions, seed: int) -> TrainState:
-    """Weights drawn from `seed`, and an optimiser that has seen nothing."""
+    """Initial training state with random weights, drawn from `seed`."""
 
     def draw() -> Weights:
         return weights_of(Mistral(config, rngs=nnx.Rngs(seed)))
@@ -57,7 +57,7 @@ def init_state(config: MistralConfig, options: StepOptions, seed: int) -> TrainS
 
 
 def state_of(weights: Weights, options: StepOptions) -> TrainState:
-    """These weights, and an optimiser that has seen nothing."""
+    """Initial training state with these weights."""
     optimizer = Optimizer(options.learning_rate, options.rule)
 
     def start(weights: Weights) -> tuple[optax.OptState, Array]:
@@ -73,9 +73,9 @@ def train_steps(
     frozen: Weights,
     rows: Rows,
     n_steps: Int[ArrayLike, ""],
-    length: Schedule | Int[ArrayLike, ""],
+    length: RateSchedule | Int[ArrayLike, ""],
 ) -> tuple[TrainState, Float[Array, " calls"]]:
-    """The state after the first `n_steps` batches of `rows`, and the loss of each step.
+    """Trains on the first `n_steps` batches of `rows`: the next state, and the loss of each step.
 
     Losses are means over the counted targets of a batch, in nats a token; those of steps not
     taken are zero. One executable serves any number of steps up to the batches of `rows`.
@@ -94,7 +94,7 @@ def train_steps(
 
 
 def jitted_steps(options: StepOptions) -> Any:
-    """The function of `train_steps` as it is compiled: on a CPU so that a remat counts."""
+    """Jit-compiled `train_steps`, with the scheduler under which remat saves memory on a CPU."""
     is_undone = options.remat != "none" and jax.default_backend() == "cpu"
     return _KEEPING if is_undone else _STEPS
 
@@ -106,7 +106,7 @@ def _steps(
     frozen: Weights,
     rows: Rows,
     n_steps: Array,
-    length: Schedule | Array,
+    length: RateSchedule | Array,
 ) -> tuple[TrainState, Array]:
     optimizer = Optimizer(options.learning_rate, options.rule)
 
@@ -131,7 +131,7 @@ _STEPS, _KEEPING = _compiled(), _compiled(compiler_options=KEPT_ON_A_CPU)
 def gradient(
     config: MistralConfig, options: StepOptions, weights: Weights, frozen: Weights, batch: Rows
 ) -> tuple[Float[Array, ""], Weights]:
-    """The loss of a batch, and its slope in the weights that learn.
+    """Loss of a batch and its gradient in the trainable weights.
 
     In several parts if `options.accumulate` says so, of which only one has its activations in
     memory. Each target has its share of the whole batch, so that the parts' losses and
@@ -161,7 +161,7 @@ def gradient(
 
 
 def shares(batch: Rows) -> Float[Array, "B T"]:
-    """The part of each target in the loss: the same for all that count, and one in sum."""
+    """Loss mask as weights of the targets: equal for all that count, and one in sum."""
     B, T = batch.tokens.shape[0], batch.tokens.shape[1] - 1
     if batch.counted is None and batch.documents is None:
         return jnp.full((B, T), 1 / (B * T))
@@ -174,5 +174,5 @@ def shares(batch: Rows) -> Float[Array, "B T"]:
 
 @jax.jit
 def all_finite(weights: Weights) -> Bool[Array, ""]:
-    """Whether every weight is a number."""
+    """Whether every weight is finite."""
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in weights.values()]))

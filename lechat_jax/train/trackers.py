@@ -12,7 +12,7 @@ NOT_MEASURED = {"step", "time_s", "tokens"}
 
 
 def track_in_tensorboard(run: Run) -> None:
-    """From now on the run's metrics are TensorBoard events too, in its folder `tensorboard`.
+    """Logs the run's metrics to TensorBoard too, in its folder `tensorboard`.
 
     Raises:
         BadInput: the extra is not installed.
@@ -35,7 +35,7 @@ def track_in_tensorboard(run: Run) -> None:
 
 
 def track_in_wandb(run: Run, project: str) -> None:
-    """From now on the run's metrics go to Weights & Biases, or to its folder (WANDB_MODE=offline).
+    """Logs the run's metrics to Weights & Biases too, or to its folder (WANDB_MODE=offline).
 
     A run that is resumed goes on under the same id, which its folder decides.
 

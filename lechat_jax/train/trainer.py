@@ -22,7 +22,7 @@ RECENT_CALLS = 6  # that tell how long a step takes now
 
 
 class Trainer:
-    """Takes the steps of a run, several in one call of the device.
+    """Training loop with asynchronous dispatch: several steps in one call of the device.
 
     Attributes:
         training: the run.
@@ -39,7 +39,7 @@ class Trainer:
     def __init__(self, training: TrainingRun) -> None:
         self.training, self.job = training, training.job
         self.events = Events(training)
-        self.reader = self.job.lessons.reader
+        self.reader = self.job.dataset.reader
         dtype, mesh = training.step_options.dtype, self.job.mesh
         self.speed = Speed(self.job.config, self.reader.block, dtype, mesh)
         self.own_rows = own_rows(mesh, self.reader.batch)
@@ -50,7 +50,7 @@ class Trainer:
         self._timed: list[tuple[int, float]] = []  # steps and seconds of each call
 
     def train(self, stop: Stop) -> None:
-        """Steps until the run's length is reached, a signal asks to stop or no reader is left.
+        """Trains to the end of the run, until a signal, or until the output has no reader.
 
         Raises:
             Diverged: the loss is NaN or infinite.
@@ -59,7 +59,7 @@ class Trainer:
         self.job.display.wait("compiling")
         calls: deque[tuple[int, Array]] = deque()  # their steps, and losses once they are there
         began, self.sent = time.perf_counter(), training.step
-        training.timetable.start_the_clock()
+        training.schedule.start_the_clock()
         self.upcoming = self.rows_to_send()
         while True:
             while not anywhere(self.is_unwanted(stop)) and self.may_send(waiting=len(calls)):
@@ -81,25 +81,25 @@ class Trainer:
         training.save()
 
     def is_unwanted(self, stop: Stop) -> bool:
-        """Whether it is to be saved and left: by a signal, or since nobody reads what it says."""
+        """Whether to save and stop: on a signal, or since stdout is closed."""
         return bool(stop.received) or self.job.display.has_no_reader
 
     def may_send(self, waiting: int) -> bool:
-        """Whether more steps may begin before the losses of so many calls are read.
+        """Whether to dispatch more steps before the losses of so many calls are read.
 
         Not if something else is to be done first, with the weights as they then are.
         """
         if self.sent == self.training.total:
             return False
-        return waiting <= (0 if self.training.timetable.is_alone(self.sent) else self.ahead)
+        return waiting <= (0 if self.training.schedule.is_alone(self.sent) else self.ahead)
 
     def send(self) -> tuple[int, Float[Array, " calls"]]:
-        """The next steps begin: how many, and their losses, which are still to be waited for.
+        """Dispatches the next steps: how many, and their losses, not yet computed.
 
         While the device works, the rows after them are made.
         """
         training = self.training
-        n = min(self.calls, training.timetable.steps_after(self.sent))
+        n = min(self.calls, training.schedule.steps_after(self.sent))
         training.state, losses = train_steps(
             self.job.config,
             training.step_options,
@@ -107,20 +107,20 @@ class Trainer:
             training.frozen,
             self.upcoming,
             np.int32(n),
-            training.timetable.schedule(self.sent),
+            training.schedule.rate_at(self.sent),
         )
         self.sent += n
         self.upcoming = self.rows_to_send()
         return n, losses
 
     def rows_to_send(self) -> Rows:
-        """Those of the steps that the device has not been asked for yet."""
-        rows = self.job.lessons.rows(self.sent, self.calls, self.own_rows)
+        """Rows of the next steps to dispatch."""
+        rows = self.job.dataset.rows(self.sent, self.calls, self.own_rows)
         mesh, batch = self.job.mesh, self.reader.batch
         return jax.tree.map(lambda leaf: placed(mesh, "-BT", leaf, batch), rows)
 
     def record(self, losses: np.ndarray) -> None:
-        """Counts these steps and logs them.
+        """Logs the losses of steps that are done.
 
         Raises:
             Diverged: one of them is not finite; those before it are logged.
@@ -140,11 +140,11 @@ class Trainer:
         self.job.run.log(rows)
 
     def plan(self, n: int, seconds: float) -> None:
-        """Plans the run's length by the time that its calls took, of which one more is known."""
+        """Sets or revises the run's length by the duration of its calls."""
         self._timed.append((n, seconds))
         timed = self._timed[1:]  # the first one compiles
         is_known = (
-            len(self._timed) > TIMED_CALLS or self.training.step >= self.training.timetable.most
+            len(self._timed) > TIMED_CALLS or self.training.step >= self.training.schedule.most
         )
         if self.training.total is None and is_known:
             paces = [seconds / n for n, seconds in timed or self._timed]
@@ -154,7 +154,7 @@ class Trainer:
             self.training.revise(self.sent, seconds / n)
 
     def show(self, loss: float) -> None:
-        """Moves the progress bar."""
+        """Updates the progress bar."""
         step, total, left = self.training.step, self.training.total, None
         if total:
             left = (total - step) * self.reader.batch * self.reader.block / self.speed.rate

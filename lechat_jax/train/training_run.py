@@ -1,4 +1,4 @@
-"""The state of a training run: drawn, saved as checkpoints, restored, logged and planned.
+"""State of a training run: initialised, checkpointed, restored, logged and scheduled.
 
 A run that resumes takes the same steps as one that was never stopped, bit for bit on a
 CPU: the weights and the optimiser come from the checkpoint, and everything else (which
@@ -27,7 +27,7 @@ from lechat_jax.shell import quoted
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.optimizer import usual_rule
 from lechat_jax.train.options import TrainConfig
-from lechat_jax.train.schedule import Timetable, elapsed
+from lechat_jax.train.schedule import Schedule, elapsed
 from lechat_jax.train.step import StepOptions, TrainState, all_finite, init_state, state_of
 
 WORTH_SAYING = 0.05  # of the steps
@@ -38,13 +38,13 @@ class Diverged(Exception):
 
 
 class Job(NamedTuple):
-    """What every part of a training run works with.
+    """Context of a training run, shared by its loop, events and samples.
 
     Attributes:
         run: the folder that it fills.
         config: of the model.
         options: as resolved.
-        lessons: the dataset.
+        dataset: the dataset.
         tokenizer: of the model.
         display: shows its progress.
         began: the time of its start, in seconds of the epoch, from which its minutes count.
@@ -54,7 +54,7 @@ class Job(NamedTuple):
     run: Run
     config: MistralConfig
     options: TrainConfig
-    lessons: Dataset
+    dataset: Dataset
     tokenizer: Tokenizer
     display: Display
     began: float
@@ -62,7 +62,7 @@ class Job(NamedTuple):
 
 
 def step_options(options: TrainConfig, mesh: Mesh | None) -> StepOptions:
-    """What the compiled steps of a run are specialised to."""
+    """Static arguments of a run's compiled steps."""
     return StepOptions(
         dtype=options.shape(jax.default_backend()).dtype,
         learning_rate=options.learning_rate,
@@ -75,14 +75,14 @@ def step_options(options: TrainConfig, mesh: Mesh | None) -> StepOptions:
 
 
 class TrainingRun:
-    """A run between two steps: its weights, optimiser and step, and the plan for the rest.
+    """A training run between two steps: weights, optimizer state, step number and schedule.
 
     Attributes:
         state: weights that learn, and optimiser; there after `begin` or `restore`.
         step: optimiser steps taken.
         frozen: weights of the base model, where adapters learn beside them.
         adapters: those that learn, if not all weights do.
-        timetable: how long the run is, and when it does something else.
+        schedule: how long the run is, and when it does something else.
     """
 
     state: TrainState
@@ -94,32 +94,32 @@ class TrainingRun:
         self.frozen: Weights = {}
         self.adapters: Adapters | None = None
         self.step = 0
-        epoch = job.lessons.reader.windows / job.lessons.reader.batch
+        epoch = job.dataset.reader.windows / job.dataset.reader.batch
         plans = job.run.config.get("plan", ())
-        self.timetable = Timetable(job.options, epoch, plans, job.began)
+        self.schedule = Schedule(job.options, epoch, plans, job.began)
 
     @property
     def total(self) -> int | None:
         """Steps of the run; `None` while their number is still to be measured."""
-        return self.timetable.total
+        return self.schedule.total
 
     @property
     def seen(self) -> int:
         """Tokens trained on."""
-        return self.step * self.job.lessons.reader.batch * self.job.lessons.reader.block
+        return self.step * self.job.dataset.reader.batch * self.job.dataset.reader.block
 
     @property
     def weights(self) -> Weights:
-        """All weights of the model, learning and frozen."""
+        """All weights of the model, trainable and frozen."""
         return self.frozen | self.state.weights
 
     def freeze(self, weights: Weights, adapters: Adapters) -> None:
-        """Keeps these weights as they are; the adapters beside them learn."""
+        """Sets the frozen base weights; only the adapters are trained."""
         self.frozen = settled(self.job.mesh, weights | adapters.scales(self.job.config))
         self.adapters = adapters
 
     def begin(self, weights: Weights | None = None) -> None:
-        """At step 0, with weights drawn from the seed, or with those given, which it consumes.
+        """Initialises step 0 with random weights, or with those given, which it consumes.
 
         Those given are saved at once: from then on nobody needs the folder they came from.
         """
@@ -130,7 +130,7 @@ class TrainingRun:
             self.save()
 
     def restore(self) -> None:
-        """Continues from the last good checkpoint, or from the start if there is none yet.
+        """Restores the last good checkpoint, or starts anew if there is none yet.
 
         Raises:
             BadInput: none is good, or there is none and the run did not start at random.
@@ -169,7 +169,7 @@ class TrainingRun:
         return init_state(self.job.config, self.step_options, seed)
 
     def save(self) -> None:
-        """A checkpoint of this step.
+        """Saves a checkpoint of this step.
 
         Raises:
             Diverged: a weight is not finite, so that the last checkpoint stays the last.
@@ -177,10 +177,10 @@ class TrainingRun:
         if not all_finite(self.state.weights):
             raise Diverged(f"weights are not finite after step {self.step}; {self.advice()}")
         self.checkpoints.save(self.step, _items(self.state), {"tokens": self.seen})
-        self.timetable.start_the_clock()
+        self.schedule.start_the_clock()
 
     def keep_adapter(self) -> Path | None:
-        """The folder of the adapters in PEFT's format, written anew; `None` without any."""
+        """Exports the adapters in PEFT's format; their folder, or `None` without adapters."""
         if self.adapters is None or not is_first():
             return None
         folder = self.job.run.folder / "adapter"
@@ -188,7 +188,7 @@ class TrainingRun:
         return folder
 
     def advice(self) -> str:
-        """What is left after a divergence, and what to do."""
+        """Advice after a divergence: the last good checkpoint, and which flags to change."""
         steps = self.checkpoints.steps()
         last = "no checkpoint was saved before"
         if steps:
@@ -198,48 +198,48 @@ class TrainingRun:
         return f"{last}; try a new run with --learning-rate {rate:g}"
 
     def row(self) -> dict[str, Any]:
-        """The keys that every line of metrics has."""
+        """Metrics that every logged line has."""
         seconds = round(elapsed(self.job.began), 3)
         return {"step": self.step, "time_s": seconds, "tokens": self.seen}
 
     def plan(self, seconds_per_step: float) -> None:
-        """Turns the minutes into a number of steps, once, and stores it with the run.
+        """Determines the number of steps from the minutes, once, and stores it with the run.
 
         The steps so far are saved first, so that no resumed run takes them again otherwise.
         """
-        why = self.timetable.settle(self.step, seconds_per_step)
+        why = self.schedule.settle(self.step, seconds_per_step)
         self.save()
         self.store_plans()
         self.job.display.say(f"{self.total} steps of {seconds_per_step * 1e3:,.0f} ms: {why}")
 
     def revise(self, sent: int, seconds_per_step: float) -> None:
-        """Plans the steps after those `sent` anew if the minutes would be missed, and stores it."""
+        """Revises the steps not `sent` yet if the minutes would be missed, and stores the plan."""
         before = self.total
-        if self.timetable.revise(self.step, sent, seconds_per_step):
+        if self.schedule.revise(self.step, sent, seconds_per_step):
             self.store_plans()
             if before and self.total and abs(self.total - before) > WORTH_SAYING * before:
                 self.job.display.say(
                     f"{self.total} steps now, of {seconds_per_step * 1e3:,.0f} ms, to keep to "
-                    f"{self.timetable.minutes:g} minutes"
+                    f"{self.schedule.minutes:g} minutes"
                 )
 
     def store_plans(self) -> None:
-        """What is planned is part of the run, so that it resumes as it would have gone on."""
+        """Stores the plans in the run's config.json, so that it resumes bit for bit."""
         self.job.display.total = self.total
         config = self.job.run.config
-        config["train"] |= {"steps": self.total, "minutes": self.timetable.minutes}
-        config["plan"] = [plan._asdict() for plan in self.timetable.plans]
+        config["train"] |= {"steps": self.total, "minutes": self.schedule.minutes}
+        config["plan"] = [plan._asdict() for plan in self.schedule.plans]
         self.job.run.config = config
 
     def extend(self, steps: int | None, minutes: float | None) -> None:
-        """Trains further from the step that was restored, at rates that rise and fall again."""
-        self.timetable.extend(self.step, steps, minutes)
+        """Continues a finished run from the restored step, with a schedule of its own."""
+        self.schedule.extend(self.step, steps, minutes)
         self.store_plans()
-        more = f"{steps} steps" if steps else f"{self.timetable.minutes:g} minutes"
+        more = f"{steps} steps" if steps else f"{self.schedule.minutes:g} minutes"
         self.job.display.say(f"training on from step {self.step} for {more}")
 
     def check_unfinished(self) -> None:
-        """Raises `BadInput` if all is done; a run that was killed in its last part is not."""
+        """Raises `BadInput` for a finished run; one killed before its last samples is not."""
         run = self.job.run
         scored = any(row["step"] == self.step and "val/bpb" in row for row in run.metrics())
         if self.step == self.total and scored:
@@ -251,5 +251,5 @@ class TrainingRun:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds; the step is its number, and data and rates follow from it."""
+    """Contents of a checkpoint; data order and learning rate follow from its step number."""
     return {"model": state.weights, "optimizer": state.optimizer}

@@ -17,7 +17,7 @@ from rich.console import Console
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.model.attention import Backend, choose_backend, training_attention
 from parity.bench.work import Work, cell
-from parity.measure import in_turn, wait_until_idle
+from parity.measure import interleaved, wait_until_idle
 from parity.peers.installed import load_peer
 from parity.report import Report, Row, TableText
 
@@ -111,7 +111,7 @@ class Attention(Work):
         """A row for each case."""
         prepared = {case: self.prepare(case, config, peer) for case in cases}
         tasks = {case: repetition(one.run) for case, one in prepared.items()}
-        times = in_turn(tasks, self.repetitions)
+        times = interleaved(tasks, self.repetitions)
         return [
             self.row(case, seconds, times.get(case._replace(context=case.context // 2)), one)
             for (case, seconds), one in zip(times.items(), prepared.values(), strict=True)

@@ -40,7 +40,7 @@ class Part(NamedTuple):
     context: int
 
 
-class Turn(NamedTuple):
+class Process(NamedTuple):
     """An isolated process, so that its memory is free for the next.
 
     Attributes:
@@ -90,9 +90,9 @@ class Card(Work):
         preset(self.preset)
         began = time.time()
         report = Report("", 0.0, [])
-        for turn in self.turns():
-            console.print(f"{turn.who.impl} in {turn.who.dtype}", markup=False)
-            report.rows += self.take(turn, began, console)
+        for process in self.processes():
+            console.print(f"{process.who.impl} in {process.who.dtype}", markup=False)
+            report.rows += self.take(process, began, console)
         report.machine = machine_line()  # last, since it takes some of the memory
         report.read_gb_s = max(row.details.get("read_gb_s", 0.0) for row in report.rows)
         left_out = [row for row in report.rows if row.tokens_per_s is None]
@@ -104,51 +104,53 @@ class Card(Work):
         report.show(console, figures(report.rows))
         return report
 
-    def turns(self) -> list[Turn]:
+    def processes(self) -> list[Process]:
         """All processes, most important first."""
         alone = [Part("decode", 1, context) for context in self.context]
         many = Part("decode", self.rows, self.context[0])
         short, *long = (Part("prefill", 1, prompt) for prompt in self.prompt)
         parts = [*alone, short, many, *long]
-        turns = [
-            Turn(Contestant("lechat_jax", "bfloat16"), 0.35, parts),
-            Turn(Contestant("transformers", "bfloat16"), 0.7, parts),
-            Turn(Contestant("lechat_jax", "int8"), 0.88, [*alone, many]),
-            Turn(Contestant("lechat_torch", "bfloat16"), 1.0, [*alone, short, many]),
+        processes = [
+            Process(Contestant("lechat_jax", "bfloat16"), 0.35, parts),
+            Process(Contestant("transformers", "bfloat16"), 0.7, parts),
+            Process(Contestant("lechat_jax", "int8"), 0.88, [*alone, many]),
+            Process(Contestant("lechat_torch", "bfloat16"), 1.0, [*alone, short, many]),
         ]
         return [
-            turn
-            for turn in turns
-            if turn.who.impl in self.impl and (self.int8 or turn.who.dtype != "int8")
+            process
+            for process in processes
+            if process.who.impl in self.impl and (self.int8 or process.who.dtype != "int8")
         ]
 
-    def take(self, turn: Turn, began: float, console: Console) -> list[Row]:
+    def take(self, process: Process, began: float, console: Console) -> list[Row]:
         """A row for each part of a process, measured or not."""
-        until = began + turn.share * self.minutes * 60
+        until = began + process.share * self.minutes * 60
         limit, rows, missing = until + GRACE_S, [], LATE
         try:
-            for row in isolated.run("not measured", measured, self, turn, until, until=limit):
+            for row in isolated.run("not measured", measured, self, process, until, until=limit):
                 told = cell("{:,.1f} tokens/s", row.tokens_per_s) or row.note
                 console.print(f"  {row.work} {row.batch} x {row.context}: {told}", markup=False)
                 rows.append(row)
         except BadInput as error:
             missing = str(error)
-        return rows + [not_measured(turn.who, part, missing) for part in turn.parts[len(rows) :]]
+        return rows + [
+            not_measured(process.who, part, missing) for part in process.parts[len(rows) :]
+        ]
 
 
-def measured(card: Card, turn: Turn, until: float) -> Iterator[Row]:
-    """The job of an isolated process: a row for each part of a turn, as soon as it is over.
+def measured(card: Card, process: Process, until: float) -> Iterator[Row]:
+    """The job of an isolated process: a row for each part of a process, as soon as it is over.
 
     So what was measured is kept when the rest fails or there is no time left for it: after
     `until`, in seconds since the epoch, no part begins.
     """
     bandwidth = read_speed(card.read_gb).gb_s
-    who, models = turn.who, Models(preset(card.preset))
+    who, models = process.who, Models(preset(card.preset))
     if who.dtype == "int8":
         models.weights("bfloat16")  # what it is made of, and computed in
     decoder = models.decoder(who)
     is_settled = who.impl != "transformers"
-    for part in turn.parts:
+    for part in process.parts:
         if time.time() > until:
             yield not_measured(who, part, LATE)
             continue

@@ -20,7 +20,7 @@ from parity import make_checkpoint
 from parity.bench.work import Work, cell
 from parity.convert import command as convert
 from parity.convert.names import Format
-from parity.measure import in_turn, resident, wait_until_idle
+from parity.measure import interleaved, resident, wait_until_idle
 from parity.report import Report, Row, TableText
 
 SAMPLE_SECONDS = 0.02  # between two looks at the memory
@@ -94,7 +94,9 @@ class Convert(Work):
             anonymous[impl] = max(anonymous[impl], memory.bytes or 0)
             return seconds
 
-        times = in_turn({impl: lambda impl=impl: timed(impl) for impl in tasks}, self.repetitions)
+        times = interleaved(
+            {impl: lambda impl=impl: timed(impl) for impl in tasks}, self.repetitions
+        )
         n_bytes = sum(path.stat().st_size for path in hf.iterdir())
         return [row(impl, times[impl], times[COPY], n_bytes, anonymous[impl]) for impl in tasks]
 

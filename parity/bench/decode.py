@@ -22,7 +22,6 @@ from parity.bench.decoders.contestants import (
     tail,
     torch_decoders,
 )
-from parity.bench.decoders.fresh_process import Folders, first_tokens, with_memory
 from parity.bench.decoders.lechat import (
     Decoder,
     DtypeName,
@@ -31,9 +30,10 @@ from parity.bench.decoders.lechat import (
     random_prompts,
     repeating,
 )
+from parity.bench.decoders.own_process import Folders, first_tokens, with_memory
 from parity.bench.pictures import draw_bars
 from parity.bench.work import cell
-from parity.measure import in_turn, read_speed, wait_until_idle
+from parity.measure import interleaved, read_speed, wait_until_idle
 from parity.peers.installed import cold_torch_compiler
 from parity.report import Report, Row, TableText
 
@@ -109,7 +109,7 @@ class Decode(Generation):
                 tried[who] = torch_decoders().settle(decoder, prompts, self.compile)
             tasks[who] = started(decoder, prompts, self.tokens, self.repetitions, skip)
         tasks[READ] = lambda: read_speed(self.read_gb).gb_s
-        rates = in_turn(tasks, self.repetitions)
+        rates = interleaved(tasks, self.repetitions)
         reads = rates.pop(READ)
         report.read_gb_s = max(report.read_gb_s, *reads)
         ours = decoders.get(Contestant("lechat_jax", "float32"))
@@ -140,7 +140,7 @@ class Decode(Generation):
             for draft, decoder in decoders.items()
         }
         tasks[READ] = lambda: read_speed(self.read_gb).gb_s
-        rates = in_turn(tasks, self.repetitions)
+        rates = interleaved(tasks, self.repetitions)
         reads = rates.pop(READ)
         rows = []
         for draft, decoder in decoders.items():

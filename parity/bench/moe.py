@@ -66,7 +66,7 @@ class Moe(Work):
         for experts in ("eager", "grouped_mm"):
             make = functools.partial(peer.transformers, setup, adamw, "sdpa", False, experts)
             runners.append(Runner(f"transformers-{experts}", make, setup))
-        self.in_turn(runners, console)
+        self.interleave(runners, console)
         peak = peak and max(peak, peak_flops("float32") or 0.0)
         ours = runners[0].times
         for runner in runners:
@@ -78,7 +78,7 @@ class Moe(Work):
         alone = [
             Runner("lechat_jax", functools.partial(LechatAdamW, one, adamw), one) for one in setups
         ]
-        self.in_turn(alone, console)
+        self.interleave(alone, console)
         report.rows += [self.row(runner, peak) for runner in alone]
         report.show(console, figures(report.rows))
         return report
@@ -109,7 +109,7 @@ class Moe(Work):
         weights = initial_weights(config, self.seed)
         return Setup(config, batches, stream.astype(np.int32), self.seed, weights, STEPS_PER_CALL)
 
-    def in_turn(self, runners: list[Runner], console: Console) -> None:
+    def interleave(self, runners: list[Runner], console: Console) -> None:
         """Trains all in turn, A B A B, after a first turn that compiles and is not counted."""
         total = STEPS_PER_CALL * (self.turns + 1)
         for turn in range(self.turns + 1):

@@ -18,10 +18,10 @@ from parity.bench.decoders.contestants import (
     compare,
     torch_decoders,
 )
-from parity.bench.decoders.fresh_process import Folders, with_memory
 from parity.bench.decoders.lechat import Decoder, Prompts, random_prompts
+from parity.bench.decoders.own_process import Folders, with_memory
 from parity.bench.work import cell
-from parity.measure import in_turn, wait_until_idle
+from parity.measure import interleaved, wait_until_idle
 from parity.report import Report, Row, TableText
 
 
@@ -66,7 +66,7 @@ class Prefill(Generation):
                 who: stack.enter_context(prefill(who, decoder, prompts))
                 for who, decoder in decoders.items()
             }
-            times = in_turn(tasks, self.repetitions)
+            times = interleaved(tasks, self.repetitions)
             rows = [
                 figures_of(who, batch, tokens, times[who], decoder.note)
                 for who, decoder in decoders.items()
@@ -86,7 +86,9 @@ def prefill(who: Contestant, decoder: Decoder, prompts: Prompts) -> Iterator[Cal
         return time.perf_counter() - began
 
     is_peer = who.impl == "transformers"
-    with torch_decoders().reading(decoder, prompts) if is_peer else contextlib.nullcontext():
+    with (
+        torch_decoders().fastest_prefill(decoder, prompts) if is_peer else contextlib.nullcontext()
+    ):
         decoder.start(prompts, 1)  # compiles
         yield seconds
 

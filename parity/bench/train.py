@@ -164,7 +164,7 @@ class Train(Work):
             runners = [r for setup in setups for r in self.start(setup, peer, report, console)]
             tables = []
             if self.minutes is None:
-                self.take_turns(runners)
+                self.interleave(runners)
             else:
                 held_out = HeldOut.of_text(tokens, tokenizer, interim=self.eval_rows)
                 points = self.side_by_side(runners, held_out, report, console)
@@ -270,7 +270,7 @@ class Train(Work):
                 started.append(runner)
         return started
 
-    def take_turns(self, runners: list[Runner]) -> None:
+    def interleave(self, runners: list[Runner]) -> None:
         """Trains all in turn for the rest of the steps."""
         for done in range(self.steps_per_call, self.steps, self.steps_per_call):
             n = min(self.steps_per_call, self.steps - done)

@@ -31,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(highlight=False, width=200, soft_wrap=True)
     from parity.check.run import (
-        found,  # loads PyTorch, which takes seconds that --help need not wait
+        compare,  # loads PyTorch, which takes seconds that --help need not wait
     )
 
     with Display(None, console) as display:
-        report = found(options, display)
+        report = compare(options, display)
     reports.show(console, report)
     for path, write in (
         (options.json, reports.write_json),

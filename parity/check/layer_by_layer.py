@@ -25,7 +25,7 @@ from parity.check.oracles.interface import Oracle, Stages
 from parity.check.oracles.lechat_jax import JaxOracle
 from parity.check.oracles.lechat_torch import TorchOracle
 from parity.check.oracles.transformers import TransformersOracle
-from parity.check.probes import Item, Model, shortened
+from parity.check.probes import Model, Result, shortened
 from parity.check.tolerances import SLACK_OF_LONG_SUMS, relative
 from parity.check.verdict import Stage
 from parity.convert import names
@@ -241,8 +241,8 @@ class Streamed:
             made = texts[name][inner]
             others = [error for other, error in errors.items() if other != name]
             yardstick = max(others) if is_known else BOTH * self._errors[kind]
-            item = Item(label, errors[name], made, right, note)
-            return item.stage(name, "float32", "torch", SLACK_OF_LONG_SUMS * yardstick)
+            result = Result(label, errors[name], made, right, note)
+            return result.stage(name, "float32", "torch", SLACK_OF_LONG_SUMS * yardstick)
 
         return [stage(name) for name in names]
 

@@ -1,4 +1,4 @@
-"""What an implementation answers to the questions of a check, and how answers are compared."""
+"""Probes of a check: its inputs, what an implementation computes of them, and the error of each."""
 
 import dataclasses
 import functools
@@ -28,15 +28,15 @@ STEPS = 4  # of the optimiser, in a trajectory: a wrong rule shows in the first 
 
 
 class Model(NamedTuple):
-    """A shape, and weights by lechat's names in lechat's shapes."""
+    """A model: its config, and its weights by lechat's names and shapes."""
 
     config: MistralConfig
     weights: Arrays
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """What the models are given: random ids, long enough that every rule of theirs acts.
+class Inputs:
+    """Inputs of a check: random ids, long enough that every rule of theirs acts.
 
     Attributes:
         tokens: whole sequences, longer than two windows and a chunk.
@@ -55,8 +55,8 @@ class Task:
     new: int
 
     @classmethod
-    def of(cls, config: MistralConfig, seed: int = 0) -> "Task":
-        """The task for a model of that shape, whose windows must be short: see `shortened`."""
+    def of(cls, config: MistralConfig, seed: int = 0) -> "Inputs":
+        """The inputs for a model of that shape, whose windows must be short: see `shortened`."""
         growth = config.llama_4_scaling
         lengths = [*config.windows, growth and growth.original_max_position_embeddings]
         W = max((length for length in lengths if length), default=8)
@@ -76,7 +76,7 @@ class Task:
         )
 
     @property
-    def whole_chunks(self) -> list[list[int]]:
+    def full_chunks(self) -> list[list[int]]:
         """As many prompts, all but whose last token fill chunks, so that nothing is padded."""
         parts = self.steps.reshape(-1, self.steps.shape[-1])[: len(self.prompts)]
         return parts[:, : self.chunk + 1].tolist()
@@ -84,7 +84,7 @@ class Task:
     @property
     def context(self) -> int:
         """Tokens of the longest text, prompt and all."""
-        return max(map(len, (*self.prompts, *self.whole_chunks))) + self.new
+        return max(map(len, (*self.prompts, *self.full_chunks))) + self.new
 
 
 def shortened(
@@ -118,20 +118,20 @@ def shortened(
 
 
 class Answers:
-    """What one oracle makes of a task, each answer worked out when first asked for."""
+    """Answers of one oracle to the inputs of a check, each computed when first asked for."""
 
-    def __init__(self, oracle: Oracle, task: Task) -> None:
-        self.oracle, self.task = oracle, task
+    def __init__(self, oracle: Oracle, inputs: Inputs) -> None:
+        self.oracle, self.inputs = oracle, inputs
 
     @functools.cached_property
     def stages(self) -> Stages:
         """One pass over the whole sequences."""
-        return self.oracle.forward(self.task.tokens)
+        return self.oracle.forward(self.inputs.tokens)
 
     @functools.cached_property
     def gradients(self) -> Gradients:
         """Loss and gradients on the first batch of the trajectory."""
-        return self.oracle.gradients(self.task.steps[0])
+        return self.oracle.gradients(self.inputs.steps[0])
 
     @functools.cached_property
     def trajectory(self) -> Trajectory:
@@ -143,26 +143,26 @@ class Answers:
         gradients = self.gradients.by_weight.values()
         squares = sum(float(np.square(leaf).sum()) for leaf in gradients)
         eps = math.sqrt(squares / sum(leaf.size for leaf in gradients))
-        return self.oracle.train(self.task.steps, AdamW(eps=eps))
+        return self.oracle.train(self.inputs.steps, AdamW(eps=eps))
 
     @functools.cached_property
     def cached(self) -> Float[np.ndarray, "B T V"]:
         """Logits of the same sequences read through the cache."""
-        return self.oracle.cached(self.task.tokens, self.task.prompt, self.task.chunk)
+        return self.oracle.cached(self.inputs.tokens, self.inputs.prompt, self.inputs.chunk)
 
     @functools.cached_property
     def unpadded(self) -> list[Text]:
         """The greedy continuations of prompts of one length."""
-        return self._greedy(self.task.whole_chunks)
+        return self._greedy(self.inputs.full_chunks)
 
     @functools.cached_property
     def padded(self) -> list[Text]:
         """The greedy continuations of prompts of several lengths, in one batch."""
-        return self._greedy(self.task.prompts)
+        return self._greedy(self.inputs.prompts)
 
     def _greedy(self, prompts: Sequence[Sequence[int]]) -> list[Text]:
-        task = self.task
-        return self.oracle.greedy(prompts, task.new, task.chunk, task.context)
+        inputs = self.inputs
+        return self.oracle.greedy(prompts, inputs.new, inputs.chunk, inputs.context)
 
     def logits_of(
         self, prompts: Sequence[Sequence[int]], texts: Sequence[Text]
@@ -179,13 +179,13 @@ class Answers:
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
-    """One comparison before it is judged.
+class Result:
+    """Result of one probe, before it is compared with its budget.
 
     Attributes:
         label: stage and layer, such as `attn.2` or `loss`.
         rel: relative error.
-        found: what was found, if it has positions.
+        actual: what the implementation computed, if it has positions.
         truth: what it was compared with.
         note: for the reader.
         rounding: what rounding its own numbers once does to `rel`, in units of that rounding,
@@ -195,7 +195,7 @@ class Item:
 
     label: str
     rel: float
-    found: Float[np.ndarray, "B T ..."] | None = None
+    actual: Float[np.ndarray, "B T ..."] | None = None
     truth: Float[np.ndarray, "B T ..."] | None = None
     note: str = ""
     rounding: float = 0.0
@@ -220,8 +220,8 @@ class Item:
         """The comparison with its budget: what `name` found in `dtype`, against `truth`."""
         stage, _, layer = self.label.partition(".")
         position = None
-        if self.found is not None and self.truth is not None and not self.rel <= budget:
-            position = first_position(self.found, self.truth, budget)
+        if self.actual is not None and self.truth is not None and not self.rel <= budget:
+            position = first_position(self.actual, self.truth, budget)
         return Stage(
             stage,
             int(layer) if layer else None,
@@ -234,66 +234,66 @@ class Item:
         )
 
 
-Topic = Callable[[Answers, Answers], Iterator[Item]]
+Probe = Callable[[Answers, Answers], Iterator[Result]]
 
 
-def forward(found: Answers, truth: Answers) -> Iterator[Item]:
+def forward(found: Answers, truth: Answers) -> Iterator[Result]:
     """The stages of one pass, from the embedding to the logits."""
     layers = range(sum(label.partition(".")[0] == "attn" for label in truth.stages))
     blocks = [f"{stage}.{i}" for i in layers for stage in ("attn", "mlp")]
     for label in ("embed", *blocks, "norm", "logits"):
         a, b = found.stages[label], truth.stages[label]
-        yield Item(label, relative(a, b), a, b)
+        yield Result(label, relative(a, b), a, b)
 
 
-def loss(found: Answers, truth: Answers) -> Iterator[Item]:
+def loss(found: Answers, truth: Answers) -> Iterator[Result]:
     """The mean nats of a batch."""
     a, b = (np.array([x.gradients.loss]) for x in (found, truth))
-    yield Item("loss", relative(a, b), rounding=1.0)
+    yield Result("loss", relative(a, b), rounding=1.0)
 
 
-def gradients(found: Answers, truth: Answers) -> Iterator[Item]:
+def gradients(found: Answers, truth: Answers) -> Iterator[Result]:
     """The gradient of every weight, those outside the blocks last."""
     wanted = truth.gradients.by_weight
     by_layer = sorted(wanted, key=lambda name: (layer_of(name) is None, layer_of(name) or 0))
     for name in by_layer:
         label = "grad" if (i := layer_of(name)) is None else f"grad.{i}"
-        yield Item(label, relative(found.gradients.by_weight[name], wanted[name]), note=name)
+        yield Result(label, relative(found.gradients.by_weight[name], wanted[name]), note=name)
 
 
-def trajectory(found: Answers, truth: Answers) -> Iterator[Item]:
+def trajectory(found: Answers, truth: Answers) -> Iterator[Result]:
     """The losses on the way, and all weights after it."""
     a, b = found.trajectory, truth.trajectory
-    yield Item("trajectory", relative(a.losses, b.losses), note="losses", rounding=1.0)
+    yield Result("trajectory", relative(a.losses, b.losses), note="losses", rounding=1.0)
     after = [np.concatenate([x.weights[name].ravel() for name in b.weights]) for x in (a, b)]
-    yield Item("trajectory", relative(*after), note="weights", rounding=len(b.losses))
+    yield Result("trajectory", relative(*after), note="weights", rounding=len(b.losses))
 
 
-def prefill(found: Answers, truth: Answers) -> Iterator[Item]:
+def prefill(found: Answers, truth: Answers) -> Iterator[Result]:
     """Chunks of a prompt read through the cache, against one pass over all of it."""
-    a, b = (x[:, : found.task.prompt] for x in (found.cached, truth.stages["logits"]))
-    yield Item("prefill", relative(a, b), a, b)
+    a, b = (x[:, : found.inputs.prompt] for x in (found.cached, truth.stages["logits"]))
+    yield Result("prefill", relative(a, b), a, b)
 
 
-def decode(found: Answers, truth: Answers) -> Iterator[Item]:
+def decode(found: Answers, truth: Answers) -> Iterator[Result]:
     """Tokens read one by one past the window, then texts that the model goes on with itself."""
-    a, b = (x[:, found.task.prompt :] for x in (found.cached, truth.stages["logits"]))
-    yield Item("decode", relative(a, b), a, b)
-    yield _text("decode", found.task.whole_chunks, found.unpadded, truth)
+    a, b = (x[:, found.inputs.prompt :] for x in (found.cached, truth.stages["logits"]))
+    yield Result("decode", relative(a, b), a, b)
+    yield _text("decode", found.inputs.full_chunks, found.unpadded, truth)
 
 
-def padding(found: Answers, truth: Answers) -> Iterator[Item]:
+def padding(found: Answers, truth: Answers) -> Iterator[Result]:
     """Prompts of several lengths continued in one batch, against each on its own in one pass."""
-    yield _text("padding", found.task.prompts, found.padded, truth)
+    yield _text("padding", found.inputs.prompts, found.padded, truth)
 
 
 # In the order of execution.
-TOPICS: tuple[Topic, ...] = (forward, loss, gradients, trajectory, prefill, decode, padding)
+PROBES: tuple[Probe, ...] = (forward, loss, gradients, trajectory, prefill, decode, padding)
 
 
 def _text(
     label: str, prompts: Sequence[Sequence[int]], texts: Sequence[Text], truth: Answers
-) -> Item:
+) -> Result:
     """Whether each token was the likeliest, and had the nats that one pass gives it.
 
     Both are measured by the size of the logits, as these are. A token that is not the likeliest
@@ -310,7 +310,7 @@ def _text(
     # A log-probability is the difference of two numbers that are rounded, the second a sum over
     # the vocabulary, in vectors of 16, which is rounded at each addition.
     largest = np.maximum(np.abs(chosen), np.abs(total)) + (logits.shape[1] / 16) ** 0.5
-    return Item(
+    return Result(
         label,
         float(np.maximum(lacking, error)) / size,
         note=GREEDY,

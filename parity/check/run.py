@@ -17,21 +17,21 @@ from parity.check.faults.suite import CRITERIA, FAULTS, suite, suite_of_checkpoi
 from parity.check.layer_by_layer import Streamed
 from parity.check.options import CheckConfig
 from parity.check.oracles.interface import Dtype
-from parity.check.probes import TOPICS, Model, Task, Topic, forward, shortened
+from parity.check.probes import PROBES, Inputs, Model, Probe, forward, shortened
 from parity.check.reports.text import Report, describe
 from parity.check.same_weights import rounded_as, same_weights
 from parity.check.verdict import Fault, FaultReport, Stage, Verdict
-from parity.check.whole_model import Exam
+from parity.check.whole_model import Comparison
 from parity.convert.open_source import open_source
 from parity.convert.source import Source
 from parity.measure import machine_line
-from parity.random_models import lively_weights
+from parity.random_models import random_weights
 
 WHOLE = 50_000_000  # parameters: larger models are checked a layer at a time
 SHOWN = 4  # weights that differ are named in the notes; the reports name all
 
 
-def found(options: CheckConfig, display: Display) -> Report:
+def compare(options: CheckConfig, display: Display) -> Report:
     """The verdict that the options ask for, or what became of the planted faults.
 
     Raises:
@@ -51,9 +51,9 @@ def found(options: CheckConfig, display: Display) -> Report:
 def _planted(options: CheckConfig, display: Display) -> FaultReport:
     if options.checkpoint:
         return _planted_in(options.checkpoint, options, display)
-    model = Model(SMALL, lively_weights(SMALL, options.seed))
+    model = Model(SMALL, random_weights(SMALL, options.seed))
     found = []
-    for one in suite(model, Task.of(SMALL, options.seed)):
+    for one in suite(model, Inputs.of(SMALL, options.seed)):
         found.append(one)
         display.work("faults", len(found), len(FAULTS))
     return FaultReport(tuple(found), tuple(criterion.name for criterion in CRITERIA))
@@ -72,7 +72,7 @@ def _planted_in(checkpoint: str, options: CheckConfig, display: Display) -> Faul
     model = Model(config, _read(source).weights)
     found: list[Fault] = []
     impossible: list[str] = []
-    for one in suite_of_checkpoint(model, Task.of(config, options.seed)):
+    for one in suite_of_checkpoint(model, Inputs.of(config, options.seed)):
         if isinstance(one, Fault):
             found.append(one)
         else:
@@ -91,9 +91,9 @@ def _random(options: CheckConfig, display: Display) -> Verdict:
     verdicts = []
     for kind in options.models:
         config = ARCHITECTURES[kind]
-        model = Model(config, lively_weights(config, options.seed))
-        topics = TOPICS if kind == options.models[0] else (forward,)
-        verdicts.append(_whole(kind, model, model, options, display, topics))
+        model = Model(config, random_weights(config, options.seed))
+        probes = PROBES if kind == options.models[0] else (forward,)
+        verdicts.append(_whole(kind, model, model, options, display, probes))
     stages = [
         dataclasses.replace(stage, model=verdict.title)
         for verdict in verdicts
@@ -183,19 +183,19 @@ def _whole(
     theirs: Model,
     options: CheckConfig,
     display: Display,
-    topics: Sequence[Topic] = TOPICS,
+    probes: Sequence[Probe] = PROBES,
 ) -> Verdict:
     """Every question, asked of models that fit into memory several times.
 
-    In float64, that is; in other dtypes those of `topics`.
+    In float64, that is; in other dtypes those of `probes`.
     """
     notes = _shortening(theirs.config, options.window)
     ours, theirs = (
         Model(shortened(model.config, options.window, theirs.config), model.weights)
         for model in (ours, theirs)
     )
-    task = Task.of(theirs.config, options.seed)
-    exam = Exam(ours, theirs, task)
+    inputs = Inputs.of(theirs.config, options.seed)
+    comparison = Comparison(ours, theirs, inputs)
     stages: list[Stage] = []
     dtypes: list[Dtype] = [dtype for dtype in options.dtypes if dtype != "float64"]
     if theirs.config.n_experts and "bfloat16" in dtypes:
@@ -204,13 +204,13 @@ def _whole(
             "a model with experts is not judged in bfloat16: a token whose experts are nearly tied "
             "goes to one or the other, in any program, by how its scores were rounded"
         )
-    progress = _Progress(display, [("float64", TOPICS), *((dtype, topics) for dtype in dtypes)])
-    for questions in (exam.exact(), *(exam.rounded(dtype, topics) for dtype in dtypes)):
+    progress = _Progress(display, [("float64", PROBES), *((dtype, probes) for dtype in dtypes)])
+    for questions in (comparison.exact(), *(comparison.rounded(dtype, probes) for dtype in dtypes)):
         for stage in questions:
             stages.append(stage)
             progress.show(stages)
-    if exam.without:
-        notes.append(f"transformers is left out: {exam.without}")
+    if comparison.without:
+        notes.append(f"transformers is left out: {comparison.without}")
     verdict = Verdict(title, tuple(stages), tuple(notes))
     if is_too_equal(stages):
         notes.append(
@@ -220,7 +220,7 @@ def _whole(
     first = verdict.first_divergence
     if first is not None and first.pair[0] == "jax" and first.dtype == "float64":
         display.wait("looking for a known fault that does this")
-        name = recognise(ours, theirs, first, task.tokens, "float64")
+        name = recognise(ours, theirs, first, inputs.tokens, "float64")
         verdict = dataclasses.replace(verdict, hint=_as_if(name))
     return verdict
 
@@ -228,10 +228,10 @@ def _whole(
 class _Progress:
     """How far a check is, with the time left, and its first verdict as soon as there is one."""
 
-    def __init__(self, display: Display, asked: Sequence[tuple[Dtype, Sequence[Topic]]]) -> None:
+    def __init__(self, display: Display, asked: Sequence[tuple[Dtype, Sequence[Probe]]]) -> None:
         self.display, self.began = display, time.monotonic()
         # The stages of one pass are one question.
-        self.total = sum(len(topics) for _, topics in asked)
+        self.total = sum(len(probes) for _, probes in asked)
         self.seen: dict[tuple[str, str], None] = {}
 
     def show(self, stages: Sequence[Stage]) -> None:
@@ -239,14 +239,14 @@ class _Progress:
         stage = stages[-1]
         if (stage.stage, stage.dtype, stage.pair) == ("logits", "float64", ("jax", "torch")):
             self._first_verdict(stages)
-        topic = "one pass" if stage.stage in FORWARD else stage.stage
-        if (stage.dtype, topic) in self.seen:
+        probe = "one pass" if stage.stage in FORWARD else stage.stage
+        if (stage.dtype, probe) in self.seen:
             return
-        self.seen[stage.dtype, topic] = None
+        self.seen[stage.dtype, probe] = None
         done, seconds = len(self.seen), time.monotonic() - self.began
         left = seconds / done * (self.total - done)
         more = f" · about {clock(left)} left"
-        self.display.work(f"{stage.dtype} {topic}", done, self.total, more)
+        self.display.work(f"{stage.dtype} {probe}", done, self.total, more)
 
     def _first_verdict(self, stages: Sequence[Stage]) -> None:
         wrong = next((stage for stage in stages if not stage.ok), None)

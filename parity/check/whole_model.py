@@ -1,6 +1,6 @@
-"""The questions that two implementations of one model are asked, and how answers are judged.
+"""Comparison of two implementations of one model, stage by stage, within budgets.
 
-`Exam.exact` asks in float64, where they must agree; `Exam.rounded` asks in another dtype,
+`Comparison.exact` is in float64, where they must agree; `Comparison.rounded` in another dtype,
 where none may be more wrong than rounding makes the others. Both yield one `Stage` after the
 other in the order of execution, so that whoever only wants to know where two models part can
 stop at the first that is not ok.
@@ -17,22 +17,24 @@ from parity.check.oracles.interface import Dtype, Implementation, Oracle
 from parity.check.oracles.lechat_jax import JaxOracle
 from parity.check.oracles.lechat_torch import TorchOracle
 from parity.check.oracles.transformers import TransformersOracle
-from parity.check.probes import TOPICS, Answers, Item, Model, Task, Topic, padding, trajectory
+from parity.check.probes import PROBES, Answers, Inputs, Model, Probe, Result, padding, trajectory
 from parity.check.tolerances import EXACT, ROUNDINGS, SAME_ROUNDING, UNIT, flips, slack
 from parity.check.verdict import Stage
 from parity.convert.configs.hugging_face import to_hugging_face
 
 
-class Exam:
+class Comparison:
     """Two models side by side: `ours` in lechat_jax, `theirs` in the PyTorch implementations.
 
     Usually they are the same weights. An existing conversion is on trial when they are what
-    it was made from and what it made. `known` is an exam of the same `theirs`, whose float64
+    it was made from and what it made. `known` is a comparison of the same `theirs`, whose float64
     answers are used again.
     """
 
-    def __init__(self, ours: Model, theirs: Model, task: Task, known: "Exam | None" = None) -> None:
-        self.ours, self.theirs, self.task = ours, theirs, task
+    def __init__(
+        self, ours: Model, theirs: Model, inputs: Inputs, known: "Comparison | None" = None
+    ) -> None:
+        self.ours, self.theirs, self.inputs = ours, theirs, inputs
         self._known = known
         self.without = lacking(theirs.config)  # why transformers cannot run it, if so
         self._answers: dict[tuple[Implementation, Dtype], Answers] = {}
@@ -43,7 +45,7 @@ class Exam:
         return ("torch", "jax") if self.without else ("torch", "jax", "transformers")
 
     def answers(self, name: Implementation, dtype: Dtype) -> Answers:
-        """What that implementation makes of the task in that dtype."""
+        """What that implementation makes of the inputs in that dtype."""
         if (name, dtype) not in self._answers:
             if name == "jax":
                 oracle: Oracle = JaxOracle(*self.ours, dtype)
@@ -51,7 +53,7 @@ class Exam:
                 oracle = TorchOracle(*self.theirs, dtype)
             else:
                 oracle = TransformersOracle(*self.theirs, dtype)
-            self._answers[name, dtype] = Answers(oracle, self.task)
+            self._answers[name, dtype] = Answers(oracle, self.inputs)
         return self._answers[name, dtype]
 
     @property
@@ -66,7 +68,7 @@ class Exam:
 
     @functools.cached_property
     def _moved(self) -> Answers:
-        return Answers(TorchOracle(*rounded_once_more(self.theirs), "float64"), self.task)
+        return Answers(TorchOracle(*rounded_once_more(self.theirs), "float64"), self.inputs)
 
     def exact(self, *, transformers: bool = True) -> Iterator[Stage]:
         """Every stage in float64: lechat_jax, and transformers, against lechat_torch.
@@ -76,20 +78,20 @@ class Exam:
         to the scores of padding is not finite there.
         """
         errors, rounding = Errors("float64"), Errors("float32")
-        for topic in TOPICS:
-            moved = list(topic(self.moved, self.truth))
+        for probe in PROBES:
+            moved = list(probe(self.moved, self.truth))
             errors.note("moved", moved)
-            for item in topic(self.answers("jax", "float64"), self.truth):
-                yield item.stage("jax", "float64", "torch", errors.allowed("jax", item))
-            if transformers and not self.without and topic not in (trajectory, padding):
+            for result in probe(self.answers("jax", "float64"), self.truth):
+                yield result.stage("jax", "float64", "torch", errors.allowed("jax", result))
+            if transformers and not self.without and probe not in (trajectory, padding):
                 rounding.note("moved", moved)
-                rounding.note("torch", topic(self.answers("torch", "float32"), self.truth))
-                for item in topic(self.answers("transformers", "float64"), self.truth):
-                    budget = rounding.allowed("transformers", item)
-                    yield item.stage("transformers", "float64", "torch", budget)
+                rounding.note("torch", probe(self.answers("torch", "float32"), self.truth))
+                for result in probe(self.answers("transformers", "float64"), self.truth):
+                    budget = rounding.allowed("transformers", result)
+                    yield result.stage("transformers", "float64", "torch", budget)
 
-    def rounded(self, dtype: Dtype, topics: Sequence[Topic] = TOPICS) -> Iterator[Stage]:
-        """Every stage of the topics in `dtype`, each implementation against the float64 truth.
+    def rounded(self, dtype: Dtype, probes: Sequence[Probe] = PROBES) -> Iterator[Stage]:
+        """Every stage of the probes in `dtype`, each implementation against the float64 truth.
 
         Each is judged by what rounding makes of the others, PyTorch's own among them. Trajectories
         are left to float64: what Adam makes of rounding differs thirtyfold between right programs.
@@ -103,18 +105,18 @@ class Exam:
         if dtype == "bfloat16":
             yield _norms(answers["jax"], answers["torch"])
         errors = Errors(dtype)
-        for topic in topics:
-            if topic is trajectory:
+        for probe in probes:
+            if probe is trajectory:
                 continue  # each step multiplies rounding, in one program more than in another
-            errors.note("moved", topic(self.moved, self.truth))
-            found: dict[Implementation, list[Item]] = {}
+            errors.note("moved", probe(self.moved, self.truth))
+            found: dict[Implementation, list[Result]] = {}
             for name in self.implementations:
-                found[name] = list(topic(answers[name], self._truth_of(name)))
+                found[name] = list(probe(answers[name], self._truth_of(name)))
                 errors.note(name, found[name])
-            for name, items in found.items():
-                for item in items:
+            for name, results in found.items():
+                for result in results:
                     truth = self._truth_of(name).oracle.name
-                    yield item.stage(name, dtype, truth, errors.allowed(name, item))
+                    yield result.stage(name, dtype, truth, errors.allowed(name, result))
 
     def _truth_of(self, name: Implementation) -> Answers:
         """The float64 answers of another than the one that is judged."""
@@ -132,18 +134,18 @@ class Errors:
         self.dtype: Dtype = dtype
         self._errors: dict[tuple[str, str], dict[str, float]] = {}
 
-    def note(self, name: str, items: Iterable[Item]) -> None:
+    def note(self, name: str, results: Iterable[Result]) -> None:
         """Remembers how wrong that one is."""
         scale = UNIT[self.dtype] / UNIT["float64"] if name == "moved" else 1.0
-        for item in items:
-            self._errors.setdefault(item.key, {})[name] = scale * item.rel
+        for result in results:
+            self._errors.setdefault(result.key, {})[name] = scale * result.rel
 
-    def allowed(self, name: str, item: Item) -> float:
+    def allowed(self, name: str, result: Result) -> float:
         """How wrong that one may be: a little more than the worst of the others."""
-        errors = self._errors[item.yardstick]
+        errors = self._errors[result.yardstick]
         others = max(error for other, error in errors.items() if other != name)
-        factor = EXACT if self.dtype == "float64" else slack(item.label, item.note)
-        least = ROUNDINGS * item.rounding * min(UNIT[self.dtype], UNIT["float32"])
+        factor = EXACT if self.dtype == "float64" else slack(result.label, result.note)
+        least = ROUNDINGS * result.rounding * min(UNIT[self.dtype], UNIT["float32"])
         return max(factor * others, least)
 
 
@@ -171,5 +173,5 @@ def lacking(config: MistralConfig) -> str:
 def _norms(found: Answers, other: Answers) -> Stage:
     """The first norm in both implementations, which read the very same numbers."""
     a, b = found.stages["norm.0"], other.stages["norm.0"]
-    item = Item("norm.0", flips(a, b), a, b, note="both in bfloat16")
-    return item.stage(found.oracle.name, found.oracle.dtype, other.oracle.name, SAME_ROUNDING)
+    result = Result("norm.0", flips(a, b), a, b, note="both in bfloat16")
+    return result.stage(found.oracle.name, found.oracle.dtype, other.oracle.name, SAME_ROUNDING)

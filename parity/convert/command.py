@@ -36,7 +36,7 @@ from parity.convert.files.finite import is_finite
 from parity.convert.files.torch_files import write_pickle
 from parity.convert.layouts import to_format
 from parity.convert.names import Format, names, parts, rows, shapes, tied_head
-from parity.convert.open_source import check_whole, open_source
+from parity.convert.open_source import check_complete, open_source
 from parity.convert.source import Source
 from parity.convert.write import write_config, write_tokenizer
 
@@ -179,7 +179,9 @@ def convert(source: Source, options: Convert, console: Console) -> Meter:
         meter = Meter(total, console)
         with meter, ThreadPoolExecutor(1) as beside:
             # The source is verified while it is read, and nothing appears before that is done.
-            whole = beside.submit(check_whole, source.path) if source.format == "lechat" else None
+            whole = (
+                beside.submit(check_complete, source.path) if source.format == "lechat" else None
+            )
             write_config(new, options.to, source, dtype, form)
             write_tokenizer(new, options.to, source)
             _write_weights(new, infos, source, options, form, meter)

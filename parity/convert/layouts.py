@@ -30,7 +30,7 @@ def from_format(
     return _halves(array) if fmt == "mistral" and row.rotary else array
 
 
-def taken_apart(config: MistralConfig, weights: Mapping[str, Any]) -> dict[str, Any]:
+def unstacked(config: MistralConfig, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Unstacks the experts: every part of lechat's weights by its name, all of them views."""
     return {
         part: weights[row.lechat] if row.expert is None else weights[row.lechat][row.expert]
@@ -38,10 +38,10 @@ def taken_apart(config: MistralConfig, weights: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def put_together(
+def stacked_experts(
     config: MistralConfig, found: Mapping[str, Shaped[np.ndarray, "..."]]
 ) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """Stacks the experts, which copies them: the inverse of `taken_apart`."""
+    """Stacks the experts, which copies them: the inverse of `unstacked`."""
     return {
         name: found[name] if of == (name,) else np.stack([found[part] for part in of])
         for name, of in parts(config).items()

@@ -64,7 +64,7 @@ def open_source(
         rope_theta: for a `params.json` that does not say it.
         revision: of the model on the Hub: a branch, a tag or a commit.
         verify: compare what has checksums with them, at half a second a GB; without, the
-            caller does it with `check_whole`.
+            caller does it with `check_complete`.
         dequantize: read weights that are quantised as the numbers they stand for, instead of
             refusing them.
         adapter: a folder of adapters in PEFT's format, which are merged into the model.
@@ -198,7 +198,7 @@ def _as_weights(store: Store, quantization: Quantization | None) -> Store:
     return dataclasses.replace(quantization.read(store), quantization=quantization.name)
 
 
-def check_whole(folder: Path) -> None:
+def check_complete(folder: Path) -> None:
     """Compares a folder of lechat's with its checksums; nothing is returned.
 
     Raises:
@@ -220,7 +220,7 @@ def _lechat(folder: Path, fields: dict[str, Any], verify: bool) -> Source:
         check_inside(folder, pickled)
         return _source("torch", folder, config, pickle_store(pickled), {})
     if verify:
-        check_whole(folder)
+        check_complete(folder)
     store = safetensors_store(folder, "model")
     if quantization:
         store = dequantized_store(store, quantization)

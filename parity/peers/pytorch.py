@@ -11,7 +11,7 @@ from torch import nn
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from parity.convert import names
-from parity.convert.layouts import taken_apart
+from parity.convert.layouts import unstacked
 from parity.measure import cores
 from parity.peers.fused_experts import Tensors, fuse
 
@@ -52,7 +52,7 @@ def state_dict(
         view = torch.from_dlpack(leaf)
         return view if share else view.clone()
 
-    parts = taken_apart(config, {name: tensor(leaf) for name, leaf in weights.items()})
+    parts = unstacked(config, {name: tensor(leaf) for name, leaf in weights.items()})
     shapes = names.shapes(config, layout)
     state = {
         name: parts[part].reshape(shapes[part])

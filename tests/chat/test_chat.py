@@ -26,7 +26,7 @@ from lechat_jax.generate.session import Session
 from lechat_jax.model.binding import weights_of
 from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from tests.support.models import lively
+from tests.support.models import random_model
 from tests.support.tokenizers import tokenizer as load
 
 Output = pytest.CaptureFixture[str]
@@ -193,7 +193,7 @@ def config(tiny: MistralConfig) -> MistralConfig:
 
 @pytest.fixture(scope="module")
 def generator(config: MistralConfig) -> Generator:
-    return Generator(lively(config), V1)
+    return Generator(random_model(config), V1)
 
 
 def test_a_model_answers_as_if_it_had_read_all_at_once(generator: Generator) -> None:
@@ -430,7 +430,7 @@ def settings_of_jax_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory, config: MistralConfig) -> Path:
     """Weights in lechat's format, with a tokenizer."""
     path = tmp_path_factory.mktemp("models") / "small"
-    save_weights(path, config, weights_of(lively(config)), V1.path)
+    save_weights(path, config, weights_of(random_model(config)), V1.path)
     return path
 
 
@@ -455,7 +455,7 @@ def test_a_training_run_is_warned_about(
     run = Run.create(tmp_path / "run")
     run.config = {"model": config.to_dict(), "train": {}}
     V1.save(run.folder)
-    weights = weights_of(lively(config))
+    weights = weights_of(random_model(config))
     Checkpoints(run.checkpoints).save(1, {"model": weights}, {})
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main([str(run.folder)]) == 0
@@ -469,7 +469,7 @@ def test_a_training_run_is_warned_about(
 def test_bad_flags_are_one_clear_line(
     folder: Path, tiny: MistralConfig, tmp_path: Path, capsys: Output
 ) -> None:
-    weights = {name: jnp.asarray(leaf) for name, leaf in weights_of(lively(tiny)).items()}
+    weights = {name: jnp.asarray(leaf) for name, leaf in weights_of(random_model(tiny)).items()}
     save_weights(tmp_path / "mute", tiny, weights, None)
     for argv, message in (
         ([str(tmp_path / "mute")], "has no tokenizer of Mistral's, so there is no chat; put"),

@@ -21,7 +21,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import bind, weights_of
 from tests.model.test_lora import ADAPTERS, logits, trained, with_adapters
-from tests.support.models import lively
+from tests.support.models import random_model
 
 # peft asks transformers for what that calls by another name now.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -40,7 +40,7 @@ def small(tiny: MistralConfig) -> MistralConfig:
 @pytest.fixture(scope="module")
 def lechat(small: MistralConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "lechat"
-    save_weights(folder, small, weights_of(lively(small)), None)
+    save_weights(folder, small, weights_of(random_model(small)), None)
     return folder
 
 
@@ -75,7 +75,7 @@ def close(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
 @pytest.fixture(scope="module")
 def expected(small: MistralConfig) -> np.ndarray:
     """The logits of lechat with the adapter on."""
-    return np.asarray(logits(small, with_adapters(small, weights_of(lively(small))), TOKENS))
+    return np.asarray(logits(small, with_adapters(small, weights_of(random_model(small))), TOKENS))
 
 
 # --- written ---
@@ -110,7 +110,7 @@ def test_peft_divides_by_the_root_of_the_rank_that_a_map_has(
 ) -> None:
     adapters = dataclasses.replace(ADAPTERS, rslora=True)
     peft.write_adapter(tmp_path / "adapter", small, adapters, trained(small))
-    base = weights_of(lively(small)) | trained(small) | adapters.scales(small)
+    base = weights_of(random_model(small)) | trained(small) | adapters.scales(small)
     model = PeftModel.from_pretrained(transformers_model(hf), tmp_path / "adapter")
     close(theirs(model), logits(small, base, TOKENS))
 
@@ -154,7 +154,7 @@ def test_what_peft_writes_is_read(
     model.save_pretrained(str(tmp_path))
     adapters, arrays = peft.read_adapter(tmp_path, small)
     weights = {name: jnp.asarray(array) for name, array in arrays.items()}
-    found = bind(small, weights_of(lively(small)) | weights | adapters.scales(small))
+    found = bind(small, weights_of(random_model(small)) | weights | adapters.scales(small))
     close(found(jnp.asarray(TOKENS)), theirs(model.eval()))
 
 

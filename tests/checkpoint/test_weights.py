@@ -28,7 +28,7 @@ from lechat_jax.files.checksums import write_manifest
 from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.quantize.scheme import Form, quantize_weights
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from tests.support.models import lively
+from tests.support.models import random_model
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
@@ -46,7 +46,7 @@ def config(tiny: MistralConfig) -> MistralConfig:
 
 @pytest.fixture(scope="module")
 def weights(config: MistralConfig) -> Weights:
-    return weights_of(lively(config))
+    return weights_of(random_model(config))
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_what_is_saved_is_loaded_in_every_bit(
     tied: bool, shard_bytes: int | None, dtype: str, config: MistralConfig, tmp_path: Path
 ) -> None:
     config = dataclasses.replace(config, tied_embeddings=tied, sliding_window=(None,))
-    weights = weights_of(lively(config, dtype))
+    weights = weights_of(random_model(config, dtype))
     save_weights(tmp_path / "m", config, weights, None, shard_bytes=shard_bytes)
     assert (tmp_path / "m" / "model.safetensors.index.json").exists() == (shard_bytes is not None)
     same, loaded = load_weights(tmp_path / "m")
@@ -498,7 +498,7 @@ def test_a_file_may_be_added_unless_it_would_change_what_is_read(
 ) -> None:
     """A tokenizer may be put in where none was saved, as the commands advise it."""
     tokenizer = Tokenizer.mistral_v1().path if saved else None
-    save_weights(tmp_path / "model", config, weights_of(lively(config)), tokenizer)
+    save_weights(tmp_path / "model", config, weights_of(random_model(config)), tokenizer)
     assert fault_of(tmp_path / "model") is None
     (tmp_path / "model" / added).touch()
     found = fault_of(tmp_path / "model")

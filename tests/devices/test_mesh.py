@@ -36,7 +36,7 @@ from lechat_jax.model.binding import weights_of
 from lechat_jax.model.scoring import score
 from lechat_jax.quantize.scheme import INT8, Form, quantize_weights
 from lechat_jax.train.step import StepOptions, TrainState, gradient, init_state, train_steps
-from tests.support.models import lively
+from tests.support.models import random_model
 
 B, T, CALLS = 8, 12, 4
 TOKENS = np.random.default_rng(0).integers(0, 98, (5, CALLS, B, T + 1)).astype(np.int32)
@@ -139,7 +139,7 @@ def test_bytes_that_a_mesh_does_not_divide_are_whole_on_every_device(small: Mist
     """Eight devices divide 40 features of int4, but not the 20 bytes in which they are."""
     mesh = make_mesh("fsdp=8")
     check_divides(mesh, small, B)
-    weights = quantize_weights(weights_of(lively(small)), Form("int4", 8))
+    weights = quantize_weights(weights_of(random_model(small)), Form("int4", 8))
     name = "blocks.0.mlp.up.kernel"
     assert (weights[name].shape, weights["blocks.0.mlp.down.kernel"].shape) == ((56, 20), (40, 28))
     on_mesh = settled(mesh, weights)
@@ -156,7 +156,7 @@ def test_scales_are_not_rounded_where_weights_are_gathered(small: MistralConfig)
     """As a sample during training in bfloat16 has them: those of kernels and of adapters."""
     mesh = make_mesh("fsdp=4,tp=2")
     one = dataclasses.replace(small, n_layers=1)
-    weights = quantize_weights(weights_of(lively(one)), INT8)
+    weights = quantize_weights(weights_of(random_model(one)), INT8)
     weights |= Adapters(rank=3, alpha=5.0, targets=("q",)).scales(one)
     found = on_one_device(mesh, settled(mesh, weights), "bfloat16")
     for name, leaf in weights.items():
@@ -242,7 +242,7 @@ def test_weights_and_checkpoints_are_read_into_their_places(
     small: MistralConfig, tmp_path: Path
 ) -> None:
     mesh = make_mesh("fsdp=4,tp=2")
-    weights = weights_of(lively(small))
+    weights = weights_of(random_model(small))
     save_weights(tmp_path / "weights", small, weights, None)
     run = Run.create(tmp_path / "run")
     run.config = {"model": small.to_dict(), "train": {}}

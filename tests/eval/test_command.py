@@ -20,7 +20,7 @@ from lechat_jax.eval.command import EvalConfig, main, windows
 from lechat_jax.model.binding import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main as train
-from tests.support.models import lively
+from tests.support.models import random_model
 from tests.support.tokenizers import taught
 
 BLOCK, STRIDE = 48, 20
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: MistralConfig) -> Pat
     vocabulary = taught(home)
     ids = Tokenizer.from_file(vocabulary).vocab_size
     config = dataclasses.replace(tiny, n_layers=2, vocab_size=ids)
-    save_weights(home / "ours", config, weights_of(lively(config)), vocabulary)
+    save_weights(home / "ours", config, weights_of(random_model(config)), vocabulary)
     return home
 
 

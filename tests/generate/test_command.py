@@ -27,7 +27,7 @@ from lechat_jax.generate.prompt_files import read_prompts
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from tests.support.models import lively
+from tests.support.models import random_model
 
 ROOT = Path(__file__).parents[2]
 Output = pytest.CaptureFixture[str]
@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, config: MistralConfig) -> str:
     run = Run.create(tmp_path_factory.mktemp("runs") / "small")
     run.config = {"model": config.to_dict(), "train": {}}
     Tokenizer.mistral_v1().save(run.folder)
-    Checkpoints(run.checkpoints).save(7, {"model": weights_of(lively(config))}, {})
+    Checkpoints(run.checkpoints).save(7, {"model": weights_of(random_model(config))}, {})
     return str(run.folder)
 
 
@@ -64,7 +64,7 @@ def test_a_prompt_and_its_continuation_are_printed(
     out, err = said(capsys, run, "--prompt", "The cat", "--max-tokens", "20", "--seed", "3")
     tokenizer = Tokenizer.mistral_v1()
     prompt = [1, *tokenizer.encode("The cat")]
-    made = Generator(lively(config), tokenizer)
+    made = Generator(random_model(config), tokenizer)
     (sample,) = made.generate([prompt], 20, Sampling(seed=3))
     assert out == "The cat" + sample.text + "\n"
     assert err.startswith("20 tokens: the first after ")
@@ -75,7 +75,7 @@ def test_each_flag_of_sampling_arrives(run: str, config: MistralConfig, capsys: 
     flags = "--temperature 1.5 --top-k 50 --top-p 0.8 --min-p 0.01 --seed 5 --max-tokens 25"
     out, _ = said(capsys, run, "--prompt-ids", "1,2", *flags.split())
     how = Sampling(temperature=1.5, top_k=50, top_p=0.8, min_p=0.01, seed=5)
-    made = Generator(lively(config), Tokenizer.mistral_v1())
+    made = Generator(random_model(config), Tokenizer.mistral_v1())
     (sample,) = made.generate([[1, 2]], 25, how)
     assert out == sample.text + "\n"
 
@@ -132,7 +132,7 @@ def test_no_tokens_are_no_speed(run: str, tmp_path: Path, capsys: Output) -> Non
 def mute(tmp_path_factory: pytest.TempPathFactory, tiny: MistralConfig) -> str:
     """A run without a tokenizer or a window, whose likeliest next token is always 2: EOS."""
     config = dataclasses.replace(tiny, n_layers=1, sliding_window=None)
-    weights = weights_of(lively(config))
+    weights = weights_of(random_model(config))
     weights["norm.scale"] = jnp.zeros_like(weights["norm.scale"])  # all logits equal
     run = Run.create(tmp_path_factory.mktemp("runs") / "mute")
     run.config = {"model": config.to_dict(), "train": {}}
@@ -151,7 +151,9 @@ def test_without_a_tokenizer_there_are_ids(mute: str, tmp_path: Path, capsys: Ou
 def test_weights_in_the_format_of_lechat_are_continued_too(
     run: str, config: MistralConfig, tmp_path: Path, capsys: Output
 ) -> None:
-    save_weights(tmp_path / "m", config, weights_of(lively(config)), Tokenizer.mistral_v1().path)
+    save_weights(
+        tmp_path / "m", config, weights_of(random_model(config)), Tokenizer.mistral_v1().path
+    )
     flags = ("--prompt", "The cat", "--max-tokens", "9")
     assert said(capsys, str(tmp_path / "m"), *flags)[0] == said(capsys, run, *flags)[0]
 
@@ -159,12 +161,14 @@ def test_weights_in_the_format_of_lechat_are_continued_too(
 def test_weights_without_a_tokenizer_continue_ids_in_the_type_asked_for(
     tiny: MistralConfig, tmp_path: Path, capsys: Output
 ) -> None:
-    save_weights(tmp_path / "m", tiny, weights_of(lively(tiny)), None)
+    save_weights(tmp_path / "m", tiny, weights_of(random_model(tiny)), None)
     file = tmp_path / "out.json"
     flags = ["--prompt-ids", "1,5", "--max-tokens", "9", "--temperature", "0", "--json", str(file)]
     for dtype, asked in (("float32", []), ("bfloat16", ["--dtype", "bfloat16"])):
         said(capsys, str(tmp_path / "m"), *flags, *asked)
-        (sample,) = Generator(lively(tiny, dtype)).generate([[1, 5]], 9, Sampling(temperature=0))
+        (sample,) = Generator(random_model(tiny, dtype)).generate(
+            [[1, 5]], 9, Sampling(temperature=0)
+        )
         (written,) = json.loads(file.read_text())["samples"]
         expected = {"prompt": [1, 5], "ids": sample.ids, "logprobs": sample.logprobs, "text": ""}
         assert {key: written[key] for key in expected} == expected
@@ -183,8 +187,8 @@ def test_eos_ends_a_text_unless_it_is_to_be_ignored(
     run = Run.create(tmp_path / "brief")
     run.config = {"model": config.to_dict(), "train": {}}
     Tokenizer.mistral_v1().save(run.folder)
-    weights = weights_of(lively(config))
-    first = Generator(lively(config)).generate([[1]], 1, Sampling(temperature=0))[0].ids[0]
+    weights = weights_of(random_model(config))
+    first = Generator(random_model(config)).generate([[1]], 1, Sampling(temperature=0))[0].ids[0]
     head = weights["head.kernel"]
     weights["head.kernel"] = head.at[2].set(head[first] * 2)  # EOS outbids the first choice
     Checkpoints(run.checkpoints).save(1, {"model": weights}, {})

@@ -17,7 +17,7 @@ from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.model.cache import EMPTY, empty_cache
 from lechat_jax.quantize.scheme import INT8, Form
-from tests.support.models import lively
+from tests.support.models import random_model
 
 
 def test_a_prompt_is_read_in_chunks_without_its_last_token() -> None:
@@ -30,7 +30,7 @@ def test_a_prompt_is_read_in_chunks_without_its_last_token() -> None:
 
 @pytest.fixture(scope="module")
 def weights(tiny: MistralConfig) -> Weights:
-    return weights_of(lively(tiny))
+    return weights_of(random_model(tiny))
 
 
 def start(config: MistralConfig, left: list[int], dtype: str = "float32") -> DecodeState:
@@ -119,7 +119,7 @@ def decode_memory(config: MistralConfig, B: int, draft: int) -> tuple[int, int, 
     def shapes() -> tuple[Weights, DecodeState, Request]:
         state = start(config, [1] * B)
         seen = jnp.zeros((B, SEEN if draft else 0), jnp.int32)
-        return weights_of(lively(config)), state._replace(seen=seen), request(config, B)
+        return weights_of(random_model(config)), state._replace(seen=seen), request(config, B)
 
     weights, state, asked = jax.eval_shape(shapes)
     n = jax.ShapeDtypeStruct((), jnp.int32)

@@ -11,7 +11,7 @@ from lechat_jax.generate.engine import Engine, RowTokens
 from lechat_jax.generate.loaded_model import LoadedModel
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import bind, weights_of
-from tests.support.models import lively
+from tests.support.models import random_model
 
 GREEDY = Sampling(temperature=0)
 ASKED = {  # row by row, and each of another kind
@@ -30,7 +30,7 @@ def prompt_of(row: int) -> list[int]:
 def model(request: pytest.FixtureRequest, tiny: MistralConfig) -> LoadedModel:
     windows = 5 if request.param == "one window" else (None, 5)
     config = dataclasses.replace(tiny, n_layers=2, sliding_window=windows)
-    return LoadedModel(lively(config), chunk=4, context=128)
+    return LoadedModel(random_model(config), chunk=4, context=128)
 
 
 def join(rounds: list[RowTokens]) -> RowTokens:
@@ -84,7 +84,7 @@ def test_a_row_that_was_used_is_as_good_as_new(model: LoadedModel) -> None:
 
 def test_what_is_no_number_does_not_outlive_its_row(tiny: MistralConfig) -> None:
     """A value of NaN has weight 0 under a mask, and 0 times NaN is NaN."""
-    weights = weights_of(lively(tiny))
+    weights = weights_of(random_model(tiny))
     weights["embed.kernel"] = weights["embed.kernel"].at[96].set(np.nan)
     model = LoadedModel(bind(tiny, weights), chunk=4)
     engine = model.engine(2)

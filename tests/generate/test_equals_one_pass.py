@@ -22,7 +22,7 @@ from lechat_jax.model import cache
 from lechat_jax.model.binding import Weights, bind, weights_of
 from lechat_jax.model.cache import Ring
 from lechat_jax.model.mistral import Mistral
-from tests.support.models import lively
+from tests.support.models import random_model
 
 W = 7
 LENGTHS = (W - 1, W, W + 1, 2 * W + 3)
@@ -83,33 +83,35 @@ def tiny(tiny: MistralConfig) -> MistralConfig:
 def test_decoding_past_the_window_is_one_pass_in_float64(
     tiny: MistralConfig, x64: None, chunk: int
 ) -> None:
-    model = lively(tiny, "float64")
+    model = random_model(tiny, "float64")
     assert max(excess(Generator(model, chunk=chunk), model)) < 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_one_pass_in_float64(tiny: MistralConfig, x64: None, variant: str) -> None:
-    model = lively(dataclasses.replace(tiny, **VARIANTS[variant]), "float64")
+    model = random_model(dataclasses.replace(tiny, **VARIANTS[variant]), "float64")
     assert max(excess(Generator(model, chunk=5, context=40), model)) < 1
 
 
 def test_float32_is_one_pass_but_for_rounding(tiny: MistralConfig) -> None:
-    model = lively(dataclasses.replace(tiny, **VARIANTS["windows"]))
+    model = random_model(dataclasses.replace(tiny, **VARIANTS["windows"]))
     assert max(excess(Generator(model, chunk=5, context=40), model)) < 1
 
 
 def test_a_window_that_is_off_by_one_would_be_seen(tiny: MistralConfig) -> None:
-    model = lively(tiny)
+    model = random_model(tiny)
     made = Generator(model, chunk=4)
     assert max(excess(made, model)) < 1
     for other in (W - 1, W + 1):
-        assert min(excess(made, lively(dataclasses.replace(tiny, sliding_window=other)))) > 1000
+        assert (
+            min(excess(made, random_model(dataclasses.replace(tiny, sliding_window=other)))) > 1000
+        )
 
 
 def test_a_ring_that_is_too_small_would_be_seen(
     tiny: MistralConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = lively(tiny)
+    model = random_model(tiny)
     claim = cache.Ring.claim
 
     def unguarded(ring: Ring, positions: jax.Array, _: Window) -> Ring:
@@ -127,7 +129,7 @@ def test_a_ring_that_is_too_small_would_be_seen(
 def test_prompts_of_a_batch_are_each_as_if_alone(tiny: MistralConfig) -> None:
     greedy = Sampling(temperature=0)
     made = Generator(
-        lively(dataclasses.replace(tiny, sliding_window=(W, None))), chunk=5, context=64
+        random_model(dataclasses.replace(tiny, sliding_window=(W, None))), chunk=5, context=64
     )
     prompts = [prompt_of(length) for length in (9, 1, 17, 6, 2)]
     together = made.generate(prompts, 3 * W, greedy)
@@ -138,14 +140,14 @@ def test_prompts_of_a_batch_are_each_as_if_alone(tiny: MistralConfig) -> None:
 
 
 def test_a_greedy_text_is_the_likeliest_token_each_time(tiny: MistralConfig) -> None:
-    model, prompt = lively(tiny), prompt_of(9)
+    model, prompt = random_model(tiny), prompt_of(9)
     (sample,) = Generator(model, chunk=4).generate([prompt], 3 * W, Sampling(temperature=0))
     logits = forward(tiny, weights_of(model), jnp.array([prompt + sample.ids]))
     assert logits[0, len(prompt) - 1 : -1].argmax(axis=-1).tolist() == sample.ids
 
 
 def test_without_a_window_padding_takes_no_room_from_the_context(tiny: MistralConfig) -> None:
-    model = lively(dataclasses.replace(tiny, sliding_window=(W, None)))
+    model = random_model(dataclasses.replace(tiny, sliding_window=(W, None)))
     prompts = [prompt_of(11), prompt_of(1)]
     for prompt, sample in zip(
         prompts, Generator(model, chunk=5, context=24).generate(prompts, 23, PLAIN), strict=True

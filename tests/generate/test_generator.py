@@ -31,7 +31,7 @@ from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from tests.support.models import lively
+from tests.support.models import random_model
 
 ROOT = Path(__file__).parents[2]
 GREEDY = Sampling(temperature=0)
@@ -44,7 +44,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 @pytest.fixture(scope="module")
 def made(tiny: MistralConfig) -> Generator:
-    return Generator(lively(tiny), chunk=4)
+    return Generator(random_model(tiny), chunk=4)
 
 
 def test_a_seed_gives_a_text_and_each_row_another(made: Generator) -> None:
@@ -90,7 +90,7 @@ def test_a_text_ends_at_eos_and_the_others_go_on(made: Generator) -> None:
 def test_without_a_window_generation_stops_at_the_context_and_says_so(
     tiny: MistralConfig,
 ) -> None:
-    model = lively(dataclasses.replace(tiny, sliding_window=(7, None, None)))
+    model = random_model(dataclasses.replace(tiny, sliding_window=(7, None, None)))
     made = Generator(model, chunk=5, context=24)
     prompts = [prompt_of(11), prompt_of(1), prompt_of(24)]
     samples = made.generate(prompts, 20, PLAIN)
@@ -104,12 +104,14 @@ def test_without_a_window_generation_stops_at_the_context_and_says_so(
 
 
 def test_with_windows_the_context_is_no_limit(tiny: MistralConfig) -> None:
-    (sample,) = Generator(lively(tiny), chunk=4, context=8).generate([prompt_of(9)], 30, GREEDY)
+    (sample,) = Generator(random_model(tiny), chunk=4, context=8).generate(
+        [prompt_of(9)], 30, GREEDY
+    )
     assert (len(sample.ids), sample.stopped) == (30, "length")
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(tiny: MistralConfig) -> None:
-    model = lively(dataclasses.replace(tiny, sliding_window=None))
+    model = random_model(dataclasses.replace(tiny, sliding_window=None))
     # Keys and values of 3 layers, 2 heads and 8 lanes, positions, and the scores of 6 heads.
     with pytest.raises(BadInput, match=r"the cache takes 484\.00 GB .* shorter context"):
         Generator(model, chunk=4, context=10**9).stream_batch([prompt_of(5)])
@@ -119,7 +121,7 @@ def test_a_context_that_does_not_fit_is_refused_before_the_weights_are_read(
     tiny: MistralConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(tiny, sliding_window=None)
-    save_weights(tmp_path / "model", config, weights_of(lively(config)), None)
+    save_weights(tmp_path / "model", config, weights_of(random_model(config)), None)
     monkeypatch.setattr(SavedModel, "load", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(BadInput, match=r"the weights and a cache of .* shorter context"):
         Generator.from_checkpoint(tmp_path / "model", context=10**9)
@@ -143,7 +145,7 @@ def compilations() -> Iterator[list[str]]:
 
 def test_two_functions_are_compiled_whatever_is_asked_for(tiny: MistralConfig) -> None:
     config = dataclasses.replace(tiny, n_layers=1, sliding_window=5)  # a shape of its own
-    made = Generator(lively(config), chunk=4)
+    made = Generator(random_model(config), chunk=4)
     with compilations() as first:
         made.generate([prompt_of(9)], 3)
     assert [name for name in first if "prefill" in name or "decode" in name] == [
@@ -158,7 +160,7 @@ def test_two_functions_are_compiled_whatever_is_asked_for(tiny: MistralConfig) -
             (150, 0, PLAIN),
         ]:
             made.generate([prompt_of(length)], n, how, eos_ids=[n])
-        Generator(lively(config, seed=5), chunk=4).generate([prompt_of(3)], 2)
+        Generator(random_model(config, seed=5), chunk=4).generate([prompt_of(3)], 2)
     assert later == []
 
 
@@ -181,7 +183,7 @@ def test_what_cannot_be_continued_is_refused_at_once(
 
 
 def test_settings_without_sense_are_refused(tiny: MistralConfig) -> None:
-    model = lively(tiny)
+    model = random_model(tiny)
     for chunk, context in ((0, 1), (1, 0)):
         with pytest.raises(BadInput, match="must be at least 1"):
             Generator(model, chunk=chunk, context=context)
@@ -192,7 +194,7 @@ def test_settings_without_sense_are_refused(tiny: MistralConfig) -> None:
 
 
 def test_broken_weights_are_reported_and_not_babbled_with(tiny: MistralConfig) -> None:
-    model = lively(tiny)
+    model = random_model(tiny)
     model.norm.scale[...] = jnp.full_like(model.norm.scale[...], jnp.nan)
     with pytest.raises(BadInput, match="not finite"):
         Generator(model).generate([prompt_of(3)], 2)
@@ -206,7 +208,7 @@ def run(tmp_path: Path, tiny: MistralConfig) -> Run:
     run.config = {"model": config.to_dict(), "train": {}}
     Tokenizer.mistral_v1().save(run.folder)
     for step in (3, 5):
-        weights = weights_of(lively(config, seed=step))
+        weights = weights_of(random_model(config, seed=step))
         Checkpoints(run.checkpoints).save(step, {"model": weights, "other": [jnp.ones(2)]}, {})
     return run
 
@@ -216,7 +218,7 @@ def test_a_run_is_continued_with_its_newest_weights(run: Run) -> None:
     prompt = made.encode("The cat")
     assert prompt == [1, 415, 5255]
     (sample,) = made.generate([prompt], 30, Sampling(seed=2))
-    (same,) = Generator(lively(made.config, seed=5)).generate([prompt], 30, Sampling(seed=2))
+    (same,) = Generator(random_model(made.config, seed=5)).generate([prompt], 30, Sampling(seed=2))
     assert sample.ids == same.ids
     tokenizer = Tokenizer.mistral_v1()
     assert "The cat" + sample.text == tokenizer.decode(prompt + sample.ids)
@@ -235,7 +237,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     made = Generator.from_checkpoint(run.folder)
     assert "warning: checkpoint 5" in capsys.readouterr().err
     assert made.generate([[1]], 4, GREEDY) == Generator(
-        lively(made.config, seed=3), Tokenizer.mistral_v1()
+        random_model(made.config, seed=3), Tokenizer.mistral_v1()
     ).generate([[1]], 4, GREEDY)
 
 
@@ -250,14 +252,14 @@ def test_a_run_without_a_tokenizer_speaks_in_ids(run: Run) -> None:
 def folder(tmp_path: Path, tiny: MistralConfig) -> Path:
     """Weights in lechat's format, stored in bfloat16 and with a tokenizer."""
     config = dataclasses.replace(tiny, vocab_size=32000, n_layers=1)
-    weights = weights_of(lively(config, jnp.bfloat16))
+    weights = weights_of(random_model(config, jnp.bfloat16))
     save_weights(tmp_path / "model", config, weights, Tokenizer.mistral_v1().path)
     return tmp_path / "model"
 
 
 def test_weights_alone_are_continued_as_a_run_is(folder: Path) -> None:
     made = Generator.from_checkpoint(folder)
-    model = lively(made.config, jnp.bfloat16)
+    model = random_model(made.config, jnp.bfloat16)
     wide = {name: leaf.astype(jnp.float32) for name, leaf in weights_of(model).items()}
     by_hand = Generator(bind(made.config, wide), Tokenizer.mistral_v1())
     prompt = made.encode("The cat")
@@ -280,7 +282,7 @@ def test_elsewhere_it_computes_in_the_type_that_is_stored(
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     made = Generator.from_checkpoint(folder)
     assert {str(leaf.dtype) for leaf in made.weights.values()} == {"bfloat16"}
-    mixed = weights_of(lively(tiny))
+    mixed = weights_of(random_model(tiny))
     mixed["head.kernel"] = mixed["head.kernel"].astype(jnp.bfloat16)
     save_weights(folder.with_name("mixed"), tiny, mixed, None)
     with pytest.raises(BadInput, match="several types, bfloat16 and float32; choose the one"):
@@ -328,13 +330,13 @@ import sys
 from pathlib import Path
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.generate.generator import Generator
-from tests.support.models import lively
+from tests.support.models import random_model
 
 config = MistralConfig(
     dim=16, n_layers=2, n_heads=8, n_kv_heads=8, head_dim=128, hidden_dim=16, vocab_size=97,
     norm_eps=1e-5, rope_theta=1e4, sliding_window=8 if sys.argv[1] == "window" else None,
 )
-made = Generator(lively(config), chunk=8, context=10_100)
+made = Generator(random_model(config), chunk=8, context=10_100)
 made.generate([[1, 2, 3]], 1)
 for n in map(int, sys.argv[2:]):
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
@@ -375,7 +377,7 @@ def test_guessing_ahead_changes_nothing_but_the_time(
 ) -> None:
     """Whatever is guessed, rows of their own pace, past every window and up to the context."""
     config = dataclasses.replace(tiny, sliding_window=window)
-    made = Generator(lively(config), chunk=5, context=90)
+    made = Generator(random_model(config), chunk=5, context=90)
     sampling = Sampling(temperature=temperature, top_p=1.0, seed=5)
     prompts = [[3, 4, 5] * 6, prompt_of(9), [8], [1, 2] * 20]
     plain = made.generate(prompts, 80, sampling)
@@ -399,7 +401,7 @@ def test_a_guess_stops_where_the_text_does(made: Generator) -> None:
 @pytest.fixture(scope="module")
 def counting(tiny: MistralConfig) -> Generator:
     """Says after each id the next one, whatever came before."""
-    weights = weights_of(lively(tiny))
+    weights = weights_of(random_model(tiny))
     for name, leaf in weights.items():
         if name.endswith(("o.kernel", "down.kernel")):
             weights[name] = jnp.zeros_like(leaf)
@@ -496,7 +498,7 @@ def test_a_prompt_may_be_a_text_and_one_alone_is_one(run: Run) -> None:
 
 def test_whoever_asks_is_told_how_far_the_prompts_are_read(tiny: MistralConfig) -> None:
     told: list[tuple[int, int]] = []
-    made = Generator(lively(tiny), chunk=4, on_read=lambda *place: told.append(place))
+    made = Generator(random_model(tiny), chunk=4, on_read=lambda *place: told.append(place))
     made.generate([prompt_of(11), prompt_of(2)], 1)
     assert told == [(0, 11), (4, 11), (8, 11), (10, 11), (11, 11)]
 

@@ -15,7 +15,7 @@ from lechat_jax.generate.sampling import Sampling
 from lechat_jax.generate.session import Session
 from lechat_jax.model.binding import bind
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from tests.support.models import lively
+from tests.support.models import random_model
 
 SAMPLINGS = {"greedy": Sampling(temperature=0), "drawn": Sampling(temperature=0.9, seed=3)}
 
@@ -26,7 +26,7 @@ def ids_of(length: int, seed: int = 0) -> list[int]:
 
 @pytest.fixture(scope="module")
 def made(tiny: MistralConfig) -> Generator:
-    return Generator(lively(tiny), chunk=4)
+    return Generator(random_model(tiny), chunk=4)
 
 
 def said(session: Session, n: int, sampling: Sampling, **asked: Any) -> list[int]:
@@ -97,7 +97,7 @@ def test_after_a_reset_nothing_is_left(made: Generator) -> None:
 
 def test_a_context_that_is_full_ends_the_text(tiny: MistralConfig) -> None:
     full = dataclasses.replace(tiny, sliding_window=None)
-    session = Session(Generator(lively(full), chunk=4, context=12))
+    session = Session(Generator(random_model(full), chunk=4, context=12))
     assert session.room == 12
     session.feed(ids_of(5))
     assert [p.stopped for p in session.stream(40, SAMPLINGS["greedy"], ())][-1] == "context"
@@ -117,7 +117,7 @@ def test_nothing_can_be_said_before_anything_was_fed(made: Generator) -> None:
 @pytest.fixture(scope="module")
 def talking(tiny: MistralConfig) -> Generator:
     config = dataclasses.replace(tiny, vocab_size=32_000, n_layers=1)
-    return Generator(lively(config), Tokenizer.mistral_v1(), chunk=16)
+    return Generator(random_model(config), Tokenizer.mistral_v1(), chunk=16)
 
 
 @pytest.mark.parametrize(("chunk", "draft"), [(16, 0), (4, 0), (16, 3)])

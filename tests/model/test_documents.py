@@ -18,7 +18,7 @@ from lechat_jax.model.scoring import total_nats
 from lechat_jax.ops.flash_attention import splash_attention
 from lechat_jax.train.step import StepOptions, shares
 from lechat_jax.train.step import gradient as gradient_of
-from tests.support.models import TINY, TINY_STRETCHED, lively
+from tests.support.models import TINY, TINY_STRETCHED, random_model
 
 # Documents longer than the window of 7, shorter, and of two tokens; the last row has padding.
 LENGTHS = ((19, 2, 12), (5, 20, 8))
@@ -94,7 +94,7 @@ def test_a_packed_row_is_learned_as_each_document_alone(
     options = StepOptions(dtype=dtype, backend=backend)
     alone = dataclasses.replace(options, backend="dense")
     with jax.enable_x64(dtype == "float64"):
-        weights = weights_of(lively(config, dtype))
+        weights = weights_of(random_model(config, dtype))
         nats, gradient = jax.jit(functools.partial(learn, config, options))(weights, packed())
         theirs, expected = jax.jit(functools.partial(learn, config, alone))(weights, apart())
     begins = np.cumsum([0, *map(len, documents())])
@@ -114,7 +114,7 @@ def test_a_step_on_packed_rows_is_one_on_their_documents() -> None:
     """Loss and gradient, each target with the document of what comes before it."""
     config = dataclasses.replace(TINY, n_layers=1)
     options = StepOptions(backend="dense")
-    weights = weights_of(lively(config))
+    weights = weights_of(random_model(config))
     slope = jax.jit(functools.partial(gradient_of, config, options))
     (loss, grads), (expected, theirs) = (slope(weights, {}, of()) for of in (packed, apart))
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)

@@ -22,7 +22,7 @@ from lechat_jax.model.scoring import total_nats
 from lechat_jax.quantize.scheme import dequantize, quantize_weights
 from lechat_jax.train.optimizer import usual_rule
 from lechat_jax.train.step import StepOptions, state_of, train_steps
-from tests.support.models import lively
+from tests.support.models import random_model
 
 ADAPTERS = Adapters(
     rank=3, alpha=5.0, ranks={"blocks.1.attn.q": 2}, alphas={"blocks.0.mlp.down": 7.0}
@@ -38,7 +38,7 @@ def small(tiny: MistralConfig) -> MistralConfig:
 
 @functools.cache
 def base(config: MistralConfig) -> Weights:
-    return weights_of(lively(config))
+    return weights_of(random_model(config))
 
 
 @functools.cache

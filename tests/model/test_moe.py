@@ -23,7 +23,7 @@ from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.moe import Load, imbalance
 from lechat_jax.quantize.scheme import INT8, Form, form_of, numbers_of, quantize_weights
 from lechat_jax.train.step import StepOptions, gradient
-from tests.support.models import TINY_MIXTURE, lively_weights
+from tests.support.models import TINY_MIXTURE, random_weights
 
 COEFFICIENT = 0.3  # of the auxiliary loss, so large that it matters
 
@@ -39,7 +39,7 @@ def mixture() -> MistralConfig:
 
 @pytest.fixture(scope="module")
 def weights(mixture: MistralConfig) -> dict[str, np.ndarray]:
-    return lively_weights(mixture)
+    return random_weights(mixture)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_gradients_are_those_of_transformers_with_its_auxiliary_loss(
     """Of two layers, since its loss is of the experts of all layers at once."""
     oracles = pytest.importorskip("parity.check.oracles.transformers")
     mixture = dataclasses.replace(mixture, n_layers=2)
-    weights = lively_weights(mixture)
+    weights = random_weights(mixture)
     oracle = oracles.TransformersOracle(mixture, weights, "float64")
     rows = torch.from_numpy(tokens.astype(np.int64))
     model: Any = oracle.model
@@ -141,7 +141,7 @@ def quantised(config: MistralConfig, form: Form) -> tuple[Weights, Weights]:
 
     Scales are powers of two, so that the numbers are the same in any arithmetic.
     """
-    made = {name: np.asarray(leaf) for name, leaf in lively_weights(config).items()}
+    made = {name: np.asarray(leaf) for name, leaf in random_weights(config).items()}
     shapes = {name: leaf.shape for name, leaf in made.items()}
     made = {name: np.array(leaf) for name, leaf in quantize_weights(made, form).items()}
     draw = np.random.default_rng(0)

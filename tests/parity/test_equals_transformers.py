@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="the reference is transformers' own m
 from lechat_jax.config import MistralConfig
 from parity.check.oracles.lechat_jax import JaxOracle
 from parity.check.oracles.transformers import TransformersOracle
-from parity.random_models import lively_weights
+from parity.random_models import random_weights
 
 W = 7
 
@@ -32,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("model", MODELS)
 def test_greedy_tokens_are_those_of_transformers(tiny: MistralConfig, model: str) -> None:
     config = dataclasses.replace(tiny, n_layers=2, **MODELS[model])
-    weights = lively_weights(config, seed=2)
+    weights = random_weights(config, seed=2)
     draw = np.random.default_rng(5).integers
     prompts = [draw(config.vocab_size, size=n).tolist() for n in (W - 1, 2 * W + 3, 1)]
     ours, theirs = (

@@ -66,7 +66,7 @@ def test_a_kept_run_is_generated_from(run: Path) -> None:
 
 def test_a_kept_folder_is_checked(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass of it, in float64."""
-    monkeypatch.setattr(whole_model, "TOPICS", (probes.forward,))
+    monkeypatch.setattr(whole_model, "PROBES", (probes.forward,))
     assert check(["--checkpoint", str(converted), "--dtypes", "float64"]) == 0
 
 

@@ -28,7 +28,7 @@ from lechat_jax.train.step import StepOptions
 from parity import quality as module
 from parity.held_out import held_out
 from parity.quality import main
-from parity.random_models import lively
+from parity.random_models import random_model
 
 Output = pytest.CaptureFixture[str]
 
@@ -37,14 +37,14 @@ Output = pytest.CaptureFixture[str]
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny: MistralConfig) -> Path:
     """A model without a tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "model"
-    save_weights(folder, tiny, weights_of(lively(tiny)), None)
+    save_weights(folder, tiny, weights_of(random_model(tiny)), None)
     return folder
 
 
 @pytest.fixture(scope="module")
 def int8(folder: Path, tiny: MistralConfig) -> Path:
     made = folder.with_name("int8")
-    save_weights(made, tiny, quantize_weights(weights_of(lively(tiny))), None)
+    save_weights(made, tiny, quantize_weights(weights_of(random_model(tiny))), None)
     return made
 
 
@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: MistralConfig) -> Path:
     data = str(home / "text.txt")
     said = {"data": data, "corpus_sha256": load_corpus(data).sha256}
     run.config = {"model": config.to_dict(), "train": said}
-    Checkpoints(run.checkpoints).save(1, {"model": weights_of(lively(config))}, {})
+    Checkpoints(run.checkpoints).save(1, {"model": weights_of(random_model(config))}, {})
     Tokenizer.mistral_v1().save(run.folder)
     return run.folder
 
@@ -89,7 +89,7 @@ def test_the_figures_are_those_of_all_logits_at_once(
         text = held_out(SavedModel.open(folder), None, 64, display)
     assert text.rows.tokens.shape == (1, 65)
     inputs, targets = text.rows.tokens[:, :-1], text.rows.tokens[:, 1:]
-    model = lively(tiny)
+    model = random_model(tiny)
     in_int8 = quantize_weights(weights_of(model))
     back = {
         name: jnp.asarray(dequantize(np.asarray(leaf), np.asarray(in_int8[f"{name}.scale"])))
@@ -99,7 +99,9 @@ def test_the_figures_are_those_of_all_logits_at_once(
         if not name.endswith("kernel.scale")
     }
     ids = jnp.asarray(inputs, jnp.int32)
-    a, b = (log_softmax(np.asarray(nnx.jit(one)(ids))) for one in (lively(tiny), bind(tiny, back)))
+    a, b = (
+        log_softmax(np.asarray(nnx.jit(one)(ids))) for one in (random_model(tiny), bind(tiny, back))
+    )
     losses = [-np.take_along_axis(x, targets[..., None], 2).mean() for x in (a, b)]
     kl = (np.exp(a) * (a - b)).sum(axis=-1)
     assert [row["loss"] for row in found["rows"]] == pytest.approx(losses, rel=1e-5)
@@ -131,7 +133,7 @@ def test_a_model_does_not_differ_from_itself(folder: Path, tmp_path: Path) -> No
 
 def test_a_wrong_scale_is_seen(folder: Path, tiny: MistralConfig, tmp_path: Path) -> None:
     good = figures(tmp_path, folder, "--tokens", 50)
-    weights = quantize_weights(weights_of(lively(tiny)))
+    weights = quantize_weights(weights_of(random_model(tiny)))
     name = "blocks.1.mlp.gate.kernel.scale"
     weights[name] = weights[name][::-1]
     save_weights(tmp_path / "wrong", tiny, weights, None)

@@ -26,7 +26,7 @@ from lechat_jax.quantize.scheme import (
     quantize_weights,
     scheme_for,
 )
-from tests.support.models import lively
+from tests.support.models import random_model
 
 
 def group(*weights: float) -> tuple[list[int], float, int]:
@@ -145,7 +145,7 @@ def test_a_model_in_int4_is_saved_loaded_and_computes_what_its_numbers_do(
 ) -> None:
     form = Form("int4", 8)
     assert scheme_for("int4", small) == form
-    made = quantize_weights(weights_of(lively(small)), form)
+    made = quantize_weights(weights_of(random_model(small)), form)
     assert form_of(made) == form
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in made.items()} == {
         name: (leaf.shape, leaf.dtype) for name, leaf in weight_shapes(small, form).items()
@@ -158,7 +158,7 @@ def test_a_model_in_int4_is_saved_loaded_and_computes_what_its_numbers_do(
     for name, leaf in made.items():
         dtype = jnp.bfloat16 if name.endswith("norm.scale") else leaf.dtype
         np.testing.assert_array_equal(loaded[name], leaf.astype(dtype), strict=True)
-    plain = weights_of(lively(small))
+    plain = weights_of(random_model(small))
     save_weights(tmp_path / "plain", small, plain, None)
     _, again = load_weights(tmp_path / "plain", quantize="int4")
     for name, leaf in made.items():
@@ -171,7 +171,7 @@ def test_a_model_in_int4_is_saved_loaded_and_computes_what_its_numbers_do(
     tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 97)
     found, expected = bind(small, made)(tokens), bind(small, meant)(tokens)
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    assert float(jnp.abs(expected - lively(small)(tokens)).max()) > 0.03
+    assert float(jnp.abs(expected - random_model(small)(tokens)).max()) > 0.03
 
 
 def test_groups_divide_the_widths_or_int4_is_refused(small: MistralConfig) -> None:

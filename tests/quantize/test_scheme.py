@@ -25,7 +25,7 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import set_up
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.start import run_of
-from tests.support.models import lively
+from tests.support.models import random_model
 
 DTYPES = ["float32", "float64", "float16", ml_dtypes.bfloat16]
 
@@ -97,7 +97,7 @@ def test_a_double_beyond_float32_is_no_number() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_all_kernels_and_no_norm_become_int8(tiny: MistralConfig, tied: bool) -> None:
     config = MistralConfig.from_dict(tiny.to_dict() | {"tied_embeddings": tied, "n_layers": 1})
-    weights = weights_of(lively(config))
+    weights = weights_of(random_model(config))
     found = quantize_weights(dict(weights))
     shapes = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in found.items()}
     assert shapes == {
@@ -144,7 +144,7 @@ def test_the_dict_is_emptied_so_that_two_models_are_never_in_memory() -> None:
 def test_a_model_computes_with_int8_what_it_would_with_the_weights_int8_stands_for(
     tiny: MistralConfig,
 ) -> None:
-    model = lively(tiny)
+    model = random_model(tiny)
     in_int8 = quantize_weights(weights_of(model))
     back = {
         name: jnp.asarray(dequantize(np.asarray(leaf), np.asarray(in_int8[f"{name}.scale"])))
@@ -156,7 +156,7 @@ def test_a_model_computes_with_int8_what_it_would_with_the_weights_int8_stands_f
     tokens = jax.random.randint(jax.random.key(0), (2, 33), 0, 97)
     found, expected = bind(tiny, in_int8)(tokens), bind(tiny, back)(tokens)
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    distance = float(jnp.abs(expected - lively(tiny)(tokens)).max())
+    distance = float(jnp.abs(expected - random_model(tiny)(tokens)).max())
     assert 1e-3 < distance < 0.3, "int8 is near the weights, but not the weights"
 
 
@@ -165,7 +165,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: MistralConfig) -> Run:
     """A run that has stopped after its first step."""
     run = Run.create(tmp_path_factory.mktemp("runs") / "run")
     run.config = {"model": tiny.to_dict(), "train": {}}
-    Checkpoints(run.checkpoints).save(1, {"model": weights_of(lively(tiny))}, {})
+    Checkpoints(run.checkpoints).save(1, {"model": weights_of(random_model(tiny))}, {})
     return run
 
 
@@ -173,7 +173,7 @@ def test_a_run_is_quantised_when_it_is_loaded(run: Run, tiny: MistralConfig) -> 
     trained = SavedModel.open(run.folder)
     assert trained.quantization is None
     loaded = trained.load("bfloat16", "int8").weights
-    expected = quantize_weights(weights_of(lively(tiny)))
+    expected = quantize_weights(weights_of(random_model(tiny)))
     assert set(loaded) == set(expected)
     for name, leaf in expected.items():
         dtype = jnp.bfloat16 if name.endswith("norm.scale") else leaf.dtype
@@ -185,7 +185,7 @@ def test_a_run_is_quantised_when_it_is_loaded(run: Run, tiny: MistralConfig) -> 
 
 
 def test_training_does_not_start_from_int8(tmp_path: Path, tiny: MistralConfig) -> None:
-    in_int8 = quantize_weights(weights_of(lively(tiny)))
+    in_int8 = quantize_weights(weights_of(random_model(tiny)))
     save_weights(tmp_path / "int8", tiny, in_int8, Tokenizer.mistral_v1().path)
     options = TrainConfig(init_from=tmp_path / "int8", out=tmp_path / "run", steps=1)
     with (

@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 
 from lechat_jax.config import MistralConfig
 from parity.convert.command import main
-from parity.convert.layouts import taken_apart
+from parity.convert.layouts import unstacked
 from parity.convert.names import Format, names, shapes
 from parity.convert.open_source import open_source
 
@@ -37,7 +37,7 @@ def write_torch(folder: Path, config: MistralConfig, weights: Weights) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     state = {}
-    parts = taken_apart(config, weights)
+    parts = unstacked(config, weights)
     for ours, theirs in names(config, "torch").items():
         flat = parts[ours].reshape(shapes(config, "torch")[ours])
         state[theirs] = (

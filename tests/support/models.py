@@ -50,7 +50,7 @@ TINY_STRETCHED = dataclasses.replace(
 )
 
 
-def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Mistral:
+def random_model(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Mistral:
     """A model whose logits have a deviation of about 1 and change with every detail.
 
     Fresh norms are all one and fresh layers add little, so that a lost norm, a wrong rotation
@@ -70,7 +70,7 @@ def lively(config: MistralConfig, dtype: DTypeLike = jnp.float32, seed: int = 0)
     return bind(config, {name: jnp.asarray(array, dtype) for name, array in drawn.items()})
 
 
-def lively_weights(config: MistralConfig) -> dict[str, np.ndarray]:
-    """The weights of a lively model, float32, all of them numbers that bfloat16 has too."""
-    weights = weights_of(lively(config, jnp.bfloat16))
+def random_weights(config: MistralConfig) -> dict[str, np.ndarray]:
+    """The weights of a random model, float32, all of them numbers that bfloat16 has too."""
+    weights = weights_of(random_model(config, jnp.bfloat16))
     return {name: np.asarray(leaf).astype(np.float32) for name, leaf in weights.items()}

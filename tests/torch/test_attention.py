@@ -16,7 +16,7 @@ from lechat_jax.errors import BadInput
 from lechat_torch import attention
 from lechat_torch.attention import attend, causal_bias, dense_attention, kernel_attention
 from lechat_torch.cache import EMPTY, position_bias
-from lechat_torch.rotary import rotate, turns
+from lechat_torch.rotary import rotate, rotations
 
 B, T, N, K, H = 2, 17, 6, 2, 8
 EXACT = 1e-13  # of numbers of size 1, in float64; measured 9e-16
@@ -186,10 +186,10 @@ def test_turning_keeps_lengths_and_only_distances_count() -> None:
     q, k, _ = queries_keys_values(N)
 
     def scores(first: int) -> Tensor:
-        turn = turns(first + torch.arange(T)[None], H, 1e4, torch.float64)
-        return torch.einsum("BTNH,BSNH->BNTS", rotate(q, turn), rotate(k, turn))
+        angles = rotations(first + torch.arange(T)[None], H, 1e4, torch.float64)
+        return torch.einsum("BTNH,BSNH->BNTS", rotate(q, angles), rotate(k, angles))
 
-    turned = rotate(q, turns(torch.arange(T)[None], H, 1e4, torch.float64))
+    turned = rotate(q, rotations(torch.arange(T)[None], H, 1e4, torch.float64))
     torch.testing.assert_close(turned.norm(dim=-1), q.norm(dim=-1))
     assert torch.equal(turned[:, 0], q[:, 0])
     torch.testing.assert_close(scores(0), scores(1000), rtol=0, atol=1e-10)
@@ -206,9 +206,9 @@ def test_turning_keeps_lengths_and_only_distances_count() -> None:
 def test_turns_are_at_least_float32_and_leave_the_dtype(
     dtype: torch.dtype, inside: torch.dtype
 ) -> None:
-    turn = turns(torch.arange(T)[None], H, 1e4, dtype)
-    assert turn.dtype == inside
-    assert rotate(drawn(N, dtype), turn).dtype == dtype
+    angles = rotations(torch.arange(T)[None], H, 1e4, dtype)
+    assert angles.dtype == inside
+    assert rotate(drawn(N, dtype), angles).dtype == dtype
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from lechat_torch import model as model_module
 from lechat_torch.cache import EMPTY, Cache, attend_cached, empty_cache, position_bias
 from lechat_torch.generate import Sample, choose, generate, left_padded
 from lechat_torch.model import Mistral
-from tests.torch.test_model import VARIANTS, lively, text
+from tests.torch.test_model import VARIANTS, random_model, text
 
 W = 7
 LENGTHS = (W - 1, W, W + 1, 2 * W + 3)
@@ -70,7 +70,7 @@ def pieces(model: Mistral, tokens: Tensor, lengths: Sequence[int], cache: Cache)
 def test_greedy_decoding_past_the_window_is_one_pass(
     tiny: MistralConfig, change: dict[str, Any], chunk: int
 ) -> None:
-    model = lively(dataclasses.replace(tiny, **change))
+    model = random_model(dataclasses.replace(tiny, **change))
     prompts = [prompt_of(length) for length in LENGTHS]
     samples = generate(model, prompts, 3 * W, chunk=chunk, context=40)
     for prompt, sample in zip(prompts, samples, strict=True):
@@ -81,7 +81,7 @@ def test_greedy_decoding_past_the_window_is_one_pass(
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 def test_each_row_of_a_ragged_batch_is_as_if_alone(tiny: MistralConfig, chunk: int) -> None:
-    model = lively(dataclasses.replace(tiny, sliding_window=(W, None, 3)))
+    model = random_model(dataclasses.replace(tiny, sliding_window=(W, None, 3)))
     prompts = [prompt_of(length) for length in (17, 1, 8)]
     for prompt, together in zip(prompts, generate(model, prompts, W, chunk=chunk), strict=True):
         (alone,) = generate(model, [prompt], W, chunk=chunk)
@@ -94,7 +94,7 @@ def test_each_row_of_a_ragged_batch_is_as_if_alone(tiny: MistralConfig, chunk: i
 def test_reading_in_pieces_is_reading_at_once(
     tiny: MistralConfig, lengths: list[int], window: int | None
 ) -> None:
-    model, tokens = lively(dataclasses.replace(tiny, sliding_window=window)), text(tiny)
+    model, tokens = random_model(dataclasses.replace(tiny, sliding_window=window)), text(tiny)
     cache = empty_cache(model.config, 2, max(lengths), 33, torch.float64, "cpu")
     with torch.no_grad():
         whole = model(tokens)
@@ -109,14 +109,14 @@ def test_a_window_that_is_off_by_one_is_seen_while_decoding(
     def short_sighted(*args: Any, window: int, **named: Any) -> Tensor:
         return attend_cached(*args, window=window - 1, **named)
 
-    model, prompt = lively(tiny), prompt_of(LENGTHS[-1])
+    model, prompt = random_model(tiny), prompt_of(LENGTHS[-1])
     monkeypatch.setattr(model_module, "attend_cached", short_sighted)
     (sample,) = generate(model, [prompt], 3 * W, chunk=4)
     assert sample.logprobs != pytest.approx(one_pass(model, prompt, sample)[1], rel=1e-3)
 
 
 def test_a_chunk_longer_than_the_cache_was_made_for_is_refused(tiny: MistralConfig) -> None:
-    model, tokens = lively(tiny), text(tiny)
+    model, tokens = random_model(tiny), text(tiny)
     cache = empty_cache(tiny, 2, 10, 0, torch.float64, "cpu")
     with pytest.raises(BadInput, match="11 tokens at once need 17 slots behind a window of 7"):
         pieces(model, tokens, [11], cache)
@@ -124,7 +124,7 @@ def test_a_chunk_longer_than_the_cache_was_made_for_is_refused(tiny: MistralConf
 
 def test_a_ring_has_no_slot_to_spare(tiny: MistralConfig) -> None:
     """With one slot fewer than W + T - 1, a chunk overwrites what its first token must see."""
-    model, tokens = lively(tiny), text(tiny)
+    model, tokens = random_model(tiny), text(tiny)
     with torch.no_grad():
         whole = model(tokens)
 
@@ -149,7 +149,7 @@ def test_memory_is_constant_however_long_the_text(tiny: MistralConfig) -> None:
     assert [ring.slots for ring in cache] == [7 + 5 - 1, 33, 3 + 5 - 1]
     before = [leaf.data_ptr() for ring in cache for leaf in ring]
     positions = torch.arange(33).expand(2, -1)
-    model, tokens = lively(config, torch.bfloat16), text(config)
+    model, tokens = random_model(config, torch.bfloat16), text(config)
     with torch.no_grad():
         for t in range(33):
             _, cache = model.extend(tokens[:, t : t + 1], positions[:, t : t + 1], cache)
@@ -161,7 +161,7 @@ def test_memory_is_constant_however_long_the_text(tiny: MistralConfig) -> None:
 
 def test_padding_leaves_what_a_row_remembers(tiny: MistralConfig) -> None:
     """Also in the middle of a text, as when one row of a batch has to wait for the others."""
-    model, tokens = lively(tiny), text(tiny)
+    model, tokens = random_model(tiny), text(tiny)
     with torch.no_grad():
         whole = model(tokens)
         cache = empty_cache(tiny, 2, 4, 33, torch.float64, "cpu")
@@ -176,7 +176,7 @@ def test_padding_leaves_what_a_row_remembers(tiny: MistralConfig) -> None:
 
 
 def test_a_text_ends_with_the_token_that_says_so(tiny: MistralConfig) -> None:
-    model, prompts = lively(tiny), [prompt_of(5), prompt_of(9)]
+    model, prompts = random_model(tiny), [prompt_of(5), prompt_of(9)]
     endless = generate(model, prompts, 9)
     end = next(i for i in endless[0].ids[2:] if i not in endless[1].ids)
     ended = generate(model, prompts, 9, eos_ids=[end])
@@ -187,12 +187,12 @@ def test_a_text_ends_with_the_token_that_says_so(tiny: MistralConfig) -> None:
 
 
 def test_nothing_is_generated_when_nothing_is_asked(tiny: MistralConfig) -> None:
-    assert generate(lively(tiny), [[1], [2]], 0) == [Sample([], []), Sample([], [])]
+    assert generate(random_model(tiny), [[1], [2]], 0) == [Sample([], []), Sample([], [])]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_model_generates_in_its_own_dtype(tiny: MistralConfig, dtype: torch.dtype) -> None:
-    model, prompt = lively(tiny, dtype), prompt_of(17)
+    model, prompt = random_model(tiny, dtype), prompt_of(17)
     (sample,) = generate(model, [prompt], 3 * W, chunk=4)
     _, nats = one_pass(model, prompt, sample)
     # Measured 7e-7, and 0; logits of 2 to 4 are rounded to multiples of 1/64 in bfloat16.
@@ -238,7 +238,7 @@ def test_what_has_just_p_before_it_stays(top_p: float, n: int) -> None:
 def test_what_is_drawn_follows_from_the_seed_and_is_scored_by_the_model(
     tiny: MistralConfig,
 ) -> None:
-    model, prompt = lively(tiny), prompt_of(8)
+    model, prompt = random_model(tiny), prompt_of(8)
 
     def drawn(seed: int) -> Sample:
         (sample,) = generate(model, [prompt], 20, temperature=2.0, top_k=50, top_p=0.9, seed=seed)
@@ -283,11 +283,13 @@ def test_a_context_is_filled_to_the_last_position_and_never_overwritten(
     tiny: MistralConfig,
 ) -> None:
     config = dataclasses.replace(tiny, sliding_window=None)
-    model = lively(config)
+    model = random_model(config)
     assert len(generate(model, [[1, 2, 3]], 5, context=8)[0].ids) == 5
     cache = empty_cache(config, 1, 1, 8, torch.float64, "cpu")
     one = torch.zeros(1, 1, dtype=torch.int64)
     model.extend(one, one + 7, cache)
     with pytest.raises(IndexError):
         model.extend(one, one + 8, cache)
-    assert len(generate(lively(tiny), [[1, 2, 3]], 20, context=8)[0].ids) == 20  # all windowed
+    assert (
+        len(generate(random_model(tiny), [[1, 2, 3]], 20, context=8)[0].ids) == 20
+    )  # all windowed

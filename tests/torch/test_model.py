@@ -29,7 +29,9 @@ EXACT = 1e-11  # of the largest number, in float64; measured 2e-15
 FLOAT32 = 1e-5  # of the deviation; measured 4e-6, and 1e-6 of a gradient
 
 
-def lively(config: MistralConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> Mistral:
+def random_model(
+    config: MistralConfig, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Mistral:
     """Logits have a deviation of about 1, norms are uneven and attention is sharp.
 
     As PyTorch draws a model, a wrong rotation or window would hardly be seen.
@@ -127,7 +129,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logits_are_what_the_definitions_say(tiny: MistralConfig, change: dict[str, Any]) -> None:
     config = dataclasses.replace(tiny, **change)
-    model, tokens = lively(config), text(config)
+    model, tokens = random_model(config), text(config)
     with torch.no_grad():
         logits = model(tokens).numpy()
     assert 0.5 < logits.std() < 2
@@ -150,7 +152,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 def test_a_model_that_differs_in_one_number_is_seen(
     tiny: MistralConfig, fault: dict[str, Any]
 ) -> None:
-    right, tokens = lively(tiny), text(tiny)
+    right, tokens = random_model(tiny), text(tiny)
     wrong = Mistral(dataclasses.replace(tiny, **fault)).double()
     wrong.load_state_dict(right.state_dict())
     with torch.no_grad():
@@ -164,7 +166,7 @@ def test_transformers_computes_the_same_forward_and_backward(
     tiny: MistralConfig, name: str
 ) -> None:
     config = dataclasses.replace(tiny, **VARIANTS[name])
-    ours, tokens = lively(config, torch.float32), text(config)
+    ours, tokens = random_model(config, torch.float32), text(config)
     theirs = in_transformers(ours)
     for attention in ("eager", "sdpa"):
         theirs.set_attn_implementation(attention)
@@ -215,7 +217,7 @@ def test_tied_embeddings_are_one_weight_in_every_dtype(tiny: MistralConfig) -> N
 def test_the_model_computes_in_the_dtype_of_its_weights(
     tiny: MistralConfig, dtype: torch.dtype
 ) -> None:
-    model, tokens = lively(tiny, dtype), text(tiny)
+    model, tokens = random_model(tiny, dtype), text(tiny)
     wide = torch.promote_types(dtype, torch.float32)
     dtypes: set[torch.dtype] = set()
     for part in (model.embed, *model.blocks, model.norm):
@@ -276,7 +278,7 @@ def test_scores_softmax_norms_turns_and_the_router_are_float32(
 
 
 def test_bfloat16_is_off_by_what_rounding_costs(tiny: MistralConfig) -> None:
-    rounded, tokens = lively(tiny, torch.bfloat16), text(tiny)
+    rounded, tokens = random_model(tiny, torch.bfloat16), text(tiny)
     exact = copy.deepcopy(rounded).double()
     with torch.no_grad():
         logits, truth = rounded(tokens), exact(tokens)
@@ -299,13 +301,13 @@ def test_a_norm_rounds_before_it_multiplies(tiny: MistralConfig) -> None:
 
 
 def test_an_indifferent_model_loses_the_logarithm_of_the_vocabulary(tiny: MistralConfig) -> None:
-    model = lively(tiny)
+    model = random_model(tiny)
     nn.init.zeros_(model.head.weight)
     assert model.loss(text(tiny)).item() == pytest.approx(math.log(97), rel=1e-15)
 
 
 def test_the_loss_is_that_of_each_token_but_the_first(tiny: MistralConfig) -> None:
-    model, tokens = lively(tiny), text(tiny)
+    model, tokens = random_model(tiny), text(tiny)
     nats = []
     with torch.no_grad():
         shares = model(tokens).exp().tolist()
@@ -317,7 +319,7 @@ def test_the_loss_is_that_of_each_token_but_the_first(tiny: MistralConfig) -> No
 
 
 def test_where_a_sequence_begins_changes_nothing_but_rounding(tiny: MistralConfig) -> None:
-    model, tokens = lively(tiny), text(tiny)
+    model, tokens = random_model(tiny), text(tiny)
     with torch.no_grad():
         here, there = model(tokens), model(tokens, first_position=1000)
     assert not torch.equal(here, there)
@@ -330,7 +332,7 @@ PATHS = ("forward", "hidden", "loss", "extend")
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_adds_up_what_its_modules_return(tiny: MistralConfig, path: str) -> None:
     """So whoever watches the modules sees all that the model computes, whatever it is asked."""
-    model, tokens = lively(tiny), text(tiny)
+    model, tokens = random_model(tiny), text(tiny)
     parts: list[Tensor] = []
     ends: list[Tensor] = []
     watched = [model.embed, *(part for block in model.blocks for part in (block.attn, block.mlp))]
@@ -359,7 +361,7 @@ def unchecked() -> Iterator[None]:
 def test_the_model_is_exported_for_texts_of_any_length(
     tiny: MistralConfig, unchecked: None
 ) -> None:
-    model, tokens = lively(tiny, torch.float32), text(tiny)
+    model, tokens = random_model(tiny, torch.float32), text(tiny)
     length = torch.export.Dim("T", min=2, max=4096)
     short = tokens[:, :9].contiguous()
     exported = torch.export.export(model, (short,), dynamic_shapes=({1: length},)).module()
@@ -371,7 +373,7 @@ def test_the_model_is_compiled_as_one_graph_forward_and_backward(
 ) -> None:
     """By the backend that needs no C++ compiler."""
     torch.compiler.reset()
-    model, tokens = lively(tiny), text(tiny)
+    model, tokens = random_model(tiny), text(tiny)
     compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
     gradients = [
         torch.autograd.grad(loss(tokens), list(model.parameters()))

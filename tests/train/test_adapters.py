@@ -21,7 +21,7 @@ from lechat_jax.generate.generator import Generator
 from lechat_jax.model.binding import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main
-from tests.support.models import lively
+from tests.support.models import random_model
 
 # peft asks transformers for what that calls by another name now.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -40,7 +40,7 @@ def config(tiny: MistralConfig) -> MistralConfig:
 @pytest.fixture(scope="module")
 def base(config: MistralConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finetune") / "base"
-    save_weights(folder, config, weights_of(lively(config)), Tokenizer.mistral_v1().path)
+    save_weights(folder, config, weights_of(random_model(config)), Tokenizer.mistral_v1().path)
     lines = (f"The square of {i} is {i * i}, and twice {i} is {2 * i}.\n" for i in range(200))
     (folder.parent / "text.txt").write_text("".join(lines), encoding="utf-8")
     return folder
@@ -151,7 +151,7 @@ def test_other_weights_in_the_place_of_the_base_are_refused(
     try:
         with pytest.raises(BadInput, match=r"run holds adapters, for the weights in .*base: .*not"):
             Generator.from_checkpoint(run)
-        save_weights(base, config, weights_of(lively(config, seed=1)), None)
+        save_weights(base, config, weights_of(random_model(config, seed=1)), None)
         with pytest.raises(BadInput, match="learned beside other weights"):
             Generator.from_checkpoint(run)
     finally:

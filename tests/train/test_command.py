@@ -34,7 +34,7 @@ from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.start import run_of
 from lechat_jax.train.trainer import Trainer
 from tests.support import tokenizers
-from tests.support.models import lively
+from tests.support.models import random_model
 
 # A model so small that the 32,000 ids of the tokenizer are nearly all of it.
 SMALL = "--dim 16 --n-layers 2 --n-heads 2 --n-kv-heads 1 --head-dim 8 --hidden-dim 24".split()
@@ -382,7 +382,9 @@ def source(tmp_path: Path, tiny: MistralConfig, taught: Path) -> Path:
     """Weights in lechat's format, stored in bfloat16, of a model with that tokenizer."""
     ids = Tokenizer.from_file(taught).vocab_size
     config = dataclasses.replace(tiny, n_layers=1, vocab_size=ids, tied_embeddings=True)
-    save_weights(tmp_path / "source", config, weights_of(lively(config, jnp.bfloat16)), taught)
+    save_weights(
+        tmp_path / "source", config, weights_of(random_model(config, jnp.bfloat16)), taught
+    )
     return tmp_path / "source"
 
 
@@ -457,7 +459,7 @@ def test_weights_without_a_tokenizer_learn_nothing_until_theirs_is_put_in(
     """That of another model of as many ids would be taken for it without a word."""
     config = dataclasses.replace(tiny, n_layers=1, vocab_size=32_000)
     source, v1 = tmp_path / "source", Tokenizer.mistral_v1()
-    save_weights(source, config, weights_of(lively(config)), None)
+    save_weights(source, config, weights_of(random_model(config)), None)
     (source / "tokenizer.json").write_text("{}")
     options = TrainConfig(init_from=source, data=str(text), out=tmp_path / "run")
     words = r"and a tokenizer\.json is none that is read here, so no text can be read; put the "
@@ -474,7 +476,7 @@ def test_weights_that_cannot_be_trained_are_refused_and_nothing_is_written(
     source: Path, text: Path, tiny: MistralConfig
 ) -> None:
     config = dataclasses.replace(tiny, n_layers=1)
-    broken = weights_of(lively(config))
+    broken = weights_of(random_model(config))
     broken["norm.scale"] = broken["norm.scale"].at[3].set(jnp.nan)
     home = source.parent
     save_weights(home / "mute", config, broken, None)
@@ -485,7 +487,7 @@ def test_weights_that_cannot_be_trained_are_refused_and_nothing_is_written(
     (home / "theirs" / "config.json").write_text('{"model_type": "mistral"}')
     vocab = json.loads((source / "config.json").read_text())["vocab_size"]
     whole = dataclasses.replace(config, vocab_size=vocab)
-    nan = weights_of(lively(whole))
+    nan = weights_of(random_model(whole))
     nan["norm.scale"] = nan["norm.scale"].at[3].set(jnp.nan)
     save_weights(home / "nan", whole, nan, source / "tokenizer.model.v1")
     there = set(home.iterdir())

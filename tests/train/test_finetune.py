@@ -19,7 +19,7 @@ from lechat_jax.model.binding import weights_of
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main
-from tests.support.models import lively
+from tests.support.models import random_model
 from tests.support.tokenizers import taught
 
 BLOCK = 128
@@ -88,7 +88,7 @@ def test_a_fine_tune_counts_the_tokens_of_the_assistant_alone(
 ) -> None:
     tokenizer = Tokenizer.from_file(vocabulary)
     config = dataclasses.replace(tiny, n_layers=1, vocab_size=tokenizer.vocab_size)
-    model = lively(config)
+    model = random_model(config)
     save_weights(tmp_path / "source", config, weights_of(model), vocabulary)
     rows = lessons(chats, tokenizer).reader.windows  # all of them in the first step
     assert rows < 18

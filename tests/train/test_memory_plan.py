@@ -22,7 +22,7 @@ from lechat_jax.train.memory_plan import (
     compiled,
     needed,
     simulated_mesh,
-    told,
+    summary,
 )
 from lechat_jax.train.optimizer import usual_rule
 from lechat_jax.train.step import StepOptions
@@ -169,8 +169,8 @@ def test_weights_that_stay_have_no_gradient_and_nothing_is_remembered_of_them() 
 
 
 def test_what_fits_nowhere_is_said() -> None:
-    assert "no device of 192 GB has" in told(Memory(10**12, 0, 0, 0))
-    assert "a device of 80 GB has room for it" in told(Memory(50 * 10**9, 0, 0, 0))
+    assert "no device of 192 GB has" in summary(Memory(10**12, 0, 0, 0))
+    assert "a device of 80 GB has room for it" in summary(Memory(50 * 10**9, 0, 0, 0))
 
 
 def test_more_devices_than_can_be_simulated_are_refused() -> None:

@@ -18,7 +18,7 @@ from lechat_jax.train.optimizer import (
     Kind,
     Optimizer,
     Rates,
-    Schedule,
+    RateSchedule,
     group,
     stack_blocks,
     unstack_blocks,
@@ -140,7 +140,7 @@ def test_the_rate_rises_stays_and_falls_to_zero(step: int, expected: float) -> N
 
 def test_it_is_a_plain_run_of_that_length_from_any_first_step() -> None:
     plain = [factor(step, total=100) for step in range(100)]
-    length = Schedule(np.int32(300), np.int32(400), np.float32(60))
+    length = RateSchedule(np.int32(300), np.int32(400), np.float32(60))
     found = [float(warmup_then_cooldown(jnp.int32(300 + i), length)) for i in range(100)]
     assert found == pytest.approx(plain, rel=2**-22)  # two roundings of float32
 

@@ -23,7 +23,7 @@ from lechat_jax.train import samples
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.samples import Samples
 from lechat_jax.train.training_run import Job
-from tests.support.models import lively
+from tests.support.models import random_model
 
 Sampled = Callable[..., str]
 
@@ -41,16 +41,16 @@ def sampled(config: MistralConfig, tmp_path: Path) -> Sampled:
     words = "".join(f"The square of {i} is {i * i}.\n" for i in range(200))
     (tmp_path / "text.txt").write_text(words)
     data = str(tmp_path / "text.txt")
-    lessons = open_dataset(data, tokenizer, 16, 2, 0, "off", lambda done, of: None)
-    lessons.opening = "The first words"
+    dataset = open_dataset(data, tokenizer, 16, 2, 0, "off", lambda done, of: None)
+    dataset.opening = "The first words"
 
     def take(**asked: Any) -> str:
         told = io.StringIO()
         with Display(9, Console(file=told, soft_wrap=True, highlight=False)) as display:
             run = Run.create(tmp_path / "run")
             options = TrainConfig(max_tokens=4, **asked)
-            job = Job(run, config, options, lessons, tokenizer, display, began=0.0)
-            Samples(job).take(2, weights_of(lively(config)))
+            job = Job(run, config, options, dataset, tokenizer, display, began=0.0)
+            Samples(job).take(2, weights_of(random_model(config)))
         return told.getvalue()
 
     return take

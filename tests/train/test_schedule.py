@@ -9,7 +9,7 @@ import pytest
 
 from lechat_jax.train import schedule
 from lechat_jax.train.options import TrainConfig
-from lechat_jax.train.schedule import Timetable
+from lechat_jax.train.schedule import Schedule
 
 CALL = 4  # steps
 Pace = Callable[[float], float]  # seconds of a step, by the time
@@ -37,12 +37,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return machine
 
 
-def rate(table: Timetable, step: int) -> float:
-    first, end, cooldown = (float(np.asarray(number)) for number in table.schedule(step))
+def rate(table: Schedule, step: int) -> float:
+    first, end, cooldown = (float(np.asarray(number)) for number in table.rate_at(step))
     return max(0.0, min((step - first + 1) / 10, (end - step) / cooldown, 1.0))
 
 
-def train(table: Timetable, machine: Machine, step: int = 0) -> dict[int, float]:
+def train(table: Schedule, machine: Machine, step: int = 0) -> dict[int, float]:
     """The rates of all steps; afterwards the time is that of the end, all that comes then included.
 
     Validation, a sample and a checkpoint are worth 3, 2 and 1 steps, and the last validation 40.
@@ -84,7 +84,7 @@ PACES: dict[str, Pace] = {
 @pytest.mark.parametrize("pace", PACES.values(), ids=PACES.keys())
 def test_minutes_are_kept_within_5_percent(pace: Pace, machine: Machine) -> None:
     machine.pace = pace
-    table = Timetable(TrainConfig(minutes=5.0), steps_per_epoch=1e6)
+    table = Schedule(TrainConfig(minutes=5.0), steps_per_epoch=1e6)
     rates = train(table, machine)
     assert machine.now == pytest.approx(300, rel=0.05)
     # And the rate rises, stays and falls to nothing, without a jump.
@@ -99,43 +99,43 @@ def test_a_run_that_resumes_takes_each_step_as_it_was_planned(at: int, machine: 
     """On another machine, however slow, and from whichever checkpoint."""
     options = TrainConfig(minutes=5.0)
     machine.pace = PACES["a hog comes after two minutes"]
-    table = Timetable(options, 1e6)
+    table = Schedule(options, 1e6)
     rates = train(table, machine)
     assert len(table.plans) > 2, "it was planned anew on the way"
     stored = [plan._asdict() for plan in table.plans]
     machine.pace = lambda now: 7.0
-    again = Timetable(dataclasses.replace(options, steps=table.total), 1e6, stored)
+    again = Schedule(dataclasses.replace(options, steps=table.total), 1e6, stored)
     assert train(again, machine, at) == {step: rates[step] for step in range(at, len(rates))}
     assert [plan._asdict() for plan in again.plans] == stored
 
 
 def test_steps_that_were_asked_for_are_taken_whatever_they_take(machine: Machine) -> None:
     machine.pace = lambda now: now
-    table = Timetable(TrainConfig(steps=60), 1e6)
+    table = Schedule(TrainConfig(steps=60), 1e6)
     assert len(train(table, machine)) == 60
     assert len(table.plans) == 1
 
 
 def test_passes_over_the_text_end_a_run_before_its_minutes(machine: Machine) -> None:
-    table = Timetable(TrainConfig(minutes=5.0, max_epochs=3.0), steps_per_epoch=20.0)
+    table = Schedule(TrainConfig(minutes=5.0, max_epochs=3.0), steps_per_epoch=20.0)
     assert len(train(table, machine)) == 60
 
 
 def test_a_finished_run_rises_stays_and_falls_again(machine: Machine) -> None:
-    table = Timetable(TrainConfig(steps=100), 1e6)
+    table = Schedule(TrainConfig(steps=100), 1e6)
     first = train(table, machine)
     table.extend(100, steps=200, minutes=None)
     second = train(table, machine, 100)
-    whole = train(Timetable(TrainConfig(steps=200), 1e6), machine)
+    whole = train(Schedule(TrainConfig(steps=200), 1e6), machine)
     assert list(second) == list(range(100, 300))
     assert list(second.values()) == list(whole.values())
-    again = Timetable(TrainConfig(), 1e6, [plan._asdict() for plan in table.plans])
+    again = Schedule(TrainConfig(), 1e6, [plan._asdict() for plan in table.plans])
     assert train(again, machine, 40) == {s: r for s, r in (first | second).items() if s >= 40}
     assert [again.every("eval", step) for step in (50, 150)] == [10, 20]
 
 
 def test_a_finished_run_is_trained_for_more_minutes(machine: Machine) -> None:
-    table = Timetable(TrainConfig(steps=100), 1e6)
+    table = Schedule(TrainConfig(steps=100), 1e6)
     train(table, machine)
     machine.now = 8.0  # of another process
     table.extend(100, steps=None, minutes=2.0)

@@ -264,7 +264,7 @@ def settle(model: Transformers, prompts: Prompts, may_compile: bool) -> dict[str
 
 
 @contextlib.contextmanager
-def reading(model: Transformers, prompts: Prompts) -> Iterator[None]:
+def fastest_prefill(model: Transformers, prompts: Prompts) -> Iterator[None]:
     """Within it, transformers' prefill uses the attention that is faster for such prompts."""
     before = model.mode, model.note
     tried = [prompt[:READ_TRIAL] for prompt in prompts]

@@ -13,7 +13,7 @@ from torch import nn
 
 from parity.bench.learners.lechat import FOREVER, AdamW, NotCompiled, Setup
 from parity.bench.work import first_line
-from parity.measure import in_turn
+from parity.measure import interleaved
 from parity.peers import lechat_torch as lechat_torch_peer
 from parity.peers import transformers as transformers_peer
 from parity.peers.pytorch import device
@@ -156,7 +156,7 @@ def fastest_attention(setup: Setup) -> Chosen:
     names: tuple[AttentionName, ...] = ("eager", "sdpa")
     for name in names:
         seconds(name)
-    times = in_turn({name: lambda name=name: seconds(name) for name in names}, PROBES)
+    times = interleaved({name: lambda name=name: seconds(name) for name in names}, PROBES)
     best, other = sorted(names, key=lambda name: statistics.median(times[name]))
     ratio = statistics.median(times[other]) / statistics.median(times[best])
     return Chosen(best, f"{best} attention takes a step {ratio:.2f} times as fast as {other} here")

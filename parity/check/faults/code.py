@@ -77,21 +77,23 @@ def _sine_for_cosine(right: Callable) -> Callable:
 def _keys_one_late(right: Callable) -> Callable:
     """Queries are rotated by the position before theirs, so each key is one further away."""
 
-    def call(self: mistral.Attention, x: Array, turn: rope.Turns, mix: Any, memory: Any) -> Any:
+    def call(
+        self: mistral.Attention, x: Array, angles: rope.Rotations, mix: Any, memory: Any
+    ) -> Any:
         def later(q: Array, k: Array, v: Array, memory: Any) -> Any:
-            first = rope.Rotation(turn.k.cos[:, 1:2], -turn.k.sin[:, 1:2])  # of one position, back
+            first = rope.Rotation(angles.k.cos[:, 1:2], -angles.k.sin[:, 1:2])  # back by one
             return mix(rope.rotate(q, first), k, v, memory)
 
-        return right(self, x, turn, later if x.shape[1] > 1 else mix, memory)
+        return right(self, x, angles, later if x.shape[1] > 1 else mix, memory)
 
     return call
 
 
 def _float32_angles(right: Callable) -> Callable:
-    def turns(positions: Array, config: Any, dtype: Any) -> rope.Turns:
+    def rotations(positions: Array, config: Any, dtype: Any) -> rope.Rotations:
         return jax.tree.map(lambda x: x.astype(dtype), right(positions, config, "float32"))
 
-    return turns
+    return rotations
 
 
 def _rms_norm(f: Callable[[Array, Array, float], Array]) -> Callable[[Callable], Callable]:
@@ -114,21 +116,21 @@ def _centred(x: Array) -> Array:
 
 
 def _block(f: Callable[..., tuple[Array, Any]]) -> Callable[[Callable], Callable]:
-    return lambda _: lambda self, x, turn, mix, memory: (*f(self, x, turn, mix, memory), None)
+    return lambda _: lambda self, x, angles, mix, memory: (*f(self, x, angles, mix, memory), None)
 
 
-def _no_residual(block: Any, x: Array, turn: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
-    x, memory = block.attn(block.attn_norm(x), turn, mix, memory)
+def _no_residual(block: Any, x: Array, angles: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
+    x, memory = block.attn(block.attn_norm(x), angles, mix, memory)
     return x + block.mlp(block.mlp_norm(x))[0], memory
 
 
-def _parallel(block: Any, x: Array, turn: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
-    mixed, memory = block.attn(block.attn_norm(x), turn, mix, memory)
+def _parallel(block: Any, x: Array, angles: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
+    mixed, memory = block.attn(block.attn_norm(x), angles, mix, memory)
     return x + mixed + block.mlp(block.mlp_norm(x))[0], memory
 
 
-def _norm_after(block: Any, x: Array, turn: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
-    mixed, memory = block.attn(x, turn, mix, memory)
+def _norm_after(block: Any, x: Array, angles: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
+    mixed, memory = block.attn(x, angles, mix, memory)
     x = x + block.attn_norm(mixed)
     return x + block.mlp_norm(block.mlp(x)[0]), memory
 
@@ -238,7 +240,9 @@ CODE = (
         "attn.0",
         (mistral.Attention, "__call__", _keys_one_late),
     ),
-    in_code("angles are float32 in a float64 run", "attn.0", (mistral, "turns", _float32_angles)),
+    in_code(
+        "angles are float32 in a float64 run", "attn.0", (mistral, "rotations", _float32_angles)
+    ),
     in_code(
         "kv heads are tiled instead of grouped",
         "attn.0",

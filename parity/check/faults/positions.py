@@ -91,10 +91,10 @@ def _smooth(_: Callable) -> Callable:
 
 
 def _keys_too(right: Callable) -> Callable:
-    def turns(*args: Any) -> rope.Turns:
-        return rope.Turns(right(*args).q, right(*args).q)
+    def rotations(*args: Any) -> rope.Rotations:
+        return rope.Rotations(right(*args).q, right(*args).q)
 
-    return turns
+    return rotations
 
 
 def _from_the_first(right: Callable) -> Callable:
@@ -156,7 +156,7 @@ POSITIONS = (
     in_code(
         "keys grow like queries",
         "attn.0",
-        (mistral, "turns", _keys_too),
+        (mistral, "rotations", _keys_too),
         base=_MINISTRAL_3,
         needs=_grows,
     ),

@@ -23,11 +23,11 @@ from parity.check.faults.positions import POSITIONS
 from parity.check.faults.weights import CONFIG, WEIGHTS
 from parity.check.oracles.lechat_jax import JaxOracle
 from parity.check.oracles.lechat_torch import TorchOracle
-from parity.check.probes import TOPICS, Model, Task
+from parity.check.probes import PROBES, Inputs, Model
 from parity.check.verdict import Fault, Stage
-from parity.check.whole_model import Exam
+from parity.check.whole_model import Comparison
 from parity.convert import names
-from parity.random_models import lively_weights
+from parity.random_models import random_weights
 
 FAULTS: tuple[Planted, ...] = (*WEIGHTS, *CONFIG, *CODE, *POSITIONS, *EXPERTS)
 
@@ -68,27 +68,27 @@ CRITERIA = (
 )
 
 
-def suite(model: Model, task: Task) -> Iterator[Fault]:
+def suite(model: Model, inputs: Inputs) -> Iterator[Fault]:
     """Each fault planted in turn, and what the check and the published tests make of it."""
-    exams: dict[tuple, Exam] = {}
+    comparisons: dict[tuple, Comparison] = {}
     fresh = _FreshModels(model.config)
     for fault in FAULTS:
         key = tuple(fault.base.items())
-        if key not in exams:
+        if key not in comparisons:
             config = dataclasses.replace(model.config, **fault.base)
-            right = Model(config, lively_weights(config)) if fault.base else model
+            right = Model(config, random_weights(config)) if fault.base else model
             is_new = config.windows != model.config.windows
-            exams[key] = Exam(right, right, Task.of(config) if is_new else task)
-        yield _found(fault, first_divergence(exams[key], fault), fresh.content(fault))
+            comparisons[key] = Comparison(right, right, Inputs.of(config) if is_new else inputs)
+        yield _found(fault, first_divergence(comparisons[key], fault), fresh.content(fault))
 
 
-def suite_of_checkpoint(model: Model, task: Task) -> Iterator[Fault | str]:
+def suite_of_checkpoint(model: Model, inputs: Inputs) -> Iterator[Fault | str]:
     """Each fault that a model can have, planted in it; of the others, their names.
 
     A model can't have a fault that its shape has no place for, nor one that changes no bit of
     what it computes: swapped norms that are both all ones, say.
     """
-    right = Exam(model, model, task)
+    right = Comparison(model, model, inputs)
     for fault in FAULTS:
         if not fault.is_possible(model.config) or _changes_no_weight(fault, model):
             yield fault.name
@@ -111,12 +111,16 @@ def _found(fault: Planted, found: Stage | None, missed_by: tuple[str, ...] = ())
     )
 
 
-def first_divergence(right: Exam, fault: Planted) -> Stage | None:
+def first_divergence(right: Comparison, fault: Planted) -> Stage | None:
     """The first stage that is not ok when lechat_jax has the fault; the rest is not computed."""
     with fault.plant(right.theirs, fault.layer) as wrong:
-        exam = Exam(wrong, right.theirs, right.task, known=right)
+        comparison = Comparison(wrong, right.theirs, right.inputs, known=right)
         is_exact = fault.dtype == "float64"
-        stages = exam.exact(transformers=False) if is_exact else exam.rounded(fault.dtype, ())
+        stages = (
+            comparison.exact(transformers=False)
+            if is_exact
+            else comparison.rounded(fault.dtype, ())
+        )
         return next((stage for stage in stages if not stage.ok), None)
 
 
@@ -130,14 +134,14 @@ def _changes_no_weight(fault: Planted, right: Model) -> bool:
         )
 
 
-def _changes_no_bit(right: Exam, fault: Planted) -> bool:
+def _changes_no_bit(right: Comparison, fault: Planted) -> bool:
     """Whether lechat_jax computes the same with the fault, to the last bit."""
     before = right.answers("jax", fault.dtype)
     with fault.plant(right.theirs, fault.layer) as wrong:
-        after = Exam(wrong, right.theirs, right.task).answers("jax", fault.dtype)
+        after = Comparison(wrong, right.theirs, right.inputs).answers("jax", fault.dtype)
         if fault.dtype != "float64":
             return np.array_equal(after.stages["norm.0"], before.stages["norm.0"])
-        return all(item.rel == 0 for topic in TOPICS for item in topic(after, before))
+        return all(result.rel == 0 for probe in PROBES for result in probe(after, before))
 
 
 class _FreshModels:

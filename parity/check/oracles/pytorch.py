@@ -14,7 +14,7 @@ from torch import nn
 from lechat_jax.config import MistralConfig
 from parity.check.oracles.interface import AdamW, Arrays, Dtype, Gradients, Stages, Trajectory
 from parity.convert import names
-from parity.convert.layouts import put_together
+from parity.convert.layouts import stacked_experts
 from parity.peers.fused_experts import Tensors, split
 from parity.peers.pytorch import device, load_state, state_dict
 
@@ -133,7 +133,7 @@ class Watched(abc.ABC, Generic[M]):
             part: to_numpy(tensors[name]).reshape(names.shape(self.config, "lechat", table[part]))
             for part, name in names.names(self.config, self.layout).items()
         }
-        return put_together(self.config, found)
+        return stacked_experts(self.config, found)
 
 
 @contextlib.contextmanager

@@ -37,10 +37,10 @@ def scientific(value: float) -> str:
     return f"{value:.1e}".replace(".0e", "e") if value and math.isfinite(value) else f"{value:g}"
 
 
-def against(column: Column) -> str:
+def pair_of(column: Column) -> str:
     """Who is judged by whom.
 
-    >>> against(("float64", ("jax", "torch"))), against(("float32", ("jax", "torch")))
+    >>> pair_of(("float64", ("jax", "torch"))), pair_of(("float32", ("jax", "torch")))
     ('jax against torch', 'jax against torch float64')
     """
     dtype, (judged, oracle) = column
@@ -73,7 +73,7 @@ def describe(stage: Stage) -> str:
     position = "" if stage.position is None else f", position {stage.position}"
     model = f" of {stage.model}" if stage.model else ""
     return (
-        f"{stage.stage}{layer}{model}{position}, {stage.dtype}, {against(column_of(stage))}: "
+        f"{stage.stage}{layer}{model}{position}, {stage.dtype}, {pair_of(column_of(stage))}: "
         f"rel {scientific(stage.rel)}, budget {scientific(stage.budget)}"
     )
 

@@ -26,7 +26,6 @@ from parity.check.reports.text import (
     FAULT_HEADER,
     Column,
     Report,
-    against,
     cell,
     clean,
     column_of,
@@ -35,6 +34,7 @@ from parity.check.reports.text import (
     fault_line,
     fold,
     good,
+    pair_of,
     remarks,
     scientific,
     sentence,
@@ -187,7 +187,7 @@ def write_markdown(path: Path, report: Report) -> None:
         parts.append(_markdown_table(*_fault_lines(report)))
     elif report.stages:
         names = columns(report.stages)
-        header = ["stage", *(f"{dtype}: {against((dtype, pair))}" for dtype, pair in names)]
+        header = ["stage", *(f"{dtype}: {pair_of((dtype, pair))}" for dtype, pair in names)]
         lines = (
             [stage, *(" ".join(cell(row.get(name))) for name in names)]
             for stage, row in fold(report.stages).items()
@@ -208,7 +208,7 @@ def _stage_tables(console: Console, verdict: Verdict) -> Iterator[Table]:
     for names in _pages(columns(verdict.stages), console.width):
         table = _table(console, ["stage"])
         for name in names:
-            lines = f"{name[0]}\n{against(name)}".replace("against ", "against\n")
+            lines = f"{name[0]}\n{pair_of(name)}".replace("against ", "against\n")
             table.add_column(Text(lines))
         for stage, row in rows.items():
             cells = []
@@ -232,7 +232,7 @@ def _pages(names: Sequence[Column], width: int) -> Iterator[Sequence[Column]]:
 
 def _cases(verdict: Verdict) -> Iterator["_Case"]:
     for stage in _as_executed(verdict):
-        group = f"parity.{stage.dtype}.{against(column_of(stage))}"
+        group = f"parity.{stage.dtype}.{pair_of(column_of(stage))}"
         group += f".{stage.model}" if stage.model else ""
         note = "\n".join(filter(None, (stage.note, verdict.hint)))
         yield _Case(group, stage.label, "" if stage.ok else describe(stage), note)
@@ -255,7 +255,7 @@ def _as_executed(verdict: Verdict) -> list[Stage]:
 def _comparison(stage: Stage) -> list[str]:
     """One comparison: where it is, and then what `COMPARED` names."""
     return [
-        *(stage.label, stage.dtype, against(column_of(stage))),
+        *(stage.label, stage.dtype, pair_of(column_of(stage))),
         *(scientific(stage.rel), scientific(stage.budget)),
         "" if stage.position is None else str(stage.position),
         stage.note,
@@ -267,7 +267,7 @@ def _error_map(console: Console, verdict: Verdict) -> Table:
     names = columns(verdict.stages)
     table = _table(console, ["stage"])
     for name in names:
-        table.add_column(Text(f"{name[0]}\n{against(name)}"))
+        table.add_column(Text(f"{name[0]}\n{pair_of(name)}"))
     for label, row in fold(verdict.stages, by_layer=True).items():
         table.add_row(label, *(_share(row[name]) if name in row else "" for name in names))
     return table

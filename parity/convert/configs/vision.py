@@ -56,13 +56,13 @@ def without_vision(store: Store, where: object) -> Store:
         if name in tensors:
             raise BadInput(f"{where} has {name} twice: {one.where} and {tensors[name].where}")
         tensors[name] = one
-    return dataclasses.replace(store, tensors=tensors, notes=(*store.notes, said_of(left_out)))
+    return dataclasses.replace(store, tensors=tensors, notes=(*store.notes, message_of(left_out)))
 
 
-def said_of(left_out: Sequence[str]) -> str:
+def message_of(left_out: Sequence[str]) -> str:
     """A sentence on what was left out.
 
-    >>> said_of(["vision_tower.conv.weight", "vision_tower.norm.weight", "patch_merger.w"])
+    >>> message_of(["vision_tower.conv.weight", "vision_tower.norm.weight", "patch_merger.w"])
     'only the text part is read; tensors left out: 2 of vision_tower, 1 of patch_merger'
     """
     found = (VISION.match(key) for key in left_out)

@@ -14,13 +14,13 @@ import torch
 from lechat_jax.config import PRESETS, MistralConfig
 from lechat_jax.errors import BadInput
 from parity.bench import isolated
-from parity.bench.card import Card, Turn
+from parity.bench.card import Card, Process
 from parity.bench.command import main
 from parity.bench.decode import agreement
-from parity.bench.decoders import fresh_process
+from parity.bench.decoders import own_process
 from parity.bench.decoders.contestants import Contestant, Models, compare, contestants, tail
-from parity.bench.decoders.fresh_process import Folders, first_tokens, peak_bytes
 from parity.bench.decoders.lechat import IMPLS, Decoder, DtypeName, Impl, random_prompts
+from parity.bench.decoders.own_process import Folders, first_tokens, peak_bytes
 from parity.bench.decoders.torch import LechatTorch, Mode, Transformers, settle
 from parity.report import Row
 
@@ -230,7 +230,7 @@ def test_an_isolated_process_tells_its_memory(config: MistralConfig, tmp_path: P
 def test_a_start_with_compiled_programs_is_told_beside_one_without(
     config: MistralConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fresh_process, "WARM", 1)
+    monkeypatch.setattr(own_process, "WARM", 1)
     found = first_tokens(Folders(tmp_path, Models(config)), "float32", 9)
     cold, warm = found["first_token_cold_s"], found["first_token_warm_s"]
     assert cold is not None
@@ -271,16 +271,18 @@ def test_a_card_is_measured_part_by_part(tmp_path: Path) -> None:
 def test_what_fails_on_a_card_is_a_row_and_not_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(failure: str, job: object, card: Card, turn: Turn, *_: object, until: float) -> Any:
+    def run(
+        failure: str, job: object, card: Card, process: Process, *_: object, until: float
+    ) -> Any:
         """One that lacks memory for a part, one that dies, one that is stopped, one well."""
 
         def rows(*notes: str) -> list[Row]:
             return [
-                Row(*part[:1], *turn.who, *part[1:], None if note else 7.0, None, note=note)
-                for part, note in zip(turn.parts, notes, strict=False)
+                Row(*part[:1], *process.who, *part[1:], None if note else 7.0, None, note=note)
+                for part, note in zip(process.parts, notes, strict=False)
             ]
 
-        match turn.who:
+        match process.who:
             case ("transformers", _):
                 yield from rows("")
                 raise BadInput(f"{failure}: killed")
@@ -310,9 +312,9 @@ def test_what_fails_on_a_card_is_a_row_and_not_the_end(
 
 
 def test_the_most_important_comes_first_on_a_card() -> None:
-    first, *others = Card().turns()
+    first, *others = Card().processes()
     assert (first.who, first.parts[0][:2]) == (Contestant("lechat_jax", "bfloat16"), ("decode", 1))
-    assert [turn.share for turn in others] == sorted(turn.share for turn in others)
+    assert [process.share for process in others] == sorted(process.share for process in others)
     assert others[-1].share == 1
 
 

@@ -23,13 +23,13 @@ from parity.check import same_weights as against
 from parity.check.command import main
 from parity.check.oracles.lechat_jax import JaxOracle
 from parity.check.oracles.lechat_torch import TorchOracle
-from parity.check.probes import Model, Task, shortened
+from parity.check.probes import Inputs, Model, shortened
 from parity.check.same_weights import same_weights
 from parity.check.verdict import STAGES, Stage, Verdict
-from parity.check.whole_model import Exam
+from parity.check.whole_model import Comparison
 from parity.convert.open_source import open_source
 from parity.convert.source import Source
-from parity.random_models import lively_weights
+from parity.random_models import random_weights
 
 Output = pytest.CaptureFixture[str]
 
@@ -52,7 +52,7 @@ def verdict(capsys: Output, tmp_path: Path, *flags: str) -> dict[str, Any]:
 @pytest.fixture
 def one_pass_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training and generation are not looked at."""
-    monkeypatch.setattr(whole_model, "TOPICS", (probes.forward,))
+    monkeypatch.setattr(whole_model, "PROBES", (probes.forward,))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def small(tiny: MistralConfig) -> MistralConfig:
 
 @pytest.fixture(scope="module")
 def weights(small: MistralConfig) -> dict[str, np.ndarray]:
-    return lively_weights(small)
+    return random_weights(small)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_a_model_in_which_nothing_was_compared_spoils_the_verdict(
 def test_the_first_verdict_comes_as_soon_as_a_pass_was_compared(
     tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(whole_model, "TOPICS", (probes.forward, probes.prefill))
+    monkeypatch.setattr(whole_model, "PROBES", (probes.forward, probes.prefill))
     main(["--models", "mistral", "--dtypes", "float64"])
     said = capsys.readouterr().out
     # The embedding, three layers of two stages, the norm and the logits of lechat_jax.
@@ -168,8 +168,8 @@ QUICK = ("no window, a kv head each", "windows of two sizes")
 )
 def test_every_kind_of_model_is_the_same_function(small: MistralConfig, kind: str) -> None:
     config = dataclasses.replace(small, **KINDS[kind])
-    model = Model(config, lively_weights(config, seed=1))
-    asked = Exam(model, model, Task.of(config, seed=1))
+    model = Model(config, random_weights(config, seed=1))
+    asked = Comparison(model, model, Inputs.of(config, seed=1))
     stages = list(asked.exact())
     assert [stage for stage in stages if not stage.ok] == []
     assert {stage.stage for stage in stages} == set(STAGES)
@@ -245,7 +245,7 @@ def test_a_flipped_bit_and_swapped_tensors_in_a_converted_folder_are_red(
 def test_a_conversion_to_another_type_is_judged_by_what_rounding_makes_of_it(
     small: MistralConfig, tmp_path: Path, capsys: Output
 ) -> None:
-    exact = {n: w + 1e-4 for n, w in lively_weights(small).items()}  # no bfloat16 has these
+    exact = {n: w + 1e-4 for n, w in random_weights(small).items()}  # no bfloat16 has these
     source = tmp_path / "exact"
     save_weights(source, small, {n: jnp.asarray(w, jnp.float32) for n, w in exact.items()}, None)
     rounded = saved(tmp_path / "rounded", small, exact)
@@ -295,7 +295,7 @@ def test_equal_weights_of_another_config_are_another_model(
 
 def one_weight(small: MistralConfig, folder: Path, value: float) -> Source:
     """The small model in float32 whose final norm begins with that number."""
-    weights = {name: jnp.asarray(leaf) for name, leaf in lively_weights(small).items()}
+    weights = {name: jnp.asarray(leaf) for name, leaf in random_weights(small).items()}
     weights["norm.scale"] = weights["norm.scale"].at[0].set(value)
     save_weights(folder, small, weights, None)
     return open_source(str(folder))
@@ -363,7 +363,7 @@ def test_models_that_differ_in_size_are_not_compared(
     small: MistralConfig, right: str, tmp_path: Path
 ) -> None:
     deeper = dataclasses.replace(small, n_layers=3)
-    other = saved(tmp_path / "deeper", deeper, lively_weights(deeper))
+    other = saved(tmp_path / "deeper", deeper, random_weights(deeper))
     with pytest.raises(BadInput, match=r"are of different models: only one has blocks\.2"):
         main(["--checkpoint", right, "--against", other])
 
@@ -463,5 +463,5 @@ def test_the_steps_in_which_queries_grow_are_shortened(tiny: MistralConfig) -> N
     assert steps(shortened(grows, 64)) == 64
     assert steps(shortened(later, 64, beside=grows)) == 65
     assert steps(shortened(grows, 64, beside=tiny)) == 64
-    text = Task.of(dataclasses.replace(shortened(grows, 9), sliding_window=None))
+    text = Inputs.of(dataclasses.replace(shortened(grows, 9), sliding_window=None))
     assert text.tokens.shape[1] > 4 * 9

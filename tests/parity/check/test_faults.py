@@ -20,10 +20,10 @@ from parity.check.faults import suite
 from parity.check.faults.plant import Planted
 from parity.check.faults.suite import CRITERIA, FAULTS, first_divergence
 from parity.check.oracles.lechat_jax import JaxOracle
-from parity.check.probes import Model, Task
+from parity.check.probes import Inputs, Model
 from parity.check.verdict import STAGES
-from parity.check.whole_model import Exam
-from parity.random_models import lively_weights
+from parity.check.whole_model import Comparison
+from parity.random_models import random_weights
 
 # One of each stage and each place; all of them are in the slow test and in CI's own command.
 QUICK = (
@@ -46,23 +46,23 @@ QUICK = (
 )
 
 
-def exam_of(base: dict[str, Any]) -> Exam:
+def exam_of(base: dict[str, Any]) -> Comparison:
     """Two layers of the small model with these changes, and the right answers."""
     key = tuple(base.items())
     if key not in EXAMS:
         pattern = base.get("sliding_window")  # which has an entry for each layer
         n_layers = len(pattern) if isinstance(pattern, tuple) else 2
         config = dataclasses.replace(SMALL, **{**base, "n_layers": n_layers})
-        model = Model(config, lively_weights(config))
-        EXAMS[key] = Exam(model, model, Task.of(config))
+        model = Model(config, random_weights(config))
+        EXAMS[key] = Comparison(model, model, Inputs.of(config))
     return EXAMS[key]
 
 
-EXAMS: dict[tuple, Exam] = {}
+EXAMS: dict[tuple, Comparison] = {}
 
 
 @pytest.fixture
-def small() -> Exam:
+def small() -> Comparison:
     return exam_of({})
 
 
@@ -92,25 +92,25 @@ def test_a_fault_is_sought_in_models_that_can_have_it() -> None:
     assert "every layer has the window of some" not in can["ministral-3"]
 
 
-def test_a_fault_is_gone_when_it_was_looked_for(small: Exam) -> None:
+def test_a_fault_is_gone_when_it_was_looked_for(small: Comparison) -> None:
     for fault in FAULTS:
         if not fault.base:  # the others are possible in another model only
             with fault.plant(small.theirs, fault.layer):
                 pass
-    again = Exam(small.theirs, small.theirs, small.task, known=small)
+    again = Comparison(small.theirs, small.theirs, small.inputs, known=small)
     assert all(stage.ok for stage in again.exact(transformers=False))
 
 
 def test_a_fault_deep_inside_reaches_the_cached_passes_and_does_not_outlive_its_context(
-    small: Exam,
+    small: Comparison,
 ) -> None:
     """A layer over a ring is traced once for all programs: that must be forgotten, twice."""
     (softmax,) = (fault for fault in FAULTS if fault.name == "the softmax is bfloat16")
-    model, task = small.theirs, small.task
+    model, inputs = small.theirs, small.inputs
 
     def cached() -> np.ndarray:
         oracle = JaxOracle(model.config, model.weights, "float64")
-        return oracle.cached(task.tokens, task.prompt, task.chunk)
+        return oracle.cached(inputs.tokens, inputs.prompt, inputs.chunk)
 
     before = cached()
     with softmax.plant(model, softmax.layer):
@@ -132,7 +132,7 @@ def test_faults_are_planted_in_a_checkpoint_and_those_it_cannot_have_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Swapped norms that are both all ones are no fault, nor is a head that is the embedding."""
-    weights = lively_weights(config := dataclasses.replace(SMALL, n_layers=2, tied_embeddings=True))
+    weights = random_weights(config := dataclasses.replace(SMALL, n_layers=2, tied_embeddings=True))
     ones = {name: np.ones_like(leaf) for name, leaf in weights.items() if "norm" in name}
     arrays = {name: jnp.asarray(leaf) for name, leaf in (weights | ones).items()}
     save_weights(tmp_path / "model", config, arrays, None)
@@ -163,13 +163,13 @@ def test_a_fault_that_is_not_found_is_told(
 ) -> None:
     """Exit code 1, since a check that misses a fault proves nothing."""
     config = dataclasses.replace(SMALL, n_layers=1)
-    arrays = {name: jnp.asarray(leaf) for name, leaf in lively_weights(config).items()}
+    arrays = {name: jnp.asarray(leaf) for name, leaf in random_weights(config).items()}
     save_weights(tmp_path / "model", config, arrays, None)
     (fault,) = (fault for fault in FAULTS if fault.name == "keys and values are swapped")
     monkeypatch.setattr(suite, "FAULTS", [fault])
     monkeypatch.setattr(whole_model, "EXACT", 1e20)
-    monkeypatch.setattr(whole_model, "TOPICS", (probes.forward,))
-    monkeypatch.setattr(suite, "TOPICS", (probes.forward,))
+    monkeypatch.setattr(whole_model, "PROBES", (probes.forward,))
+    monkeypatch.setattr(suite, "PROBES", (probes.forward,))
     assert main(["--faults", "--checkpoint", str(tmp_path / "model")]) == 1
     assert "0 of 1 faults found" in capsys.readouterr().out
 

@@ -15,14 +15,14 @@ from jaxtyping import Array
 
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.model import mistral
-from lechat_jax.model.rope import Turns
+from lechat_jax.model.rope import Rotations
 from parity.architectures import SMALL
 from parity.check.faults.plant import in_code
 from parity.check.layer_by_layer import Part, Streamed
 from parity.check.verdict import Stage
 from parity.convert.open_source import open_source
 from parity.convert.source import Source
-from parity.random_models import lively_weights
+from parity.random_models import random_weights
 
 CONFIG = dataclasses.replace(SMALL, n_layers=5)
 TOKENS = np.arange(24) % CONFIG.vocab_size
@@ -32,7 +32,7 @@ SAMPLED = (0, 2, 4)  # the layers whose float64 truth is computed: first, middle
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = tmp_path_factory.mktemp("deep") / "model"
-    weights = {name: jnp.asarray(leaf) for name, leaf in lively_weights(CONFIG).items()}
+    weights = {name: jnp.asarray(leaf) for name, leaf in random_weights(CONFIG).items()}
     save_weights(folder, CONFIG, weights, None)
     return open_source(str(folder))
 
@@ -104,13 +104,13 @@ def test_the_size_of_all_errors_does_not_matter(source: Source) -> None:
 def test_a_fault_that_shows_far_into_a_text_alone_is_found_there(source: Source) -> None:
     """Positions that end at a thousand, as those of a table that is too short."""
 
-    def shortened(right: Callable[..., Turns]) -> Callable[..., Turns]:
-        def turns(positions: Array, *rest: Any) -> Turns:
+    def shortened(right: Callable[..., Rotations]) -> Callable[..., Rotations]:
+        def rotations(positions: Array, *rest: Any) -> Rotations:
             return right(jnp.minimum(positions, 1000), *rest)
 
-        return turns
+        return rotations
 
-    fault = in_code("positions end at a thousand", "attn.0", (mistral, "turns", shortened))
+    fault = in_code("positions end at a thousand", "attn.0", (mistral, "rotations", shortened))
     streamed = Streamed(source, source, TOKENS, (0, 32744), window=7)
     with fault.plant(streamed.part_of_head(np.zeros((48, CONFIG.dim), np.float32)).ours, 0):
         stages: list[Stage] = list(streamed.run(lambda *_: None))

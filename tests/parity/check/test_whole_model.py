@@ -26,9 +26,9 @@ from parity.check.oracles.interface import (
     Text,
     Trajectory,
 )
-from parity.check.probes import Answers, Model, Task
+from parity.check.probes import Answers, Inputs, Model
 from parity.check.verdict import Stage
-from parity.check.whole_model import Exam, rounded_once_more
+from parity.check.whole_model import Comparison, rounded_once_more
 
 CONFIG = dataclasses.replace(SMALL, n_layers=2, sliding_window=3, vocab_size=11)
 BLOCKS = ("attn.0", "mlp.0", "attn.1", "mlp.1")
@@ -112,13 +112,13 @@ class Scripted:
         return made
 
 
-class Judged(Exam):
-    """An exam whose answers are scripted; whoever is not named makes no error."""
+class Judged(Comparison):
+    """A comparison whose answers are scripted; whoever is not named makes no error."""
 
     def __init__(
         self, scripts: Mapping[str, Errors], config: MistralConfig = CONFIG, second: str = ""
     ) -> None:
-        super().__init__(Model(config, {}), Model(config, {}), Task.of(config))
+        super().__init__(Model(config, {}), Model(config, {}), Inputs.of(config))
         self.scripts, self.second = scripts, second
         self.found: dict[str, Answers] = {}
 
@@ -134,7 +134,7 @@ class Judged(Exam):
     ) -> Answers:
         if script not in self.found:
             errors = dict.fromkeys(STAGES, 0.0) | dict(self.scripts.get(script, {}))
-            self.found[script] = Answers(Scripted(name, dtype, errors, second), self.task)
+            self.found[script] = Answers(Scripted(name, dtype, errors, second), self.inputs)
         return self.found[script]
 
 
@@ -188,8 +188,8 @@ def test_none_may_be_much_more_wrong_than_the_others_are(
 
     def judged(times: float) -> set:
         errors = every(1e-3) | {stage: times * 1e-3}
-        exam = Judged(others | {f"{who} {dtype}": errors})
-        return red(list(exam.rounded(dtype)))
+        comparison = Judged(others | {f"{who} {dtype}": errors})
+        return red(list(comparison.rounded(dtype)))
 
     assert judged(0.93 * limit_of(stage)) == set()
     labels = STAGES[stage].split()
@@ -202,8 +202,8 @@ def test_in_float64_it_may_differ_by_ten_times_what_rounding_the_weights_does(
     stage: str, times: float, ok: bool
 ) -> None:
     wrong = every(1e-9) | {stage: times * 1e-9}
-    exam = Judged({"moved": every(1e-9), "jax float64": wrong})
-    found = red(list(exam.exact(transformers=False)))
+    comparison = Judged({"moved": every(1e-9), "jax float64": wrong})
+    found = red(list(comparison.exact(transformers=False)))
     assert found == (set() if ok else {(STAGES[stage], ("jax", "torch"), "float64")})
 
 
@@ -238,8 +238,8 @@ def test_what_rounding_the_weights_does_is_a_yardstick_in_each_dtype(
     moved = every(2.0**-48)
     for factor, is_red in ((0.93, False), (1.07, True)):
         wrong = {"attn.1": factor * 1.5 * 2.0**-48 * times}
-        exam = Judged({"moved": moved, f"jax {dtype}": wrong})
-        assert red(list(exam.rounded(dtype))) == (
+        comparison = Judged({"moved": moved, f"jax {dtype}": wrong})
+        assert red(list(comparison.rounded(dtype))) == (
             {("attn.1", ("jax", "torch"), dtype)} if is_red else set()
         )
 
@@ -250,8 +250,10 @@ def test_a_loss_may_be_off_by_a_few_roundings_of_float32(
     dtype: Dtype, roundings: float, ok: bool
 ) -> None:
     """It is at least that exact, in a bfloat16 run as well."""
-    exam = Judged({f"jax {dtype}": {"loss": roundings * 2.0**-24}})
-    assert red(list(exam.rounded(dtype))) == (set() if ok else {("loss", ("jax", "torch"), dtype)})
+    comparison = Judged({f"jax {dtype}": {"loss": roundings * 2.0**-24}})
+    assert red(list(comparison.rounded(dtype))) == (
+        set() if ok else {("loss", ("jax", "torch"), dtype)}
+    )
 
 
 @pytest.mark.parametrize(("stage", "fine"), [("loss", 8), ("losses", 8), ("weights", 32)])
@@ -260,8 +262,8 @@ def test_in_float64_a_number_that_nothing_averages_may_be_off_by_a_few_roundings
 ) -> None:
     """Weights by as many at each of four steps."""
     for roundings, ok in ((fine, True), (1.25 * fine, False)):
-        exam = Judged({"jax float64": {stage: roundings * 2.0**-53}})
-        found = red(list(exam.exact(transformers=False)))
+        comparison = Judged({"jax float64": {stage: roundings * 2.0**-53}})
+        found = red(list(comparison.exact(transformers=False)))
         assert found == (set() if ok else {(STAGES[stage], ("jax", "torch"), "float64")})
 
 
@@ -269,8 +271,8 @@ def test_in_float64_a_number_that_nothing_averages_may_be_off_by_a_few_roundings
 def test_a_norm_that_both_round_is_the_same_but_for_one_number_in_a_hundred(
     share: float, ok: bool
 ) -> None:
-    exam = Judged({"jax bfloat16": {"norm.0": share}})
-    found = red(list(exam.rounded("bfloat16", ())))
+    comparison = Judged({"jax bfloat16": {"norm.0": share}})
+    found = red(list(comparison.rounded("bfloat16", ())))
     assert found == (set() if ok else {("norm.0", ("jax", "torch"), "bfloat16")})
 
 
@@ -304,8 +306,8 @@ def test_a_loss_that_is_right_by_luck_is_no_yardstick(times: float, ok: bool) ->
     """It is one number, so another's is measured by the logits."""
     lucky = every(1e-3) | {"loss": 0.0}
     others = {f"{name} float32": lucky for name in ("jax", "torch", "transformers")}
-    exam = Judged(others | {"jax float32": every(1e-3) | {"loss": times * 1e-3}})
-    assert red(list(exam.rounded("float32"))) == (
+    comparison = Judged(others | {"jax float32": every(1e-3) | {"loss": times * 1e-3}})
+    assert red(list(comparison.rounded("float32"))) == (
         set() if ok else {("loss", ("jax", "torch"), "float32")}
     )
 
@@ -318,7 +320,7 @@ def test_the_prompt_is_all_of_it_and_what_comes_after_is_decoded(position: str, 
         def answers(self, name: Implementation, dtype: Dtype) -> Answers:
             answers = super().answers(name, dtype)
             if name == "jax":
-                n = answers.task.prompt
+                n = answers.inputs.prompt
                 answers.cached = answers.cached.copy()
                 answers.cached[:, {"first": 0, "last read": n - 1, "after": n}[position]] *= 1.1
             return answers

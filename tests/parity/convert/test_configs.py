@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from lechat_jax.config import PRESETS, Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
 from lechat_jax.model.rope import rotation
-from lechat_torch.rotary import turns
+from lechat_torch.rotary import rotations
 from parity.convert.configs.hugging_face import from_hugging_face, to_hugging_face
 from parity.convert.configs.mistral import from_params, to_params
 
@@ -119,11 +119,11 @@ def test_the_speeds_of_a_stretched_model_are_those_of_transformers(name: str) ->
     ours = rotation(one, config.head_dim, config.rope_theta, "float32", config.yarn)
     np.testing.assert_allclose(np.arctan2(ours.sin, ours.cos)[0, 0], inv_freq, rtol=2e-6)
     np.testing.assert_allclose(np.hypot(ours.sin, ours.cos), length, rtol=1e-6)
-    turn = turns(
+    angles = rotations(
         torch.tensor([[1]]), config.head_dim, config.rope_theta, torch.float64, config.yarn
     )
-    np.testing.assert_allclose(turn.angle()[0, 0, 0], inv_freq, rtol=1e-6)
-    np.testing.assert_allclose(turn.abs()[0, 0, 0], length, rtol=1e-12)
+    np.testing.assert_allclose(angles.angle()[0, 0, 0], inv_freq, rtol=1e-6)
+    np.testing.assert_allclose(angles.abs()[0, 0, 0], length, rtol=1e-12)
 
 
 def test_the_released_params_are_the_preset_when_told_the_base() -> None:
