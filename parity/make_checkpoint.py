@@ -52,7 +52,7 @@ class MakeCheckpoint:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`."""
-    options = flags.parse(MakeCheckpoint, "python -m parity.make_checkpoint", __doc__ or "", argv)
+    options = flags.parse(MakeCheckpoint, "parity.make_checkpoint", __doc__ or "", argv)
     config = preset(options.preset)
     if options.layers is not None:
         if isinstance(config.sliding_window, tuple):

@@ -85,7 +85,7 @@ class Tokens(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`."""
-    options = flags.parse(Quality, "python -m parity.quality", __doc__ or "", argv)
+    options = flags.parse(Quality, "parity.quality", __doc__ or "", argv)
     with Display(None) as display:
         found = measure(options, display)
     show(found, Console(highlight=False, soft_wrap=True))

@@ -43,10 +43,7 @@ def test_every_verb_is_a_command(
     with pytest.raises(SystemExit) as ended:
         console.main()
     assert ended.value.code == 0
-    assert (
-        f"usage: python -m {console.VERBS[verb][0].removesuffix('.command')}"
-        in capsys.readouterr().out
-    )
+    assert f"usage: lechat {verb} " in capsys.readouterr().out
 
 
 def test_without_a_verb_the_verbs_are_told(

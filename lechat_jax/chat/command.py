@@ -45,7 +45,7 @@ class ChatConfig(GenerationOptions):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command `chat`: parses flags, loads the model, chats; returns the exit code."""
-    options = flags.parse(ChatConfig, "python -m lechat_jax.chat", __doc__ or "", argv)
+    options = flags.parse(ChatConfig, "lechat_jax.chat", __doc__ or "", argv)
     sampling = options.sampling
     _check(options)
     note(f"loading {options.folder}")

@@ -27,7 +27,12 @@ OF_THE_DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, 
 OF_THE_DISK |= {getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
-def parse(options: type[Args], prog: str, description: str, argv: Sequence[str] | None) -> Args:
+def program(module: str) -> str:
+    """Name of the running command in its usage line: `lechat VERB`, or `python -m MODULE`."""
+    return sys.argv[0] if sys.argv[0].startswith("lechat ") else f"python -m {module}"
+
+
+def parse(options: type[Args], module: str, description: str, argv: Sequence[str] | None) -> Args:
     """Parses `argv` (or `sys.argv`) into an options dataclass; flags are in kebab-case.
 
     The `Attributes` of the dataclass are the flags' help; bad flags exit with code 2. A field
@@ -43,7 +48,7 @@ def parse(options: type[Args], prog: str, description: str, argv: Sequence[str] 
         argv = with_recipe(argv, [*fields], switches)
     read = tyro.cli(
         without_empty_defaults(options),
-        prog=prog,
+        prog=program(module),
         description=description,
         args=argv,
         config=(

@@ -275,7 +275,7 @@ def _figures(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`."""
-    options = flags.parse(EvalConfig, "python -m lechat_jax.eval", __doc__ or "", argv)
+    options = flags.parse(EvalConfig, "lechat_jax.eval", __doc__ or "", argv)
     enable_compilation_cache()
     with Display(None) as display:
         found = measure(options, display)

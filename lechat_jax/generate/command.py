@@ -60,7 +60,7 @@ class GenerateConfig(GenerationOptions):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command `generate`: parses flags, generates, prints; returns the exit code."""
-    options = flags.parse(GenerateConfig, "python -m lechat_jax.generate", __doc__ or "", argv)
+    options = flags.parse(GenerateConfig, "lechat_jax.generate", __doc__ or "", argv)
     sampling = options.sampling
     _check(options)
     enable_compilation_cache()

@@ -293,7 +293,7 @@ def foretell(asked: TrainConfig) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m lechat_jax.train`; returns the exit code."""
-    asked = cli.parse(TrainConfig, "python -m lechat_jax.train", __doc__ or "", argv)
+    asked = cli.parse(TrainConfig, "lechat_jax.train", __doc__ or "", argv)
     if asked.dry_run:
         print(foretell(asked))
         return 0

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`."""
     read = tyro.extras.subcommand_cli_from_dict(
         {name: flags.without_empty_defaults(work) for name, work in WORKS.items()},
-        prog="python -m parity.bench",
+        prog=flags.program("parity.bench"),
         description=__doc__,
         args=argv,
         config=(tyro.conf.DisallowNone,),

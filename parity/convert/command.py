@@ -103,7 +103,7 @@ class Convert:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`."""
-    options = flags.parse(Convert, "python -m parity.convert", __doc__ or "", argv)
+    options = flags.parse(Convert, "parity.convert", __doc__ or "", argv)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     check_destination(options)
     source = open_source(

@@ -40,7 +40,7 @@ class Options:
 
 
 def parse(*argv: str) -> Options:
-    return flags.parse(Options, "python -m coffee", "Makes coffee.", argv)
+    return flags.parse(Options, "coffee", "Makes coffee.", argv)
 
 
 def exit_code(work: Callable[[], object]) -> int | str | None:

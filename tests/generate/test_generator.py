@@ -370,8 +370,16 @@ def test_ten_thousand_tokens_take_the_memory_of_a_hundred() -> None:
     assert room > few + 150_000  # room for all of them would be seen
 
 
-@pytest.mark.parametrize("window", [7, None, (7, None, 3)])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(
+    ("temperature", "window"),
+    [
+        (0.0, None),
+        (0.7, 7),
+        (0.7, (7, None, 3)),
+        *(pytest.param(0.0, w, marks=pytest.mark.slow) for w in (7, (7, None, 3))),
+        pytest.param(0.7, None, marks=pytest.mark.slow),
+    ],
+)
 def test_guessing_ahead_changes_nothing_but_the_time(
     tiny: MistralConfig, window: Any, temperature: float
 ) -> None:
@@ -521,7 +529,7 @@ def test_rows_of_a_later_batch_are_drawn_as_if_all_had_been_one(made: Generator)
     [
         {},
         pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
-        {"quantize": "int8"},
+        pytest.param({"quantize": "int8"}, marks=pytest.mark.slow),
         pytest.param({"draft": 3}, marks=pytest.mark.slow),
     ],
 )

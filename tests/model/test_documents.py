@@ -79,7 +79,7 @@ def budget(dtype: str, expected: np.ndarray) -> float:
 @pytest.mark.parametrize(
     ("backend", "dtype", "kind"),
     [
-        ("dense", "float64", "mistral"),
+        pytest.param("dense", "float64", "mistral", marks=pytest.mark.slow),
         ("dense", "float64", "stretched"),
         ("banded", "float64", "mistral"),
         ("splash", "float32", "mistral"),

@@ -23,7 +23,7 @@ from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.moe import Load, imbalance
 from lechat_jax.quantize.scheme import INT8, Form, form_of, numbers_of, quantize_weights
 from lechat_jax.train.step import StepOptions, gradient
-from tests.support.models import TINY_MIXTURE, random_weights
+from tests.support.models import TINY_MIXTURE, logits_of, random_weights
 
 COEFFICIENT = 0.3  # of the auxiliary loss, so large that it matters
 
@@ -174,7 +174,7 @@ def test_a_quantised_mixture_is_the_one_of_its_numbers_and_its_router_is_whole(
         name: leaf.shape for name, leaf in weight_shapes(in_groups, form).items()
     }
     assert weights["blocks.0.mlp.router.kernel"].dtype == np.float32
-    found, expected = (bind(in_groups, of)(jnp.asarray(tokens)) for of in (weights, numbers))
+    found, expected = (logits_of(in_groups, of, tokens) for of in (weights, numbers))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
     one, other = (
         Generator(bind(in_groups, of), chunk=8, context=64).generate(
@@ -186,6 +186,7 @@ def test_a_quantised_mixture_is_the_one_of_its_numbers_and_its_router_is_whole(
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_adapters_beside_quantised_experts_learn_on_many_devices_what_they_do_on_one(
     form: Form, in_groups: MistralConfig, tokens: np.ndarray, x64: None

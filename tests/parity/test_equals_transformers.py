@@ -29,7 +29,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS)
+QUICK = ("with a window", "one kv head", "tied")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
 def test_greedy_tokens_are_those_of_transformers(tiny: MistralConfig, model: str) -> None:
     config = dataclasses.replace(tiny, n_layers=2, **MODELS[model])
     weights = random_weights(config, seed=2)

@@ -13,7 +13,7 @@ from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import load_weights, save_weights, weight_shapes
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
-from lechat_jax.model.binding import bind, weights_of
+from lechat_jax.model.binding import weights_of
 from lechat_jax.ops import matmul_int4
 from lechat_jax.ops.matmul_int4 import project_int4
 from lechat_jax.quantize import int8
@@ -26,7 +26,7 @@ from lechat_jax.quantize.scheme import (
     quantize_weights,
     scheme_for,
 )
-from tests.support.models import random_model
+from tests.support.models import logits_of, random_model
 
 
 def group(*weights: float) -> tuple[list[int], float, int]:
@@ -169,9 +169,9 @@ def test_a_model_in_int4_is_saved_loaded_and_computes_what_its_numbers_do(
         for name, leaf in plain.items()
     }
     tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 97)
-    found, expected = bind(small, made)(tokens), bind(small, meant)(tokens)
+    found, expected = logits_of(small, made, tokens), logits_of(small, meant, tokens)
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    assert float(jnp.abs(expected - random_model(small)(tokens)).max()) > 0.03
+    assert float(jnp.abs(expected - logits_of(small, plain, tokens)).max()) > 0.03
 
 
 def test_groups_divide_the_widths_or_int4_is_refused(small: MistralConfig) -> None:

@@ -18,14 +18,14 @@ from lechat_jax.checkpoint.weights import save_weights, weight_shapes
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.model.binding import bind, weights_of
+from lechat_jax.model.binding import weights_of
 from lechat_jax.quantize import int8 as module
 from lechat_jax.quantize.scheme import INT8, check_format, dequantize, quantize_weights, quantized
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import set_up
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.start import run_of
-from tests.support.models import random_model
+from tests.support.models import logits_of, random_model
 
 DTYPES = ["float32", "float64", "float16", ml_dtypes.bfloat16]
 
@@ -154,9 +154,11 @@ def test_a_model_computes_with_int8_what_it_would_with_the_weights_int8_stands_f
         if not name.endswith("kernel.scale")
     }
     tokens = jax.random.randint(jax.random.key(0), (2, 33), 0, 97)
-    found, expected = bind(tiny, in_int8)(tokens), bind(tiny, back)(tokens)
+    found, expected = logits_of(tiny, in_int8, tokens), logits_of(tiny, back, tokens)
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    distance = float(jnp.abs(expected - random_model(tiny)(tokens)).max())
+    distance = float(
+        jnp.abs(expected - logits_of(tiny, weights_of(random_model(tiny)), tokens)).max()
+    )
     assert 1e-3 < distance < 0.3, "int8 is near the weights, but not the weights"
 
 

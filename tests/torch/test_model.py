@@ -368,6 +368,7 @@ def test_the_model_is_exported_for_texts_of_any_length(
     torch.testing.assert_close(exported(tokens), model(tokens), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_model_is_compiled_as_one_graph_forward_and_backward(
     tiny: MistralConfig, unchecked: None
 ) -> None:

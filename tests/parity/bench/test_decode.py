@@ -158,6 +158,7 @@ def test_only_lechat_is_measured_in_int8_and_int4() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_guessing_ahead_is_compared_with_not_guessing(bench: Bench) -> None:
     flags = "--impl lechat_jax --tokens 4 --speculate 3".split()
     plain, none, some = bench("decode", *flags)["rows"]

@@ -91,6 +91,7 @@ def against_wrong(
     return found
 
 
+@pytest.mark.slow
 def test_a_random_model_is_the_same_function_in_all_three(
     tiny: MistralConfig, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,14 +159,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-# Of the released ones `python -m parity.check` asks the same, which `.ci/run` runs as well.
-QUICK = ("no window, a kv head each", "windows of two sizes")
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
-)
+@pytest.mark.slow  # of the released ones `python -m parity.check` asks the same
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_is_the_same_function(small: MistralConfig, kind: str) -> None:
     config = dataclasses.replace(small, **KINDS[kind])
     model = Model(config, random_weights(config, seed=1))

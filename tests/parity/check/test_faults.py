@@ -36,7 +36,6 @@ QUICK = (
     "norms scale before they round",
     "the last token has no loss",
     "the head learns from the first chunk alone",
-    "the ring is one slot short",
     "decoding starts one position late",
     "padding is seen",
     "the windows of the layers are one layer off",

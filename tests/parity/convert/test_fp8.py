@@ -19,12 +19,12 @@ from lechat_jax.checkpoint.weights import load_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
-from lechat_jax.model.binding import bind
 from lechat_jax.quantize.scheme import quantized
 from parity.convert.command import main
 from parity.convert.names import names
 from parity.convert.open_source import open_source
 from tests.support.checkpoints import random_weights, write_torch
+from tests.support.models import logits_of
 
 State = dict[str, torch.Tensor]
 
@@ -172,7 +172,7 @@ def test_an_fp8_model_computes_what_its_numbers_do(tiny: MistralConfig, tmp_path
         for ours, key in names(tiny, "hf").items()
     }
     tokens = jax.random.randint(jax.random.key(0), (1, 9), 0, 97)
-    expected = jax.nn.log_softmax(bind(tiny, weights)(tokens)[0, -1])
+    expected = jax.nn.log_softmax(logits_of(tiny, weights, tokens)[0, -1])
     (sample,) = Generator.from_checkpoint(made).generate([tokens[0].tolist()], max_tokens=1)
     assert sample.logprobs[0] == pytest.approx(float(expected[sample.ids[0]]), abs=1e-5)
 
