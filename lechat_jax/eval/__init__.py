@@ -1,1 +1,1 @@
-"""How well a model predicts a text."""
+"""Evaluation: perplexity and bits per byte of a text under a model."""

@@ -1,4 +1,4 @@
-"""Measures how well a model predicts a text: python -m lechat_jax.eval DIR --data FILE.
+"""Perplexity of a text under a model: python -m lechat_jax.eval DIR --data FILE.
 
 Each document is read on its own, in windows that overlap: of a long one, every token is scored
 once, with at least `--block` minus `--stride` tokens before it. BOS is given, and what is only
@@ -92,7 +92,7 @@ class EvalConfig:
 
 
 class Text(NamedTuple):
-    """What is scored.
+    """Documents to score, as windows of tokens.
 
     Attributes:
         name: of it, for people.
@@ -110,7 +110,7 @@ class Text(NamedTuple):
 
 
 def windows(documents: Documents, block: int, stride: int) -> Documents:
-    """The documents in pieces of up to `block + 1` tokens, one every `stride`.
+    """Splits documents into strided windows of up to `block + 1` tokens, one every `stride`.
 
     What one piece has scored counts in no other. Pieces of which nothing counts are left out.
 
@@ -136,7 +136,7 @@ def windows(documents: Documents, block: int, stride: int) -> Documents:
 
 
 def load_text(options: EvalConfig, trained: SavedModel, display: Display) -> Text:
-    """What the options name, read by the model's tokenizer.
+    """Reads and encodes the text or examples that the options name.
 
     Raises:
         BadInput: there is no such text, or no tokenizer that fits the model.
@@ -175,7 +175,7 @@ def _notes(*sentences: str) -> tuple[str, ...]:
 
 
 def _whole(data: str | None, tokenizer: Tokenizer) -> Text:
-    """All of the text that `data` names."""
+    """Encodes all of the text that `data` names."""
     found = find_texts(data)
     texts = [text for text in found.documents if text]
     if not texts:
@@ -189,7 +189,7 @@ def _whole(data: str | None, tokenizer: Tokenizer) -> Text:
 
 
 def _but_bos(documents: Documents) -> Documents:
-    """The same documents, of which the first token does not count."""
+    """Marks all tokens of the documents as counted but the first of each."""
     counted = documents.counted.copy()
     counted[documents.begins[:-1]] = False
     return documents._replace(counted=counted)
@@ -204,7 +204,7 @@ def _joined(a: Documents, b: Documents) -> Documents:
 
 
 def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
-    """The figures, as JSON types.
+    """Scores a model on documents: loss, perplexity, bits per byte, as JSON types.
 
     Raises:
         BadInput: the model or the text cannot be used.
@@ -244,7 +244,7 @@ def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
 
 
 def _shown(display: Display, block: int, began: float) -> Any:
-    """Tells the display how far scoring is, how fast it goes and how long it will take."""
+    """Progress of scoring, with rate and time left."""
 
     def show(done: int, of: int) -> None:
         rate = done / (time.perf_counter() - began)
@@ -274,7 +274,7 @@ def _figures(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; see `--help`."""
+    """Entry point of `python -m lechat_jax.eval`; returns the exit code."""
     options = flags.parse(EvalConfig, "lechat_jax.eval", __doc__ or "", argv)
     enable_compilation_cache()
     with Display(None) as display:

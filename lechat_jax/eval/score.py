@@ -1,4 +1,4 @@
-"""How well held-out text is predicted, in nats a token and in bits a byte."""
+"""Validation score: cross-entropy in nats per token, and bits per byte."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from lechat_jax.model.scoring import Forward, score
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Total nats over a number of tokens, which stand for a number of UTF-8 bytes."""
+    """Cross-entropy of a text: total nats, its tokens and its UTF-8 bytes."""
 
     nats: float
     tokens: int
@@ -28,12 +28,12 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Mean cross-entropy in nats per token."""
         return self.nats / self.tokens
 
     @property
     def bits_per_byte(self) -> float:
-        """Nats / ln 2 / bytes, which compares models whatever their tokenizers.
+        """Bits per byte, nats / ln 2 / bytes, which compares models whatever their tokenizers.
 
         >>> Score(nats=math.log(2) * 16, tokens=4, n_bytes=8).bits_per_byte
         2.0
@@ -41,7 +41,7 @@ class Score:
         return self.nats / math.log(2) / self.n_bytes
 
     def metrics(self) -> dict[str, Any]:
-        """The keys of a line of `metrics.jsonl`."""
+        """The score as keys of `metrics.jsonl`."""
         return {
             "val/loss": self.loss,
             "val/bpb": self.bits_per_byte,
@@ -51,7 +51,7 @@ class Score:
 
 
 def spread(n: int) -> Integer[np.ndarray, " rows"]:
-    """0 to n - 1 in an order of which every beginning is spread evenly (van der Corput's).
+    """Van der Corput order of 0 to n - 1: every prefix is spread evenly.
 
     So what is scored when there is no time for all depends on how much it is and on nothing else.
 
@@ -64,7 +64,7 @@ def spread(n: int) -> Integer[np.ndarray, " rows"]:
 
 
 class Validator:
-    """The score of a model on what was held out, by a softmax over the whole vocabulary.
+    """Validation of a model on held-out rows, by the exact cross-entropy.
 
     The `interim` score takes every n-th row, always the same ones; the `full` one all, or as many
     of the order `spread` as there is time for.
@@ -85,7 +85,7 @@ class Validator:
 
     @property
     def n_tokens(self) -> int:
-        """All that could be scored."""
+        """Number of tokens that can be scored."""
         return int(self.held_out.counts.sum())
 
     def full(
@@ -95,7 +95,7 @@ class Validator:
         most: int | None = None,
         enough: Callable[[], bool] = lambda: False,
     ) -> Score:
-        """The score on all rows, or on the beginning of their order.
+        """Scores all rows, or a prefix of their order.
 
         Args:
             weights: of the model.
@@ -109,7 +109,7 @@ class Validator:
         return self._score(weights, chosen, on_rows, enough)
 
     def interim(self, weights: Weights) -> Score:
-        """The score on the fixed subset."""
+        """Scores a fixed subset of the rows."""
         return self._score(weights, self.held_out.subset, lambda done, of: None, lambda: False)
 
     def _score(
@@ -148,7 +148,7 @@ class Validator:
         return Score(nats, tokens, self._bytes_of(chosen[:done]))
 
     def _bytes_of(self, rows: np.ndarray) -> int:
-        """Of these rows, which are decoded once only: the interim ones come again and again."""
+        """UTF-8 bytes of these rows, kept where an interim score asks for them again."""
         if len(rows) == len(self.held_out.rows.tokens):
             return self.held_out.n_bytes
         key = tuple(rows.tolist())

@@ -1,4 +1,4 @@
-"""Which maps of a model have an adapter, of what rank and how strong."""
+"""LoRA configuration: target modules, ranks and scales, and the initial weights."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ from lechat_jax.model.binding import Weights
 
 
 class Part(NamedTuple):
-    """The adapter of one map.
+    """LoRA adapter of one linear map: rank, scale and shapes.
 
     Attributes:
         rank: of its product.
@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """The adapters of a model, in few words where they are all alike.
+    """LoRA adapters of a model: target modules, rank and alpha, with exceptions by name.
 
     Attributes:
         rank: of each, unless `ranks` says otherwise.
@@ -69,7 +69,7 @@ class Adapters:
                 raise BadInput(f"the alpha of an adapter must be a number above 0, not {alpha}")
 
     def parts(self, config: MistralConfig) -> dict[str, Part]:
-        """The adapter of each map that has one, by the map's name, in the order of the layers.
+        """Adapter of each target, by the map's name, in the order of the layers.
 
         Raises:
             BadInput: a target is no map of such a model.
@@ -97,7 +97,7 @@ class Adapters:
         return parts
 
     def shapes(self, config: MistralConfig) -> dict[str, tuple[int, ...]]:
-        """The shape of each weight that learns, by name."""
+        """Shapes of A and B of all adapters, by name."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name, part in self.parts(config).items():
             shapes[name + LORA_A] = (part.rank, *part.reads)
@@ -105,7 +105,7 @@ class Adapters:
         return shapes
 
     def described(self, config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and type of each weight that learns, and of the scales, by name."""
+        """Shapes and dtypes of all adapter weights, scales included, by name."""
         parts = [
             *self.shapes(config).items(),
             *((name + LORA_SCALE, ()) for name in self.parts(config)),
@@ -113,7 +113,7 @@ class Adapters:
         return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in parts}
 
     def draw(self, config: MistralConfig, seed: int) -> Weights:
-        """Adapters that do nothing yet: B zero, A uniform in 1 / sqrt(its inputs).
+        """Initial adapter weights: B zero, A uniform within 1 / sqrt(its inputs).
 
         That is how PEFT begins.
         """
@@ -129,7 +129,7 @@ class Adapters:
         return weights
 
     def scales(self, config: MistralConfig) -> Weights:
-        """The weights of the adapters that do not learn."""
+        """The adapters' scales, which are not trained, by name."""
         parts = self.parts(config)
         return {name + LORA_SCALE: jnp.float32(part.scale) for name, part in parts.items()}
 
@@ -144,7 +144,7 @@ class Adapters:
 
 
 def in_short(names: Iterable[str], config: MistralConfig) -> tuple[str, ...]:
-    """The maps as targets: by the last word those that are there in every layer.
+    """Target modules in short: `q` for that map of all layers, and full names of others.
 
     >>> from lechat_jax.config import preset
     >>> names = [f"blocks.{i}.attn.v" for i in range(6)]

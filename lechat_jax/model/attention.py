@@ -46,7 +46,7 @@ def attend(
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "#B T S"],
 ) -> Float[Array, "B T N H"]:
-    """Each query's average of the values it may see, weighted by softmax(q k / sqrt(H)).
+    """Scaled dot-product attention, softmax(q k / sqrt(H)) v, with grouped queries and a mask.
 
     Query head n reads key-value head n // G; keys and values are never repeated. Scores
     and softmax are at least float32. A query that may see nothing gets the plain average
@@ -72,7 +72,7 @@ def attend_cached(
     v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T N H"]:
-    """The same as `attend`, for the few queries of a step and keys as a ring keeps them.
+    """Attention of one decoding step: `attend` for few queries, with keys in the cache's layout.
 
     All queries of a head, T times G, are the rows of one product, and nothing as large as
     the keys is moved. The keys and values may be kept in a wider type than `q`.
@@ -161,7 +161,7 @@ def _attend_in_groups(
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T N H"]:
-    """`attend` for so many rows at a time that their scores are no more than allowed.
+    """`attend` in groups of rows, whose scores fit the cache of a CPU or the allowed memory.
 
     With several groups, scores are not kept for the backward pass but made again: less
     work than writing them to memory and reading them back.
@@ -185,7 +185,7 @@ def _attend_in_groups(
 def unsupported(
     backend: str, dtype: DTypeLike, window: int | None, head_dim: int, packed: bool = False
 ) -> str | None:
-    """Why the kernel cannot compute this, as a sentence, or `None` if it can.
+    """Reason why an attention backend does not support these shapes; `None` if it does.
 
     cuDNN's limit on head_dim is 128 before Hopper, and any T will do; splash takes any
     head_dim and T. `packed` rows hold several documents.
@@ -217,7 +217,7 @@ def choose_backend(
     head_dim: int,
     packed: bool = False,
 ) -> Backend:
-    """The kernel that should be fastest for these shapes on `jax.default_backend()`.
+    """Attention backend that is fastest for these shapes on a platform.
 
     >>> choose_backend("cpu", "float32", T=128, window=64, head_dim=24)
     'banded'

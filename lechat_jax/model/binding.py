@@ -1,4 +1,4 @@
-"""The weights of a model by name, and a model around such weights without a copy."""
+"""State dict of a model: its weights by name, and a model around such weights without a copy."""
 
 import functools
 
@@ -26,7 +26,7 @@ FORMS: dict[type[tuple], tuple[str, ...]] = {
 
 
 def weights_of(model: Mistral) -> Weights:
-    """The weights by name, sharing memory with the model.
+    """State dict: a model's weights by name, sharing its memory.
 
     >>> from lechat_jax.config import preset
     >>> list(weights_of(Mistral(preset("lechat-15m"), rngs=nnx.Rngs(0))))[:3]
@@ -39,7 +39,7 @@ def weights_of(model: Mistral) -> Weights:
 
 
 def bind(config: MistralConfig, weights: Weights) -> Mistral:
-    """A model of that shape around these weights, which may be traced: no copy is made.
+    """Builds a model around these weights, which may be tracers: nothing is copied.
 
     The hot functions take the plain dict, since passing a module to a jitted function
     costs milliseconds of Python a call, and bind it inside. In which form a kernel is, and
@@ -56,7 +56,7 @@ def bind(config: MistralConfig, weights: Weights) -> Mistral:
 
 
 def shapes_of(config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """The weights that a freshly made model would have, by name, none of which is made.
+    """Shapes and dtypes of a new model's weights, by name; nothing is allocated.
 
     >>> from lechat_jax.config import preset
     >>> shapes_of(preset("lechat-15m"))["norm.scale"]
@@ -70,7 +70,7 @@ def shapes_of(config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
 def _skeleton(
     config: MistralConfig, in_float64: bool
 ) -> tuple[nnx.GraphDef[Mistral], dict[str, tuple[tuple, jax.ShapeDtypeStruct]]]:
-    """The modules, and where each weight is in them and of which shape, by name.
+    """Graph of the modules, and path and shape of each weight, by name.
 
     `in_float64` is what JAX is told just now: what is freshly made has another type in it.
     """
@@ -80,7 +80,7 @@ def _skeleton(
 
 
 def _formed(name: str, weights: Weights) -> PyTree:
-    """The weight of that name, in the form that the parts beside it tell."""
+    """Weight of that name as one object: dense, quantised or adapted, by the parts there are."""
     weight, owner = weights[name], module_of(name)
     found = {part for parts in FORMS.values() for part in parts if owner + part in weights}
     for form, parts in FORMS.items():
@@ -93,7 +93,7 @@ def _formed(name: str, weights: Weights) -> PyTree:
 
 
 def _parts(name: str, weight: PyTree) -> Weights:
-    """The arrays of a weight in its form, by name; the reverse of `_formed`."""
+    """Arrays of such an object, by name: the inverse of `_formed`."""
     parts: Weights = {}
     while isinstance(weight, tuple):
         suffixes = FORMS[type(weight)]
@@ -103,7 +103,7 @@ def _parts(name: str, weight: PyTree) -> Weights:
 
 
 class _OneKey(nnx.Rngs):
-    """Where nothing is drawn: counting draws takes three quarters of the time."""
+    """Random keys for shapes alone: drawing none saves three quarters of the time."""
 
     def __init__(self) -> None:
         self.key = nnx.data(jax.random.key(0))

@@ -1,4 +1,4 @@
-"""The rolling cache: a ring of keys and values that never grows, however long the text.
+"""Rolling KV cache: a ring buffer of keys and values that never grows with the text.
 
 The token at position p of a row lies in slot p % S of that row, together with its position,
 and `window_mask` alone decides what may be read. Before the queries of a chunk attend, all
@@ -29,7 +29,7 @@ EMPTY = -1  # the position of a slot that holds nothing, and of padding
 
 
 class Ring(NamedTuple):
-    """Keys and values of the layers that share one window, and the slots' positions.
+    """Ring buffer: keys and values of the layers that share a window, and the slots' positions.
 
     An array for each layer, heads before slots, is what attention multiplies as it lies in
     memory: one array for all layers was cut into a copy of each (XLA on a CPU).
@@ -50,7 +50,7 @@ class Ring(NamedTuple):
         return self.position.shape[1]
 
     def claim(self, positions: Int[Array, "B T"], window: Window) -> "Ring":
-        """The ring with the slots of these positions holding them; none is `EMPTY`'s.
+        """Assigns these positions to their slots; `EMPTY` gets none.
 
         Raises:
             ValueError: T is more than the ring was made for, so that a key would be
@@ -72,7 +72,7 @@ class Ring(NamedTuple):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
     ) -> "Ring":
-        """The ring with one layer's keys and values in the slots of these positions."""
+        """Writes one layer's keys and values to the slots of these positions."""
         rows, slots = self._where(positions)
         alone = slots.size == 1
         if alone:
@@ -90,11 +90,11 @@ class Ring(NamedTuple):
         )
 
     def read(self, layer: int) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """All slots of one layer, in slot order."""
+        """Keys and values of one layer, in slot order."""
         return self.k[layer], self.v[layer]
 
     def _where(self, positions: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-        """Row and slot of each position; padding's slots are distinct and not in the ring."""
+        """Row and slot of each position; padding's are out of bounds, so nothing is written."""
         B, T = positions.shape
         rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
         return rows, jnp.where(
@@ -106,7 +106,7 @@ class Ring(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """All that is kept of the tokens so far.
+    """Rolling KV cache of all layers: one ring buffer for each window.
 
     Attributes:
         rings: one for each distinct window of the model, in the order of `distinct_windows`.
@@ -116,11 +116,11 @@ class Cache(NamedTuple):
 
     @property
     def dtype(self) -> DTypeLike:
-        """Of the keys and values."""
+        """Dtype of the keys and values."""
         return self.rings[0].k[0].dtype
 
     def claim(self, config: MistralConfig, positions: Int[Array, "B T"]) -> "Cache":
-        """The cache with `positions` claimed in every ring."""
+        """Assigns `positions` to slots of every ring."""
         windows = distinct_windows(config)
         return Cache(
             tuple(
@@ -130,7 +130,7 @@ class Cache(NamedTuple):
         )
 
     def spare(self, config: MistralConfig) -> int | None:
-        """Tokens that may be taken back from the end; `None` is any number.
+        """Number of last tokens that can be rolled back; `None` is any.
 
         What so many have overwritten no later query needs, and what they left in the ring is
         overwritten in turn before a query comes that could see it.
@@ -139,12 +139,12 @@ class Cache(NamedTuple):
         return min((ring.capacity - w + 1 for ring, w in pairs if w is not None), default=None)
 
     def layer(self, place: "Place") -> Ring:
-        """The ring of a layer as if it were alone in it."""
+        """Ring of one layer, as if it were alone in it."""
         ring = self.rings[place.ring]
         return Ring((ring.k[place.layer],), (ring.v[place.layer],), ring.position)
 
     def with_layer(self, place: "Place", alone: Ring) -> "Cache":
-        """The cache in which that layer's keys and values are these."""
+        """Replaces the keys and values of one layer."""
         ring, i = self.rings[place.ring], place.layer
         k, v = (
             (*old[:i], *new, *old[i + 1 :]) for old, new in ((ring.k, alone.k), (ring.v, alone.v))
@@ -154,19 +154,19 @@ class Cache(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a layer's keys and values live."""
+    """Place of a layer's keys and values: its ring, and its row in it."""
 
     ring: int
     layer: int
 
 
 def distinct_windows(config: MistralConfig) -> tuple[Window, ...]:
-    """The windows that occur, in order of first use: one ring each."""
+    """Distinct windows in order of first use: one ring each."""
     return tuple(dict.fromkeys(config.windows))
 
 
 def places(config: MistralConfig) -> tuple[Place, ...]:
-    """The ring and the row in it of each layer of the model."""
+    """Place of each layer of the model."""
     windows = distinct_windows(config)
     return tuple(
         Place(windows.index(window), config.windows[:layer].count(window))
@@ -175,7 +175,7 @@ def places(config: MistralConfig) -> tuple[Place, ...]:
 
 
 def capacity(window: Window, chunk: int, context: int) -> int:
-    """Slots that a ring needs for chunks of up to `chunk` tokens, in whole eights.
+    """Capacity of a ring in slots for chunks of up to `chunk` tokens, a multiple of 8.
 
     Matrix units read along the slots in vectors of eight, and slowly when some are left over.
 
@@ -189,7 +189,7 @@ def capacity(window: Window, chunk: int, context: int) -> int:
 def empty_cache(
     config: MistralConfig, batch: int, chunk: int, context: int, dtype: DTypeLike
 ) -> Cache:
-    """A cache that holds nothing yet, for chunks of up to `chunk` tokens.
+    """Allocates an empty cache for chunks of up to `chunk` tokens.
 
     `context` is the number of positions that a layer without a window can hold; layers
     with one do not look at it.
@@ -207,6 +207,6 @@ def empty_cache(
 def cache_bytes(
     config: MistralConfig, batch: int, chunk: int, context: int, dtype: DTypeLike
 ) -> int:
-    """Memory that `empty_cache` takes for the same arguments, in bytes."""
+    """Size of the cache in bytes, for the arguments of `empty_cache`."""
     cache = jax.eval_shape(lambda: empty_cache(config, batch, chunk, context, dtype))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

@@ -1,4 +1,4 @@
-"""The layers that a block and the model are made of: RMSNorm, linear maps, the embedding."""
+"""Layers of the decoder: RMSNorm, linear maps, the embedding."""
 
 import math
 
@@ -12,7 +12,7 @@ from lechat_jax.ops.kernel_forms import as_form
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """RMSNorm: x / rms(x) * scale (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     Normalised in at least float32 and rounded before the product with the scale, in the
     order of both PyTorch references. That product is exact in float32, so rounding it is
@@ -26,7 +26,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """The same shape and dtype, with a root mean square of `scale`."""
+        """Normalises each position; same shape and dtype."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         rounded = (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
@@ -35,7 +35,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A linear map without bias, whose kernel has the axes it writes and then those it reads.
+    """Linear map without bias; its kernel has the output axes first, then the input axes.
 
     All positions and all axes are flattened to one matrix product. The gradient of a
     product with batch axes writes transposed copies of its operands on a CPU, which costs
@@ -57,7 +57,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """One vector of width D for each token id: the embedding, and the head.
+    """Token embedding and output head: one vector of width D for each token id.
 
     Attributes:
         dtype: of the rows of an int8 table, which have none of their own.
@@ -70,15 +70,15 @@ class Embedding(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
 
     def rows(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The vectors of these ids."""
+        """Looks up the vectors of these ids."""
         return as_form(self.kernel.get_value()).lookup(tokens, self.dtype)
 
     def matrix(self) -> Float[Array, "V D"]:
-        """All vectors; those of an int8 table are made, and are whole in memory."""
+        """The table of all vectors; an int8 one is dequantised, whole, in memory."""
         return as_form(self.kernel.get_value()).floats(self.dtype)
 
     def scores(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """The product with every vector, at least float32."""
+        """Logits: the product with every vector, at least float32."""
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
         flat = hidden.reshape(-1, hidden.shape[-1])
         y = as_form(self.kernel.get_value()).matmul(flat, wide)

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what is learned beside a kernel that stays as it is.
+"""LoRA: low-rank adapters that are trained beside a frozen kernel.
 
 A map x -> W x becomes x -> W x + scale * B A x, with A [r, *reads], B [*writes, r] and a rank r
 far below both widths (Hu et al. 2021, arXiv:2106.09685). B begins at zero, and with it the
@@ -16,7 +16,7 @@ from lechat_jax.ops.matmul import project
 
 
 class Adapted(NamedTuple):
-    """A kernel with an adapter beside it, as one more form of it, see `ops.kernel_forms`.
+    """Frozen kernel with a LoRA adapter, as one of the forms of `ops.kernel_forms`.
 
     Attributes:
         kernel: in whichever form; it does not learn.
@@ -31,7 +31,7 @@ class Adapted(NamedTuple):
     scale: Float[Array, ""]
 
     def matmul(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
-        """The kernel's product with `x` and the adapter's, each rounded to the type of `x`.
+        """Product of `x` with kernel and adapter, each rounded to the dtype of `x`.
 
         The latter is scaled before it is rounded, by a number of float32: rounded to bfloat16, a
         scale of 5/3 would be wrong by 0.2 % in all that the adapter does.

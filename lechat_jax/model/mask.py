@@ -1,4 +1,4 @@
-"""Who sees whom: the only definition of the sliding window, and of documents side by side."""
+"""Attention mask: causal sliding window, and documents that are packed into a row."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Int
 
 
 class Documents(NamedTuple):
-    """Which document each query and each key belongs to, as numbers that need no order."""
+    """Document ids of the queries and keys of a packed row, in any order."""
 
     q: Int[Array, "B T"]
     k: Int[Array, "B S"]
@@ -18,7 +18,7 @@ def window_mask(
     window: int | None,
     documents: Documents | None = None,
 ) -> Bool[Array, "B T S"]:
-    """True where a query may look: not ahead, not at an empty slot, not past the window.
+    """Causal sliding-window mask: True where a key is neither ahead, nor empty, nor too far back.
 
     A function of absolute positions only, so the same lines serve training, chunked
     prefill and a ring whose slots are in no order at all. `window` counts the keys that

@@ -47,7 +47,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], angles: Rotations, mix: Mixer[Memory], memory: Memory
     ) -> tuple[Float[Array, "B T D"], Memory]:
-        """What each position gathers from those that `mix` lets it see."""
+        """Attention output of each position; `mix` attends, over the sequence or the cache."""
         q, k, v = rotate(self.q(x), angles.q), rotate(self.k(x), angles.k), self.v(x)
         mixed, memory = mix(q, k, v, memory)
         return self.o(mixed), memory
@@ -67,14 +67,14 @@ class MLP(nnx.Module):
         self.down = Linear((D,), (F,), (F * 2 * config.n_layers) ** -0.5, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
-        """Each position on its own; there are no experts to be chosen."""
+        """Feed-forward of each position; without experts there is no load."""
         gate = self.gate(x)
         wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
         return self.down(jax.nn.silu(wide).astype(gate.dtype) * self.up(x)), None
 
 
 class Block(nnx.Module):
-    """One layer: attention, then feed-forward, each normalised before and added after."""
+    """Pre-norm transformer block: attention, then feed-forward, each with a residual."""
 
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
@@ -85,7 +85,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], angles: Rotations, mix: Mixer[Memory], memory: Memory
     ) -> tuple[Float[Array, "B T D"], Memory, Load | None]:
-        """The residual stream after this layer, the memory with its keys and values, and a load.
+        """The residual stream after this layer, its cache, and the load of its experts.
 
         That is how its experts were chosen, if it has any.
         """
@@ -96,7 +96,7 @@ class Block(nnx.Module):
 
 
 class Mistral(nnx.Module):
-    """A decoder of `config.n_layers` blocks between an embedding and a head.
+    """Mistral decoder: `config.n_layers` blocks between an embedding and a head.
 
     Freshly made, its weights are float32: normal, with the deviation that keeps the
     residual stream at the scale of the embedding, and norms of one.
@@ -121,7 +121,7 @@ class Mistral(nnx.Module):
         backend: Backend | None = None,
         first_position: int = 0,
     ) -> Float[Array, "B T V"]:
-        """Logits of the token that follows each position of whole sequences."""
+        """Next-token logits at each position of whole sequences."""
         return self.logits(self.hidden(tokens, backend, first_position))
 
     def hidden(
@@ -132,7 +132,7 @@ class Mistral(nnx.Module):
         documents: Int[Array, "B T"] | None = None,
         remat: Remat = "none",
     ) -> Float[Array, "B T D"]:
-        """What the head reads at each position of whole sequences.
+        """Final hidden states of whole sequences, which the head reads.
 
         `backend` names the attention kernel; `None` takes the best for the platform. The
         sequences start at `first_position`, and nothing before it is seen. With `documents`,
@@ -150,7 +150,7 @@ class Mistral(nnx.Module):
         documents: Int[Array, "B T"] | None = None,
         remat: Remat = "none",
     ) -> tuple[Float[Array, "B T D"], Load | None]:
-        """`hidden`, and how the experts of all layers were chosen, if there are any."""
+        """`hidden`, and the summed load of the experts of all layers, if there are any."""
         x = self.embed.rows(tokens)
         place = jnp.arange(tokens.shape[1])[None] if documents is None else positions_in(documents)
         angles = rotations(first_position + place, self.config, x.dtype)
@@ -165,7 +165,7 @@ class Mistral(nnx.Module):
     def extend(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """What the head reads at each new position, and the cache with them in it.
+        """Final hidden states of new positions, and the cache with them in it.
 
         A position of `EMPTY` is padding, which nothing will see. T must fit the chunk that
         the cache was made for, and a row's T positions must be one after the other.
@@ -184,7 +184,7 @@ class Mistral(nnx.Module):
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """The head's score of every token id, at least float32."""
+        """Logits of final hidden states, at least float32."""
         return self.head.scores(hidden)
 
 
@@ -194,7 +194,7 @@ def _applied(
     angles: Rotations,
     mix: Mixer[None],
 ) -> tuple[Array, Load | None]:
-    """A layer on whole sequences, which has no memory, and whatever stands for it."""
+    """Block on whole sequences, without a cache."""
     x, _, load = block(x, angles, mix, None)
     return x, load
 
@@ -222,7 +222,7 @@ def _extended(
     ring: Ring,
     mask: Bool[Array, "B T S"],
 ) -> tuple[Float[Array, "B T D"], Ring]:
-    """A layer on new positions, for which its ring is claimed."""
+    """Block on new positions, whose slots are assigned already."""
     mix = functools.partial(_mix_cached, positions=positions, mask=mask)
     x, ring, _ = nnx.merge(graph, state)(x, angles, mix, ring)
     return x, ring

@@ -1,4 +1,4 @@
-"""A mixture of experts (Mixtral, arXiv:2401.04088, section 2): several feed-forwards in a layer.
+"""Sparse mixture of experts (Mixtral, arXiv:2401.04088, section 2) in place of a feed-forward.
 
 A router scores them for each token, the best few are applied, and what they make is added up
 in shares that are the softmax of those scores. No token is dropped, whatever the others
@@ -24,7 +24,7 @@ from lechat_jax.ops.matmul import from_bits
 
 
 class Load(NamedTuple):
-    """How tokens were spread over the experts; loads of several layers or texts are added.
+    """Expert load: how tokens were spread over the experts; loads of layers or texts add up.
 
     Attributes:
         chosen: tokens that chose an expert.
@@ -38,7 +38,7 @@ class Load(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Which experts a token is for.
+    """Routing of each token: its experts and their weights.
 
     Attributes:
         experts: their numbers, the best first.
@@ -52,7 +52,7 @@ class Routing(NamedTuple):
 
 
 class Router(nnx.Module):
-    """Scores of the experts, in at least float32: rounded, near ties would fall either way."""
+    """Router: scores the experts in at least float32; rounded, near ties would fall either way."""
 
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
         D, E = config.dim, config.n_experts
@@ -60,7 +60,7 @@ class Router(nnx.Module):
         self.n_chosen = config.n_experts_per_token
 
     def __call__(self, x: Float[Array, "T D"]) -> Routing:
-        """The best experts of each token; of two that are equal, the first."""
+        """Top-k experts of each token; of two that are equal, the first."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
         kernel = from_bits(self.kernel[...]).astype(wide)
         scores = jnp.einsum("TD,ED->TE", x.astype(wide), kernel, precision="highest")
@@ -72,14 +72,14 @@ class Router(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """One linear map for each expert, as one kernel."""
+    """Linear maps of all experts, stacked to one kernel."""
 
     def __init__(self, E: int, writes: int, reads: int, std: float, *, rngs: nnx.Rngs) -> None:
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (E, writes, reads)))
 
 
 class Experts(nnx.Module):
-    """Feed-forwards of one shape, see `MLP`; each has rows of its own to work on."""
+    """Experts: feed-forwards of one shape, see `MLP`, each for the rows routed to it."""
 
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
         E, D, F = config.n_experts, config.dim, config.hidden_dim
@@ -89,14 +89,14 @@ class Experts(nnx.Module):
 
 
 class Mixture(nnx.Module):
-    """The feed-forward of a layer with experts."""
+    """Mixture-of-experts layer: router and experts."""
 
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
         self.router = Router(config, rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Load]:
-        """Each position on its own, and how the positions chose."""
+        """Weighted sum of the chosen experts at each position, and the load."""
         flat = x.reshape(-1, x.shape[-1])
         routing = self.router(flat)
         maps = (self.experts.gate, self.experts.up, self.experts.down)
@@ -111,7 +111,7 @@ def _mixed(
     experts: Int[Array, "T chosen"],
     shares: Float[Array, "T chosen"],
 ) -> Float[Array, "T D"]:
-    """What these experts add up to, at least float32; numbers beyond theirs are of others."""
+    """Weighted sum of the experts of one device, at least float32; other ids add nothing."""
     gate, up, down = kernels
     E, (T, n_chosen) = len(jax.tree.leaves(gate)[0]), experts.shape
     flat = experts.reshape(-1)
@@ -134,7 +134,7 @@ def _mixed(
 def permuted(
     rows: Float[Array, "T D"], order: Int[Array, " T"], back: Int[Array, " T"]
 ) -> Float[Array, "T D"]:
-    """`rows[order]`, whose gradient is put back by `back`, the inverse, and not added up.
+    """`rows[order]`, whose gradient is a gather by the inverse `back`, not a scatter-add.
 
     >>> rows, order = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([1, 2, 0])
     >>> permuted(rows, order, jnp.argsort(order)).ravel().tolist()
@@ -149,7 +149,7 @@ permuted.defvjp(
 
 
 def imbalance(load: Load) -> Float[Array, ""]:
-    """E times the sum over experts of their part of the choices and of the softmax.
+    """Load-balancing loss: E times the sum over experts of their share of choices times softmax.
 
     It is the number of experts per token when all are chosen alike, and more when some are
     preferred (Switch Transformer, arXiv:2101.03961, equations 4 to 6; `transformers` adds it

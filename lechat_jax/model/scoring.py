@@ -20,7 +20,7 @@ from lechat_jax.ops.remat import Remat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forward:
-    """How a loss is computed, which a compiled program is specialised to.
+    """Static options of the loss: dtype, attention, remat, mesh.
 
     Attributes:
         dtype: of activations and matrix products; weights stay as they are stored.
@@ -50,7 +50,7 @@ def total_nats(
     share: Float[Array, "B T"],
     documents: Int[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
-    """Sum over all positions of share * -log p(target), computed in `options.dtype`.
+    """Weighted cross-entropy: the sum over all positions of share * -log p(target), in nats.
 
     `documents` are those of the inputs, where a row holds several. Kernels that are quantised
     stay so.
@@ -71,7 +71,7 @@ def _nats(
     share: Array,
     documents: Array | None,
 ) -> Array:
-    """`total_nats` of the rows that one device has."""
+    """`total_nats` of the rows of one device."""
     model = bind(config, {name: _cast(name, leaf, options) for name, leaf in weights.items()})
     hidden, load = model.routed(inputs, options.backend, documents=documents, remat=options.remat)
     head = model.head.matrix()
@@ -91,7 +91,7 @@ def _usual_chunk(config: MistralConfig) -> int:
 
 
 def _share_of_imbalance(options: Forward, load: Load) -> Float[Array, ""]:
-    """What one device adds; the rows of all count."""
+    """Load-balancing loss of one device's rows, of the load of all rows."""
     n_devices = 1
     if options.mesh is not None:
         n_devices = options.mesh.shape[ROWS]
@@ -113,6 +113,6 @@ def score(
     counted: Bool[Array, "B T"],
     documents: Int[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
-    """Total nats of the counted targets, each given what precedes it in its document."""
+    """Total nats of the counted targets, each conditioned on its document before it."""
     share = counted.astype(jnp.float32)
     return total_nats(config, options, weights, inputs, targets, share, documents)
