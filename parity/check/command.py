@@ -21,7 +21,7 @@ from parity.peers.installed import need
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; see `--help`. Returns 0 for equal and 1 for different."""
+    """Entry point of `python -m parity.check`; returns 0 for equal and 1 for different."""
     options = flags.parse(CheckConfig, "parity.check", __doc__ or "", argv)
     check_writable(options.json, options.junit, options.markdown, options.html)
     need("torch", "transformers", "xformers")

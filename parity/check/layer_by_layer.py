@@ -1,4 +1,4 @@
-"""A checkpoint of any size, checked a layer at a time on a machine that could not hold it.
+"""Layer-by-layer check of a checkpoint of any size, with one layer in memory.
 
 Each layer is run as a model of its own, one layer deep: what enters it is that model's
 embedding table, and the ids are 0, 1, 2, ... So every implementation runs its whole forward
@@ -40,7 +40,7 @@ BOTH = 2  # two results that are each off by one rounding are apart by less than
 
 
 class Part(NamedTuple):
-    """A layer, or the head, as two small models, and which of its stages count.
+    """A layer, or the head, as a small model on both sides, and the stages to compare.
 
     Attributes:
         ours: what lechat_jax is given.
@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A stage that was not ok: in which part, what that part calls it, and in which text."""
+    """A failed stage: its part, its label there, and the text's first position."""
 
     part: Part
     inner: str
@@ -63,7 +63,7 @@ class Failed(NamedTuple):
 
 
 class Streamed:
-    """Two checkpoints side by side, or one with itself, layer by layer.
+    """Comparison of two checkpoints, or of one with itself, layer by layer.
 
     Attributes:
         tokens: the ids of the text.
@@ -90,13 +90,13 @@ class Streamed:
 
     @property
     def ids(self) -> Int[np.ndarray, "texts T"]:
-        """The ids by which a small model finds each text in its embedding."""
+        """Token ids by which a small model looks up each text in its embedding."""
         return np.arange(len(self.first_positions) * self.tokens.size).reshape(
             len(self.first_positions), -1
         )
 
     def run(self, say: Say) -> Iterator[Stage]:
-        """Every comparison, as it is made; `say` is told how many layers are done."""
+        """Yields every comparison as it is made; `say` is called with the number of layers done."""
         n = self.theirs.config.n_layers
         ours, theirs = (
             _float32(source.read("embed.kernel")[self.tokens])
@@ -117,7 +117,7 @@ class Streamed:
         say("layer", n, n)
 
     def part_of_layer(self, i: int, stream: Float[np.ndarray, "rows D"]) -> Part:
-        """Layer i between an embedding that is the stream, and a head that is nothing."""
+        """Model of layer i alone: its embedding is the residual stream, its head is trivial."""
 
         def alone(source: Source) -> Model:
             short = shortened(source.config, self.window, self.theirs.config)
@@ -139,7 +139,7 @@ class Streamed:
         return self._part(alone, {"attn.0": f"attn.{i}", "mlp.0": f"mlp.{i}"})
 
     def part_of_head(self, stream: Float[np.ndarray, "rows D"]) -> Part:
-        """The final norm and the head, behind a layer so small that it adds nothing."""
+        """Model of the final norm and the head, behind a layer that adds nothing."""
 
         def alone(source: Source) -> Model:
             V = max(source.config.vocab_size, len(stream))
@@ -173,7 +173,7 @@ class Streamed:
         return Part(theirs if self.ours is self.theirs else alone(self.ours), theirs, labels)
 
     def _answers(self, part: Part, is_sampled: bool) -> list[dict[str, Stages]]:
-        """What each implementation makes of each text; one at a time is in memory."""
+        """Stages of each text by each implementation, one of which is in memory at a time."""
         oracles: dict[str, Callable[[], Oracle]] = {
             name: lambda kind=kind, model=model: self._loaded(kind, model)
             for name, kind, model in (
@@ -196,7 +196,7 @@ class Streamed:
         return TorchOracle(*part.theirs, "float64").forward(ids[None], first)
 
     def _loaded(self, kind: Callable[..., Oracle], model: Model) -> Oracle:
-        """An oracle of that kind with these weights; one of the same shape is used again."""
+        """Oracle of that kind with these weights; one of the same shape is reused."""
         key = (kind, model.config)
         if key not in self._reused:
             others = [other for other in self._reused if other[0] is kind]
@@ -223,7 +223,7 @@ class Streamed:
     def _compared(
         self, texts: dict[str, Stages], inner: str, label: str, first: int
     ) -> list[Stage]:
-        """One stage of one text: each implementation against the truth, if it is known.
+        """Compares one stage of one text: each implementation with the truth, if it is known.
 
         None may be much more wrong than the worst of the others, at positions however large,
         where the angles of all are rounded alike.
@@ -248,7 +248,7 @@ class Streamed:
 
 
 def _float32(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """The same numbers in memory of their own; PyTorch widens bfloat16 on all cores."""
+    """Copy as float32; PyTorch widens bfloat16 on all cores."""
     if x.dtype.name != "bfloat16":
         return x.astype(np.float32)
     bits = torch.from_numpy(np.array(x.view(np.int16)))

@@ -1,4 +1,4 @@
-"""What can be asked of `python -m parity.check`, and whether it makes sense."""
+"""Options of `python -m parity.check`, validated."""
 
 import dataclasses
 from pathlib import Path

@@ -77,20 +77,20 @@ class Inputs:
 
     @property
     def full_chunks(self) -> list[list[int]]:
-        """As many prompts, all but whose last token fill chunks, so that nothing is padded."""
+        """Prompts of whole chunks and one more token, so that nothing is padded."""
         parts = self.steps.reshape(-1, self.steps.shape[-1])[: len(self.prompts)]
         return parts[:, : self.chunk + 1].tolist()
 
     @property
     def context(self) -> int:
-        """Tokens of the longest text, prompt and all."""
+        """Length of the longest text in tokens, prompt included."""
         return max(map(len, (*self.prompts, *self.full_chunks))) + self.new
 
 
 def shortened(
     config: MistralConfig, window: int, beside: MistralConfig | None = None
 ) -> MistralConfig:
-    """The same model with no window longer than that, so that a short text meets its end.
+    """The model with shorter windows, so that a short text reaches past them.
 
     Nor are the steps longer in which queries grow. A length that is not the one of the model
     `beside` it is not made the same: it stays one longer or shorter.
@@ -125,7 +125,7 @@ class Answers:
 
     @functools.cached_property
     def stages(self) -> Stages:
-        """One pass over the whole sequences."""
+        """Activations and logits of one pass over whole sequences."""
         return self.oracle.forward(self.inputs.tokens)
 
     @functools.cached_property
@@ -135,7 +135,7 @@ class Answers:
 
     @functools.cached_property
     def trajectory(self) -> Trajectory:
-        """What some steps of AdamW make of the weights.
+        """Losses and weights of some steps of AdamW.
 
         Its epsilon is the root mean square of the gradients. The usual 1e-8 would make steps of
         full size of gradients that are rounding alone, in which no two right programs agree.
@@ -147,17 +147,17 @@ class Answers:
 
     @functools.cached_property
     def cached(self) -> Float[np.ndarray, "B T V"]:
-        """Logits of the same sequences read through the cache."""
+        """Logits of the same sequences, read through the KV cache."""
         return self.oracle.cached(self.inputs.tokens, self.inputs.prompt, self.inputs.chunk)
 
     @functools.cached_property
     def unpadded(self) -> list[Text]:
-        """The greedy continuations of prompts of one length."""
+        """Greedy continuations of prompts of one length."""
         return self._greedy(self.inputs.full_chunks)
 
     @functools.cached_property
     def padded(self) -> list[Text]:
-        """The greedy continuations of prompts of several lengths, in one batch."""
+        """Greedy continuations of prompts of several lengths, in one batch."""
         return self._greedy(self.inputs.prompts)
 
     def _greedy(self, prompts: Sequence[Sequence[int]]) -> list[Text]:
@@ -167,7 +167,7 @@ class Answers:
     def logits_of(
         self, prompts: Sequence[Sequence[int]], texts: Sequence[Text]
     ) -> Float[np.ndarray, "tokens V"]:
-        """The logits of every id at each new token, in one pass over each whole text."""
+        """Logits at each new token, by one pass over each whole text."""
         whole = [[*prompt, *text.ids] for prompt, text in zip(prompts, texts, strict=True)]
         T = max(map(len, whole))
         logits = self.oracle.forward(np.array([ids + [0] * (T - len(ids)) for ids in whole]))
@@ -202,12 +202,12 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What makes it comparable between implementations."""
+        """Key by which implementations are compared."""
         return self.label, self.note
 
     @property
     def yardstick(self) -> tuple[str, str]:
-        """The key of the errors that it is measured by, usually its own.
+        """Key of the errors that its budget is taken from, usually its own.
 
         A single number may be right by luck: a loss may be off by what logits are, and a token
         that the model wrote by what those are that it was given.
@@ -217,7 +217,7 @@ class Result:
         return ("logits", "") if self.label == "loss" else self.key
 
     def stage(self, name: str, dtype: str, truth: str, budget: float) -> Stage:
-        """The comparison with its budget: what `name` found in `dtype`, against `truth`."""
+        """Stage with its budget: `name` in `dtype` against `truth`."""
         stage, _, layer = self.label.partition(".")
         position = None
         if self.actual is not None and self.truth is not None and not self.rel <= budget:
@@ -238,7 +238,7 @@ Probe = Callable[[Answers, Answers], Iterator[Result]]
 
 
 def forward(found: Answers, truth: Answers) -> Iterator[Result]:
-    """The stages of one pass, from the embedding to the logits."""
+    """Compares the stages of one pass, from the embedding to the logits."""
     layers = range(sum(label.partition(".")[0] == "attn" for label in truth.stages))
     blocks = [f"{stage}.{i}" for i in layers for stage in ("attn", "mlp")]
     for label in ("embed", *blocks, "norm", "logits"):
@@ -247,13 +247,13 @@ def forward(found: Answers, truth: Answers) -> Iterator[Result]:
 
 
 def loss(found: Answers, truth: Answers) -> Iterator[Result]:
-    """The mean nats of a batch."""
+    """Compares the loss of a batch."""
     a, b = (np.array([x.gradients.loss]) for x in (found, truth))
     yield Result("loss", relative(a, b), rounding=1.0)
 
 
 def gradients(found: Answers, truth: Answers) -> Iterator[Result]:
-    """The gradient of every weight, those outside the blocks last."""
+    """Compares the gradient of every weight, those outside the blocks last."""
     wanted = truth.gradients.by_weight
     by_layer = sorted(wanted, key=lambda name: (layer_of(name) is None, layer_of(name) or 0))
     for name in by_layer:
@@ -262,7 +262,7 @@ def gradients(found: Answers, truth: Answers) -> Iterator[Result]:
 
 
 def trajectory(found: Answers, truth: Answers) -> Iterator[Result]:
-    """The losses on the way, and all weights after it."""
+    """Compares the losses of the trajectory and its final weights."""
     a, b = found.trajectory, truth.trajectory
     yield Result("trajectory", relative(a.losses, b.losses), note="losses", rounding=1.0)
     after = [np.concatenate([x.weights[name].ravel() for name in b.weights]) for x in (a, b)]
@@ -270,20 +270,20 @@ def trajectory(found: Answers, truth: Answers) -> Iterator[Result]:
 
 
 def prefill(found: Answers, truth: Answers) -> Iterator[Result]:
-    """Chunks of a prompt read through the cache, against one pass over all of it."""
+    """Compares chunked prefill through the cache with one pass."""
     a, b = (x[:, : found.inputs.prompt] for x in (found.cached, truth.stages["logits"]))
     yield Result("prefill", relative(a, b), a, b)
 
 
 def decode(found: Answers, truth: Answers) -> Iterator[Result]:
-    """Tokens read one by one past the window, then texts that the model goes on with itself."""
+    """Compares decoding past the window with one pass: given tokens, then greedy ones."""
     a, b = (x[:, found.inputs.prompt :] for x in (found.cached, truth.stages["logits"]))
     yield Result("decode", relative(a, b), a, b)
     yield _text("decode", found.inputs.full_chunks, found.unpadded, truth)
 
 
 def padding(found: Answers, truth: Answers) -> Iterator[Result]:
-    """Prompts of several lengths continued in one batch, against each on its own in one pass."""
+    """Compares a padded batch of prompts with one pass over each alone."""
     yield _text("padding", found.inputs.prompts, found.padded, truth)
 
 
@@ -294,7 +294,7 @@ PROBES: tuple[Probe, ...] = (forward, loss, gradients, trajectory, prefill, deco
 def _text(
     label: str, prompts: Sequence[Sequence[int]], texts: Sequence[Text], truth: Answers
 ) -> Result:
-    """Whether each token was the likeliest, and had the nats that one pass gives it.
+    """Compares a greedy text with one pass: its choices, and their log-probabilities.
 
     Both are measured by the size of the logits, as these are. A token that is not the likeliest
     counts by what it lacks: two that are closer than rounding may change places.

@@ -1,4 +1,4 @@
-"""The trials of `python -m parity.check`: of a random model, of checkpoints, of itself."""
+"""Runs of `python -m parity.check`: random models, checkpoints, planted faults."""
 
 import dataclasses
 import time
@@ -32,7 +32,7 @@ SHOWN = 4  # weights that differ are named in the notes; the reports name all
 
 
 def compare(options: CheckConfig, display: Display) -> Report:
-    """The verdict that the options ask for, or what became of the planted faults.
+    """Runs the check that the options ask for: a verdict, or a report on planted faults.
 
     Raises:
         BadInput: a checkpoint cannot be read, or two cannot be compared.
@@ -60,7 +60,7 @@ def _planted(options: CheckConfig, display: Display) -> FaultReport:
 
 
 def _planted_in(checkpoint: str, options: CheckConfig, display: Display) -> FaultReport:
-    """The faults that the model of a checkpoint can have, planted in it."""
+    """Plants the faults that apply to the model of a checkpoint in it."""
     source = open_source(checkpoint, rope_theta=options.rope_theta, revision=options.revision)
     if source.config.n_params > WHOLE:
         raise BadInput(
@@ -87,7 +87,7 @@ def _planted_in(checkpoint: str, options: CheckConfig, display: Display) -> Faul
 
 
 def _random(options: CheckConfig, display: Display) -> Verdict:
-    """A model of each kind: the first in every way, and of the others what is their own."""
+    """Checks a random model of each kind: the first in full, the others in one pass."""
     verdicts = []
     for kind in options.models:
         config = ARCHITECTURES[kind]
@@ -145,7 +145,7 @@ def _checkpoint(options: CheckConfig, display: Display) -> Verdict:
 
 
 def _other_config(ours: Source, theirs: Source) -> list[Stage]:
-    """A stage where the configs differ, which no weight shows: they are other functions."""
+    """Failed stage of configs that differ, which no weight shows."""
     if ours.config == theirs.config:
         return []
     note = "the configs differ"
@@ -159,7 +159,7 @@ def _read(source: Source) -> Model:
 
 
 def _differences(ours: Source, theirs: Source) -> list[str]:
-    """What can be said of two checkpoints before any number is compared."""
+    """Notes on two checkpoints before any number is compared."""
     mine, other = ours.config.to_dict(), theirs.config.to_dict()
     notes = [
         f"{key} is {mine.get(key)} in {ours.path} and {other.get(key)} in {theirs.path}"
@@ -185,7 +185,7 @@ def _whole(
     display: Display,
     probes: Sequence[Probe] = PROBES,
 ) -> Verdict:
-    """Every question, asked of models that fit into memory several times.
+    """Full comparison of models that fit into memory several times.
 
     In float64, that is; in other dtypes those of `probes`.
     """
@@ -226,7 +226,7 @@ def _whole(
 
 
 class _Progress:
-    """How far a check is, with the time left, and its first verdict as soon as there is one."""
+    """Progress of a check with the time left, and its first verdict as soon as there is one."""
 
     def __init__(self, display: Display, asked: Sequence[tuple[Dtype, Sequence[Probe]]]) -> None:
         self.display, self.began = display, time.monotonic()
@@ -235,7 +235,7 @@ class _Progress:
         self.seen: dict[tuple[str, str], None] = {}
 
     def show(self, stages: Sequence[Stage]) -> None:
-        """Tells what came last; what is asked next is not done yet."""
+        """Reports the last stage."""
         stage = stages[-1]
         if (stage.stage, stage.dtype, stage.pair) == ("logits", "float64", ("jax", "torch")):
             self._first_verdict(stages)
@@ -258,7 +258,7 @@ class _Progress:
 def _streamed(
     title: str, ours: Source, theirs: Source, options: CheckConfig, display: Display
 ) -> Verdict:
-    """Layer by layer, a text at the start and at the end of the positions."""
+    """Layer-by-layer comparison, of a text at the first and one at the last positions."""
     notes = _shortening(theirs.config, options.window)
     draw = np.random.default_rng(options.seed)
     streamed = Streamed(
@@ -301,7 +301,7 @@ def _shortening(config: MistralConfig, window: int) -> list[str]:
 
 
 def is_too_equal(stages: Sequence[Stage]) -> bool:
-    """Whether not a single bit differs between lechat_jax and lechat_torch in float64."""
+    """Whether both are equal in float64 to the last bit, as one program compared with itself is."""
     exact = [s for s in stages if s.dtype == "float64" and s.pair == ("jax", "torch")]
     return bool(exact) and all(stage.rel == 0 for stage in exact)
 

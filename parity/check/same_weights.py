@@ -1,4 +1,4 @@
-"""An existing conversion on trial: are these the same numbers?
+"""Bitwise comparison of two checkpoints' weights.
 
 What a forward pass can show of one wrong bit in seven billion weights drowns in its
 rounding, so the weights themselves are compared as well.
@@ -46,7 +46,7 @@ def rounded_as(theirs: Source, ours: Source) -> Source:
 
 
 def same_weights(ours: Source, theirs: Source, say: Say) -> Iterator[Stage]:
-    """A stage for every weight of `ours`, ok if it has the same bits in `theirs`.
+    """Compares every weight of `ours` with that of `theirs`, bit for bit.
 
     Raises:
         BadInput: a weight has another shape.
@@ -70,7 +70,7 @@ def same_weights(ours: Source, theirs: Source, say: Say) -> Iterator[Stage]:
 
 
 def _difference(a: Shaped[np.ndarray, "..."], b: Shaped[np.ndarray, "..."]) -> str:
-    """How many weights differ in a bit and where the first is, or nothing; a slab at a time."""
+    """Number of weights that differ in a bit and the first of them; empty if none does."""
     n, first = 0, None
     bits = f"u{a.dtype.itemsize}"
     rows = max(1, SLAB * len(a) // max(1, a.nbytes))
@@ -87,7 +87,7 @@ def _difference(a: Shaped[np.ndarray, "..."], b: Shaped[np.ndarray, "..."]) -> s
 
 
 def _place(name: str) -> tuple[str, int | None]:
-    """The stage in which a weight is first used.
+    """Stage and layer in which a weight is first used.
 
     >>> _place("blocks.3.mlp_norm.scale"), _place("head.kernel")
     (('mlp', 3), ('logits', None))

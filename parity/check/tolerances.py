@@ -54,7 +54,7 @@ SAME_ROUNDING = 0.01
 
 
 def relative(found: Float[np.ndarray, "..."], truth: Float[np.ndarray, "..."]) -> float:
-    """Root mean square of the difference over that of the truth; NaN if anything is no number.
+    """Relative RMS error; NaN if anything is not finite.
 
     >>> relative(np.array([3.0, 4.0]), np.array([3.0, 5.0])) == (1 / 34) ** 0.5
     True
@@ -69,7 +69,7 @@ def relative(found: Float[np.ndarray, "..."], truth: Float[np.ndarray, "..."]) -
 
 
 def flips(found: Float[np.ndarray, "..."], other: Float[np.ndarray, "..."]) -> float:
-    """The share of numbers that are not the same; NaN if anything is no number.
+    """Fraction of numbers that differ; NaN if anything is not finite.
 
     >>> flips(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 2.0, 3.5, 4.0]))
     0.25
@@ -80,7 +80,7 @@ def flips(found: Float[np.ndarray, "..."], other: Float[np.ndarray, "..."]) -> f
 
 
 def slack(label: str, note: str = "") -> float:
-    """How many times as wrong as the others one may be at that stage, in float32 and bfloat16."""
+    """Slack of a stage in float32 and bfloat16: its error over the worst of the others'."""
     if note == GREEDY:  # the worst of some tokens, in texts that need not be the same
         return FEW * SLACK
     return SLACK_OF_GRADIENTS if label.startswith("grad") else SLACK
@@ -89,7 +89,7 @@ def slack(label: str, note: str = "") -> float:
 def first_position(
     found: Float[np.ndarray, "B T ..."], truth: Float[np.ndarray, "B T ..."], budget: float
 ) -> int | None:
-    """The first T at which the error, over the size of the whole truth, exceeds the budget."""
+    """First position whose error, relative to the whole truth, exceeds the budget."""
     if found.shape != truth.shape or not (size := _rms(truth)):
         return None
     axes = tuple(axis for axis in range(truth.ndim) if axis != 1)

@@ -1,4 +1,4 @@
-"""What a parity check found: errors with their budgets, and the verdict that follows.
+"""Verdict of a parity check: stages with their errors and budgets.
 
 Standard library only, so that a script can read and judge a report without JAX or torch.
 """
@@ -11,10 +11,10 @@ STAGES = (
     *("embed", "attn", "mlp", "norm", "logits", "loss", "grad", "trajectory"),
     *("prefill", "decode", "padding"),
 )
-"""What is compared, in the order of execution; `attn` and `mlp` alternate layer by layer."""
+"""Stages in the order of execution; `attn` and `mlp` alternate layer by layer."""
 
 DTYPES = ("float64", "float32", "bfloat16")
-"""Formats of the arithmetic, the one that forgives least first."""
+"""Dtypes of the comparisons, the strictest first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Stage:
 
     @property
     def ok(self) -> bool:
-        """Whether the error is a number within the budget."""
+        """Whether the error is finite and within the budget."""
         return math.isfinite(self.rel) and bool(self.rel <= self.budget)
 
     @property
     def share(self) -> float:
-        """The error over its budget: too much above 1, infinite where one is no number."""
+        """Error over budget: too much above 1, infinite where the error is not finite."""
         if not math.isfinite(self.rel) or math.isnan(self.budget):
             return math.inf
         if self.budget <= 0:  # exact equality is asked for
@@ -68,7 +68,7 @@ class Stage:
 
     @property
     def label(self) -> str:
-        """The stage with its layer, if it has one.
+        """Label of the stage, with its layer if it has one.
 
         >>> Stage("attn", 2, "float64", ("jax", "torch"), 0.0, 1e-11).label
         'attn.2'
@@ -77,7 +77,7 @@ class Stage:
 
     @property
     def order(self) -> tuple[int, int, int, int]:
-        """Sorts stages as the model executes them, and one stage by `DTYPES`."""
+        """Sort key: by the order of execution, then by `DTYPES`."""
         layer = -1 if self.layer is None else self.layer
         step = STAGES.index(self.stage)
         # The blocks are one phase, in which the layer counts before the stage.
@@ -86,7 +86,7 @@ class Stage:
         return phase, layer, step, dtype
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison as strict JSON: what is no finite number is `None`, and not ok."""
+        """Strict JSON: what is not finite is `None`, and not ok."""
         return {
             "stage": self.stage,
             "layer": self.layer,
@@ -103,7 +103,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """All that one check compared, and on what.
+    """Verdict of one check: all its stages, and what they are of.
 
     Attributes:
         title: what was checked, in one line.
@@ -123,7 +123,7 @@ class Verdict:
 
     @property
     def equal(self) -> bool:
-        """Whether every comparison is ok; without any, nothing has been shown."""
+        """Whether every stage is ok; without any, nothing has been shown."""
         return bool(self.stages) and all(stage.ok for stage in self.stages)
 
     @property
@@ -151,7 +151,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One known fault, planted to see whether the check finds it.
+    """Result of one planted fault: whether and where the check found it.
 
     Attributes:
         name: what was changed.
@@ -171,7 +171,7 @@ class Fault:
 
     @property
     def ok(self) -> bool:
-        """Whether it was found, and where it is."""
+        """Whether it was found at the expected stage."""
         return self.detected and self.found_stage == self.expected_stage
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class Fault:
 
 @dataclasses.dataclass(frozen=True)
 class FaultReport:
-    """What became of every planted fault.
+    """Report on all planted faults.
 
     Attributes:
         faults: in the order they were planted.
@@ -201,7 +201,7 @@ class FaultReport:
 
     @property
     def all_found(self) -> bool:
-        """Whether every fault was found where it is; without any, nothing has been shown."""
+        """Whether every fault was found at its stage; without any, nothing has been shown."""
         return bool(self.faults) and all(fault.ok for fault in self.faults)
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,5 +218,5 @@ class FaultReport:
 
 
 def _number(value: float) -> float | None:
-    """A Python float, or `None` for what JSON has no number for."""
+    """Python float, or `None` if it is not finite, which JSON cannot say."""
     return float(value) if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What a divergence looks like: the planted faults, read as a dictionary.
+"""Diagnosis of a divergence by the planted faults that look alike.
 
 The right model is given each known fault in turn. If it then computes what the wrong one
 does, that is the fault, or one that nobody can tell from it.

@@ -1,4 +1,4 @@
-"""One interface to three implementations of the same model, so that they can be compared.
+"""Oracle: one interface to three implementations of the same model.
 
 Each is asked for what it makes of the same tokens under the same weights, in one dtype,
 and answers in NumPy: the two of ours, lechat_jax and lechat_torch, and transformers' own
@@ -26,7 +26,7 @@ Stages = dict[str, Float[np.ndarray, "B T ..."]]
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """The optimiser of a trajectory: every weight decays, and the rate stays the same."""
+    """AdamW of a trajectory: every weight decays, at a constant rate."""
 
     eps: float
     rate: float = 1e-3
@@ -36,21 +36,21 @@ class AdamW:
 
 
 class Gradients(NamedTuple):
-    """Mean nats a token, and its gradient by each weight, named and shaped as in lechat."""
+    """Loss in nats per token and its gradients, by lechat's names and shapes."""
 
     loss: float
     by_weight: dict[str, Float[np.ndarray, "..."]]
 
 
 class Trajectory(NamedTuple):
-    """The loss before each step, in nats a token, and the weights after the last."""
+    """Loss before each step in nats per token, and the weights after the last."""
 
     losses: Float[np.ndarray, "steps"]
     weights: dict[str, Float[np.ndarray, "..."]]
 
 
 class Text(NamedTuple):
-    """New tokens, and the nats that the model itself gave each of them."""
+    """Generated tokens and their log-probabilities."""
 
     ids: list[int]
     logprobs: list[float]
@@ -61,32 +61,32 @@ class Oracle(Protocol):
 
     @property
     def name(self) -> Implementation:
-        """Whose code runs."""
+        """Name of the implementation."""
         ...
 
     @property
     def dtype(self) -> Dtype:
-        """What it computes in."""
+        """Compute dtype."""
         ...
 
     def load(self, weights: Arrays) -> None:
-        """Takes other weights of the same shapes; nothing is compiled again."""
+        """Replaces the weights by others of the same shapes, without compiling again."""
         ...
 
     def drop(self) -> None:
-        """Lets go of its weights; `load` brings others."""
+        """Frees the weights; `load` brings others."""
         ...
 
     def forward(self, tokens: Int[np.ndarray, "B T"], first_position: int = 0) -> Stages:
-        """All stages of one pass over whole sequences."""
+        """Activations of all stages in one pass over whole sequences."""
         ...
 
     def gradients(self, rows: Int[np.ndarray, "B row"]) -> Gradients:
-        """Of the mean loss of predicting each token of a row from those before it."""
+        """Loss and gradients of next-token prediction on a batch."""
         ...
 
     def train(self, steps: Int[np.ndarray, "steps B row"], adamw: AdamW) -> Trajectory:
-        """One optimiser step for each batch of rows."""
+        """Trains one step on each batch of rows."""
         ...
 
     def cached(
@@ -98,7 +98,7 @@ class Oracle(Protocol):
     def greedy(
         self, prompts: Sequence[Sequence[int]], n: int, chunk: int, context: int
     ) -> list[Text]:
-        """The n likeliest tokens after each prompt, all prompts in one padded batch.
+        """Greedy decoding of n tokens after each prompt, in one padded batch.
 
         Prompts are read in chunks; `context` is what a layer without a window can hold.
         """

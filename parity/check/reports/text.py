@@ -1,4 +1,4 @@
-"""How a finding of the parity check is said, the same in every kind of report."""
+"""Wording of the parity check's reports, the same in every format."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from parity.check.verdict import DTYPES, STAGES, Fault, FaultReport, Stage, Verd
 Report = Verdict | FaultReport
 
 Column = tuple[str, tuple[str, str]]
-"""What stands side by side in a table: a dtype, and who is compared with whom."""
+"""Column of a table: a dtype, and the pair that is compared."""
 
 CAPTION = "Relative RMS error / its budget; of several layers, the worst."
 
@@ -27,7 +27,7 @@ def clean(text: str) -> str:
 
 
 def scientific(value: float) -> str:
-    """Two digits of a number, or one where the second is nought.
+    """Two digits of a number, or one where the second is zero.
 
     >>> scientific(0.0312), scientific(1e-11), scientific(0.0), scientific(math.nan)
     ('3.1e-02', '1e-11', '0', 'NaN')
@@ -38,7 +38,7 @@ def scientific(value: float) -> str:
 
 
 def pair_of(column: Column) -> str:
-    """Who is judged by whom.
+    """Heading of a column's pair.
 
     >>> pair_of(("float64", ("jax", "torch"))), pair_of(("float32", ("jax", "torch")))
     ('jax against torch', 'jax against torch float64')
@@ -48,23 +48,23 @@ def pair_of(column: Column) -> str:
 
 
 def column_of(stage: Stage) -> Column:
-    """Where a comparison stands in a table."""
+    """Column of a stage."""
     return stage.dtype, stage.pair
 
 
 def columns(stages: Iterable[Stage]) -> list[Column]:
-    """Every dtype and pair that was compared: by dtype, pairs as they came."""
+    """Columns of all stages, by dtype and then in order of appearance."""
     seen = dict.fromkeys(map(column_of, stages))
     return sorted(seen, key=lambda c: DTYPES.index(c[0]) if c[0] in DTYPES else len(DTYPES))
 
 
 def worst(stages: Iterable[Stage]) -> Stage:
-    """The comparison furthest over its budget, or nearest to it."""
+    """Worst stage by error over budget."""
     return max(stages, key=lambda stage: (not stage.ok, stage.share))
 
 
 def describe(stage: Stage) -> str:
-    """One comparison in words.
+    """One stage in words.
 
     >>> describe(Stage("attn", 0, "float64", ("jax", "torch"), 0.031, 1e-11, position=7))
     'attn of layer 0, position 7, float64, jax against torch: rel 3.1e-02, budget 1e-11'
@@ -99,7 +99,7 @@ def sentence(report: Report) -> str:
 
 
 def remarks(report: Report) -> list[str]:
-    """What follows the verdict: hint, counts, notes, time and machine, a sentence each."""
+    """Sentences after the verdict: hint, counts, notes, time and machine."""
     lines = []
     if isinstance(report, FaultReport):
         n = len(report.faults)
@@ -117,7 +117,7 @@ def remarks(report: Report) -> list[str]:
 
 
 def fold(stages: Iterable[Stage], by_layer: bool = False) -> dict[str, dict[Column, Stage]]:
-    """The worst comparison of each stage, or of each layer of it, in each column; as executed."""
+    """Worst comparison of each stage, or of each of its layers, in each column."""
     rows: dict[str, dict[Column, Stage]] = {}
     for stage in sorted(stages, key=lambda s: s.order if by_layer else (STAGES.index(s.stage),)):
         row = rows.setdefault(stage.label if by_layer else stage.stage, {})
@@ -127,7 +127,7 @@ def fold(stages: Iterable[Stage], by_layer: bool = False) -> dict[str, dict[Colu
 
 
 def cell(stage: Stage | None, marks: tuple[str, str] = ("✓ ok", "✗ no")) -> tuple[str, str]:
-    """What a folded row says in one column: the figures, and the layer if there is one."""
+    """Cell of a folded row: error over budget, and the layer if there is one."""
     if stage is None:
         return "", ""
     figures = f"{scientific(stage.rel):>7}/{scientific(stage.budget)}"
@@ -139,17 +139,17 @@ FAULT_HEADER = ("fault", "where", "detected", "expected", "found")
 
 
 def fault_line(fault: Fault) -> list[str]:
-    """What became of one fault, but for who would have missed it."""
+    """Row of the table of faults."""
     detected = "✓ yes" if fault.ok else "✗ elsewhere" if fault.detected else "✗ no"
     found = fault.found_stage or "nowhere"
     return [fault.name, fault.where, detected, fault.expected_stage, found]
 
 
 def good(report: Report) -> bool:
-    """Whether the verdict is yes."""
+    """Whether the report is a success."""
     return report.all_found if isinstance(report, FaultReport) else report.equal
 
 
 def title(report: Report) -> str:
-    """What was checked."""
+    """Title of a report."""
     return report.title
