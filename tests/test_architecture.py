@@ -28,7 +28,7 @@ STANDARD_LIBRARY_ONLY = {
 }
 
 # Tests of lechat_jax run where parity is not installed; some then skip, by `pytest.importorskip`.
-NEED_PARITY = ("tests.parity", "tests.torch", "tests.support.checkpoints")
+NEED_PARITY = ("tests.parity", "tests.torch")
 
 LOADED_WHEN_ASKED_FOR = {"lechat_jax", "lechat_jax.model"}  # what they name, not when imported
 

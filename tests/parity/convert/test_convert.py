@@ -34,7 +34,7 @@ from parity.convert.files.finite import is_finite
 from parity.convert.names import FORMATS, Format, names
 from parity.convert.open_source import open_source
 from parity.make_checkpoint import main as make
-from tests.support.checkpoints import (
+from tests.parity.checkpoints import (
     BF16,
     Weights,
     assert_equal,

@@ -23,7 +23,7 @@ from lechat_jax.quantize.scheme import quantized
 from parity.convert.command import main
 from parity.convert.names import names
 from parity.convert.open_source import open_source
-from tests.support.checkpoints import random_weights, write_torch
+from tests.parity.checkpoints import random_weights, write_torch
 from tests.support.models import logits_of
 
 State = dict[str, torch.Tensor]

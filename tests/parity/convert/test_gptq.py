@@ -26,7 +26,7 @@ from parity.architectures import SMALL, SMALL_MIXTURE
 from parity.convert.command import main
 from parity.convert.names import names, parts, shapes
 from parity.convert.open_source import open_source
-from tests.support.checkpoints import random_weights, write_torch
+from tests.parity.checkpoints import random_weights, write_torch
 from tests.support.models import logits_of
 
 Arrays = dict[str, np.ndarray]

@@ -17,7 +17,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.quantize.scheme import Form, dequantize, quantized
 from parity.check.command import main as check
 from parity.convert.names import FORMATS, Format
-from tests.support.checkpoints import (
+from tests.parity.checkpoints import (
     BF16,
     Weights,
     assert_equal,

@@ -27,7 +27,7 @@ from lechat_jax.train import command as train
 from parity.convert.chat_template import chat_template
 from parity.convert.names import FORMATS, Format
 from parity.convert.write import TOKENIZER_CONFIG
-from tests.support.checkpoints import convert, random_weights, write_torch
+from tests.parity.checkpoints import convert, random_weights, write_torch
 from tests.support.tokenizers import small_tekken
 from tests.support.tokenizers import tokenizer as load_tokenizer
 
