@@ -56,6 +56,7 @@ SMALLER = {
     "lechat_jax.generate": ("--max-tokens", "--max-tokens 8"),
     "lechat_jax.chat": ("--max-tokens", "--max-tokens 8"),
     "parity.quality": ("", "--tokens 64"),
+    "parity.check --markdown": ("", "--weights-only"),
     "parity.make_checkpoint": ("--preset", "--preset lechat-15m --layers 1"),
 }
 IN_PYTHON = {
@@ -66,7 +67,7 @@ IN_PYTHON = {
 }
 # Of these the flags alone are read: they take minutes and have tests of their own.
 ONLY_READ = ("lechat_jax.train --mesh", "parity.convert DIR", "parity.bench")
-RUNS_OF_CHECK = ("parity.check --weights-only",)  # the others are read
+RUNS_OF_CHECK = ("parity.check --weights-only", "parity.check --markdown")  # the others are read
 ELSEWHERE = {"--worker", "--index-url"}  # flags of other programs
 
 
