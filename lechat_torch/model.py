@@ -28,11 +28,11 @@ class Place(NamedTuple):
     """What the positions of a pass make of its queries and keys, the same in every layer.
 
     Attributes:
-        angles: the rotations of both, as complex numbers.
+        rotary: the rotations of both, as complex numbers.
         stretch: of queries alone, if they grow.
     """
 
-    angles: Complex[Tensor, "#B T 1 pairs"]
+    rotary: Complex[Tensor, "#B T 1 pairs"]
     stretch: Float[Tensor, "#B T 1 1"] | None
 
 
@@ -69,7 +69,7 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"], place: Place, mix: Mix) -> Float[Tensor, "B T D"]:
         """What each position gathers from those that `mix` lets it see."""
         q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.q, self.k, self.v))
-        q, k = rotate(q, place.angles), rotate(k, place.angles)
+        q, k = rotate(q, place.rotary), rotate(k, place.rotary)
         if place.stretch is not None:  # rounded before and after, as in transformers
             q = q * place.stretch.to(q.dtype)
         return self.o(mix(q, k, v).flatten(2))
@@ -187,9 +187,9 @@ class Mistral(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         x = self.embed(tokens)
         c = self.config
-        angles = rotations(positions, c.head_dim, c.rope_theta, x.dtype, c.yarn)
+        rotary = rotations(positions, c.head_dim, c.rope_theta, x.dtype, c.yarn)
         growth = c.llama_4_scaling
-        place = Place(angles, growth and stretch(positions, growth, x.dtype))
+        place = Place(rotary, growth and stretch(positions, growth, x.dtype))
         for block, mix in zip(self.blocks, mixes, strict=True):
             x = block(x, place, mix)
         return self.norm(x)

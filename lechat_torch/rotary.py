@@ -74,16 +74,16 @@ def stretch(
 
 
 def rotate(
-    x: Float[Tensor, "B T N H"], angles: Complex[Tensor, "#B T 1 pairs"]
+    x: Float[Tensor, "B T N H"], rotary: Complex[Tensor, "#B T 1 pairs"]
 ) -> Float[Tensor, "B T N H"]:
     """Each head turned: lane h is the real part of a number, lane h + H/2 the imaginary.
 
     That is the order of lanes in Hugging Face's files; Mistral's own have pairs side by side.
 
-    >>> angles = torch.polar(torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), torch.pi / 2))
-    >>> rotate(torch.tensor([[[[3.0, 5.0]]]]), angles).round().tolist()
+    >>> rotary = torch.polar(torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), torch.pi / 2))
+    >>> rotate(torch.tensor([[[[3.0, 5.0]]]]), rotary).round().tolist()
     [[[[-5.0, 3.0]]]]
     """
-    real, imaginary = x.to(angles.real.dtype).chunk(2, dim=-1)
-    turned = torch.complex(real, imaginary) * angles
+    real, imaginary = x.to(rotary.real.dtype).chunk(2, dim=-1)
+    turned = torch.complex(real, imaginary) * rotary
     return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)

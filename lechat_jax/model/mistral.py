@@ -45,10 +45,10 @@ class Attention(nnx.Module):
         self.o = Linear((D,), (N, H), out_std, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Rotations, mix: Mixer[Memory], memory: Memory
+        self, x: Float[Array, "B T D"], rotary: Rotations, mix: Mixer[Memory], memory: Memory
     ) -> tuple[Float[Array, "B T D"], Memory]:
         """Attention output of each position; `mix` attends, over the sequence or the cache."""
-        q, k, v = rotate(self.q(x), angles.q), rotate(self.k(x), angles.k), self.v(x)
+        q, k, v = rotate(self.q(x), rotary.q), rotate(self.k(x), rotary.k), self.v(x)
         mixed, memory = mix(q, k, v, memory)
         return self.o(mixed), memory
 
@@ -83,13 +83,13 @@ class Block(nnx.Module):
         self.mlp = (Mixture if config.n_experts else MLP)(config, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Rotations, mix: Mixer[Memory], memory: Memory
+        self, x: Float[Array, "B T D"], rotary: Rotations, mix: Mixer[Memory], memory: Memory
     ) -> tuple[Float[Array, "B T D"], Memory, Load | None]:
         """The residual stream after this layer, its cache, and the load of its experts.
 
         That is how its experts were chosen, if it has any.
         """
-        mixed, memory = self.attn(self.attn_norm(x), angles, mix, memory)
+        mixed, memory = self.attn(self.attn_norm(x), rotary, mix, memory)
         x = x + mixed
         made, load = self.mlp(self.mlp_norm(x))
         return x + made, memory, load
@@ -153,11 +153,11 @@ class Mistral(nnx.Module):
         """`hidden`, and the summed load of the experts of all layers, if there are any."""
         x = self.embed.rows(tokens)
         place = jnp.arange(tokens.shape[1])[None] if documents is None else positions_in(documents)
-        angles = rotations(first_position + place, self.config, x.dtype)
+        rotary = rotations(first_position + place, self.config, x.dtype)
         total = None
         for block, window in zip(self.blocks, self.config.windows, strict=True):
             mix = functools.partial(_mix_whole, window=window, backend=backend, documents=documents)
-            layer = functools.partial(_applied, angles=angles, mix=mix)
+            layer = functools.partial(_applied, rotary=rotary, mix=mix)
             x, load = recomputing(layer, remat)(block, x)
             total = load if total is None else jax.tree.map(jnp.add, total, load)
         return self.norm(x), total
@@ -171,7 +171,7 @@ class Mistral(nnx.Module):
         the cache was made for, and a row's T positions must be one after the other.
         """
         x = self.embed.rows(tokens)
-        angles = rotations(positions, self.config, x.dtype)
+        rotary = rotations(positions, self.config, x.dtype)
         cache = cache.claim(self.config, positions)
         masks = [
             window_mask(positions, ring.position, window)
@@ -179,7 +179,7 @@ class Mistral(nnx.Module):
         ]
         for block, place in zip(self.blocks, places(self.config), strict=True):
             ring, mask = cache.layer(place), masks[place.ring]
-            x, ring = _extended(*nnx.split(block), x, angles, positions, ring, mask)
+            x, ring = _extended(*nnx.split(block), x, rotary, positions, ring, mask)
             cache = cache.with_layer(place, ring)
         return self.norm(x), cache
 
@@ -191,11 +191,11 @@ class Mistral(nnx.Module):
 def _applied(
     block: Callable[..., tuple[Array, None, Load | None]],
     x: Array,
-    angles: Rotations,
+    rotary: Rotations,
     mix: Mixer[None],
 ) -> tuple[Array, Load | None]:
     """Block on whole sequences, without a cache."""
-    x, _, load = block(x, angles, mix, None)
+    x, _, load = block(x, rotary, mix, None)
     return x, load
 
 
@@ -217,14 +217,14 @@ def _extended(
     graph: nnx.GraphDef[Block],
     state: PyTree,
     x: Float[Array, "B T D"],
-    angles: Rotations,
+    rotary: Rotations,
     positions: Int[Array, "B T"],
     ring: Ring,
     mask: Bool[Array, "B T S"],
 ) -> tuple[Float[Array, "B T D"], Ring]:
     """Block on new positions, whose slots are assigned already."""
     mix = functools.partial(_mix_cached, positions=positions, mask=mask)
-    x, ring, _ = nnx.merge(graph, state)(x, angles, mix, ring)
+    x, ring, _ = nnx.merge(graph, state)(x, rotary, mix, ring)
     return x, ring
 
 

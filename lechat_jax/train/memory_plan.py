@@ -150,7 +150,7 @@ def _begun(learning: Shapes, options: StepOptions) -> TrainState:
 
 
 def _state(options: StepOptions, parts: Parts) -> Memory:
-    """Memory of weights, optimizer state, batch and gradients."""
+    """Memory of a step but for its activations: weights, optimizer state and gradients."""
     begun = _begun(parts.learning, options)
     state, frozen = described(options.mesh, (begun, dict(parts.frozen)))
     learning = _bytes(state.weights)

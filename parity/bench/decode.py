@@ -30,7 +30,7 @@ from parity.bench.decoders.lechat import (
     random_prompts,
     repeating,
 )
-from parity.bench.decoders.own_process import Folders, first_tokens, with_memory
+from parity.bench.decoders.start_and_memory import Folders, first_tokens, with_memory
 from parity.bench.pictures import draw_bars
 from parity.bench.work import cell
 from parity.measure import interleaved, read_speed, wait_until_idle

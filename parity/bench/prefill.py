@@ -19,7 +19,7 @@ from parity.bench.decoders.contestants import (
     torch_decoders,
 )
 from parity.bench.decoders.lechat import Decoder, Prompts, random_prompts
-from parity.bench.decoders.own_process import Folders, with_memory
+from parity.bench.decoders.start_and_memory import Folders, with_memory
 from parity.bench.work import cell
 from parity.measure import interleaved, wait_until_idle
 from parity.report import Report, Row, TableText

@@ -29,15 +29,15 @@ def head(seed: int) -> np.ndarray:
 
 def rotated(x: np.ndarray, position: int) -> np.ndarray:
     """One head at one position through the real thing, in float32."""
-    angles = rotation(jnp.array([[position]]), HEAD_DIM, THETA, jnp.float32)
-    return np.asarray(rotate(jnp.asarray(x, jnp.float32)[None, None, None], angles))[0, 0, 0]
+    rotary = rotation(jnp.array([[position]]), HEAD_DIM, THETA, jnp.float32)
+    return np.asarray(rotate(jnp.asarray(x, jnp.float32)[None, None, None], rotary))[0, 0, 0]
 
 
 def test_one_pair_of_lanes_turns_by_one_radian_a_position() -> None:
-    angles = rotation(jnp.array([[0, 1, 2]]), head_dim=2, theta=123.0, dtype=jnp.float32)
+    rotary = rotation(jnp.array([[0, 1, 2]]), head_dim=2, theta=123.0, dtype=jnp.float32)
     x = jnp.tile(jnp.array([1.0, 0.0]), (1, 3, 1, 1))
     np.testing.assert_allclose(
-        rotate(x, angles)[0, :, 0],
+        rotate(x, rotary)[0, :, 0],
         [[1.0, 0.0], [0.54030231, 0.84147098], [-0.41614684, 0.90929743]],
         rtol=1e-6,
     )
@@ -45,20 +45,20 @@ def test_one_pair_of_lanes_turns_by_one_radian_a_position() -> None:
 
 def test_lane_h_is_paired_with_lane_h_plus_half_and_turns_slower() -> None:
     # Position 100, theta 10^4, H = 4: lane 0 turns by 100 rad, lane 1 by 1 rad.
-    angles = rotation(jnp.array([[100]]), head_dim=4, theta=1e4, dtype=jnp.float32)
+    rotary = rotation(jnp.array([[100]]), head_dim=4, theta=1e4, dtype=jnp.float32)
     x = jnp.array([0.0, 1.0, 0.0, 0.0])[None, None, None]
     np.testing.assert_allclose(
-        rotate(x, angles)[0, 0, 0], [0.0, 0.54030231, 0.0, 0.84147098], rtol=1e-6
+        rotate(x, rotary)[0, 0, 0], [0.0, 0.54030231, 0.0, 0.84147098], rtol=1e-6
     )
 
 
 def test_a_batch_of_heads_is_turned_as_complex_numbers_are(x64: None) -> None:
     x = np.random.default_rng(0).standard_normal((2, 5, 3, HEAD_DIM))
     positions = np.array([[0, 1, 2, 3, 4], [1000, 7, 99999, 12, 1 << 20]])
-    angles = rotation(jnp.asarray(positions), HEAD_DIM, THETA, jnp.float64)
+    rotary = rotation(jnp.asarray(positions), HEAD_DIM, THETA, jnp.float64)
     expected = [[turned(x[b, t], int(positions[b, t])) for t in range(5)] for b in range(2)]
-    assert angles.cos.dtype == jnp.float64
-    np.testing.assert_allclose(rotate(jnp.asarray(x), angles), expected, atol=1e-9, rtol=0)
+    assert rotary.cos.dtype == jnp.float64
+    np.testing.assert_allclose(rotate(jnp.asarray(x), rotary), expected, atol=1e-9, rtol=0)
     near = rotation(jnp.arange(100)[None], HEAD_DIM, THETA, jnp.float64)
     angle = np.arange(100)[:, None] * THETA ** (-np.arange(4) / 4)
     np.testing.assert_allclose(near.sin[0], np.sin(angle), atol=1e-13, rtol=0)
@@ -82,15 +82,15 @@ def test_products_depend_on_the_distance_alone(q_pos: int, k_pos: int, shift: in
 def test_bfloat16_does_not_confuse_neighbouring_positions() -> None:
     # 257 is not a bfloat16: it would be 256, and every odd position after it wrong.
     positions = jnp.array([[256, 257, 4097]])
-    angles = rotation(positions, HEAD_DIM, THETA, jnp.bfloat16)
+    rotary = rotation(positions, HEAD_DIM, THETA, jnp.bfloat16)
     exact = rotation(positions, HEAD_DIM, THETA, jnp.float32)
-    assert angles.cos.dtype == jnp.float32
-    np.testing.assert_array_equal(angles.cos, exact.cos)
-    assert not np.array_equal(angles.cos[0, 0], angles.cos[0, 1])
+    assert rotary.cos.dtype == jnp.float32
+    np.testing.assert_array_equal(rotary.cos, exact.cos)
+    assert not np.array_equal(rotary.cos[0, 0], rotary.cos[0, 1])
     x = jnp.ones((1, 3, 1, HEAD_DIM), jnp.bfloat16)
-    assert rotate(x, angles).dtype == jnp.bfloat16
+    assert rotate(x, rotary).dtype == jnp.bfloat16
     np.testing.assert_array_equal(
-        rotate(x, angles), rotate(x.astype(jnp.float32), angles).astype(jnp.bfloat16)
+        rotate(x, rotary), rotate(x.astype(jnp.float32), rotary).astype(jnp.bfloat16)
     )
 
 
@@ -133,12 +133,12 @@ YARNS: dict[str, tuple[int, float, Yarn, dict[int, float]]] = {
 @pytest.mark.parametrize("name", YARNS)
 def test_stretched_speeds_are_those_of_transformers(name: str) -> None:
     head_dim, theta, yarn, speeds = YARNS[name]
-    angles = rotation(jnp.array([[0, 1]]), head_dim, theta, jnp.float32, yarn)
-    found = np.arctan2(angles.sin[0, 1], angles.cos[0, 1])
+    rotary = rotation(jnp.array([[0, 1]]), head_dim, theta, jnp.float32, yarn)
+    found = np.arctan2(rotary.sin[0, 1], rotary.cos[0, 1])
     np.testing.assert_allclose(found[list(speeds)], list(speeds.values()), rtol=2e-6)
     length = {1.0: 1.0, 4.0: 1.1386294, 16.0: 1.2772589, 64.0: 1.4158883}
     expected = length[yarn.factor if yarn.apply_scale else 1.0]
-    np.testing.assert_allclose(np.hypot(angles.sin, angles.cos), expected, rtol=1e-6)
+    np.testing.assert_allclose(np.hypot(rotary.sin, rotary.cos), expected, rtol=1e-6)
 
 
 def test_queries_alone_grow_by_steps_of_the_original_length(tiny: MistralConfig) -> None:

@@ -82,8 +82,5 @@ def random_weights(config: MistralConfig) -> dict[str, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(config: MistralConfig, weights: dict[str, Any], ids: ArrayLike) -> Array:
-    """Logits of one pass, compiled as one program, which takes half the time of one for each step.
-
-    Weights are by lechat's names, in any form.
-    """
+    """Logits of one pass, compiled as one program; weights by lechat's names, in any form."""
     return bind(config, weights)(jnp.asarray(ids))

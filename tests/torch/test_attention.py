@@ -186,8 +186,8 @@ def test_turning_keeps_lengths_and_only_distances_count() -> None:
     q, k, _ = queries_keys_values(N)
 
     def scores(first: int) -> Tensor:
-        angles = rotations(first + torch.arange(T)[None], H, 1e4, torch.float64)
-        return torch.einsum("BTNH,BSNH->BNTS", rotate(q, angles), rotate(k, angles))
+        rotary = rotations(first + torch.arange(T)[None], H, 1e4, torch.float64)
+        return torch.einsum("BTNH,BSNH->BNTS", rotate(q, rotary), rotate(k, rotary))
 
     turned = rotate(q, rotations(torch.arange(T)[None], H, 1e4, torch.float64))
     torch.testing.assert_close(turned.norm(dim=-1), q.norm(dim=-1))
@@ -206,9 +206,9 @@ def test_turning_keeps_lengths_and_only_distances_count() -> None:
 def test_turns_are_at_least_float32_and_leave_the_dtype(
     dtype: torch.dtype, inside: torch.dtype
 ) -> None:
-    angles = rotations(torch.arange(T)[None], H, 1e4, dtype)
-    assert angles.dtype == inside
-    assert rotate(drawn(N, dtype), angles).dtype == dtype
+    rotary = rotations(torch.arange(T)[None], H, 1e4, dtype)
+    assert rotary.dtype == inside
+    assert rotate(drawn(N, dtype), rotary).dtype == dtype
 
 
 @pytest.mark.gpu

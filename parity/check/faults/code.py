@@ -78,13 +78,13 @@ def _keys_one_late(right: Callable) -> Callable:
     """Queries are rotated by the position before theirs, so each key is one further away."""
 
     def call(
-        self: mistral.Attention, x: Array, angles: rope.Rotations, mix: Any, memory: Any
+        self: mistral.Attention, x: Array, rotary: rope.Rotations, mix: Any, memory: Any
     ) -> Any:
         def later(q: Array, k: Array, v: Array, memory: Any) -> Any:
-            first = rope.Rotation(angles.k.cos[:, 1:2], -angles.k.sin[:, 1:2])  # back by one
+            first = rope.Rotation(rotary.k.cos[:, 1:2], -rotary.k.sin[:, 1:2])  # back by one
             return mix(rope.rotate(q, first), k, v, memory)
 
-        return right(self, x, angles, later if x.shape[1] > 1 else mix, memory)
+        return right(self, x, rotary, later if x.shape[1] > 1 else mix, memory)
 
     return call
 
@@ -116,21 +116,21 @@ def _centred(x: Array) -> Array:
 
 
 def _block(f: Callable[..., tuple[Array, Any]]) -> Callable[[Callable], Callable]:
-    return lambda _: lambda self, x, angles, mix, memory: (*f(self, x, angles, mix, memory), None)
+    return lambda _: lambda self, x, rotary, mix, memory: (*f(self, x, rotary, mix, memory), None)
 
 
-def _no_residual(block: Any, x: Array, angles: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
-    x, memory = block.attn(block.attn_norm(x), angles, mix, memory)
+def _no_residual(block: Any, x: Array, rotary: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
+    x, memory = block.attn(block.attn_norm(x), rotary, mix, memory)
     return x + block.mlp(block.mlp_norm(x))[0], memory
 
 
-def _parallel(block: Any, x: Array, angles: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
-    mixed, memory = block.attn(block.attn_norm(x), angles, mix, memory)
+def _parallel(block: Any, x: Array, rotary: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
+    mixed, memory = block.attn(block.attn_norm(x), rotary, mix, memory)
     return x + mixed + block.mlp(block.mlp_norm(x))[0], memory
 
 
-def _norm_after(block: Any, x: Array, angles: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
-    mixed, memory = block.attn(x, angles, mix, memory)
+def _norm_after(block: Any, x: Array, rotary: Any, mix: Any, memory: Any) -> tuple[Array, Any]:
+    mixed, memory = block.attn(x, rotary, mix, memory)
     x = x + block.attn_norm(mixed)
     return x + block.mlp_norm(block.mlp(x)[0]), memory
 

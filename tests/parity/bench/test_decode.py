@@ -17,10 +17,10 @@ from parity.bench import isolated
 from parity.bench.card import Card, Process
 from parity.bench.command import main
 from parity.bench.decode import agreement
-from parity.bench.decoders import own_process
+from parity.bench.decoders import start_and_memory
 from parity.bench.decoders.contestants import Contestant, Models, compare, contestants, tail
 from parity.bench.decoders.lechat import IMPLS, Decoder, DtypeName, Impl, random_prompts
-from parity.bench.decoders.own_process import Folders, first_tokens, peak_bytes
+from parity.bench.decoders.start_and_memory import Folders, first_tokens, peak_bytes
 from parity.bench.decoders.torch import LechatTorch, Mode, Transformers, settle
 from parity.report import Row
 
@@ -231,7 +231,7 @@ def test_an_isolated_process_tells_its_memory(config: MistralConfig, tmp_path: P
 def test_a_start_with_compiled_programs_is_told_beside_one_without(
     config: MistralConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(own_process, "WARM", 1)
+    monkeypatch.setattr(start_and_memory, "WARM", 1)
     found = first_tokens(Folders(tmp_path, Models(config)), "float32", 9)
     cold, warm = found["first_token_cold_s"], found["first_token_warm_s"]
     assert cold is not None

@@ -119,11 +119,11 @@ def test_the_speeds_of_a_stretched_model_are_those_of_transformers(name: str) ->
     ours = rotation(one, config.head_dim, config.rope_theta, "float32", config.yarn)
     np.testing.assert_allclose(np.arctan2(ours.sin, ours.cos)[0, 0], inv_freq, rtol=2e-6)
     np.testing.assert_allclose(np.hypot(ours.sin, ours.cos), length, rtol=1e-6)
-    angles = rotations(
+    rotary = rotations(
         torch.tensor([[1]]), config.head_dim, config.rope_theta, torch.float64, config.yarn
     )
-    np.testing.assert_allclose(angles.angle()[0, 0, 0], inv_freq, rtol=1e-6)
-    np.testing.assert_allclose(angles.abs()[0, 0, 0], length, rtol=1e-12)
+    np.testing.assert_allclose(rotary.angle()[0, 0, 0], inv_freq, rtol=1e-6)
+    np.testing.assert_allclose(rotary.abs()[0, 0, 0], length, rtol=1e-12)
 
 
 def test_the_released_params_are_the_preset_when_told_the_base() -> None:
