@@ -15,8 +15,10 @@ from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config.layout import is_adapter, is_part
 from lechat_jax.devices.memory import available_bytes, check_fits
+from lechat_jax.devices.platform import platform
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import Weights
+from lechat_jax.ops.matmul_int4 import for_device
 from lechat_jax.quantize.scheme import Format
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
@@ -65,7 +67,7 @@ def load_to_compute(
         done.result()
     for sentence in loaded.refused:
         print(f"warning: {sentence}", file=sys.stderr)
-    return loaded.weights
+    return for_device(loaded.weights)
 
 
 def free_bytes(beside: Array) -> int | None:
@@ -88,7 +90,7 @@ def _to_compute_in(
         BadInput: the weights do not fit, so that the system would kill the process.
     """
     free = free_bytes(jnp.zeros(()))
-    prefers_float32 = dtype is None and jax.default_backend() == "cpu"
+    prefers_float32 = dtype is None and platform() == "cpu"
     choice = jnp.float32 if prefers_float32 else dtype
     needed = trained.weights_bytes(choice, quantize)
     if free is None or needed <= free:
@@ -112,10 +114,14 @@ def shapes_to_compute(
     trained: SavedModel, dtype: DTypeLike | None, quantize: Format | None
 ) -> Shapes:
     """Shapes and dtypes of the weights as they will be loaded."""
+    return for_device({**_shapes(trained, dtype, quantize)})
+
+
+def _shapes(trained: SavedModel, dtype: DTypeLike | None, quantize: Format | None) -> Shapes:
     if trained.adapters is not None:
         how = trained.form(quantize)
         return {
-            **shapes_to_compute(trained.base, dtype, how.format if how else None),
+            **_shapes(trained.base, dtype, how.format if how else None),
             **trained.adapters.described(trained.config),
         }
     how = trained.form(quantize)

@@ -26,6 +26,7 @@ from jaxtyping import Array, PyTree
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import LORA_SCALE, is_part, letters, part_of
+from lechat_jax.devices.platform import platform
 from lechat_jax.errors import BadInput
 
 ROWS, HEADS = "fsdp", "tp"
@@ -100,7 +101,7 @@ def mesh_of(fsdp: int, tp: int, devices: list[Any]) -> Mesh:
 def usual_mesh() -> Mesh | None:
     """The default mesh: all devices along `fsdp`; `None` for one device, or a CPU alone."""
     devices = jax.devices()
-    if len(devices) == 1 or (jax.default_backend() == "cpu" and jax.process_count() == 1):
+    if len(devices) == 1 or (platform() == "cpu" and jax.process_count() == 1):
         return None
     return mesh_of(len(devices), 1, devices)
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Integer
 
@@ -14,6 +13,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data.held_out import HeldOut
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import ROWS, placed
+from lechat_jax.devices.platform import platform
 from lechat_jax.model.binding import Weights
 from lechat_jax.model.scoring import Forward, score
 
@@ -76,7 +76,7 @@ class Validator:
 
     def __init__(self, config: MistralConfig, options: Forward, held_out: HeldOut) -> None:
         self.config, self.options, self.held_out = config, options, held_out
-        batch = 4 if jax.default_backend() == "cpu" else 64
+        batch = 4 if platform() == "cpu" else 64
         ways = options.mesh.shape[ROWS] if options.mesh else 1
         self.batch = -(-batch // ways) * ways
         self._bytes: dict[tuple[int, ...], int] = {}

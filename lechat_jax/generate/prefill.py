@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.devices.platform import platform
 from lechat_jax.model.binding import Weights
 from lechat_jax.model.cache import EMPTY, cache_bytes, capacity
 from lechat_jax.ops.matmul import FEW
@@ -43,7 +44,7 @@ def cache_size(
     reach beyond the context, though no text does.
     """
     dtype = weights["norm.scale"].dtype
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         dtype = jnp.promote_types(dtype, jnp.float32)
     return CacheSize(config, batch, max(chunk, 1 + draft), context + draft, dtype)
 
@@ -68,7 +69,7 @@ def best_chunk() -> int:
     does. On an H200 fewer than 165 tokens take no less time than reading the weights for them
     (790 TFLOP/s over 4.8 TB/s).
     """
-    return FEW if jax.default_backend() == "cpu" else 256
+    return FEW if platform() == "cpu" else 256
 
 
 def chunk_of(

@@ -14,30 +14,22 @@ positions, and no query sees another's keys. cuDNN has no such mask that skips w
 
 import functools
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.devices.mesh import over_heads
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mask import Documents, window_mask
-from lechat_jax.ops.flash_attention import (
-    LANES,
-    Keys,
-    Queries,
-    cudnn_works,
-    fused_attention,
-    splash_attention,
+from lechat_jax.ops.attention_backend import (
+    Backend,
+    band_block,
+    best_backend,
+    scores_at_once,
+    unsupported,
 )
-
-Backend = Literal["dense", "banded", "cudnn", "splash"]
-
-# Scores that the band holds at a time. On a CPU they then stay in its caches, which halves
-# the time of a long text; an accelerator is better off with as many as fit.
-CPU_SCORES, SCORES = 2**20, 2**26
+from lechat_jax.ops.flash_attention import Keys, Queries, fused_attention, splash_attention
 
 
 def attend(
@@ -121,7 +113,7 @@ def banded_attention(
     as long; the price of short ones is that every key is copied into 5 blocks.
     """
     B, T, N, H = q.shape
-    size = _block_size(window)
+    size = band_block(window)
     n_blocks = -(-T // size)
     n_back = -(-(window - 1) // size)
 
@@ -167,8 +159,7 @@ def _attend_in_groups(
     work than writing them to memory and reading them back.
     """
     B, T, N, _ = q.shape
-    most = CPU_SCORES if jax.default_backend() == "cpu" else SCORES
-    n_groups = min(B, -(-B * T * N * k.shape[1] // most))
+    n_groups = min(B, -(-B * T * N * k.shape[1] // scores_at_once()))
     if n_groups == 1:
         return attend(q, k, v, mask)
     rows = -(-B // n_groups)
@@ -180,59 +171,6 @@ def _attend_in_groups(
     again = jax.checkpoint(attend, prevent_cse=False)
     mixed = jax.lax.map(lambda group: again(*group), tuple(map(groups, (q, k, v, mask))))
     return mixed.reshape(n_groups * rows, *q.shape[1:])[:B]
-
-
-def unsupported(
-    backend: str, dtype: DTypeLike, window: int | None, head_dim: int, packed: bool = False
-) -> str | None:
-    """Reason why an attention backend does not support these shapes; `None` if it does.
-
-    cuDNN's limit on head_dim is 128 before Hopper, and any T will do; splash takes any
-    head_dim and T. `packed` rows hold several documents.
-
-    >>> unsupported("cudnn", "float32", window=64, head_dim=24)
-    'cudnn attention computes in bfloat16 or float16, not float32; use dense or banded'
-    """
-    name = jnp.dtype(dtype).name
-    if backend not in get_args(Backend):
-        return f"unknown attention {backend!r}; choose one of {', '.join(get_args(Backend))}"
-    if backend == "banded" and window is None:
-        return "banded attention needs a window, and this layer has none; use dense"
-    if backend == "cudnn" and name not in ("bfloat16", "float16"):
-        return f"cudnn attention computes in bfloat16 or float16, not {name}; use dense or banded"
-    if backend == "cudnn" and (head_dim % 8 or head_dim > 256):
-        return f"cudnn attention needs a head_dim of 8, 16, ... 256, not {head_dim}; use banded"
-    if backend == "cudnn" and packed:
-        return "cudnn attention cannot keep the documents of a row apart; use dense or banded"
-    if backend == "splash" and name not in ("bfloat16", "float32"):
-        return f"splash attention computes in bfloat16 or float32, not {name}; use dense or banded"
-    return None
-
-
-def choose_backend(
-    platform: str,
-    dtype: DTypeLike,
-    T: int,
-    window: int | None,
-    head_dim: int,
-    packed: bool = False,
-) -> Backend:
-    """Attention backend that is fastest for these shapes on a platform.
-
-    >>> choose_backend("cpu", "float32", T=128, window=64, head_dim=24)
-    'banded'
-    """
-
-    def able(backend: Backend) -> bool:
-        return unsupported(backend, dtype, window, head_dim, packed) is None
-
-    if platform in ("gpu", "cuda") and able("cudnn"):
-        return "cudnn"
-    # Below one block, splash would mostly compute padding.
-    if platform == "tpu" and able("splash") and T >= LANES:
-        return "splash"
-    # Whichever makes fewer scores.
-    return "dense" if window is None or T <= window + _block_size(window) else "banded"
 
 
 def training_attention(
@@ -254,9 +192,7 @@ def training_attention(
     T, H = q.shape[1], q.shape[3]
     packed = documents is not None
     if backend is None:
-        backend = choose_backend(jax.default_backend(), q.dtype, T, window, H, packed)
-        if backend == "cudnn" and not cudnn_works(q.dtype.name, H):
-            backend = choose_backend("cpu", q.dtype, T, window, H, packed)
+        backend = best_backend(q.dtype, T, window, H, packed)
     if reason := unsupported(backend, q.dtype, window, H, packed):
         raise BadInput(reason)
     if backend in KERNELS:
@@ -278,7 +214,3 @@ def _splash(
 
 
 KERNELS: dict[str, Callable[..., Queries]] = {"cudnn": _cudnn, "splash": _splash}
-
-
-def _block_size(window: int) -> int:
-    return -(-window // 4)

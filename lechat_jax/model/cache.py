@@ -72,17 +72,24 @@ class Ring(NamedTuple):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
     ) -> "Ring":
-        """Writes one layer's keys and values to the slots of these positions."""
-        rows, slots = self._where(positions)
-        alone = slots.size == 1
-        if alone:
-            # XLA makes an update in one piece of a scatter of one, and fuses what reads the
-            # ring into it, for which it copies the whole ring. A scatter of two stays one.
-            rows, slots, k, v = (jnp.concatenate([x, x], axis=1) for x in (rows, slots, k, v))
+        """Writes one layer's keys and values to the slots of these positions.
+
+        Each head's vector has a place of its own, so that a TPU scatters into the ring as it lies
+        in memory. By pieces of all heads it would have slots before heads, and copy every ring
+        at the start and the end of a call.
+        """
+        rows, slots = (place[:, None] for place in self._where(positions))
+        heads = jnp.arange(k.shape[2])[None, :, None]
+        alone = k.shape[:3] == (1, 1, 1)
 
         def put(into: Array, new: Array) -> Array:
-            updated = into.at[rows, :, slots]
-            return updated.set(new.astype(into.dtype), mode="drop", unique_indices=not alone)
+            new = jnp.swapaxes(new, 1, 2).astype(into.dtype)
+            place = (rows, heads, slots)
+            if alone:
+                # XLA makes an update in one piece of a scatter of one, and fuses what reads the
+                # ring into it, for which it copies the whole ring. A scatter of two stays one.
+                *place, new = (jnp.concatenate([x, x], axis=2) for x in (*place, new))
+            return into.at[tuple(place)].set(new, mode="drop", unique_indices=not alone)
 
         return self._replace(
             k=(*self.k[:layer], put(self.k[layer], k), *self.k[layer + 1 :]),

@@ -17,12 +17,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import positions_in
-from lechat_jax.model.attention import Backend, attend_cached, training_attention
+from lechat_jax.model.attention import attend_cached, training_attention
 from lechat_jax.model.cache import Cache, Ring, distinct_windows, places
 from lechat_jax.model.layers import Embedding, Linear, RMSNorm
 from lechat_jax.model.mask import window_mask
 from lechat_jax.model.moe import Load, Mixture
 from lechat_jax.model.rope import Rotations, rotate, rotations
+from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.ops.remat import Remat, recomputing
 
 # What a layer remembers of the tokens before: its keys and values, or nothing.

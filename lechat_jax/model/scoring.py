@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.devices.mesh import ROWS, keeps_its_type, sum_over_rows
-from lechat_jax.model.attention import Backend
 from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.moe import Load, imbalance
-from lechat_jax.ops.cross_entropy import cross_entropy
+from lechat_jax.ops.attention_backend import Backend
+from lechat_jax.ops.cross_entropy import cross_entropy, usual_chunk
 from lechat_jax.ops.remat import Remat
 
 
@@ -76,18 +76,12 @@ def _nats(
     hidden, load = model.routed(inputs, options.backend, documents=documents, remat=options.remat)
     head = model.head.matrix()
     hidden = hidden.reshape(-1, config.dim)
-    chunk = options.chunk or _usual_chunk(config)
+    chunk = options.chunk or usual_chunk(config.dim)
     nats: Array = cross_entropy(hidden, head, targets.reshape(-1), share.reshape(-1), chunk)
     if load is None or not options.router_aux_loss:
         return nats
     penalty = options.router_aux_loss * _share_of_imbalance(options, load)
     return nats + penalty - jax.lax.stop_gradient(penalty)
-
-
-def _usual_chunk(config: MistralConfig) -> int:
-    if jax.default_backend() != "cpu":
-        return 8192
-    return 256 if config.dim < 512 else 1024
 
 
 def _share_of_imbalance(options: Forward, load: Load) -> Float[Array, ""]:

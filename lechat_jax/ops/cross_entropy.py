@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lechat_jax.devices.platform import platform
+
 Gradients = tuple[Float[Array, "T D"], Float[Array, "V D"]]
 
 
@@ -91,3 +93,13 @@ def _backward(chunk: int, gradients: Gradients, scale: Array) -> tuple:
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def usual_chunk(D: int) -> int:
+    """Tokens whose logits are in memory at a time, by the width D of the model.
+
+    On a CPU as many as its cache holds; of a wide model more, since its products are worth it.
+    """
+    if platform() != "cpu":
+        return 8192
+    return 256 if D < 512 else 1024

@@ -71,7 +71,10 @@ class ScaledInt8(NamedTuple):
 
     def lookup(self, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
         """The rows of these ids."""
-        return (self.numbers[ids] * self.scale[ids][..., None]).astype(dtype)
+        # A TPU takes a single row as a slice, for which it first copies the whole table.
+        twice = jnp.concatenate([ids, ids], axis=1) if ids.size == 1 else ids
+        rows = (self.numbers[twice] * self.scale[twice][..., None]).astype(dtype)
+        return rows[:, : ids.shape[1]]
 
     def floats(self, dtype: DTypeLike) -> Array:
         """All numbers, whole in memory."""
@@ -87,10 +90,11 @@ class ScaledInt8(NamedTuple):
 class PackedInt4(NamedTuple):
     """Two integers a byte, and scale and zero point of each group of features, see `quantize.int4`.
 
-    By groups its features are those in low nibbles of bytes, and then those in high ones.
+    Of experts its features are those in low nibbles of bytes, and then those in high ones. The
+    numbers of other kernels may be by groups, see `ops.matmul_int4`.
     """
 
-    numbers: UInt8[Array, "..."]
+    numbers: Shaped[Array, "..."]
     scale: Float32[Array, "..."]
     zero: UInt8[Array, "..."]
 
@@ -102,8 +106,10 @@ class PackedInt4(NamedTuple):
 
     def matmul(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
         """`x` times the transposed kernel, in the type of `x`."""
-        matrix = self.numbers.reshape(-1, x.shape[1] // 2)
-        return project_int4(x, matrix, *(p.reshape(len(matrix), -1) for p in self[1:]))
+        scale, zero = (part.reshape(-1, part.shape[-1]) for part in self[1:])
+        is_packed = self.numbers.dtype == jnp.uint8
+        numbers = self.numbers.reshape(len(scale), -1) if is_packed else self.numbers
+        return project_int4(x, numbers, scale, zero)
 
     def floats(self, dtype: DTypeLike) -> Float[Array, "E F D"]:
         """All numbers of experts, whole in memory."""

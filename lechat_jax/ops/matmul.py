@@ -25,8 +25,8 @@ conversion before the slice, and converts the complete kernel.
 """
 
 import functools
-import platform
 from collections.abc import Callable, Mapping
+from platform import machine
 from typing import Any, TypeVar
 
 import jax
@@ -36,6 +36,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Int32, Shaped
 
 from lechat_jax.config.layout import is_expert, is_matrix
+from lechat_jax.devices.platform import platform
 
 FEW = 64  # positions up to which a CPU multiplies and sums
 BLOCK = 2 << 20  # numbers of a kernel that are float32 at once, 8 MB
@@ -145,7 +146,7 @@ def from_bits(rows: Shaped[Array, "*B D"]) -> Float[Array, "*B D"]:
 
 def is_on_cpu() -> bool:
     """Whether matmuls run on a CPU."""
-    return jax.default_backend() == "cpu"
+    return platform() == "cpu"
 
 
 def _bits(name: str, leaf: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
@@ -167,7 +168,7 @@ def _cpu_form(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Product |
 
 
 def _may_be_of_integers(x: Float[Array, "T D"]) -> bool:
-    is_fast = platform.machine() in ("x86_64", "AMD64")  # elsewhere XLA may have no such product
+    is_fast = machine() in ("x86_64", "AMD64")  # elsewhere XLA may have no such product
     is_exact = x.dtype != jnp.float64 and x.shape[1] <= MOST_INTEGERS
     return is_fast and is_exact and len(x) <= FEW_INTEGERS
 

@@ -1,14 +1,27 @@
-"""Matmul of positions and a group-wise int4 kernel, which has two features a byte.
+"""Matmul of positions and a group-wise int4 kernel, in the form that each device is fast at.
 
-The nibbles of a byte are never interleaved: a product is the sum of two, of the even features
-(low nibbles) and of the odd ones (high nibbles). On a CPU a few rows of the kernel are
-dequantized at a time, which stay in the cache, as in `matmul`.
+A kernel is stored with two features a byte, and must be read as it lies: dequantized in memory it
+would move 8 to 18 times the bytes (`python -m parity.bench compiled`).
+
+    CPU    some rows at a time are dequantized, which stay in the cache, as in `matmul`. Nibbles
+           are never interleaved: a product is the sum of two, of the even features (low nibbles)
+           and of the odd ones (high nibbles)
+    GPU    a kernel in `matmul_int4_gpu` for few positions; more are worth dequantizing for
+    TPU    `for_device` makes `uint4` [groups, outputs, features of a group] of it, of which to
+           dequantize is elementwise, and the product sums over two axes: XLA fuses the two
 """
+
+import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped, UInt4, UInt8
 
+from lechat_jax.config.layout import SCALE, ZERO, is_expert
+from lechat_jax.devices.platform import platform
 from lechat_jax.ops.matmul import BLOCK, here, is_on_cpu, zeros_after
 
 EvenOdd = tuple[Array, Array]
@@ -17,7 +30,7 @@ EvenOdd = tuple[Array, Array]
 @jax.custom_vjp
 def project_int4(
     x: Float[Array, "T D"],
-    kernel: UInt8[Array, "F half"],
+    kernel: Shaped[Array, "..."],
     scale: Float[Array, "F groups"],
     zero: UInt8[Array, "F groups"],
 ) -> Float[Array, "T F"]:
@@ -25,9 +38,30 @@ def project_int4(
 
     Products are accumulated in at least float32 and rounded once. The kernel has no gradient,
     only `x` has; kernels are dequantized one at a time.
+
+    Args:
+        x: positions, in the compute dtype.
+        kernel: two features a byte, uint8 [F, D / 2], or `by_groups`.
+        scale: of each output and group.
+        zero: likewise, the number that stands for zero.
     """
-    made = _in_blocks(x, kernel, scale, zero) if is_on_cpu() else _whole(x, kernel, scale, zero)
-    return made.astype(x.dtype)
+    return _project(x, kernel, scale, zero).astype(x.dtype)
+
+
+def _project(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Array, "T F"]:
+    is_packed = kernel.dtype == jnp.uint8
+    if is_packed and is_on_cpu():
+        return _in_blocks(x, kernel, scale, zero)
+    if is_packed and platform() == "gpu":
+        from lechat_jax.ops import matmul_int4_gpu  # Pallas takes 0.7 s to import
+
+        if matmul_int4_gpu.fits(len(x), scale.shape[1], x.shape[1], len(kernel)):
+            return matmul_int4_gpu.project_packed(x, kernel, scale, zero)
+    kernel, x = here(kernel, x)
+    made = dequantized(kernel, scale, zero, x.dtype)
+    grouped = x.reshape(len(x), len(made), -1)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("TGD,GFD->TF", grouped, made, preferred_element_type=wide)
 
 
 def _forward(
@@ -42,15 +76,71 @@ def _backward(
     kernel, scale, zero = kept
     kernel, dy = here(kernel, dy)
     wide = jnp.promote_types(dy.dtype, jnp.float32)
-    of_each = (
-        jnp.einsum("TF,FD->TD", dy, half.astype(dy.dtype), preferred_element_type=wide)
-        for half in even_odd(kernel, scale, zero)
-    )
-    dx = jnp.stack([*of_each], axis=-1).reshape(len(dy), -1)
-    return dx.astype(dy.dtype), None, None, None
+    if kernel.dtype == jnp.uint8:
+        of_each = (
+            jnp.einsum("TF,FD->TD", dy, half.astype(dy.dtype), preferred_element_type=wide)
+            for half in even_odd(kernel, scale, zero)
+        )
+        dx = jnp.stack([*of_each], axis=-1)
+    else:
+        made = dequantized(kernel, scale, zero, dy.dtype)
+        dx = jnp.einsum("TF,GFD->TGD", dy, made, preferred_element_type=wide)
+    return dx.reshape(len(dy), -1).astype(dy.dtype), None, None, None
 
 
 project_int4.defvjp(_forward, _backward)
+
+
+def by_groups(kernel: UInt8[Array, "F half"], groups: int) -> UInt4[Array, "groups F size"]:
+    """An int4 kernel as `uint4`, its groups of features first.
+
+    >>> by_groups(jnp.array([[0x21, 0x43]], jnp.uint8), groups=2).tolist()
+    [[[1, 2]], [[3, 4]]]
+    """
+    pairs = kernel.reshape(len(kernel), groups, -1)
+    numbers = jnp.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(kernel), groups, -1)
+    return jnp.swapaxes(numbers, 0, 1).astype(jnp.uint4)
+
+
+def dequantized(
+    kernel: Shaped[Array, "..."],
+    scale: Float[Array, "F groups"],
+    zero: UInt8[Array, "F groups"],
+    dtype: DTypeLike,
+) -> Float[Array, "groups F size"]:
+    """The floats of an int4 kernel by its groups, rounded once to `dtype`."""
+    if kernel.dtype == jnp.uint8:
+        kernel = by_groups(kernel, scale.shape[1])
+    shift, factor = (part.T.astype(jnp.float32)[..., None] for part in (zero, scale))
+    return ((kernel.astype(jnp.float32) - shift) * factor).astype(dtype)
+
+
+def for_device(weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights with their int4 kernels by groups on a TPU; the dict passed in is emptied there.
+
+    So there is never more than one kernel in both forms. Weights may be `jax.ShapeDtypeStruct`s.
+    Experts stay as they are stored: a grouped matmul dequantizes them as a whole.
+    """
+    if platform() != "tpu":
+        return weights
+    found = {}
+    for name in list(weights):
+        leaf, scale = weights.pop(name), weights.get(name + SCALE, found.get(name + SCALE))
+        is_int4 = name + ZERO in weights or name + ZERO in found
+        if is_int4 and leaf.dtype == jnp.uint8 and not is_expert(name):
+            F, groups = math.prod(scale.shape[:-1]), scale.shape[-1]
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                shape = (groups, F, 2 * math.prod(leaf.shape) // (F * groups))
+                leaf = jax.ShapeDtypeStruct(shape, jnp.uint4)
+            else:
+                leaf = _by_groups(leaf, F, groups)
+        found[name] = leaf
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _by_groups(kernel: Array, F: int, groups: int) -> Array:
+    return by_groups(kernel.reshape(F, -1), groups)
 
 
 def even_odd(kernel: Array, scale: Array, zero: Array) -> EvenOdd:
@@ -65,16 +155,6 @@ def even_odd(kernel: Array, scale: Array, zero: Array) -> EvenOdd:
     low, high = ((q.astype(jnp.float32) - shift) * factor for q in (pairs & 15, pairs >> 4))
     low, high = jax.lax.optimization_barrier((low, high))
     return low.reshape(kernel.shape), high.reshape(kernel.shape)
-
-
-def _whole(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Array, "T F"]:
-    kernel, x = here(kernel, x)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    of_each = (
-        jnp.einsum("TD,FD->TF", part, half.astype(x.dtype), preferred_element_type=wide)
-        for part, half in zip((x[:, 0::2], x[:, 1::2]), even_odd(kernel, scale, zero), strict=True)
-    )
-    return sum(of_each, jnp.zeros((), wide))
 
 
 def _in_blocks(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Array, "T F"]:

@@ -162,7 +162,9 @@ def form_of(weights: Mapping[str, Any]) -> Form | None:
     if name is None:
         return Form("int8", has_int8_embeddings=has_int8_embeddings)
     kernel, scale = weights[name], weights[name + SCALE]
-    group = 2 * math.prod(kernel.shape) // math.prod(scale.shape)
+    group = kernel.shape[-1]  # of one that is by groups already
+    if kernel.dtype == np.uint8:
+        group = 2 * math.prod(kernel.shape) // math.prod(scale.shape)
     return Form("int4", group, name + ORDER in weights, has_int8_embeddings)
 
 

@@ -24,6 +24,7 @@ from lechat_jax.devices import processes
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.devices.memory import OutOfMemory, running_out
 from lechat_jax.devices.mesh import check_divides, make_mesh, usual_mesh
+from lechat_jax.devices.platform import platform
 from lechat_jax.devices.processes import from_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
@@ -100,7 +101,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
     is_new = asked.resume is None
     start = started(asked) if is_new else resumed(run, asked)
     options, config, tokenizer = start.options, start.model, start.tokenizer
-    shape = options.shape(jax.default_backend())
+    shape = options.shape(platform())
     mesh = make_mesh(options.mesh) if options.mesh else usual_mesh()
     if mesh:
         check_divides(mesh, config, shape.batch // options.accumulate)
@@ -163,7 +164,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
 def _check_room(start: Start, run: Run, is_new: bool, mesh: Mesh | None, display: Display) -> None:
     """Raises `BadInput` if training does not fit into memory, or its checkpoints onto the disk."""
     options, parts = start.options, start.parts
-    step, shape = step_options(options, mesh), options.shape(jax.default_backend())
+    step, shape = step_options(options, mesh), options.shape(platform())
     free = free_bytes(jnp.zeros(()))
     asking = "asking XLA whether a step fits into memory"
     check_memory(
@@ -192,9 +193,9 @@ def _forgotten_if_it_fails(run: Run, tokenizer: Tokenizer) -> Iterator[None]:
 def _devices(mesh: Mesh | None) -> str:
     """Description of the devices."""
     if mesh is None:
-        return jax.default_backend()
+        return platform()
     axes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
-    return f"{mesh.size} x {jax.default_backend()}, {axes}, of {jax.process_count()} processes"
+    return f"{mesh.size} x {platform()}, {axes}, of {jax.process_count()} processes"
 
 
 def _remember(run: Run, options: TrainConfig) -> None:
@@ -212,7 +213,7 @@ def _begin_run(run: Run, start: Start, dataset: Dataset, loaded: Loaded | None) 
     start.tokenizer.save(run.folder)
     for path in beside(start.source.folder) if start.source else []:
         shutil.copyfile(path, run.folder / path.name)
-    found: dict[str, Any] = options.shape(jax.default_backend())._asdict()
+    found: dict[str, Any] = options.shape(platform())._asdict()
     found |= {"corpus": dataset.name, "corpus_bytes": dataset.n_bytes}
     found |= {"corpus_sha256": dataset.sha256, "chat": dataset.chat}
     if loaded:
@@ -221,7 +222,7 @@ def _begin_run(run: Run, start: Start, dataset: Dataset, loaded: Loaded | None) 
     if start.learning:
         fields["adapters"] = start.learning.adapters.to_dict()
     run.config = fields
-    run.write(RECIPE, to_yaml(options.recipe(jax.default_backend())))
+    run.write(RECIPE, to_yaml(options.recipe(platform())))
 
 
 def finish(trainer: Trainer) -> None:
@@ -273,7 +274,7 @@ def foretell(asked: TrainConfig) -> str:
         raise BadInput("--dry-run tells of a new run; give its options instead of --resume")
     mesh = simulated_mesh(asked.mesh or "fsdp=1")
     start = started(asked)
-    shape = start.options.shape(jax.default_backend())
+    shape = start.options.shape(platform())
     check_divides(mesh, start.model, shape.batch // start.options.accumulate)
     options = step_options(start.options, mesh if mesh.size > 1 else None)
     # The banded form, whose scores are never all in memory, stands for the kernels of others.

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.devices.platform import platform
 
 SIZE, RUNS = 1024, 30  # of the product that a CPU is measured by
 
@@ -78,7 +79,7 @@ class Speed:
         A CPU is measured, so a later look would be another denominator of the same MFU.
         """
         devices = self.mesh.size if self.mesh else 1
-        n = jax.process_count() if jax.default_backend() == "cpu" else devices
+        n = jax.process_count() if platform() == "cpu" else devices
         self.peak = n * (peak_flops(self.dtype) or 0.0)
 
     def mfu(self, has_frozen: bool) -> float | None:

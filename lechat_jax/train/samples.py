@@ -1,10 +1,9 @@
 """Samples of a model in training: continuations of its prompts, printed and stored."""
 
-import jax
-
 from lechat_jax.checkpoint.load import free_bytes
 from lechat_jax.checkpoint.weights import weights_bytes
 from lechat_jax.devices.mesh import on_one_device
+from lechat_jax.devices.platform import platform
 from lechat_jax.devices.processes import from_first, is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
@@ -28,7 +27,7 @@ class Samples:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.shape = job.options.shape(jax.default_backend())
+        self.shape = job.options.shape(platform())
         self.longest = max(CONTEXT, self.shape.block)
 
     def take(self, step: int, weights: Weights) -> None:

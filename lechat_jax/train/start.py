@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -19,6 +18,7 @@ from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import MAPS
+from lechat_jax.devices.platform import platform
 from lechat_jax.devices.processes import from_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.find import located
@@ -73,7 +73,7 @@ class Start(NamedTuple):
         if self.learning is None or self.source is None:
             return Parts(weight_shapes(self.model), {})
         adapters = self.learning.adapters
-        dtype = self.options.shape(jax.default_backend()).dtype
+        dtype = self.options.shape(platform()).dtype
         described = adapters.described(self.model)
         names = adapters.shapes(self.model)
         quantized = self.source.of_base(self.options.quantize)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import create_sharded, pinned
+from lechat_jax.devices.platform import platform
 from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.scoring import Forward, total_nats
@@ -95,7 +96,7 @@ def train_steps(
 
 def jitted_steps(options: StepOptions) -> Any:
     """Jit-compiled `train_steps`, with the scheduler under which remat saves memory on a CPU."""
-    is_undone = options.remat != "none" and jax.default_backend() == "cpu"
+    is_undone = options.remat != "none" and platform() == "cpu"
     return _KEEPING if is_undone else _STEPS
 
 

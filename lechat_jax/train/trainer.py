@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from lechat_jax.cli.signals import Stop
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import own_rows, placed
+from lechat_jax.devices.platform import platform
 from lechat_jax.devices.processes import anywhere
 from lechat_jax.train.events import Events
 from lechat_jax.train.flops import Speed
@@ -43,7 +44,7 @@ class Trainer:
         dtype, mesh = training.step_options.dtype, self.job.mesh
         self.speed = Speed(self.job.config, self.reader.block, dtype, mesh)
         self.own_rows = own_rows(mesh, self.reader.batch)
-        on_cpu = jax.default_backend() == "cpu"
+        on_cpu = platform() == "cpu"
         self.calls = 4 if on_cpu else 32
         self.ahead = 0 if on_cpu or jax.process_count() > 1 else 1
         self.sent = 0

@@ -19,6 +19,7 @@ from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.dataset import Dataset
 from lechat_jax.devices.mesh import described, placed, settled
+from lechat_jax.devices.platform import platform
 from lechat_jax.devices.processes import from_first, is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.model.adapters import Adapters
@@ -64,7 +65,7 @@ class Job(NamedTuple):
 def step_options(options: TrainConfig, mesh: Mesh | None) -> StepOptions:
     """Static arguments of a run's compiled steps."""
     return StepOptions(
-        dtype=options.shape(jax.default_backend()).dtype,
+        dtype=options.shape(platform()).dtype,
         learning_rate=options.learning_rate,
         remat=options.remat,
         accumulate=options.accumulate,

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from rich.console import Console
 
 from lechat_jax.config import MistralConfig, preset
-from lechat_jax.model.attention import Backend, choose_backend, training_attention
+from lechat_jax.model.attention import training_attention
+from lechat_jax.ops.attention_backend import Backend, choose_backend
 from parity.bench.work import Work, cell
 from parity.measure import interleaved, wait_until_idle
 from parity.peers.installed import load_peer

@@ -17,7 +17,7 @@ from lechat_jax.data.batches import Batches, Tokens, load_tokens
 from lechat_jax.data.corpus import load_corpus
 from lechat_jax.data.held_out import HeldOut
 from lechat_jax.errors import BadInput
-from lechat_jax.model.attention import Backend
+from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.flops import peak_flops
 from lechat_jax.train.options import Dtype

@@ -22,12 +22,11 @@ from lechat_jax.model import attention
 from lechat_jax.model.attention import (
     attend,
     banded_attention,
-    choose_backend,
     dense_attention,
     training_attention,
-    unsupported,
 )
-from lechat_jax.ops import flash_attention
+from lechat_jax.ops import attention_backend, flash_attention
+from lechat_jax.ops.attention_backend import choose_backend, unsupported
 from lechat_jax.ops.flash_attention import fused_attention, splash_attention
 from tests.support.jaxprs import equations
 
@@ -114,7 +113,7 @@ def test_the_band_computes_values_and_gradients_of_the_loop(T: int, N: int, K: i
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("most", [34 * 96, 34 * 96 - 1, 12 * 96, 50])
 def test_the_band_may_be_computed_in_pieces(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    monkeypatch.setattr(attention, "CPU_SCORES", most)
+    monkeypatch.setattr(attention_backend, "CPU_SCORES", most)
     assert_equals_loop(banded_attention, 33, 6, 2, W=7, H=8, dtype="float64")
 
 
@@ -336,7 +335,7 @@ def test_cudnn_is_given_no_row_of_several_documents(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(attention.KERNELS, "cudnn", cudnn)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(attention, "cudnn_works", lambda *kind: True)
+    monkeypatch.setattr(attention_backend, "cudnn_works", lambda *kind: True)
     q, k, v, _ = draw(33, 2, 1, 8, "bfloat16", B=1)
     documents = jnp.zeros((1, 33), jnp.int32)
 

@@ -12,9 +12,9 @@ import pytest
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
 from lechat_jax.model import attention
-from lechat_jax.model.attention import Backend
 from lechat_jax.model.binding import Weights, bind, weights_of
 from lechat_jax.model.scoring import total_nats
+from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.ops.flash_attention import splash_attention
 from lechat_jax.train.step import StepOptions, shares
 from lechat_jax.train.step import gradient as gradient_of

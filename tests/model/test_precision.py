@@ -193,7 +193,7 @@ def test_adapters_and_quantised_kernels_add_up_in_float32(form: Form) -> None:
     assert_added_up_wide(found, f"{ADAPTERS}|{MIXED}")
     made = products(found)
     assert made["TD,[7]D->T[7]"] == TO_SINGLE
-    kernel = "TD,[48]D->T[48]" if form.format == "int8" else "T[20],[48][20]->T[48]"
+    kernel = "TD,[48]D->T[48]" if form.format == "int8" else "T[10][4],[10][48][4]->T[48]"
     assert made[kernel] == TO_SINGLE
 
 

@@ -1,5 +1,6 @@
 """int4 is the nearest that the scale and the zero of a group allow; its product is exact."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,10 +13,13 @@ from hypothesis import strategies as st
 from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import load_weights, save_weights, weight_shapes
 from lechat_jax.config import MistralConfig, preset
+from lechat_jax.config.layout import SCALE, ZERO
+from lechat_jax.devices.platform import compiling_for
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import weights_of
-from lechat_jax.ops import matmul_int4
-from lechat_jax.ops.matmul_int4 import project_int4
+from lechat_jax.ops import matmul_int4, matmul_int4_gpu
+from lechat_jax.ops.matmul_int4 import by_groups, for_device, project_int4
+from lechat_jax.ops.matmul_int4_gpu import project_packed
 from lechat_jax.quantize import int8
 from lechat_jax.quantize.int4 import Packed, pack, packed, unpack, unpacked
 from lechat_jax.quantize.scheme import (
@@ -87,26 +91,89 @@ def kernel_of(F: int, D: int, size: int) -> Packed:
 @pytest.mark.parametrize("block", [1500, 1 << 20])  # of a few rows or one kernel
 @pytest.mark.parametrize("T", [1, 2, 70])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_every_form_is_the_product(
-    monkeypatch: pytest.MonkeyPatch, T: int, dtype: str, block: int, on_cpu: bool
+def test_a_cpu_multiplies_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, T: int, dtype: str, block: int
 ) -> None:
     monkeypatch.setattr(matmul_int4, "BLOCK", block)
-    monkeypatch.setattr(matmul_int4, "is_on_cpu", lambda: on_cpu)
     made = kernel_of(96, 56, 8)
-    x = jax.random.normal(jax.random.key(2), (T, 56)).astype(dtype)
-    exact = np.asarray(x, np.float64) @ unpacked(made).astype(np.float64).T
-    found = project_int4(x, *map(jnp.asarray, made[:3]))
-    assert found.dtype == dtype
+    assert_is_the_product(dtype, T, made, lambda x: project_int4(x, *map(jnp.asarray, made[:3])))
+
+
+@pytest.mark.parametrize("T", [1, 2, 70])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_a_tpu_multiplies_by_groups(T: int, dtype: str, is_ready: bool) -> None:
+    made = kernel_of(96, 56, 8)
+    weights = {f"head.kernel{part}": x for part, x in zip(("", SCALE, ZERO), made[:3], strict=True)}
+    with compiling_for("tpu"):
+        if is_ready:
+            weights = for_device({name: jnp.asarray(x) for name, x in weights.items()})
+            assert weights["head.kernel"].shape == (7, 96, 8)
+            assert weights["head.kernel"].dtype == jnp.uint4
+        parts = [jnp.asarray(x) for x in weights.values()]
+        assert_is_the_product(dtype, T, made, lambda x: project_int4(x, *parts))
+
+
+@pytest.mark.parametrize("T", [1, 17, 64])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [32, 128])
+def test_a_gpu_multiplies_from_bytes(T: int, dtype: str, size: int) -> None:
+    made = kernel_of(96, 256, size)
+    assert matmul_int4_gpu.fits(T, 256 // size, 256, 96)
+    packed, scale, zero = map(jnp.asarray, made[:3])
+    assert_is_the_product(
+        dtype, T, made, lambda x: project_packed(x, packed, scale, zero, interpret=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("T", "groups", "D", "F"),
+    [(65, 2, 256, 96), (1, 2, 256, 100), (1, 16, 256, 96), (1, 2, 192, 96)],
+    ids=["many positions", "no blocks of outputs", "small groups", "no power of two"],
+)
+def test_what_the_kernel_of_a_gpu_cannot_do_it_is_not_asked(
+    T: int, groups: int, D: int, F: int
+) -> None:
+    assert not matmul_int4_gpu.fits(T, groups, D, F)
+
+
+def test_only_a_tpu_has_kernels_by_groups_and_only_of_maps() -> None:
+    shapes = {
+        "embed.kernel": ((64, 32), "int8"),
+        "embed.kernel.scale": ((64,), "float32"),
+        "blocks.0.attn.o.kernel": ((32, 4, 4), "uint8"),
+        "blocks.0.attn.o.kernel.scale": ((32, 4), "float32"),
+        "blocks.0.attn.o.kernel.zero": ((32, 4), "uint8"),
+        "blocks.0.mlp.experts.up.kernel": ((2, 24, 16), "uint8"),
+        "blocks.0.mlp.experts.up.kernel.scale": ((2, 24, 4), "float32"),
+        "blocks.0.mlp.experts.up.kernel.zero": ((2, 24, 4), "uint8"),
+    }
+    weights = {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
+    assert for_device({**weights}) == weights
+    with compiling_for("tpu"):
+        found = for_device({**weights})
+    expected = jax.ShapeDtypeStruct((4, 32, 8), jnp.uint4)
+    assert found == weights | {"blocks.0.attn.o.kernel": expected}
+
+
+def assert_is_the_product(
+    dtype: str, T: int, made: Packed, project: Callable[[jax.Array], jax.Array]
+) -> None:
+    exact = unpacked(made).astype(np.float64)
+    x = jax.random.normal(jax.random.key(2), (T, exact.shape[1])).astype(dtype)
+    exact = np.asarray(x, np.float64) @ exact.T
     budget = 1e-2 if dtype == "bfloat16" else 1e-6
-    assert np.abs(np.asarray(found, np.float64) - exact).max() < budget * 4 * exact.std()
+    assert np.abs(np.asarray(project(x), np.float64) - exact).max() < budget * 4 * exact.std()
 
 
-def test_the_gradient_is_that_of_the_product() -> None:
+@pytest.mark.parametrize("by_group", [True, False])
+def test_the_gradient_is_that_of_the_product(by_group: bool) -> None:
     made = kernel_of(24, 16, 8)
     x = jax.random.normal(jax.random.key(2), (5, 16))
     plain = jnp.asarray(unpacked(made))
     parts = [*map(jnp.asarray, made[:3])]
+    if by_group:
+        parts[0] = by_groups(parts[0], groups=2)
     ours = jax.grad(lambda x: jnp.sum(jnp.sin(project_int4(x, *parts))))(x)
     expected = jax.grad(lambda x: jnp.sum(jnp.sin(x @ plain.T)))(x)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)

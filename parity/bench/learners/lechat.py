@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Batches
 from lechat_jax.data.rows import Rows
-from lechat_jax.model.attention import Backend
 from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.scoring import score
+from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.train.options import Dtype
 from lechat_jax.train.step import StepOptions, gradient, state_of, train_steps
 from parity.measure import device_peak

@@ -1,0 +1,88 @@
+"""Choice of the attention kernel for training, by platform, dtype and shapes."""
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lechat_jax.devices.platform import platform
+from lechat_jax.ops.flash_attention import LANES, cudnn_works
+
+Backend = Literal["dense", "banded", "cudnn", "splash"]
+
+# Scores that the band holds at a time. On a CPU they then stay in its caches, which halves
+# the time of a long text; an accelerator is better off with as many as fit.
+CPU_SCORES, SCORES = 2**20, 2**26
+
+
+def unsupported(
+    backend: str, dtype: DTypeLike, window: int | None, head_dim: int, packed: bool = False
+) -> str | None:
+    """Reason why an attention backend does not support these shapes; `None` if it does.
+
+    cuDNN's limit on head_dim is 128 before Hopper, and any T will do; splash takes any
+    head_dim and T. `packed` rows hold several documents.
+
+    >>> unsupported("cudnn", "float32", window=64, head_dim=24)
+    'cudnn attention computes in bfloat16 or float16, not float32; use dense or banded'
+    """
+    name = jnp.dtype(dtype).name
+    if backend not in get_args(Backend):
+        return f"unknown attention {backend!r}; choose one of {', '.join(get_args(Backend))}"
+    if backend == "banded" and window is None:
+        return "banded attention needs a window, and this layer has none; use dense"
+    if backend == "cudnn" and name not in ("bfloat16", "float16"):
+        return f"cudnn attention computes in bfloat16 or float16, not {name}; use dense or banded"
+    if backend == "cudnn" and (head_dim % 8 or head_dim > 256):
+        return f"cudnn attention needs a head_dim of 8, 16, ... 256, not {head_dim}; use banded"
+    if backend == "cudnn" and packed:
+        return "cudnn attention cannot keep the documents of a row apart; use dense or banded"
+    if backend == "splash" and name not in ("bfloat16", "float32"):
+        return f"splash attention computes in bfloat16 or float32, not {name}; use dense or banded"
+    return None
+
+
+def choose_backend(
+    platform: str,
+    dtype: DTypeLike,
+    T: int,
+    window: int | None,
+    head_dim: int,
+    packed: bool = False,
+) -> Backend:
+    """Attention backend that is fastest for these shapes on a platform.
+
+    >>> choose_backend("cpu", "float32", T=128, window=64, head_dim=24)
+    'banded'
+    """
+
+    def able(backend: Backend) -> bool:
+        return unsupported(backend, dtype, window, head_dim, packed) is None
+
+    if platform in ("gpu", "cuda") and able("cudnn"):
+        return "cudnn"
+    # Below one block, splash would mostly compute padding.
+    if platform == "tpu" and able("splash") and T >= LANES:
+        return "splash"
+    # Whichever makes fewer scores.
+    return "dense" if window is None or T <= window + band_block(window) else "banded"
+
+
+def best_backend(
+    dtype: DTypeLike, T: int, window: int | None, head_dim: int, packed: bool = False
+) -> Backend:
+    """Attention backend that is fastest here; where cuDNN turns out not to work, XLA's own."""
+    best = choose_backend(platform(), dtype, T, window, head_dim, packed)
+    if best == "cudnn" and not cudnn_works(jnp.dtype(dtype).name, head_dim):
+        return choose_backend("cpu", dtype, T, window, head_dim, packed)
+    return best
+
+
+def scores_at_once() -> int:
+    """Scores of banded attention that are in memory at a time."""
+    return CPU_SCORES if platform() == "cpu" else SCORES
+
+
+def band_block(window: int) -> int:
+    """Positions of a block of banded attention: a quarter of the window."""
+    return -(-window // 4)
