@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -15,6 +16,7 @@ from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config.layout import is_adapter, is_part
 from lechat_jax.devices.memory import available_bytes, check_fits
+from lechat_jax.devices.mesh import Placing, bytes_on_a_device, described, heads_only
 from lechat_jax.devices.platform import platform
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import Weights
@@ -31,6 +33,8 @@ def load_to_compute(
     meanwhile: Callable[[Shapes], None],
     beside: Callable[[Shapes], int] = lambda _: 0,
     remedy: str = "",
+    mesh: Mesh | None = None,
+    places: Placing = heads_only,
 ) -> Weights:
     """Loads a model's weights onto the default device, in one compute dtype.
 
@@ -44,13 +48,15 @@ def load_to_compute(
             compilation, since reading leaves a core idle.
         beside: gives the bytes that are needed in addition, as for a KV cache.
         remedy: advice in the error message if these do not fit.
+        mesh: devices to place the weights on: each reads its slices.
+        places: how they are split over it; as for generation by default.
 
     Raises:
         BadInput: the weights do not fit into memory, are stored in several dtypes and `dtype` is
             not given, or as `SavedModel.load`.
     """
-    dtype = _to_compute_in(trained, dtype, quantize)
-    shapes = shapes_to_compute(trained, dtype, quantize)
+    dtype = _to_compute_in(trained, dtype, quantize, mesh, places)
+    shapes = described(mesh, shapes_to_compute(trained, dtype, quantize), places)
     types = sorted({str(leaf.dtype) for name, leaf in shapes.items() if _is_base(name, shapes)})
     if len(types) > 1:
         raise BadInput(
@@ -58,16 +64,17 @@ def load_to_compute(
             "choose the one to compute in (--dtype)"
         )
     if cache := beside(shapes):
-        needed = cache + sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.values())
+        needed = cache + _bytes(shapes)
         what = f"the weights and a cache of {cache / 1e9:.2f} GB take"
         check_fits(what, needed, free_bytes(jnp.zeros(())), remedy)
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(meanwhile, shapes)
-        loaded = trained.load(dtype, quantize)
+        loaded = trained.load(dtype, quantize, mesh, places)
         done.result()
     for sentence in loaded.refused:
         print(f"warning: {sentence}", file=sys.stderr)
-    return for_device(loaded.weights)
+    weights = for_device(loaded.weights)
+    return weights if mesh is None else jax.device_put(weights, places(mesh, weights))
 
 
 def free_bytes(beside: Array) -> int | None:
@@ -81,8 +88,19 @@ def free_bytes(beside: Array) -> int | None:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
+def _bytes(shapes: Shapes) -> int:
+    """Bytes of the memory of a device; the simulated ones of a CPU have one memory."""
+    if platform() == "cpu":
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.values())
+    return bytes_on_a_device(shapes)
+
+
 def _to_compute_in(
-    trained: SavedModel, dtype: DTypeLike | None, quantize: Format | None
+    trained: SavedModel,
+    dtype: DTypeLike | None,
+    quantize: Format | None,
+    mesh: Mesh | None,
+    places: Placing,
 ) -> DTypeLike | None:
     """The dtype to load in, in which the weights fit; `None` is as stored.
 
@@ -93,6 +111,8 @@ def _to_compute_in(
     prefers_float32 = dtype is None and platform() == "cpu"
     choice = jnp.float32 if prefers_float32 else dtype
     needed = trained.weights_bytes(choice, quantize)
+    if mesh is not None and platform() != "cpu":
+        needed = _bytes(described(mesh, shapes_to_compute(trained, choice, quantize), places))
     if free is None or needed <= free:
         return choice
     if prefers_float32 and trained.weights_bytes(None, quantize) <= free:
@@ -104,6 +124,8 @@ def _to_compute_in(
         return None
     in_type = f" in {np.dtype(choice)}" if choice and not quantize else ""
     remedy = "free some memory" if quantize else "choose --quantize int8 or free some memory"
+    if mesh is None and jax.device_count() > 1:
+        remedy = f"split them over devices (--mesh tp={jax.device_count()}), or {remedy}"
     raise BadInput(
         f"the weights of {trained.folder} take {needed / 1e9:.2f} GB{in_type} and "
         f"{free / 1e9:.2f} GB are free; {remedy}"

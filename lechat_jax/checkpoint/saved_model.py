@@ -14,7 +14,7 @@ from lechat_jax.checkpoint.run import CONFIG, Run
 from lechat_jax.checkpoint.safetensors import TensorFiles
 from lechat_jax.checkpoint.weights import load_weights, weight_shapes, weights_bytes
 from lechat_jax.config import MistralConfig
-from lechat_jax.devices.mesh import described, shardings
+from lechat_jax.devices.mesh import Placing, described, shardings
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
 from lechat_jax.model.adapters import Adapters
@@ -162,23 +162,24 @@ class SavedModel:
         dtype: DTypeLike | None = None,
         quantize: Format | None = None,
         mesh: Mesh | None = None,
+        placing: Placing = shardings,
     ) -> Loaded:
         """Loads the weights, cast to `dtype` if given; a run's from its last good checkpoint.
 
         Quantised weights, stored or by `quantize`, are not cast, so mostly the norms are.
 
-        With a mesh the weights are sharded over its devices, see `devices.mesh`.
+        With a mesh the weights are sharded over its devices, as `placing` says.
 
         Raises:
             BadInput: there is no good checkpoint, or as `load_weights`.
         """
         if self.run is None:
             shapes = weight_shapes(self.config, self.form(quantize))
-            places = shardings(mesh, shapes) if mesh else None
+            places = placing(mesh, shapes) if mesh else None
             _, weights = load_weights(self.folder, dtype=dtype, quantize=quantize, shardings=places)
             return Loaded(weights, self.folder / MANIFEST)
         if self.adapters is not None:
-            base, learned = self.load_base(dtype, quantize), self.load_adapters()
+            base, learned = self.load_base(dtype, quantize, mesh, placing), self.load_adapters()
             weights = base.weights | learned.weights | self.adapters.scales(self.config)
             return Loaded(weights, learned.manifest, base.refused + learned.refused)
         from lechat_jax.checkpoint.training_state import (
@@ -186,7 +187,7 @@ class SavedModel:
         )
 
         form = scheme_for(quantize, self.config)
-        template = {"model": described(mesh, weight_shapes(self.config))}
+        template = {"model": described(mesh, weight_shapes(self.config), placing)}
         restored = Checkpoints(self.run.checkpoints).restore(template)
         manifest = self.run.checkpoints / str(restored.step) / MANIFEST
         weights = restored.items["model"]
@@ -205,13 +206,14 @@ class SavedModel:
         dtype: DTypeLike | None = None,
         quantize: Format | None = None,
         mesh: Mesh | None = None,
+        placing: Placing = shardings,
     ) -> Loaded:
         """Loads the base weights of a run's adapters, quantised as in training.
 
         Raises:
             BadInput: they are not the weights of that training, or as `load`.
         """
-        loaded = self.base.load(dtype, self.of_base(quantize), mesh)
+        loaded = self.base.load(dtype, self.of_base(quantize), mesh, placing)
         self.check_base(loaded.manifest)
         return loaded
 

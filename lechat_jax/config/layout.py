@@ -139,6 +139,30 @@ def letters(name: str) -> str:
     return row_of(name).letters if part_of(name) == "" else ""
 
 
+def letters_of_part(name: str, n_axes: int, by_groups: bool = False) -> str:
+    """All axes of a weight, or of a part of a quantised one; a dot is an axis of no letter.
+
+    Groups of features stand for the first axis that the kernel reads. `by_groups` is an int4
+    kernel that has them first, see `ops.matmul_int4`.
+
+    >>> letters_of_part("blocks.0.attn.o.kernel", 3), letters_of_part("norm.scale", 1)
+    ('DNH', 'D')
+    >>> letters_of_part("blocks.0.attn.o.kernel.scale", 1)  # of int8: of each output
+    'D'
+    >>> letters_of_part("blocks.0.mlp.down.kernel.scale", 2)  # of int4: of each group, too
+    'DF'
+    >>> letters_of_part("blocks.0.mlp.up.kernel", 3, by_groups=True)
+    'DF.'
+    """
+    part = part_of(name)
+    if part not in ("", SCALE, ZERO):
+        return "." * n_axes
+    row = row_of(kernel_of(name))
+    if part == "":
+        return f"{row.reads[0]}{row.writes[0]}." if by_groups else row.letters
+    return row.writes + row.reads[: n_axes - len(row.writes)]
+
+
 def n_reads(name: str) -> int:
     """How many of the last axes of a weight are read; none of a norm's.
 

@@ -10,6 +10,7 @@ single-device program on its rows (`shard_map`), with explicit all-gathers and r
 tp XLA partitions.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -25,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.config.layout import LORA_SCALE, is_part, letters, part_of
+from lechat_jax.config.layout import LORA_SCALE, is_part, letters, letters_of_part, part_of
 from lechat_jax.devices.platform import platform
 from lechat_jax.errors import BadInput
 
@@ -34,15 +35,22 @@ RULES = {"B": ROWS, "L": ROWS, "D": ROWS, "N": HEADS, "K": HEADS, "F": HEADS, "V
 RULES |= {"E": HEADS}
 
 Tree = TypeVar("Tree")
+# From a mesh and arrays, or their descriptions, to the sharding of each.
+Placing = Callable[[Mesh, Any], Any]
 
 
-def spec(axes: str, shape: tuple[int, ...] = (), mesh: Mesh | None = None) -> P:
+def spec(
+    axes: str,
+    shape: tuple[int, ...] = (),
+    mesh: Mesh | None = None,
+    along: tuple[str, ...] = (ROWS, HEADS),
+) -> P:
     """The PartitionSpec of axis letters; the first letter with a rule for a mesh axis gets it.
 
     With a shape and a mesh, only a letter whose size the mesh axis divides gets it: a stack of
     six blocks on four devices is split as its kernels are, since L is not. Trailing axes that
     split nothing are left out, as in the shardings that JAX returns, so that a function is not
-    compiled again for its own output.
+    compiled again for its own output. Only the mesh axes `along` are used.
 
     >>> spec("NHD"), spec("BTD"), spec("LFD")
     (P('tp', None, 'fsdp'), P('fsdp',), P('fsdp', 'tp'))
@@ -50,6 +58,7 @@ def spec(axes: str, shape: tuple[int, ...] = (), mesh: Mesh | None = None) -> P:
     taken: list[str | None] = []
     for i, letter in enumerate(axes):
         axis = RULES.get(letter)
+        axis = axis if axis in along else None
         size = mesh.shape[axis] if mesh and axis else 0
         fits = mesh is None or (size > 1 and shape[i] % size == 0)
         taken.append(axis if fits and axis not in taken else None)
@@ -106,15 +115,17 @@ def usual_mesh() -> Mesh | None:
     return mesh_of(len(devices), 1, devices)
 
 
-def check_divides(mesh: Mesh, config: MistralConfig, batch: int) -> None:
+def check_divides(mesh: Mesh, config: MistralConfig, batch: int | None = None) -> None:
     """Checks that the mesh divides the batch and the model's dimensions evenly.
+
+    Without a batch, as in generation, weights are not split over `fsdp`.
 
     Raises:
         BadInput: it does not; the dimension is named.
     """
     sizes = {
-        "rows of a batch (B, --batch)": (ROWS, batch),
-        "model width (D)": (ROWS, config.dim),
+        "rows of a batch (B, --batch)": (ROWS, batch or mesh.shape[ROWS]),
+        "model width (D)": (ROWS, config.dim if batch else mesh.shape[ROWS]),
         "query heads (N)": (HEADS, config.n_heads),
         "key-value heads (K)": (HEADS, config.n_kv_heads),
         "feed-forward width (F)": (HEADS, config.hidden_dim),
@@ -143,14 +154,45 @@ def shardings(mesh: Mesh, tree: PyTree) -> Any:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def described(mesh: Mesh | None, tree: Tree) -> Tree:
+def heads_only(mesh: Mesh, weights: Mapping[str, Any]) -> dict[str, NamedSharding]:
+    """The NamedSharding of each weight in generation: split over `tp`, and the same along `fsdp`.
+
+    So that no step gathers a weight. What the mesh does not divide is on all devices.
+    """
+
+    def of(name: str, leaf: Any) -> NamedSharding:
+        axes = letters_of_part(name, len(leaf.shape), by_groups=leaf.dtype == jnp.uint4)
+        return NamedSharding(mesh, spec(axes, leaf.shape, mesh, along=(HEADS,)))
+
+    return {name: of(name, leaf) for name, leaf in weights.items()}
+
+
+def on_heads(mesh: Mesh | None, weights: dict[str, Array]) -> dict[str, Array]:
+    """Moves each weight to its place in generation, see `heads_only`; of one device nothing."""
+    return weights if mesh is None else jax.device_put(weights, heads_only(mesh, weights))
+
+
+def by_rows(mesh: Mesh, tree: PyTree) -> Any:
+    """The NamedSharding of leaves that have rows first: over `fsdp`, and a ring's heads over `tp`.
+
+    Scalars, and rows that the mesh does not divide, are on all devices.
+    """
+
+    def of(leaf: Any) -> NamedSharding:
+        axes = "BKSH" if len(leaf.shape) == len("BKSH") else "B....."[: len(leaf.shape)]
+        return NamedSharding(mesh, spec(axes, leaf.shape, mesh))
+
+    return jax.tree.map(of, tree)
+
+
+def described(mesh: Mesh | None, tree: Tree, places: Placing = shardings) -> Tree:
     """`jax.ShapeDtypeStruct`s of the leaves, with their shardings if there is a mesh."""
     if mesh is None:
         return tree
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         tree,
-        shardings(mesh, tree),
+        places(mesh, tree),
     )
 
 
@@ -166,12 +208,28 @@ def settled(mesh: Mesh | None, tree: Tree) -> Tree:
     return tree if mesh is None else jax.device_put(tree, shardings(mesh, tree))
 
 
-def create_sharded(mesh: Mesh | None, make: Callable[..., Tree], *args: Any) -> Tree:
+def create_sharded(
+    mesh: Mesh | None,
+    make: Callable[..., Tree],
+    *args: Any,
+    places: Placing = shardings,
+) -> Tree:
     """The result of `make`, created sharded: no device ever holds more than its part."""
     if mesh is None:
         return make(*args)
-    places = shardings(mesh, jax.eval_shape(make, *args))
-    return jax.jit(make, out_shardings=places)(*args)
+    where = places(mesh, jax.eval_shape(make, *args))
+    return jax.jit(make, out_shardings=where)(*args)
+
+
+def bytes_on_a_device(tree: PyTree) -> int:
+    """Bytes of the leaves, or of what they describe, on one device."""
+
+    def of(leaf: Any) -> int:
+        place = getattr(leaf, "sharding", None)
+        shape = place.shard_shape(leaf.shape) if place else leaf.shape
+        return math.ceil(math.prod(shape) * jax.dtypes.itemsize_bits(leaf.dtype) / 8)
+
+    return sum(map(of, jax.tree.leaves(tree)))
 
 
 def own_rows(mesh: Mesh | None, batch: int) -> slice:
@@ -248,6 +306,56 @@ def over_heads(
         axis_names={HEADS},
         check_vma=False,
     )(q, k, v, documents)
+
+
+def on_its_rows(
+    work: Callable[..., Tree], rows: Tree, row: Array, weights: PyTree, *more: Array
+) -> Tree:
+    """`work(rows, row, mine, weights, *more)`, done where that row is, on arrays with rows first.
+
+    Along `fsdp` each device has its own rows, and is told the place of the row among them and
+    whether it is `mine`; else it must change nothing. XLA would gather all rows to take one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    n_rows = len(jax.tree.leaves(rows)[0])
+    ways = dict(mesh.shape).get(ROWS, 1)
+    if ways == 1 or n_rows % ways:
+        return work(rows, row, jnp.bool_(True), weights, *more)
+
+    def on_a_device(rows: Tree, row: Array, weights: PyTree, *more: Array) -> Tree:
+        n_own = n_rows // ways
+        place = row - jax.lax.axis_index(ROWS) * n_own
+        mine = (place >= 0) & (place < n_own)
+        return work(rows, jnp.clip(place, 0, n_own - 1), mine, weights, *more)
+
+    return jax.shard_map(
+        on_a_device,
+        in_specs=(P(ROWS), P(), *(P() for _ in (weights, *more))),
+        out_specs=P(ROWS),
+        axis_names={ROWS},
+        check_vma=False,
+    )(rows, row, weights, *more)
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """A context in which functions are traced for this mesh, and know of it; `None` is none."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def kept_by_rows(tree: Tree) -> Tree:
+    """Constrains arrays with rows first to their places, see `by_rows`, where there is a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, by_rows(mesh, tree))
+
+
+def kept_everywhere(tree: Tree) -> Tree:
+    """Constrains arrays to be whole on all devices, where there is a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
 
 def over_experts(

@@ -30,6 +30,7 @@ from lechat_jax.data.held_out import HeldOut, decoded_bytes
 from lechat_jax.data.packing import Documents, Packed
 from lechat_jax.data.sources import find_texts, form_of
 from lechat_jax.devices.compile_cache import enable_compilation_cache
+from lechat_jax.devices.mesh import ROWS, check_divides, make_mesh, shardings
 from lechat_jax.errors import BadInput
 from lechat_jax.eval.score import Score, Validator
 from lechat_jax.files.atomic import check_writable, write_atomic
@@ -58,6 +59,8 @@ class EvalConfig:
             where that fits.
         quantize: Quantise the weights to int8 or int4 when they are loaded. By default they stay as
             stored.
+        mesh: Devices that share the work, such as fsdp=8 or fsdp=2,tp=4, as in training. By
+            default one device.
         tokens: Upper limit of tokens to score, evenly spread over the text: the same ones each
             time. By default all.
         minutes: Time limit, in minutes; the figures then are of what was scored so far, as they are
@@ -73,6 +76,7 @@ class EvalConfig:
     stride: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     quantize: Format | None = None
+    mesh: str | None = None
     tokens: int | None = None
     minutes: float | None = None
     json: Path | None = None
@@ -217,12 +221,16 @@ def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
     pieces = windows(text.documents, options.block, stride)
     packed = Packed(pieces, min(options.block, int(pieces.lengths.max()) - 1), batch=1, seed=0)
     display.wait("loading weights")
-    weights = load_to_compute(trained, options.dtype, options.quantize, lambda shapes: None)
+    mesh = make_mesh(options.mesh) if options.mesh else None
+    if mesh:
+        check_divides(mesh, trained.config, batch=mesh.shape[ROWS])
+    how = (options.dtype, options.quantize, lambda shapes: None)
+    weights = load_to_compute(trained, *how, mesh=mesh, places=shardings)
     dtype = str(weights["norm.scale"].dtype)
     scored = packed.one_epoch()
     bytes_of = decoded_bytes(scored, text.tokenizer)
     held = HeldOut(scored, text.n_bytes, np.arange(packed.windows), bytes_of)
-    forward = Forward(dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    forward = Forward(dtype="bfloat16" if dtype == "bfloat16" else "float32", mesh=mesh)
     validator = Validator(trained.config, forward, held)
     display.wait("compiling")
     began = time.perf_counter()

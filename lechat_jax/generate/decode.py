@@ -5,16 +5,27 @@ one row at a time, and a call of `decode` makes a given number of steps.
 """
 
 import functools
-from typing import NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.devices.host_memory import give_back_memory
+from lechat_jax.devices.mesh import (
+    by_rows,
+    described,
+    heads_only,
+    kept_by_rows,
+    kept_everywhere,
+    on_its_rows,
+    on_mesh,
+)
 from lechat_jax.devices.platform import platform
-from lechat_jax.generate.prefill import Described, cache_size
+from lechat_jax.generate.prefill import CacheSize, Described, cache_size
 from lechat_jax.generate.prompt_lookup import SEEN, lately, look_up, record
 from lechat_jax.generate.sampling import Controls, Sampling, sample, token_keys
 from lechat_jax.model.binding import Weights, bind
@@ -65,12 +76,14 @@ class Produced(NamedTuple):
         ids: token ids, EOS included.
         logprobs: log-probability of each under the model in nats, at temperature 1 and unfiltered.
         length: number of tokens of each row.
+        left: tokens that each row may still produce.
         steps: number of forward passes.
     """
 
     ids: Int[Array, "B T"]
     logprobs: Float[Array, "B T"]
     length: Int[Array, "B"]
+    left: Int[Array, "B"]
     steps: Int[Array, ""]
 
 
@@ -93,9 +106,16 @@ def prefill(
     logits are computed: a prompt's last token is left to `decode`, the only place that samples. The
     cache passed in is donated.
     """
-    alone = jax.tree.map(lambda rows: jax.lax.dynamic_slice_in_dim(rows, row, 1), cache)
-    alone = bind(config, weights).extend(tokens, positions, alone)[1]
-    return _put(cache, row, alone)
+
+    def extend(
+        cache: Cache, row: Array, mine: Array, weights: Weights, tokens: Array, positions: Array
+    ) -> Cache:
+        alone = jax.tree.map(lambda rows: jax.lax.dynamic_slice_in_dim(rows, row, 1), cache)
+        positions = jnp.where(mine, positions, EMPTY)
+        alone = bind(config, weights).extend(tokens, positions, alone)[1]
+        return _put(cache, row, alone)
+
+    return kept_by_rows(on_its_rows(extend, cache, row, weights, tokens, positions))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -104,15 +124,20 @@ def clear(cache: Cache, row: Int[Array, ""]) -> Cache:
 
     Positions alone would not do: a masked NaN is still NaN. The cache passed in is donated.
     """
-    alone = jax.tree.map(lambda rows: jnp.zeros_like(rows[:1]), cache)
-    rings = [ring._replace(position=ring.position + EMPTY) for ring in alone.rings]
-    return _put(cache, row, Cache(tuple(rings)))
+
+    def emptied(cache: Cache, row: Array, mine: Array, _: None) -> Cache:
+        alone = jax.tree.map(lambda rows: jnp.zeros_like(rows[:1]), cache)
+        rings = [ring._replace(position=ring.position + EMPTY) for ring in alone.rings]
+        done = _put(cache, row, Cache(tuple(rings)))
+        return jax.tree.map(lambda new, old: jnp.where(mine, new, old), done, cache)
+
+    return kept_by_rows(on_its_rows(emptied, cache, row, None))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def with_row(rows: T, row: Int[Array, ""], alone: T) -> T:
     """Replaces one row in arrays of B rows; the arrays passed in are donated."""
-    return _put(rows, row, alone)
+    return kept_by_rows(_put(rows, row, alone))
 
 
 def _put(rows: T, row: Int[Array, ""], alone: T) -> T:
@@ -175,7 +200,8 @@ def decode(
 
     nothing = _nothing(state, MOST * (1 + draft))
     start = (state, nothing, jnp.float32(1 + draft))
-    return jax.lax.while_loop(unfinished, step, start)[:2]
+    state, out, _ = jax.lax.while_loop(unfinished, step, start)
+    return kept_by_rows(state), kept_everywhere(out)
 
 
 def break_even(draft: int, batch: int, is_drawn: bool) -> float:
@@ -197,6 +223,7 @@ def _nothing(state: DecodeState, width: int) -> Produced:
         ids=jnp.zeros((B, width), jnp.int32),
         logprobs=jnp.zeros((B, width), wide),
         length=jnp.zeros(B, jnp.int32),
+        left=state.left,
         steps=jnp.zeros((), jnp.int32),
     )
 
@@ -247,12 +274,6 @@ def _advance(
     rows, T = jnp.arange(ids.shape[0])[:, None], ids.shape[1]
     n = jnp.sum(kept, axis=1, dtype=jnp.int32)
     columns = jnp.where(kept, out.length[:, None] + jnp.arange(T), out.ids.shape[1])
-    out = Produced(
-        out.ids.at[rows, columns].set(ids, mode="drop"),
-        out.logprobs.at[rows, columns].set(logprobs, mode="drop"),
-        out.length + n,
-        out.steps + 1,
-    )
     last = jnp.take_along_axis(ids, jnp.maximum(n - 1, 0)[:, None], axis=1)
     is_end = jnp.take_along_axis(ends, last, axis=1)[:, 0]
     positions = state.position[:, None] + jnp.arange(1, T + 1, dtype=jnp.int32)
@@ -264,37 +285,72 @@ def _advance(
         left=jnp.where((n > 0) & is_end, 0, state.left - n),
         seen=seen,
     )
+    out = Produced(
+        out.ids.at[rows, columns].set(ids, mode="drop"),
+        out.logprobs.at[rows, columns].set(logprobs, mode="drop"),
+        out.length + n,
+        moved.left,
+        out.steps + 1,
+    )
     return moved, out
 
 
-def compile_for(
-    config: MistralConfig, weights: Described, batch: int, chunk: int, context: int, draft: int
-) -> None:
-    """Ahead-of-time compilation of prefill and decode for `batch` rows, so that they start at once.
+class Call(NamedTuple):
+    """A jitted function, and descriptions of the arguments with which it is compiled."""
 
-    With a draft, `decode` is compiled with and without it. `weights` may be
-    `jax.ShapeDtypeStruct`s, so this can run before they are loaded. Compiling takes 0.1 to 0.2 GB,
-    most of it briefly, which the weights would leave no room for.
+    function: Any
+    arguments: tuple[Any, ...]
+
+
+def calls_for(
+    config: MistralConfig,
+    weights: Described,
+    batch: int,
+    chunk: int,
+    context: int,
+    draft: int = 0,
+    mesh: Mesh | None = None,
+) -> dict[str, Call]:
+    """The calls of generation for `batch` rows, prefill and decode, by name; nothing is allocated.
+
+    With a draft there is `decode` with and without it. `weights` may be `jax.ShapeDtypeStruct`s.
     """
 
-    def arguments(ahead: int) -> tuple[DecodeState, Request]:
-        cache = empty_cache(*cache_size(config, weights, batch, chunk, context, draft))
-        rows = jnp.zeros(batch, jnp.int32)
-        seen = jnp.zeros((batch, SEEN if ahead else 0), jnp.int32)
-        plain = Sampling()
-        controls, streams = plain.controls(batch), plain.streams(batch)
-        request = Request(controls, streams, jnp.zeros((batch, config.vocab_size), bool))
-        return DecodeState(cache, rows, rows, rows, seen), request
+    def start(ahead: int) -> tuple[DecodeState, Request]:
+        return idle_rows(cache_size(config, weights, batch, chunk, context, draft), ahead)
 
-    state, _ = jax.eval_shape(lambda: arguments(0))
-    number, tokens = (
-        jax.ShapeDtypeStruct((), jnp.int32),
-        jax.ShapeDtypeStruct((1, chunk), jnp.int32),
-    )
-    prefill.lower(config, as_bits(weights, chunk), state.cache, number, tokens, tokens).compile()
-    give_back_memory()
+    def forms(positions: int) -> Weights:
+        return described(mesh, as_bits(weights, positions), heads_only)
+
+    state, _ = jax.eval_shape(lambda: start(0))
+    cache, number = described(mesh, state.cache, by_rows), jax.ShapeDtypeStruct((), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((1, chunk), jnp.int32)
+    found = {"prefill": Call(prefill, (config, forms(chunk), cache, number, tokens, tokens))}
     for ahead in sorted({0, draft}):
-        state, request = jax.eval_shape(lambda ahead=ahead: arguments(ahead))
-        to_decode = as_bits(weights, batch * (1 + ahead))
-        decode.lower(config, to_decode, state, request, number, ahead).compile()
-        give_back_memory()
+        state, request = described(mesh, jax.eval_shape(lambda: start(ahead)), by_rows)  # noqa: B023
+        name = f"decode with {ahead} guesses" if ahead else "decode"
+        weights_of_it = forms(batch * (1 + ahead))
+        found[name] = Call(decode, (config, weights_of_it, state, request, number, ahead))
+    return found
+
+
+def idle_rows(size: CacheSize, ahead: int = 0) -> tuple[DecodeState, Request]:
+    """State and request of rows that are free; with room to look up drafts of `ahead` tokens."""
+    B, idle = size.batch, Sampling(temperature=0)  # what a free row costs least with
+    free = jnp.full(B, EMPTY, jnp.int32)
+    seen = jnp.zeros((B, SEEN if ahead else 0), jnp.int32)
+    ends = jnp.zeros((B, size.config.vocab_size), bool)
+    state = DecodeState(empty_cache(*size), free + 1, free, free + 1, seen)
+    return state, Request(idle.controls(B), idle.streams(B), ends)
+
+
+def compile_for(calls: Mapping[str, Call], mesh: Mesh | None = None) -> None:
+    """Ahead-of-time compilation of prefill and decode, so that they start at once.
+
+    It can run before weights are loaded. Compiling takes 0.1 to 0.2 GB, most of it briefly, which
+    the weights would leave no room for.
+    """
+    with on_mesh(mesh):
+        for call in calls.values():
+            call.function.lower(*call.arguments).compile()
+            give_back_memory()

@@ -15,16 +15,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.devices.mesh import by_rows, create_sharded, on_mesh
 from lechat_jax.generate.continuation import Continuation, Sample
 from lechat_jax.generate.decode import (
     MOST,
-    DecodeState,
     Request,
     break_even,
     clear,
     decode,
+    idle_rows,
     prefill,
     with_row,
 )
@@ -32,12 +35,12 @@ from lechat_jax.generate.prefill import cache_size, chunk_of
 from lechat_jax.generate.prompt_lookup import SEEN, Repeats, newest
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import Weights
-from lechat_jax.model.cache import EMPTY, empty_cache
+from lechat_jax.model.cache import EMPTY
 
 # Is told how many tokens of the prompts are read, and of how many; at first of none.
 OnRead = Callable[[int, int], None]
 PATIENCE = 0.1  # seconds of decoding until a stream shows something
-IDLE = Sampling(temperature=0)  # what a free row costs least with
+IDLE = Sampling(temperature=0)
 
 
 class RowTokens(NamedTuple):
@@ -77,6 +80,7 @@ class Engine:
         chunk: tokens T of a prefill chunk.
         context: positions that a layer without a window can hold.
         draft: tokens drafted per step by prompt lookup, while the acceptance rate pays.
+        mesh: of the devices that share the work: heads over `tp`, rows over `fsdp`.
     """
 
     def __init__(
@@ -88,16 +92,13 @@ class Engine:
         chunk: int,
         context: int,
         draft: int = 0,
+        mesh: Mesh | None = None,
     ) -> None:
         self.n_rows, self.lengths, self.unread = n_rows, [0] * n_rows, 0
         self._config, self._weights_for = config, weights_for
-        self._chunk, self._draft = chunk, draft
+        self._chunk, self._draft, self._mesh = chunk, draft, mesh
         size = cache_size(config, weights_for(chunk), n_rows, chunk, context, draft)
-        idle = jnp.full(n_rows, EMPTY, jnp.int32)
-        seen = jnp.zeros((n_rows, 0), jnp.int32)
-        self._state = DecodeState(empty_cache(*size), idle + 1, idle, idle + 1, seen)
-        ends = jnp.zeros((n_rows, config.vocab_size), bool)
-        self._request = Request(IDLE.controls(n_rows), IDLE.streams(n_rows), ends)
+        self._state, self._request = create_sharded(mesh, lambda: idle_rows(size), places=by_rows)
         self._waiting: deque[_Reading] = deque()
         self._left = np.zeros(n_rows, np.int32)
         self._used = [False] * n_rows  # rows whose ring holds somebody's tokens
@@ -127,7 +128,8 @@ class Engine:
         """
         self.free(row)
         if not start and self._used[row]:
-            cache = clear(self._state.cache, np.int32(row))
+            with on_mesh(self._mesh):
+                cache = clear(self._state.cache, np.int32(row))
             self._state = self._state._replace(cache=cache)
         self._used[row] = True
         reading = _Reading(
@@ -150,7 +152,8 @@ class Engine:
             tokens, positions = chunk_of(first.prompt, first.at, self._chunk)
             weights = self._weights_for(self._chunk)
             row, cache = np.int32(first.row), self._state.cache
-            cache = prefill(self._config, weights, cache, row, tokens, positions)
+            with on_mesh(self._mesh):
+                cache = prefill(self._config, weights, cache, row, tokens, positions)
             self._state = self._state._replace(cache=cache)
             self.unread -= min(last, first.at + self._chunk) - first.at
             first.at = min(last, first.at + self._chunk)
@@ -178,12 +181,11 @@ class Engine:
         """
         guessing = self._guessing()
         weights = self._weights_for(self.n_rows * (1 + guessing))
-        self._state, out = decode(
-            self._config, weights, self._state, self._request, np.int32(n), guessing
-        )
-        ids, logprobs, lengths, left = jax.device_get(
-            (out.ids, out.logprobs, out.length, self._state.left)
-        )
+        with on_mesh(self._mesh):
+            self._state, out = decode(
+                self._config, weights, self._state, self._request, np.int32(n), guessing
+            )
+        ids, logprobs, lengths, left = jax.device_get(out[:4])
         self._left = np.array(left)
         made = []
         for row, length in enumerate(lengths.tolist()):
@@ -213,13 +215,14 @@ class Engine:
         self._drawn[read.row] = read.sampling.temperature > 0
         if self._draft:
             self._repeats[read.row] = Repeats(read.prompt, self._draft)
-            self._state = self._state._replace(seen=jnp.zeros((self.n_rows, 0), jnp.int32))
+            self._look_at(newest([[]] * self.n_rows, 0))
 
     def _seat(self, row: int, token: int, position: int, left: int, request: Request) -> None:
         state = self._state
         numbers = (np.full(1, number, np.int32) for number in (token, position, left))
         kept = state.token, state.position, state.left, self._request
-        *kept, self._request = with_row(kept, np.int32(row), (*numbers, request))
+        with on_mesh(self._mesh):
+            *kept, self._request = with_row(kept, np.int32(row), (*numbers, request))
         self._state = state._replace(token=kept[0], position=kept[1], left=kept[2])
         self._left[row] = left
 
@@ -235,9 +238,13 @@ class Engine:
         guessing = self._draft if rates and sum(rates) / len(rates) >= enough else 0
         if self._draft and self._state.seen.shape[1] != (SEEN if guessing else 0):
             texts = [repeats.text if repeats else [] for repeats in self._repeats]
-            seen = newest(texts, SEEN if guessing else 0)
-            self._state = self._state._replace(seen=jnp.asarray(seen))
+            self._look_at(newest(texts, SEEN if guessing else 0))
         return guessing
+
+    def _look_at(self, seen: Int[np.ndarray, "B S"]) -> None:
+        """Sets the tokens in which prompt lookup searches."""
+        places = by_rows(self._mesh, seen) if self._mesh else None
+        self._state = self._state._replace(seen=jax.device_put(seen, places))
 
 
 def rounds(engine: Engine, rows: Sequence[Continuation]) -> Iterator[list[Sample]]:
@@ -249,7 +256,8 @@ def rounds(engine: Engine, rows: Sequence[Continuation]) -> Iterator[list[Sample
     while not all(row.stopped for row in rows):
         began = time.perf_counter()
         made = engine.advance(n)
-        is_quick = time.perf_counter() - began < PATIENCE
+        # A clock must not make processes differ that take the same steps together.
+        is_quick = time.perf_counter() - began < PATIENCE or jax.process_count() > 1
         n = min(MOST, 2 * n) if is_quick else max(1, n // 2)
         yield [row.take(*tokens) for row, tokens in zip(rows, made, strict=True)]
         for number, row in enumerate(rows):

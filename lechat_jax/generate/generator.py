@@ -6,13 +6,15 @@ from typing import cast, overload
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from lechat_jax.checkpoint.load import load_to_compute
 from lechat_jax.checkpoint.saved_model import SavedModel
+from lechat_jax.devices.mesh import check_divides, make_mesh
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.continuation import Continuation, Sample, join, stop_texts
-from lechat_jax.generate.decode import compile_for
+from lechat_jax.generate.decode import calls_for, compile_for
 from lechat_jax.generate.dialogue import Dialogue
 from lechat_jax.generate.engine import OnRead, rounds
 from lechat_jax.generate.loaded_model import CONTEXT, SHORTER, LoadedModel, Prompt, Prompts
@@ -37,6 +39,7 @@ class Generator(LoadedModel):
         batch: int | None = None,
         draft: int = 0,
         on_read: OnRead | None = None,
+        mesh: Mesh | str | None = None,
     ) -> "Generator":
         """Loads a training run's last good checkpoint, or weights in lechat's format.
 
@@ -53,6 +56,7 @@ class Generator(LoadedModel):
                 time to first token; by default compilation waits for the first call.
             draft: as for `stream`, to compile for.
             on_read: as for the class.
+            mesh: as for the class, or in words such as `tp=8`; each device reads its slices.
 
         Raises:
             BadInput: the folder is neither, is damaged, or has no good checkpoint yet; the
@@ -61,22 +65,27 @@ class Generator(LoadedModel):
         """
         trained = SavedModel.open(Path(folder))
         tokenizer = trained.tokenizer
+        mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+        if mesh:
+            check_divides(mesh, trained.config)
 
         def compile_ahead(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
             if batch is not None:
-                compile_for(trained.config, shapes, batch, best_chunk(), context, draft)
+                size = (batch, best_chunk(), context, draft)
+                compile_for(calls_for(trained.config, shapes, *size, mesh), mesh)
 
         def cached(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
             size = cache_size(trained.config, shapes, batch or 1, best_chunk(), context, draft)
-            return cached_bytes(size)
+            return cached_bytes(size, mesh)
 
-        weights = load_to_compute(trained, dtype, quantize, compile_ahead, cached, SHORTER)
+        weights = load_to_compute(trained, dtype, quantize, compile_ahead, cached, SHORTER, mesh)
         return cls(
             bind(trained.config, weights),
             tokenizer,
             context=context,
             on_read=on_read,
             eos_ids=trained.eos_ids,
+            mesh=mesh,
         )
 
     @overload

@@ -2,9 +2,12 @@
 
 from collections.abc import Collection, Sequence
 
+from jax.sharding import Mesh
+
 from lechat_jax.checkpoint.load import free_bytes
 from lechat_jax.config import MistralConfig
 from lechat_jax.devices.memory import check_fits
+from lechat_jax.devices.mesh import check_divides, on_heads
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.engine import Engine, OnRead
 from lechat_jax.generate.prefill import best_chunk, cache_size, cached_bytes
@@ -37,6 +40,8 @@ class LoadedModel:
         context: positions that a layer without a window can hold, prompt included.
         on_read: called with the prompt tokens done and to do: at the start of prefill with 0,
             then after each chunk, for which prefill waits.
+        mesh: of the devices that share the model, `tp`, and the rows of a batch, `fsdp`; by
+            default there is one device. Weights are placed on it.
 
     Raises:
         BadInput: chunk or context is below 1, or the tokenizer is another model's.
@@ -51,15 +56,19 @@ class LoadedModel:
         context: int = CONTEXT,
         on_read: OnRead | None = None,
         eos_ids: Collection[int] = (),
+        mesh: Mesh | None = None,
     ) -> None:
         self.config: MistralConfig = model.config
-        self.weights = weights_of(model)
+        self.mesh = mesh
+        self.weights = on_heads(mesh, weights_of(model))
         self._for_one, self._for_more = (as_bits(self.weights, positions) for positions in (1, 2))
         self.tokenizer = tokenizer
         self.eos_ids = {*eos_ids, *([tokenizer.eos_id] if tokenizer else [])}
         self.chunk = best_chunk() if chunk is None else chunk
         self.context = context
         self.on_read = on_read
+        if mesh:
+            check_divides(mesh, self.config)
         if self.chunk < 1 or context < 1:
             raise BadInput(f"chunk ({self.chunk}) and context ({context}) must be at least 1")
         if tokenizer and tokenizer.vocab_size != self.config.vocab_size:
@@ -77,6 +86,7 @@ class LoadedModel:
             chunk=self.chunk,
             context=self.context,
             draft=draft,
+            mesh=self.mesh,
         )
 
     def encode(self, text: str) -> list[int]:
@@ -128,7 +138,7 @@ class LoadedModel:
         """Raises `BadInput` if the KV cache of `batch` rows does not fit into memory."""
         size = cache_size(self.config, self.weights, batch, self.chunk, self.context, draft)
         free = free_bytes(self.weights["norm.scale"])
-        check_fits("the cache takes", cached_bytes(size), free, SHORTER)
+        check_fits("the cache takes", cached_bytes(size, self.mesh), free, SHORTER)
 
     def _weights_for(self, positions: int) -> Weights:
         """The weights in the form for matmuls of so many positions."""

@@ -43,6 +43,8 @@ class GenerationOptions:
         speculate: Speculative decoding by prompt lookup, without a draft model: the same text,
             sooner where it repeats itself. By default off.
         draft: Tokens that --speculate guesses per step.
+        mesh: Devices that share the work, such as tp=8 or fsdp=2,tp=4: the model's heads and
+            feed-forward are split over tp, the rows of a batch over fsdp. By default one device.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -58,6 +60,7 @@ class GenerationOptions:
     quantize: Format | None = None
     speculate: bool = False
     draft: int = 7
+    mesh: str | None = None
 
     def check(self) -> None:
         """Validates the flags before anything is loaded; raises `BadInput`."""
@@ -89,4 +92,5 @@ class GenerationOptions:
             batch=batch,
             draft=self.n_drafted,
             on_read=PrefillProgress(),
+            mesh=self.mesh,
         )

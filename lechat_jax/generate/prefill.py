@@ -6,10 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.devices.mesh import HEADS, ROWS
 from lechat_jax.devices.platform import platform
 from lechat_jax.model.binding import Weights
 from lechat_jax.model.cache import EMPTY, cache_bytes, capacity
@@ -49,12 +51,17 @@ def cache_size(
     return CacheSize(config, batch, max(chunk, 1 + draft), context + draft, dtype)
 
 
-def cached_bytes(size: CacheSize) -> int:
+def cached_bytes(size: CacheSize, mesh: Mesh | None = None) -> int:
     """Memory of a KV cache in bytes: its ring buffers, and the attention scores of one layer.
 
-    Scores are of one row's chunk, since prefill takes one row at a time.
+    Scores are of one row's chunk, since prefill takes one row at a time. With a mesh, of one of
+    its devices; on a CPU, whose simulated devices have one memory, of all.
     """
     config, batch, chunk, context, dtype = size
+    if mesh is not None and platform() != "cpu":
+        rows = -(-batch // mesh.shape[ROWS])
+        size = size._replace(batch=rows)
+        return -(-cached_bytes(size) // mesh.shape[HEADS])
     slots = max(capacity(window, chunk, context) for window in config.windows)
     wide = jnp.promote_types(dtype, jnp.float32).itemsize
     alone = cache_bytes(*size._replace(batch=1)) if batch > 1 else 0

@@ -153,8 +153,8 @@ def _bits(name: str, leaf: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDty
     if leaf.dtype != jnp.bfloat16 or not is_matrix(name):
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.uint16)
-    return jax.device_put(np.asarray(leaf).view(np.uint16))
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.uint16, sharding=leaf.sharding)
+    return jax.device_put(np.asarray(leaf).view(np.uint16), leaf.sharding)
 
 
 def _cpu_form(x: Float[Array, "T D"], kernel: Shaped[Array, "F D"]) -> Product | None:

@@ -52,7 +52,8 @@ def _project(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Array,
     is_packed = kernel.dtype == jnp.uint8
     if is_packed and is_on_cpu():
         return _in_blocks(x, kernel, scale, zero)
-    if is_packed and platform() == "gpu":
+    is_whole = jax.sharding.get_abstract_mesh().empty  # XLA cannot split a custom kernel
+    if is_packed and is_whole and platform() == "gpu":
         from lechat_jax.ops import matmul_int4_gpu  # Pallas takes 0.7 s to import
 
         if matmul_int4_gpu.fits(len(x), scale.shape[1], x.shape[1], len(kernel)):

@@ -14,16 +14,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree
 
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import layer_of
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.memory import check_fits
-from lechat_jax.devices.mesh import HEADS, ROWS, described, mesh_of, sizes_of
+from lechat_jax.devices.mesh import HEADS, ROWS, bytes_on_a_device, described, mesh_of, sizes_of
 from lechat_jax.errors import BadInput
 from lechat_jax.train.step import StepOptions, TrainState, jitted_steps, state_of
 
@@ -153,8 +151,10 @@ def _state(options: StepOptions, parts: Parts) -> Memory:
     """Memory of a step but for its activations: weights, optimizer state and gradients."""
     begun = _begun(parts.learning, options)
     state, frozen = described(options.mesh, (begun, dict(parts.frozen)))
-    learning = _bytes(state.weights)
-    return Memory(learning + _bytes(frozen), _bytes(state.optimizer), learning, 0)
+    learning = bytes_on_a_device(state.weights)
+    return Memory(
+        learning + bytes_on_a_device(frozen), bytes_on_a_device(state.optimizer), learning, 0
+    )
 
 
 def _activations(
@@ -200,16 +200,6 @@ def summary(memory: Memory) -> str:
     room = next((size for size in USUAL if memory.total <= 0.95 * size * 1e9), None)
     fits = f"a device of {room} GB has room for it" if room else f"no device of {USUAL[-1]} GB has"
     return "\n".join([*rows, f"  {'in all':12}{memory.total / 1e9:9.2f} GB: {fits}"])
-
-
-def _bytes(tree: PyTree) -> int:
-    """Bytes of the leaves on one device."""
-
-    def of(leaf: jax.ShapeDtypeStruct) -> int:
-        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-        return math.prod(shape) * np.dtype(leaf.dtype).itemsize
-
-    return sum(map(of, jax.tree.leaves(tree)))
 
 
 def _is_within(name: str, depth: int) -> bool:

@@ -14,6 +14,7 @@ from lechat_jax.cli import flags
 from lechat_jax.files.atomic import check_writable
 from parity.bench.attention import Attention
 from parity.bench.card import Card
+from parity.bench.compiled import Compiled
 from parity.bench.convert import Convert
 from parity.bench.decode import Decode
 from parity.bench.moe import Moe
@@ -28,6 +29,7 @@ WORKS: dict[str, type[Work]] = {
     "decode": Decode,
     "prefill": Prefill,
     "moe": Moe,
+    "compiled": Compiled,
     "card": Card,
 }
 

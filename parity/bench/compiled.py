@@ -1,0 +1,348 @@
+"""Compiled programs: bytes moved, memory and roofline time on a TPU or GPU that is not there."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
+from rich.console import Console
+
+from lechat_jax.config import MistralConfig, preset
+from lechat_jax.data.rows import Rows
+from lechat_jax.devices.mesh import (
+    HEADS,
+    ROWS,
+    bytes_on_a_device,
+    check_divides,
+    described,
+    mesh_of,
+    on_mesh,
+    sizes_of,
+)
+from lechat_jax.devices.platform import compiling_for
+from lechat_jax.devices.topologies import ENVIRONMENT, Chip, chip, devices
+from lechat_jax.errors import BadInput
+from lechat_jax.generate.decode import calls_for
+from lechat_jax.generate.prefill import best_chunk
+from lechat_jax.model.binding import shapes_of
+from lechat_jax.ops.matmul_int4 import for_device
+from lechat_jax.ops.remat import Remat
+from lechat_jax.quantize.scheme import scheme_for
+from lechat_jax.train.flops import flops_per_token
+from lechat_jax.train.step import StepOptions, init_state, jitted_steps
+from parity.bench import isolated
+from parity.bench.program import Move, Program, total
+from parity.bench.work import Work, cell, first_line
+from parity.report import Report, Row, TableText
+
+Kind = Literal["decode", "prefill", "train"]
+Form = Literal["bfloat16", "float32", "int8", "int4"]
+SHOWN = 10  # instructions that move most
+# On a GPU kernels are chosen by timing them, and there is nothing to time on.
+CUDA_OPTIONS = {"xla_gpu_autotune_level": 0}
+
+
+class Asked(NamedTuple):
+    """One program to compile."""
+
+    kind: Kind
+    weights: Form
+    batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled(Work):
+    """Programs compiled for a TPU or GPU that need not be there: bytes, memory, roofline time.
+
+    The functions that run are compiled by the compilers of the device, libtpu (`pip install
+    'lechat-jax[aot]'`) or JAX's CUDA plugin, each program in a process of its own. Bytes of device
+    memory are counted in the final program: of one step, on one device, beside the least that any
+    program must move. Time is the roofline of published peaks; nothing is run.
+    """
+
+    topology: str = "v6e:1x1"
+    """Devices: a chip and its number or grid, such as v6e:2x4, v5p:2x2x2, h100 or h100:8."""
+    preset: str = "mistral-7b-v0.1"
+    """Model: a name such as mistral-7b-v0.1 or lechat-15m."""
+    work: tuple[Kind, ...] = ("decode", "prefill")
+    """Programs: decode, prefill or train."""
+    weights: tuple[Form, ...] = ("bfloat16",)
+    """Forms of the weights: bfloat16, float32, int8 or int4; training computes in bfloat16."""
+    mesh: str | None = None
+    """Devices that share the work, such as tp=8; by default one."""
+    context: int = 4096
+    """Positions of layers without a window; tokens of a row in training."""
+    batch: tuple[int, ...] = (1,)
+    """Rows at once; prefill takes one of them at a time."""
+    chunk: int | None = None
+    """Tokens of a prefill chunk; by default what is chosen for the platform."""
+    remat: Remat = "none"
+    """What a layer keeps for its backward pass: none, dots or full."""
+    layers: int | None = None
+    """Number of layers instead of the preset's, to compile less."""
+
+    COUNTS = ("context", "batch")
+
+    def run(self, console: Console) -> Report:
+        """See `Work.run`; what does not compile becomes a row that says why."""
+        chip(self.topology)
+        self.config()
+        if self.mesh:
+            sizes_of(self.mesh)
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        report = Report(f"compiled for {self.topology}, not run", 0.0, [])
+        for asked in self.programs():
+            label = f"{asked.kind}, {asked.weights}, {asked.batch} rows"
+            console.print(label, markup=False)
+            try:
+                (row,) = isolated.run("not compiled", compiled, self, asked)
+            except BadInput as error:
+                row = Row(
+                    asked.kind,
+                    "lechat_jax",
+                    asked.weights,
+                    asked.batch,
+                    self.context,
+                    None,
+                    None,
+                    str(error),
+                )
+            report.rows.append(row)
+            for line in row.details.get("moves_most", []):
+                console.print(f"  {line['bytes'] / 1e6:10.1f} MB  {line['what']}", markup=False)
+        for table in (figures(report.rows),):
+            console.print(table.rich(console.is_terminal))
+        for note in (*(row.note for row in report.rows if row.note), report.machine):
+            console.print(note, markup=False)
+        return report
+
+    def config(self) -> MistralConfig:
+        """The model, with as many layers as are asked for."""
+        found = preset(self.preset)
+        if self.layers is None:
+            return found
+        windows = found.sliding_window
+        kept = windows[: self.layers] if isinstance(windows, tuple) else windows
+        return dataclasses.replace(found, n_layers=self.layers, sliding_window=kept)
+
+    def programs(self) -> list[Asked]:
+        """What is compiled, in order; training once for each number of rows."""
+        return [
+            Asked(kind, form, batch)
+            for kind in self.work
+            for form in (self.weights if kind != "train" else self.weights[:1])
+            for batch in self.batch
+        ]
+
+
+class Lowering(NamedTuple):
+    """A jitted function, its arguments as they lie on the devices, and what it has to do.
+
+    Attributes:
+        function: jitted.
+        arguments: descriptions, with their places.
+        least: bytes of device memory on one device that any program must move in a step.
+        flops: of the model, on one device.
+        ring: axes of a ring on one device; none in training.
+        chunk: tokens of a prefill chunk.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+    least: int
+    flops: float
+    ring: tuple[int, ...] = ()
+    chunk: int = 0
+
+
+def compiled(work: Compiled, asked: Asked) -> Iterator[Row]:
+    """The job of an isolated process: compiles one program and counts what is in it."""
+    device, found = chip(work.topology), devices(work.topology)
+    mesh = _mesh(work, found)
+    config = work.config()
+    if mesh:
+        check_divides(mesh, config, asked.batch if asked.kind == "train" else None)
+    with compiling_for(device.platform), on_mesh(mesh):
+        if asked.kind == "train":
+            lowering = _training(work, config, asked, mesh)
+        else:
+            lowering = _generation(work, config, asked, mesh)
+        place = None if mesh else SingleDeviceSharding(found[0])
+        arguments = _placed(lowering.arguments, place)
+        began = time.perf_counter()
+        cuda = device.platform == "gpu"
+        lowered = lowering.function.trace(*arguments).lower(
+            lowering_platforms=("cuda" if cuda else "tpu",)
+        )
+        then = time.perf_counter()
+        try:
+            made = lowered.compile(compiler_options=CUDA_OPTIONS if cuda else None)
+        except Exception as error:  # of XLA's own kinds
+            raise BadInput(f"the compiler refused it: {first_line(error)[:300]}") from None
+        ended = time.perf_counter()
+    details = _counted(made, lowering, device, asked.kind)
+    details |= {
+        "platform": "cuda" if cuda else "tpu",
+        "topology": work.topology,
+        "preset": work.preset,
+        "weights": asked.weights,
+        "mesh": work.mesh,
+        "chunk": lowering.chunk or None,
+        "lower_s": then - began,
+        "compile_s": ended - then,
+    }
+    note = details.pop("note")
+    row = (asked.kind, "lechat_jax", asked.weights, asked.batch, work.context, None)
+    yield Row(*row, details["device_bytes"], note=note, details=details)
+
+
+def _counted(made: Any, lowering: Lowering, device: Chip, kind: Kind) -> dict[str, Any]:
+    """What the compiled program moves, computes and takes, on one device."""
+    memory, note = made.memory_analysis(), ""
+    scratch = memory.temp_size_in_bytes
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needs = held + scratch + memory.generated_code_size_in_bytes
+    moves: list[Move] = []
+    try:
+        program = Program(made.as_text())
+    except Exception as error:  # libtpu cannot print every program
+        cost = made.cost_analysis() or {}
+        moved, flops = int(cost.get("bytes accessed", 0)), int(cost.get("flops", 0))
+        per_call, copies, collectives, early = 0, 0, {}, (0, 0)
+        note = f"counted by the compiler, loops once: its text cannot be had ({first_line(error)})"
+    else:
+        step = program.step() if kind != "prefill" else program.entry
+        moves = program.moves(step)
+        moved, flops = total(moves), program.flops(step)
+        per_call = total(program.moves()) - moved
+        copies = program.copies(lowering.ring) if lowering.ring else 0
+        collectives, early = program.collectives(step), program.asynchronous(step)
+    return {
+        "bytes_moved": moved,
+        "bytes_least": lowering.least,
+        "bytes_per_call": per_call,
+        "ring_copies": copies,
+        "scratch_bytes": scratch,
+        "device_bytes": needs,
+        "fits": needs <= device.memory,
+        "flops": flops,
+        "model_flops": lowering.flops,
+        "collectives": {name: {"n": n, "bytes": size} for name, (n, size) in collectives.items()},
+        "collectives_hidden": early[0],
+        "collectives_waited_for": early[1],
+        "program_bytes": memory.generated_code_size_in_bytes,
+        "roofline_s": max(moved / device.bandwidth, max(flops, lowering.flops) / device.flops),
+        "moves_most": [
+            {"bytes": move.bytes, "what": f"{move.instruction.op} {move.where[-70:]}"}
+            for move in sorted(moves, key=lambda move: -move.bytes)[:SHOWN]
+        ],
+        "note": note,
+    }
+
+
+def _generation(work: Compiled, config: MistralConfig, asked: Asked, mesh: Mesh | None) -> Lowering:
+    """Prefill or decode with weights in that form."""
+    form = scheme_for(asked.weights if asked.weights in ("int8", "int4") else None, config)  # pyright: ignore[reportArgumentType]
+    dtype = jnp.dtype("float32" if asked.weights == "float32" else "bfloat16")
+    weights: dict[str, jax.ShapeDtypeStruct] = {}
+    for name, leaf in shapes_of(config).items():
+        parts = form.parts(name, leaf.shape) if form else {}
+        weights |= {part: jax.ShapeDtypeStruct(dims, kind) for part, (kind, dims) in parts.items()}
+        if not parts:
+            weights[name] = jax.ShapeDtypeStruct(leaf.shape, dtype)
+    chunk = work.chunk or best_chunk()
+    calls = calls_for(config, for_device(weights), asked.batch, chunk, work.context, 0, mesh)
+    call = calls[asked.kind]
+    arguments = call.arguments
+    cache = arguments[2].cache if asked.kind == "decode" else arguments[2]
+    ways = mesh.size if mesh else 1
+    rings = bytes_on_a_device(cache)
+    if asked.kind == "prefill":
+        rings = -(-rings // (asked.batch // (mesh.shape[ROWS] if mesh else 1) or 1))
+    tokens = chunk if asked.kind == "prefill" else asked.batch
+    keys = sum(min(ring.capacity, work.context) * len(ring.k) for ring in cache.rings)
+    flops = 2 * config.n_products + 4 * config.n_heads * config.head_dim * keys
+    k = cache.rings[0].k[0]
+    ring = k.sharding.shard_shape(k.shape) if k.sharding else k.shape
+    least = bytes_on_a_device(arguments[1]) + rings
+    return Lowering(call.function, arguments, least, flops * tokens / ways, ring, chunk)
+
+
+def _training(work: Compiled, config: MistralConfig, asked: Asked, mesh: Mesh | None) -> Lowering:
+    """A step of training: state and gradient are read and written once, at the least."""
+    options = StepOptions(dtype="bfloat16", remat=work.remat, mesh=mesh)
+    alone = dataclasses.replace(options, mesh=None)
+    state = described(mesh, jax.eval_shape(lambda: init_state(config, alone, seed=0)))
+    rows = Rows(jax.ShapeDtypeStruct((1, asked.batch, work.context + 1), jnp.int32))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    tokens = asked.batch * work.context
+    flops = flops_per_token(config, work.context) * tokens / (mesh.size if mesh else 1)
+    arguments = (config, options, state, {}, rows, number, number)
+    return Lowering(jitted_steps(options), arguments, 2 * bytes_on_a_device(state), flops)
+
+
+def _mesh(work: Compiled, found: list[Any]) -> Mesh | None:
+    if work.mesh is None:
+        return None
+    sizes = sizes_of(work.mesh)
+    n = sizes[ROWS] * sizes[HEADS]
+    if n > len(found):
+        raise BadInput(f"--mesh {work.mesh} has {n} devices and {work.topology} {len(found)}")
+    return mesh_of(sizes[ROWS], sizes[HEADS], found[:n])
+
+
+def _placed(arguments: tuple[Any, ...], place: SingleDeviceSharding | None) -> tuple[Any, ...]:
+    """The descriptions on that device; on a mesh they have their places already."""
+    if place is None:
+        return arguments
+
+    def put(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(put, arguments, is_leaf=lambda leaf: leaf is None)
+
+
+def figures(rows: list[Row]) -> TableText:
+    """The table of the report."""
+    header = ["work", "weights", "rows", "moved", "least", "ratio", "once a call", "ring copies"]
+    header += [
+        "scratch",
+        "device",
+        "fits",
+        "FLOP, of the model",
+        "collectives",
+        "compiled",
+        "roofline",
+    ]
+    return TableText(header, [_line(row) for row in rows])
+
+
+def _line(row: Row) -> list[str]:
+    of = row.details
+    if not of:
+        return [row.work, row.dtype, str(row.batch), *[""] * 12]
+    kinds = of["collectives"].items()
+    return [
+        row.work,
+        row.dtype,
+        str(row.batch),
+        cell("{:.2f} GB", of["bytes_moved"], 1e9),
+        cell("{:.2f} GB", of["bytes_least"], 1e9),
+        f"{of['bytes_moved'] / of['bytes_least']:.2f}",
+        cell("{:.2f} GB", of["bytes_per_call"], 1e9),
+        str(of["ring_copies"]),
+        cell("{:.2f} GB", of["scratch_bytes"], 1e9),
+        cell("{:.2f} GB", of["device_bytes"], 1e9),
+        "yes" if of["fits"] else "no",
+        f"{of['flops']:.3g}, {of['model_flops']:.3g}",
+        ", ".join(f"{each['n']} {name}" for name, each in kinds) or "none",
+        cell("{:.0f} s", of["lower_s"] + of["compile_s"]),
+        cell("{:.2f} ms", of["roofline_s"], 1e-3),
+    ]
