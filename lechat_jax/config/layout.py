@@ -142,8 +142,9 @@ def letters(name: str) -> str:
 def letters_of_part(name: str, n_axes: int, by_groups: bool = False) -> str:
     """All axes of a weight, or of a part of a quantised one; a dot is an axis of no letter.
 
-    Groups of features stand for the first axis that the kernel reads. `by_groups` is an int4
-    kernel that has them first, see `ops.matmul_int4`.
+    Groups of features stand for the first axis that the kernel reads, and the axes of a matrix
+    for the first ones that it writes and reads. `by_groups` is an int4 kernel that has groups
+    first, see `ops.matmul_int4`.
 
     >>> letters_of_part("blocks.0.attn.o.kernel", 3), letters_of_part("norm.scale", 1)
     ('DNH', 'D')
@@ -158,8 +159,10 @@ def letters_of_part(name: str, n_axes: int, by_groups: bool = False) -> str:
     if part not in ("", SCALE, ZERO):
         return "." * n_axes
     row = row_of(kernel_of(name))
+    if by_groups:
+        return f"{row.reads[0]}{row.writes[0]}."[:n_axes]
     if part == "":
-        return f"{row.reads[0]}{row.writes[0]}." if by_groups else row.letters
+        return row.letters if n_axes == len(row.letters) else row.writes[0] + row.reads[0]
     return row.writes + row.reads[: n_axes - len(row.writes)]
 
 

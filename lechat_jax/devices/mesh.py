@@ -20,13 +20,20 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.config.layout import LORA_SCALE, is_part, letters, letters_of_part, part_of
+from lechat_jax.config.layout import (
+    LORA_SCALE,
+    is_part,
+    kernel_of,
+    letters,
+    letters_of_part,
+    part_of,
+)
 from lechat_jax.devices.platform import platform
 from lechat_jax.errors import BadInput
 
@@ -42,7 +49,7 @@ Placing = Callable[[Mesh, Any], Any]
 def spec(
     axes: str,
     shape: tuple[int, ...] = (),
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     along: tuple[str, ...] = (ROWS, HEADS),
 ) -> P:
     """The PartitionSpec of axis letters; the first letter with a rule for a mesh axis gets it.
@@ -161,7 +168,9 @@ def heads_only(mesh: Mesh, weights: Mapping[str, Any]) -> dict[str, NamedShardin
     """
 
     def of(name: str, leaf: Any) -> NamedSharding:
-        axes = letters_of_part(name, len(leaf.shape), by_groups=leaf.dtype == jnp.uint4)
+        kernel = weights.get(kernel_of(name))
+        by_groups = kernel is not None and kernel.dtype == jnp.uint4
+        axes = letters_of_part(name, len(leaf.shape), by_groups)
         return NamedSharding(mesh, spec(axes, leaf.shape, mesh, along=(HEADS,)))
 
     return {name: of(name, leaf) for name, leaf in weights.items()}
@@ -172,7 +181,7 @@ def on_heads(mesh: Mesh | None, weights: dict[str, Array]) -> dict[str, Array]:
     return weights if mesh is None else jax.device_put(weights, heads_only(mesh, weights))
 
 
-def by_rows(mesh: Mesh, tree: PyTree) -> Any:
+def by_rows(mesh: Mesh | AbstractMesh, tree: PyTree) -> Any:
     """The NamedSharding of leaves that have rows first: over `fsdp`, and a ring's heads over `tp`.
 
     Scalars, and rows that the mesh does not divide, are on all devices.

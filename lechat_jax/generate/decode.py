@@ -319,7 +319,7 @@ def calls_for(
     def start(ahead: int) -> tuple[DecodeState, Request]:
         return idle_rows(cache_size(config, weights, batch, chunk, context, draft), ahead)
 
-    def forms(positions: int) -> Weights:
+    def forms(positions: int) -> Described:
         return described(mesh, as_bits(weights, positions), heads_only)
 
     state, _ = jax.eval_shape(lambda: start(0))

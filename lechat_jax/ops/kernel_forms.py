@@ -106,10 +106,10 @@ class PackedInt4(NamedTuple):
 
     def matmul(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
         """`x` times the transposed kernel, in the type of `x`."""
+        if self.numbers.dtype == jnp.uint4:
+            return project_int4(x, *self)
         scale, zero = (part.reshape(-1, part.shape[-1]) for part in self[1:])
-        is_packed = self.numbers.dtype == jnp.uint8
-        numbers = self.numbers.reshape(len(scale), -1) if is_packed else self.numbers
-        return project_int4(x, numbers, scale, zero)
+        return project_int4(x, self.numbers.reshape(len(scale), -1), scale, zero)
 
     def floats(self, dtype: DTypeLike) -> Float[Array, "E F D"]:
         """All numbers of experts, whole in memory."""

@@ -11,9 +11,7 @@ would move 8 to 18 times the bytes (`python -m parity.bench compiled`).
            dequantize is elementwise, and the product sums over two axes: XLA fuses the two
 """
 
-import functools
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +29,8 @@ EvenOdd = tuple[Array, Array]
 def project_int4(
     x: Float[Array, "T D"],
     kernel: Shaped[Array, "..."],
-    scale: Float[Array, "F groups"],
-    zero: UInt8[Array, "F groups"],
+    scale: Float[Array, "..."],
+    zero: UInt8[Array, "..."],
 ) -> Float[Array, "T F"]:
     """Int4 linear layer: `x` times the transposed, dequantized kernel; see `quantize.int4`.
 
@@ -41,8 +39,8 @@ def project_int4(
 
     Args:
         x: positions, in the compute dtype.
-        kernel: two features a byte, uint8 [F, D / 2], or `by_groups`.
-        scale: of each output and group.
+        kernel: two features a byte, uint8 [F, D / 2]; or `by_groups`, as the other two then are.
+        scale: of each output and group, [F, groups].
         zero: likewise, the number that stands for zero.
     """
     return _project(x, kernel, scale, zero).astype(x.dtype)
@@ -59,6 +57,8 @@ def _project(x: Array, kernel: Array, scale: Array, zero: Array) -> Float[Array,
         if matmul_int4_gpu.fits(len(x), scale.shape[1], x.shape[1], len(kernel)):
             return matmul_int4_gpu.project_packed(x, kernel, scale, zero)
     kernel, x = here(kernel, x)
+    if is_packed:
+        kernel, scale, zero = by_groups(kernel, scale, zero)
     made = dequantized(kernel, scale, zero, x.dtype)
     grouped = x.reshape(len(x), len(made), -1)
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -92,56 +92,75 @@ def _backward(
 project_int4.defvjp(_forward, _backward)
 
 
-def by_groups(kernel: UInt8[Array, "F half"], groups: int) -> UInt4[Array, "groups F size"]:
-    """An int4 kernel as `uint4`, its groups of features first.
+class ByGroups(NamedTuple):
+    """An int4 kernel as `uint4`, its scales and its zeros, all with their groups of features first.
 
-    >>> by_groups(jnp.array([[0x21, 0x43]], jnp.uint8), groups=2).tolist()
+    Dequantizing it is elementwise then, which XLA does within the product that reads it.
+    """
+
+    kernel: UInt4[Array, "groups F size"]
+    scale: Float[Array, "groups F"]
+    zero: UInt8[Array, "groups F"]
+
+
+def by_groups(
+    kernel: UInt8[Array, "F half"],
+    scale: Float[Array, "F groups"],
+    zero: UInt8[Array, "F groups"],
+) -> ByGroups:
+    """A packed kernel with its groups first.
+
+    >>> packed, scale = jnp.array([[0x21, 0x43]], jnp.uint8), jnp.ones((1, 2))
+    >>> by_groups(packed, scale, jnp.zeros((1, 2), jnp.uint8)).kernel.tolist()
     [[[1, 2]], [[3, 4]]]
     """
-    pairs = kernel.reshape(len(kernel), groups, -1)
-    numbers = jnp.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(kernel), groups, -1)
-    return jnp.swapaxes(numbers, 0, 1).astype(jnp.uint4)
+    F, groups = scale.shape
+    pairs = kernel.reshape(F, groups, -1)
+    numbers = jnp.stack([pairs & 15, pairs >> 4], axis=-1).reshape(F, groups, -1)
+    return ByGroups(jnp.swapaxes(numbers, 0, 1).astype(jnp.uint4), scale.T, zero.T)
 
 
 def dequantized(
-    kernel: Shaped[Array, "..."],
-    scale: Float[Array, "F groups"],
-    zero: UInt8[Array, "F groups"],
+    kernel: UInt4[Array, "groups F size"],
+    scale: Float[Array, "groups F"],
+    zero: UInt8[Array, "groups F"],
     dtype: DTypeLike,
 ) -> Float[Array, "groups F size"]:
     """The floats of an int4 kernel by its groups, rounded once to `dtype`."""
-    if kernel.dtype == jnp.uint8:
-        kernel = by_groups(kernel, scale.shape[1])
-    shift, factor = (part.T.astype(jnp.float32)[..., None] for part in (zero, scale))
+    shift, factor = (part.astype(jnp.float32)[..., None] for part in (zero, scale))
     return ((kernel.astype(jnp.float32) - shift) * factor).astype(dtype)
 
 
 def for_device(weights: dict[str, Any]) -> dict[str, Any]:
-    """Weights with their int4 kernels by groups on a TPU; the dict passed in is emptied there.
+    """Weights in the forms that a TPU multiplies as they lie; the dict passed in is emptied there.
 
-    So there is never more than one kernel in both forms. Weights may be `jax.ShapeDtypeStruct`s.
-    Experts stay as they are stored: a grouped matmul dequantizes them as a whole.
+    Int4 kernels become `by_groups`, and those of int8 matrices, since merging the last axes of a
+    tiled array is a copy. So there is never more than one kernel in both forms. Weights may be
+    `jax.ShapeDtypeStruct`s. Experts stay as they are stored: a grouped matmul dequantizes them.
     """
     if platform() != "tpu":
         return weights
-    found = {}
-    for name in list(weights):
-        leaf, scale = weights.pop(name), weights.get(name + SCALE, found.get(name + SCALE))
-        is_int4 = name + ZERO in weights or name + ZERO in found
-        if is_int4 and leaf.dtype == jnp.uint8 and not is_expert(name):
-            F, groups = math.prod(scale.shape[:-1]), scale.shape[-1]
-            if isinstance(leaf, jax.ShapeDtypeStruct):
-                shape = (groups, F, 2 * math.prod(leaf.shape) // (F * groups))
-                leaf = jax.ShapeDtypeStruct(shape, jnp.uint4)
-            else:
-                leaf = _by_groups(leaf, F, groups)
-        found[name] = leaf
-    return found
+    found: dict[str, Any] = {}
+    for name in [name for name in weights if name + SCALE in weights and not is_expert(name)]:
+        parts = {
+            part: weights.pop(part) for part in (name, name + SCALE, name + ZERO) if part in weights
+        }
+        if parts[name].dtype in (jnp.uint8, jnp.int8):  # not in that form already
+            is_described = isinstance(parts[name], jax.ShapeDtypeStruct)
+            make = jax.eval_shape if is_described else lambda form, *of: jax.jit(form)(*of)
+            made = make(_as_groups if len(parts) == 3 else _as_matrix, *parts.values())
+            parts = dict(zip(parts, made, strict=True))
+        found |= parts
+    return found | weights
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _by_groups(kernel: Array, F: int, groups: int) -> Array:
-    return by_groups(kernel.reshape(F, -1), groups)
+def _as_groups(kernel: Array, scale: Array, zero: Array) -> ByGroups:
+    scale, zero = (part.reshape(-1, part.shape[-1]) for part in (scale, zero))
+    return by_groups(kernel.reshape(len(scale), -1), scale, zero)
+
+
+def _as_matrix(kernel: Array, scale: Array) -> tuple[Array, Array]:
+    return kernel.reshape(scale.size, -1), scale
 
 
 def even_odd(kernel: Array, scale: Array, zero: Array) -> EvenOdd:

@@ -178,19 +178,21 @@ class Program:
         return early, late
 
     def copies(self, dims: tuple[int, ...]) -> int:
-        """Copies in device memory of an array with these axes, in any order."""
+        """Copies from device memory to device memory of an array with these axes, in any order."""
         sought = sorted(d for d in dims if d > 1)
 
         def is_copy(each: Instruction) -> bool:
-            if each.op == "fusion":
-                inner = [e.op for name in _called(each, "calls") for e in self.computations[name]]
-                return set(inner) <= FREE | {"copy", "transpose"}
-            return each.op in ("copy", "copy-start", "transpose")
+            if each.op != "fusion":
+                return each.op in ("copy", "copy-start", "transpose")
+            inner = [e.op for name in _called(each, "calls") for e in self.computations[name]]
+            return set(inner) <= FREE | {"copy", "transpose"}
 
-        moved = (
-            move.instruction for move in self.moves() if move.bytes and is_copy(move.instruction)
+        return sum(
+            move.bytes_each >= 2 * move.instruction.results[0].nbytes
+            and sorted(d for d in move.instruction.results[0].dims if d > 1) == sought
+            for move in self.moves()
+            if is_copy(move.instruction)
         )
-        return sum(sorted(d for d in e.results[0].dims if d > 1) == sought for e in moved)
 
     def _inner(self, computation: str) -> Iterator[str]:
         for each in self.computations[computation]:

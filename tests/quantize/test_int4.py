@@ -152,8 +152,12 @@ def test_only_a_tpu_has_kernels_by_groups_and_only_of_maps() -> None:
     assert for_device({**weights}) == weights
     with compiling_for("tpu"):
         found = for_device({**weights})
-    expected = jax.ShapeDtypeStruct((4, 32, 8), jnp.uint4)
-    assert found == weights | {"blocks.0.attn.o.kernel": expected}
+    changed = {
+        "blocks.0.attn.o.kernel": ((4, 32, 8), "uint4"),
+        "blocks.0.attn.o.kernel.scale": ((4, 32), "float32"),
+        "blocks.0.attn.o.kernel.zero": ((4, 32), "uint8"),
+    }
+    assert found == weights | {name: jax.ShapeDtypeStruct(*of) for name, of in changed.items()}
 
 
 def assert_is_the_product(
@@ -173,7 +177,7 @@ def test_the_gradient_is_that_of_the_product(by_group: bool) -> None:
     plain = jnp.asarray(unpacked(made))
     parts = [*map(jnp.asarray, made[:3])]
     if by_group:
-        parts[0] = by_groups(parts[0], groups=2)
+        parts = [*by_groups(*parts)]
     ours = jax.grad(lambda x: jnp.sum(jnp.sin(project_int4(x, *parts))))(x)
     expected = jax.grad(lambda x: jnp.sum(jnp.sin(x @ plain.T)))(x)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
