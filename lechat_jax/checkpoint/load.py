@@ -124,7 +124,7 @@ def _to_compute_in(
         return None
     in_type = f" in {np.dtype(choice)}" if choice and not quantize else ""
     remedy = "free some memory" if quantize else "choose --quantize int8 or free some memory"
-    if mesh is None and jax.device_count() > 1:
+    if mesh is None and jax.device_count() > 1 and platform() != "cpu":
         remedy = f"split them over devices (--mesh tp={jax.device_count()}), or {remedy}"
     raise BadInput(
         f"the weights of {trained.folder} take {needed / 1e9:.2f} GB{in_type} and "

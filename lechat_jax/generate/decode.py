@@ -315,22 +315,21 @@ def calls_for(
 
     With a draft there is `decode` with and without it. `weights` may be `jax.ShapeDtypeStruct`s.
     """
+    size = cache_size(config, weights, batch, chunk, context, draft)
+    places = functools.partial(described, mesh)
+    number, tokens = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1, chunk)))
 
-    def start(ahead: int) -> tuple[DecodeState, Request]:
-        return idle_rows(cache_size(config, weights, batch, chunk, context, draft), ahead)
+    def in_form(positions: int) -> Described:
+        return places(as_bits(weights, positions), heads_only)
 
-    def forms(positions: int) -> Described:
-        return described(mesh, as_bits(weights, positions), heads_only)
-
-    state, _ = jax.eval_shape(lambda: start(0))
-    cache, number = described(mesh, state.cache, by_rows), jax.ShapeDtypeStruct((), jnp.int32)
-    tokens = jax.ShapeDtypeStruct((1, chunk), jnp.int32)
-    found = {"prefill": Call(prefill, (config, forms(chunk), cache, number, tokens, tokens))}
+    state, _ = jax.eval_shape(functools.partial(idle_rows, size))
+    cache = places(state.cache, by_rows)
+    found = {"prefill": Call(prefill, (config, in_form(chunk), cache, number, tokens, tokens))}
     for ahead in sorted({0, draft}):
-        state, request = described(mesh, jax.eval_shape(lambda: start(ahead)), by_rows)  # noqa: B023
+        rows = places(jax.eval_shape(functools.partial(idle_rows, size, ahead)), by_rows)
         name = f"decode with {ahead} guesses" if ahead else "decode"
-        weights_of_it = forms(batch * (1 + ahead))
-        found[name] = Call(decode, (config, weights_of_it, state, request, number, ahead))
+        kernels = in_form(batch * (1 + ahead))
+        found[name] = Call(decode, (config, kernels, *rows, number, ahead))
     return found
 
 

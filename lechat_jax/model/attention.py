@@ -26,7 +26,9 @@ from lechat_jax.ops.attention_backend import (
     Backend,
     band_block,
     best_backend,
+    most_used,
     scores_at_once,
+    slots_at_once,
     unsupported,
 )
 from lechat_jax.ops.flash_attention import Keys, Queries, fused_attention, splash_attention
@@ -63,21 +65,61 @@ def attend_cached(
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
+    used: Int[Array, ""],
 ) -> Float[Array, "B T N H"]:
-    """Attention of one decoding step: `attend` for few queries, with keys in the cache's layout.
+    """Attention over a ring: `attend` with keys in the cache's layout, of which some are used.
 
-    All queries of a head, T times G, are the rows of one product, and nothing as large as
-    the keys is moved. The keys and values may be kept in a wider type than `q`.
+    All queries of a head, T times G, are the rows of one product, and nothing as large as the
+    keys is moved. The keys and values may be kept in a wider type than `q`.
+
+    A large ring is read in blocks of slots up to the last of the first `used`, so that a step
+    costs what the text is long and not what there is room for. The softmax goes along (online
+    softmax, Milakov & Gimelshein 2018, arXiv:1805.02867): the scores of one block are in memory,
+    and a sum so far is scaled down when a larger score comes.
     """
     B, T, N, H = q.shape
-    K = k.shape[1]
+    K, S = k.shape[1:3]
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    rows = jnp.swapaxes(q.reshape(B, T, K, N // K, H), 1, 2).reshape(B, K, -1, H)
-    scores = jnp.einsum("BKTH,BKSH->BKTS", rows.astype(k.dtype), k, preferred_element_type=wide)
-    unseen = jnp.where(mask, 0, jnp.finfo(wide).min / 2)[:, None, :, None]
-    scores = scores.reshape(B, K, T, N // K, -1) * H**-0.5 + unseen
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(B, K, rows.shape[2], -1)
-    mixed = jnp.einsum("BKTS,BKSH->BKTH", weights.astype(v.dtype), v).astype(q.dtype)
+    rows = jnp.swapaxes(q.reshape(B, T, K, N // K, H), 1, 2).reshape(B, K, -1, H).astype(k.dtype)
+
+    def scores(k: Array, mask: Array) -> Float[Array, "B K rows S"]:
+        found = jnp.einsum("BKTH,BKSH->BKTS", rows, k, preferred_element_type=wide)
+        unseen = jnp.where(mask, 0, jnp.finfo(wide).min / 2)[:, None, :, None]
+        found = found.reshape(B, K, T, N // K, -1) * H**-0.5 + unseen
+        return found.reshape(B, K, rows.shape[2], -1)
+
+    def whole() -> Float[Array, "B K rows H"]:
+        weights = jax.nn.softmax(scores(k, mask), axis=-1).astype(q.dtype)
+        return jnp.einsum("BKTS,BKSH->BKTH", weights.astype(v.dtype), v).astype(q.dtype)
+
+    def add_block(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, mixed = so_far
+        start = jnp.minimum(i * size, S - size)  # the last block may overlap the one before
+        k_block, v_block = (jax.lax.dynamic_slice_in_dim(x, start, size, 2) for x in (k, v))
+        is_new = start + jnp.arange(size) >= i * size
+        seen = jax.lax.dynamic_slice_in_dim(mask, start, size, 2) & is_new
+        found = scores(k_block, seen)
+        higher = jnp.maximum(top, found.max(axis=-1))
+        weights, kept = jnp.exp(found - higher[..., None]), jnp.exp(top - higher)
+        more = jnp.einsum(
+            "BKTS,BKSH->BKTH", weights.astype(v.dtype), v_block, preferred_element_type=wide
+        )
+        return higher, total * kept + weights.sum(axis=-1), mixed * kept[..., None] + more
+
+    def in_blocks() -> Float[Array, "B K rows H"]:
+        top = jnp.full(rows.shape[:3], jnp.finfo(wide).min, wide)
+        nothing = (top, jnp.zeros_like(top), jnp.zeros(rows.shape, wide))
+        n_blocks = jnp.maximum(1, -(-used // size))
+        _, total, mixed = jax.lax.fori_loop(0, n_blocks, add_block, nothing)
+        return (mixed / total[..., None]).astype(q.dtype)
+
+    size = slots_at_once(S)
+    if size >= S:
+        mixed = whole()
+    elif share := most_used(T):
+        mixed = jax.lax.cond(used > share * S, whole, in_blocks)
+    else:
+        mixed = in_blocks()
     return jnp.swapaxes(mixed.reshape(B, K, T, N // K, H), 1, 2).reshape(B, T, N, H)
 
 

@@ -96,6 +96,13 @@ class Ring(NamedTuple):
             v=(*self.v[:layer], put(self.v[layer], v), *self.v[layer + 1 :]),
         )
 
+    def used(self, positions: Int[Array, "B T"]) -> Int[Array, ""]:
+        """Number of first slots among which all are that queries at these positions may see.
+
+        A ring fills from its first slot on, and of a text that is shorter the rest is empty.
+        """
+        return jnp.minimum(jnp.max(positions) + 1, self.capacity)
+
     def read(self, layer: int) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """Keys and values of one layer, in slot order."""
         return self.k[layer], self.v[layer]

@@ -174,13 +174,13 @@ class Mistral(nnx.Module):
         x = self.embed.rows(tokens)
         rotary = rotations(positions, self.config, x.dtype)
         cache = cache.claim(self.config, positions)
-        masks = [
-            window_mask(positions, ring.position, window)
+        seen = [
+            (window_mask(positions, ring.position, window), ring.used(positions))
             for ring, window in zip(cache.rings, distinct_windows(self.config), strict=True)
         ]
         for block, place in zip(self.blocks, places(self.config), strict=True):
-            ring, mask = cache.layer(place), masks[place.ring]
-            x, ring = _extended(*nnx.split(block), x, rotary, positions, ring, mask)
+            ring, (mask, used) = cache.layer(place), seen[place.ring]
+            x, ring = _extended(*nnx.split(block), x, rotary, positions, ring, mask, used)
             cache = cache.with_layer(place, ring)
         return self.norm(x), cache
 
@@ -222,15 +222,16 @@ def _extended(
     positions: Int[Array, "B T"],
     ring: Ring,
     mask: Bool[Array, "B T S"],
+    used: Int[Array, ""],
 ) -> tuple[Float[Array, "B T D"], Ring]:
     """Block on new positions, whose slots are assigned already."""
-    mix = functools.partial(_mix_cached, positions=positions, mask=mask)
+    mix = functools.partial(_mix_cached, positions=positions, mask=mask, used=used)
     x, ring, _ = nnx.merge(graph, state)(x, rotary, mix, ring)
     return x, ring
 
 
 def _mix_cached(
-    q: Array, k: Array, v: Array, ring: Ring, *, positions: Array, mask: Array
+    q: Array, k: Array, v: Array, ring: Ring, *, positions: Array, mask: Array, used: Array
 ) -> tuple[Array, Ring]:
     ring = ring.write(0, positions, k, v)
-    return attend_cached(q, *ring.read(0), mask), ring
+    return attend_cached(q, *ring.read(0), mask, used), ring

@@ -13,6 +13,8 @@ Backend = Literal["dense", "banded", "cudnn", "splash"]
 # Scores that the band holds at a time. On a CPU they then stay in its caches, which halves
 # the time of a long text; an accelerator is better off with as many as fit.
 CPU_SCORES, SCORES = 2**20, 2**26
+SLOTS = 512  # of a ring in a block
+FEW_QUERIES = 16  # positions, so few that copying keys takes as long as using them
 
 
 def unsupported(
@@ -81,6 +83,20 @@ def best_backend(
 def scores_at_once() -> int:
     """Scores of banded attention that are in memory at a time."""
     return CPU_SCORES if platform() == "cpu" else SCORES
+
+
+def slots_at_once(S: int) -> int:
+    """Slots of a ring of S whose scores are in memory at a time; a small ring is read at once."""
+    return S if S <= 2 * SLOTS else SLOTS
+
+
+def most_used(T: int) -> float | None:
+    """The share of a ring's slots up to which T queries are better off in blocks; `None` is all.
+
+    On a CPU a block is copied before it is multiplied, which for few queries takes as long as the
+    products: a ring that is half full is read at once then, as quickly.
+    """
+    return 0.5 if platform() == "cpu" and T < FEW_QUERIES else None
 
 
 def band_block(window: int) -> int:

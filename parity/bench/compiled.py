@@ -29,6 +29,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generate.decode import calls_for
 from lechat_jax.generate.prefill import best_chunk
 from lechat_jax.model.binding import shapes_of
+from lechat_jax.ops.attention_backend import slots_at_once
 from lechat_jax.ops.matmul_int4 import for_device
 from lechat_jax.ops.remat import Remat
 from lechat_jax.quantize.scheme import scheme_for
@@ -46,7 +47,7 @@ SHOWN = 10  # instructions that move most
 CUDA_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 
-class Asked(NamedTuple):
+class Case(NamedTuple):
     """One program to compile."""
 
     kind: Kind
@@ -96,17 +97,17 @@ class Compiled(Work):
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         report = Report(f"compiled for {self.topology}, not run", 0.0, [])
-        for asked in self.programs():
-            label = f"{asked.kind}, {asked.weights}, {asked.batch} rows"
+        for case in self.programs():
+            label = f"{case.kind}, {case.weights}, {case.batch} rows"
             console.print(label, markup=False)
             try:
-                (row,) = isolated.run("not compiled", compiled, self, asked)
+                (row,) = isolated.run("not compiled", compiled, self, case)
             except BadInput as error:
                 row = Row(
-                    asked.kind,
+                    case.kind,
                     "lechat_jax",
-                    asked.weights,
-                    asked.batch,
+                    case.weights,
+                    case.batch,
                     self.context,
                     None,
                     None,
@@ -130,10 +131,10 @@ class Compiled(Work):
         kept = windows[: self.layers] if isinstance(windows, tuple) else windows
         return dataclasses.replace(found, n_layers=self.layers, sliding_window=kept)
 
-    def programs(self) -> list[Asked]:
+    def programs(self) -> list[Case]:
         """What is compiled, in order; training once for each number of rows."""
         return [
-            Asked(kind, form, batch)
+            Case(kind, form, batch)
             for kind in self.work
             for form in (self.weights if kind != "train" else self.weights[:1])
             for batch in self.batch
@@ -150,6 +151,7 @@ class Lowering(NamedTuple):
         flops: of the model, on one device.
         ring: axes of a ring on one device; none in training.
         chunk: tokens of a prefill chunk.
+        blocks: in which a full ring is read.
     """
 
     function: Any
@@ -158,20 +160,21 @@ class Lowering(NamedTuple):
     flops: float
     ring: tuple[int, ...] = ()
     chunk: int = 0
+    blocks: int = 1
 
 
-def compiled(work: Compiled, asked: Asked) -> Iterator[Row]:
+def compiled(work: Compiled, case: Case) -> Iterator[Row]:
     """The job of an isolated process: compiles one program and counts what is in it."""
     device, found = chip(work.topology), devices(work.topology)
     mesh = _mesh(work, found)
     config = work.config()
     if mesh:
-        check_divides(mesh, config, asked.batch if asked.kind == "train" else None)
+        check_divides(mesh, config, case.batch if case.kind == "train" else None)
     with compiling_for(device.platform), on_mesh(mesh):
-        if asked.kind == "train":
-            lowering = _training(work, config, asked, mesh)
+        if case.kind == "train":
+            lowering = _training(work, config, case, mesh)
         else:
-            lowering = _generation(work, config, asked, mesh)
+            lowering = _generation(work, config, case, mesh)
         place = None if mesh else SingleDeviceSharding(found[0])
         arguments = _placed(lowering.arguments, place)
         began = time.perf_counter()
@@ -185,19 +188,19 @@ def compiled(work: Compiled, asked: Asked) -> Iterator[Row]:
         except Exception as error:  # of XLA's own kinds
             raise BadInput(f"the compiler refused it: {first_line(error)[:300]}") from None
         ended = time.perf_counter()
-    details = _counted(made, lowering, device, asked.kind)
+    details = _counted(made, lowering, device, case.kind)
     details |= {
         "platform": "cuda" if cuda else "tpu",
         "topology": work.topology,
         "preset": work.preset,
-        "weights": asked.weights,
+        "weights": case.weights,
         "mesh": work.mesh,
         "chunk": lowering.chunk or None,
         "lower_s": then - began,
         "compile_s": ended - then,
     }
     note = details.pop("note")
-    row = (asked.kind, "lechat_jax", asked.weights, asked.batch, work.context, None)
+    row = (case.kind, "lechat_jax", case.weights, case.batch, work.context, None)
     yield Row(*row, details["device_bytes"], note=note, details=details)
 
 
@@ -209,7 +212,7 @@ def _counted(made: Any, lowering: Lowering, device: Chip, kind: Kind) -> dict[st
     needs = held + scratch + memory.generated_code_size_in_bytes
     moves: list[Move] = []
     try:
-        program = Program(made.as_text())
+        program = Program(made.as_text(), lowering.blocks)
     except Exception as error:  # libtpu cannot print every program
         cost = made.cost_analysis() or {}
         moved, flops = int(cost.get("bytes accessed", 0)), int(cost.get("flops", 0))
@@ -219,7 +222,7 @@ def _counted(made: Any, lowering: Lowering, device: Chip, kind: Kind) -> dict[st
         step = program.step() if kind != "prefill" else program.entry
         moves = program.moves(step)
         moved, flops = total(moves), program.flops(step)
-        per_call = total(program.moves()) - moved
+        per_call = total(program.moves_once(step)) if kind != "prefill" else 0
         copies = program.copies(lowering.ring) if lowering.ring else 0
         collectives, early = program.collectives(step), program.asynchronous(step)
     return {
@@ -245,10 +248,11 @@ def _counted(made: Any, lowering: Lowering, device: Chip, kind: Kind) -> dict[st
     }
 
 
-def _generation(work: Compiled, config: MistralConfig, asked: Asked, mesh: Mesh | None) -> Lowering:
+def _generation(work: Compiled, config: MistralConfig, case: Case, mesh: Mesh | None) -> Lowering:
     """Prefill or decode with weights in that form."""
-    form = scheme_for(asked.weights if asked.weights in ("int8", "int4") else None, config)  # pyright: ignore[reportArgumentType]
-    dtype = jnp.dtype("float32" if asked.weights == "float32" else "bfloat16")
+    is_quantized = case.weights == "int8" or case.weights == "int4"
+    form = scheme_for(case.weights, config) if is_quantized else None
+    dtype = jnp.dtype("float32" if case.weights == "float32" else "bfloat16")
     weights: dict[str, jax.ShapeDtypeStruct] = {}
     for name, leaf in shapes_of(config).items():
         parts = form.parts(name, leaf.shape) if form else {}
@@ -256,31 +260,32 @@ def _generation(work: Compiled, config: MistralConfig, asked: Asked, mesh: Mesh 
         if not parts:
             weights[name] = jax.ShapeDtypeStruct(leaf.shape, dtype)
     chunk = work.chunk or best_chunk()
-    calls = calls_for(config, for_device(weights), asked.batch, chunk, work.context, 0, mesh)
-    call = calls[asked.kind]
+    calls = calls_for(config, for_device(weights), case.batch, chunk, work.context, 0, mesh)
+    call = calls[case.kind]
     arguments = call.arguments
-    cache = arguments[2].cache if asked.kind == "decode" else arguments[2]
+    cache = arguments[2].cache if case.kind == "decode" else arguments[2]
     ways = mesh.size if mesh else 1
     rings = bytes_on_a_device(cache)
-    if asked.kind == "prefill":
-        rings = -(-rings // (asked.batch // (mesh.shape[ROWS] if mesh else 1) or 1))
-    tokens = chunk if asked.kind == "prefill" else asked.batch
+    if case.kind == "prefill":
+        rings = -(-rings // (case.batch // (mesh.shape[ROWS] if mesh else 1) or 1))
+    tokens = chunk if case.kind == "prefill" else case.batch
     keys = sum(min(ring.capacity, work.context) * len(ring.k) for ring in cache.rings)
     flops = 2 * config.n_products + 4 * config.n_heads * config.head_dim * keys
     k = cache.rings[0].k[0]
     ring = k.sharding.shard_shape(k.shape) if k.sharding else k.shape
     least = bytes_on_a_device(arguments[1]) + rings
-    return Lowering(call.function, arguments, least, flops * tokens / ways, ring, chunk)
+    blocks = -(-ring[2] // slots_at_once(ring[2]))
+    return Lowering(call.function, arguments, least, flops * tokens / ways, ring, chunk, blocks)
 
 
-def _training(work: Compiled, config: MistralConfig, asked: Asked, mesh: Mesh | None) -> Lowering:
+def _training(work: Compiled, config: MistralConfig, case: Case, mesh: Mesh | None) -> Lowering:
     """A step of training: state and gradient are read and written once, at the least."""
     options = StepOptions(dtype="bfloat16", remat=work.remat, mesh=mesh)
     alone = dataclasses.replace(options, mesh=None)
     state = described(mesh, jax.eval_shape(lambda: init_state(config, alone, seed=0)))
-    rows = Rows(jax.ShapeDtypeStruct((1, asked.batch, work.context + 1), jnp.int32))
+    rows = Rows(jax.ShapeDtypeStruct((1, case.batch, work.context + 1), jnp.int32))
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    tokens = asked.batch * work.context
+    tokens = case.batch * work.context
     flops = flops_per_token(config, work.context) * tokens / (mesh.size if mesh else 1)
     arguments = (config, options, state, {}, rows, number, number)
     return Lowering(jitted_steps(options), arguments, 2 * bytes_on_a_device(state), flops)

@@ -10,7 +10,6 @@ import functools
 import json
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -95,9 +94,11 @@ class Program:
     Attributes:
         computations: the instructions of each computation, by its name, in their order.
         entry: name of the computation that is the program.
+        trips: how often a loop runs within a step if the compiler does not know.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, trips: int = 1) -> None:
+        self.trips = trips
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         instructions: list[Instruction] = []
@@ -123,7 +124,7 @@ class Program:
     def step(self) -> str:
         """The computation that is a step: the body of the loop which moves the most, or else all.
 
-        Only loops whose number of times the compiler does not know are loops over steps.
+        Only loops whose number of turns the compiler does not know are loops over steps.
         """
         bodies = [
             body
@@ -133,11 +134,15 @@ class Program:
         ]
         return max(bodies, key=lambda body: total(self.moves(body)), default=self.entry)
 
+    def moves_once(self, step: str) -> list[Move]:
+        """What a call moves besides its steps."""
+        return self._moves_of(self.entry, leaving_out=step)
+
     def walk(self, computation: str = "") -> Iterator[tuple[Instruction, int]]:
         """Every instruction and how often it runs, those of fusions, loops and branches too."""
         for each in self.computations[computation or self.entry]:
             yield each, 1
-            times = trip_count(each) or 1 if each.op == "while" else 1
+            times = trip_count(each) or self.trips if each.op == "while" else 1
             for inner in (*_called(each, "calls"), *_called(each, "body"), *branches(each)):
                 yield from ((other, n * times) for other, n in self.walk(inner))
 
@@ -203,17 +208,18 @@ class Program:
     def _placed(self, computation: str) -> Iterator[tuple[Instruction, int, str]]:
         for each in self.computations[computation]:
             yield each, 1, computation
-            times = trip_count(each) or 1 if each.op == "while" else 1
+            times = trip_count(each) or self.trips if each.op == "while" else 1
             for inner in (*_called(each, "calls"), *_called(each, "body"), *branches(each)):
                 yield from ((e, n * times, where) for e, n, where in self._placed(inner))
 
-    def _moves_of(self, computation: str) -> list[Move]:
+    def _moves_of(self, computation: str, leaving_out: str = "") -> list[Move]:
         found: list[Move] = []
         for each in self.computations[computation]:
             if each.op == "while":
-                times = trip_count(each) or 1
-                inner = [move for body in _called(each, "body") for move in self.moves(body)]
-                found += [move._replace(times=times * move.times) for move in inner]
+                trips = trip_count(each) or self.trips
+                bodies = [body for body in _called(each, "body") if body != leaving_out]
+                inner = [move for body in bodies for move in self.moves(body)]
+                found += [move._replace(times=trips * move.times) for move in inner]
             elif each.op in ("conditional", "call"):
                 of_each = [self.moves(name) for name in branches(each)]
                 found += max(of_each, key=total, default=[])
@@ -253,17 +259,12 @@ class Program:
     def _of_fusion(self, each: Instruction, operands: list[tuple[Array, ...]]) -> int:
         (name,) = _called(each, "calls")
         body = self.computations[name]
-        by_name, users = self._by_name[name], defaultdict(list)
-        for inner in body:
-            for operand in inner.operands:
-                users[operand].append(inner)
-        read = 0
-        for inner in body:
-            if inner.op != "parameter":
-                continue
-            arrays = operands[_number(inner)]
-            whole = sum(array.moved for array in arrays)
-            read += min(whole, _read(inner, users, whole))
+        by_name = self._by_name[name]
+        read = sum(
+            self._read(name, inner.name, sum(array.moved for array in operands[_number(inner)]))
+            for inner in body
+            if inner.op == "parameter"
+        )
         root = next(inner for inner in body if inner.is_root)
         makers = [by_name[o] for o in root.operands] if root.op == "tuple" else [root]
         written = 0
@@ -278,6 +279,27 @@ class Program:
             written += 0 if result.is_on_chip else sum(array.nbytes for array in arrays)
         return read + written
 
+    def _read(self, computation: str, array: str, whole: int) -> int:
+        """Bytes of an operand of a fusion that are read in it, at most the whole."""
+        read = 0
+        for user in self.computations[computation]:
+            places = [i for i, operand in enumerate(user.operands) if operand == array]
+            if not places or user.op == "parameter":
+                continue
+            if user.op == "bitcast":
+                read += self._read(computation, user.name, whole)
+            elif user.op in TAKEN and places == [0]:
+                read += user.results[0].nbytes
+            elif user.op == "fusion":
+                (inner,) = _called(user, "calls")
+                named = {
+                    _number(e): e.name for e in self.computations[inner] if e.op == "parameter"
+                }
+                read += sum(self._read(inner, named[i], whole) for i in places)
+            elif user.op not in REPLACED or places != [0]:
+                return whole
+        return min(whole, read)
+
     def _flops(self, computation: str, each: Instruction) -> int:
         if told := _cost_estimate(each):
             return int(told.get("flops", 0))
@@ -291,6 +313,8 @@ class Program:
             labels = re.search(r"dim_labels=\w+_(\w+)->\w+", each.attributes)
             kernel = sizes[1][0].dims
             assert labels
+            if "lhs_dilate" in each.attributes:  # batches of a product in the place of a window
+                return 2 * made * kernel[labels[1].index("i")]
             return 2 * made * math.prod(kernel) // kernel[labels[1].index("o")]
         if each.op == "reduce" and sizes:
             maker = self._by_name[computation].get(each.operands[0])
@@ -335,19 +359,6 @@ def _source(each: Instruction, by_name: dict[str, Instruction]) -> Instruction:
     while each.op in ("bitcast", "reshape", "convert", "copy") and each.operands[0] in by_name:
         each = by_name[each.operands[0]]
     return each
-
-
-def _read(array: Instruction, users: dict[str, list[Instruction]], whole: int) -> int:
-    """Bytes of an operand of a fusion that are read in it."""
-    read = 0
-    for user in users[array.name]:
-        if user.op == "bitcast":
-            read += _read(user, users, whole)
-        elif user.op in TAKEN and user.operands[0] == array.name:
-            read += user.results[0].nbytes
-        elif user.op not in REPLACED or user.operands[0] != array.name:
-            return whole
-    return read
 
 
 def _number(parameter: Instruction) -> int:

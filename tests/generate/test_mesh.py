@@ -37,7 +37,7 @@ WINDOWED = MistralConfig(
 FULL = dataclasses.replace(WINDOWED, sliding_window=(8, None))
 MIXTURE = dataclasses.replace(WINDOWED, n_experts=8, n_experts_per_token=2)
 RNG = np.random.default_rng(0)
-PROMPTS = [RNG.integers(3, 96, n).tolist() for n in (5, 17, 1, 9)]
+PROMPTS: list[list[int]] = [RNG.integers(3, 96, n).tolist() for n in (5, 17, 1, 9)]
 GREEDY = Sampling(temperature=0)
 
 
@@ -75,7 +75,7 @@ def test_many_devices_say_what_one_says(
 
 def test_so_do_they_when_they_guess_ahead_and_draw() -> None:
     drawn = Sampling(temperature=0.9, seed=3)
-    prompts = [[7, 8, 9] * 4, PROMPTS[0]]
+    prompts: list[list[int]] = [[7, 8, 9] * 4, PROMPTS[0]]
     assert_equal(
         *(
             generator(WINDOWED, mesh).generate(prompts, 24, drawn, eos_ids=(), draft=3)

@@ -19,21 +19,21 @@ def _attend(change: Callable[..., Array]) -> tuple[tuple[object, str, Callable],
     """The same change to attention over whole sequences and over the cache."""
 
     def changed(right: Callable) -> Callable:
-        return lambda q, k, v, mask: change(right, q, k, v, mask)
+        return lambda *arrays: change(right, *arrays)
 
     return (attention, "attend", changed), (mistral, "attend_cached", changed)
 
 
-def _tiled(right: Callable, q: Array, k: Array, v: Array, mask: Array) -> Array:
+def _tiled(right: Callable, q: Array, k: Array, *more: Array) -> Array:
     """Query head n reads kv head n mod K instead of n // G."""
     N, K = q.shape[2], k.shape[1 if right is attention.attend_cached else 2]
     order = np.arange(N).reshape(N // K, K).T.ravel()
-    return right(q[:, :, order], k, v, mask)[:, :, np.argsort(order)]
+    return right(q[:, :, order], k, *more)[:, :, np.argsort(order)]
 
 
-def _unscaled(right: Callable, q: Array, k: Array, v: Array, mask: Array) -> Array:
+def _unscaled(right: Callable, q: Array, *more: Array) -> Array:
     """Scores are divided by H instead of by its root."""
-    return right(q * q.shape[3] ** -0.5, k, v, mask)
+    return right(q * q.shape[3] ** -0.5, *more)
 
 
 def _bf16_softmax(right: Callable) -> Callable:
