@@ -306,16 +306,17 @@ def calls_for(
     config: MistralConfig,
     weights: Described,
     batch: int,
-    chunk: int,
+    chunks: tuple[int, ...],
     context: int,
     draft: int = 0,
     mesh: Mesh | None = None,
 ) -> dict[str, Call]:
     """The calls of generation for `batch` rows, prefill and decode, by name; nothing is allocated.
 
-    With a draft there is `decode` with and without it. `weights` may be `jax.ShapeDtypeStruct`s.
+    Prefill is of a short chunk, the first of `chunks`. With a draft there is `decode` with and
+    without it. `weights` may be `jax.ShapeDtypeStruct`s.
     """
-    size = cache_size(config, weights, batch, chunk, context, draft)
+    size, chunk = cache_size(config, weights, batch, chunks[-1], context, draft), chunks[0]
     places = functools.partial(described, mesh)
     number, tokens = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1, chunk)))
 

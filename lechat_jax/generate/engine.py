@@ -77,7 +77,7 @@ class Engine:
         config: the model's config.
         weights_for: gives the weights in the form for matmuls of so many positions.
         n_rows: rows B.
-        chunk: tokens T of a prefill chunk.
+        chunks: tokens T of a prefill chunk: of the end of a prompt, and before that of longer ones.
         context: positions that a layer without a window can hold.
         draft: tokens drafted per step by prompt lookup, while the acceptance rate pays.
         mesh: of the devices that share the work: heads over `tp`, rows over `fsdp`.
@@ -89,15 +89,15 @@ class Engine:
         weights_for: Callable[[int], Weights],
         n_rows: int,
         *,
-        chunk: int,
+        chunks: tuple[int, ...],
         context: int,
         draft: int = 0,
         mesh: Mesh | None = None,
     ) -> None:
         self.n_rows, self.lengths, self.unread = n_rows, [0] * n_rows, 0
         self._config, self._weights_for = config, weights_for
-        self._chunk, self._draft, self._mesh = chunk, draft, mesh
-        size = cache_size(config, weights_for(chunk), n_rows, chunk, context, draft)
+        self._chunks, self._draft, self._mesh = chunks, draft, mesh
+        size = cache_size(config, weights_for(2), n_rows, chunks[-1], context, draft)
         self._state, self._request = create_sharded(mesh, lambda: idle_rows(size), places=by_rows)
         self._waiting: deque[_Reading] = deque()
         self._left = np.zeros(n_rows, np.int32)
@@ -149,14 +149,16 @@ class Engine:
         first = self._waiting[0]
         last = len(first.prompt) - 1
         if first.at < last:
-            tokens, positions = chunk_of(first.prompt, first.at, self._chunk)
-            weights = self._weights_for(self._chunk)
+            left = last - first.at
+            chunk = max((T for T in self._chunks if T <= left), default=self._chunks[0])
+            tokens, positions = chunk_of(first.prompt, first.at, chunk)
+            weights = self._weights_for(chunk)
             row, cache = np.int32(first.row), self._state.cache
             with on_mesh(self._mesh):
                 cache = prefill(self._config, weights, cache, row, tokens, positions)
             self._state = self._state._replace(cache=cache)
-            self.unread -= min(last, first.at + self._chunk) - first.at
-            first.at = min(last, first.at + self._chunk)
+            self.unread -= min(chunk, left)
+            first.at += min(chunk, left)
         if first.at == last:
             self._waiting.popleft()
             self._begin(first)

@@ -18,7 +18,7 @@ from lechat_jax.generate.decode import calls_for, compile_for
 from lechat_jax.generate.dialogue import Dialogue
 from lechat_jax.generate.engine import OnRead, rounds
 from lechat_jax.generate.loaded_model import CONTEXT, SHORTER, LoadedModel, Prompt, Prompts
-from lechat_jax.generate.prefill import best_chunk, cache_size, cached_bytes
+from lechat_jax.generate.prefill import cache_size, cached_bytes, chunk_sizes
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.generate.session import Session
 from lechat_jax.model.binding import bind
@@ -68,14 +68,15 @@ class Generator(LoadedModel):
         mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
         if mesh:
             check_divides(mesh, trained.config)
+        chunks = chunk_sizes(trained.config, context)
 
         def compile_ahead(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
             if batch is not None:
-                size = (batch, best_chunk(), context, draft)
+                size = (batch, chunks, context, draft)
                 compile_for(calls_for(trained.config, shapes, *size, mesh), mesh)
 
         def cached(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-            size = cache_size(trained.config, shapes, batch or 1, best_chunk(), context, draft)
+            size = cache_size(trained.config, shapes, batch or 1, chunks[-1], context, draft)
             return cached_bytes(size, mesh)
 
         weights = load_to_compute(trained, dtype, quantize, compile_ahead, cached, SHORTER, mesh)

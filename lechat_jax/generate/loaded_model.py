@@ -10,7 +10,7 @@ from lechat_jax.devices.memory import check_fits
 from lechat_jax.devices.mesh import check_divides, on_heads
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.engine import Engine, OnRead
-from lechat_jax.generate.prefill import best_chunk, cache_size, cached_bytes
+from lechat_jax.generate.prefill import cache_size, cached_bytes, chunk_sizes
 from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.ops.matmul import as_bits
@@ -36,7 +36,7 @@ class LoadedModel:
         weights: the model's weights by name; the norms' dtype is the compute dtype.
         tokenizer: the tokenizer; without one there are only ids.
         eos_ids: default ids that end a text: those given and the tokenizer's.
-        chunk: tokens of a prefill chunk.
+        chunks: tokens of a prefill chunk: of a short one, and of a long one if there is any.
         context: positions that a layer without a window can hold, prompt included.
         on_read: called with the prompt tokens done and to do: at the start of prefill with 0,
             then after each chunk, for which prefill waits.
@@ -64,13 +64,13 @@ class LoadedModel:
         self._for_one, self._for_more = (as_bits(self.weights, positions) for positions in (1, 2))
         self.tokenizer = tokenizer
         self.eos_ids = {*eos_ids, *([tokenizer.eos_id] if tokenizer else [])}
-        self.chunk = best_chunk() if chunk is None else chunk
+        self.chunks = chunk_sizes(self.config, context) if chunk is None else (chunk,)
         self.context = context
         self.on_read = on_read
         if mesh:
             check_divides(mesh, self.config)
-        if self.chunk < 1 or context < 1:
-            raise BadInput(f"chunk ({self.chunk}) and context ({context}) must be at least 1")
+        if self.chunks[0] < 1 or context < 1:
+            raise BadInput(f"chunk ({chunk}) and context ({context}) must be at least 1")
         if tokenizer and tokenizer.vocab_size != self.config.vocab_size:
             raise BadInput(
                 f"{tokenizer.path} has {tokenizer.vocab_size} tokens and the model "
@@ -83,7 +83,7 @@ class LoadedModel:
             self.config,
             self._weights_for,
             n_rows,
-            chunk=self.chunk,
+            chunks=self.chunks,
             context=self.context,
             draft=draft,
             mesh=self.mesh,
@@ -136,7 +136,7 @@ class LoadedModel:
 
     def check_memory(self, batch: int, draft: int) -> None:
         """Raises `BadInput` if the KV cache of `batch` rows does not fit into memory."""
-        size = cache_size(self.config, self.weights, batch, self.chunk, self.context, draft)
+        size = cache_size(self.config, self.weights, batch, self.chunks[-1], self.context, draft)
         free = free_bytes(self.weights["norm.scale"])
         check_fits("the cache takes", cached_bytes(size, self.mesh), free, SHORTER)
 

@@ -15,7 +15,11 @@ from lechat_jax.devices.mesh import HEADS, ROWS
 from lechat_jax.devices.platform import platform
 from lechat_jax.model.binding import Weights
 from lechat_jax.model.cache import EMPTY, cache_bytes, capacity
+from lechat_jax.ops.attention_backend import slots_at_once
 from lechat_jax.ops.matmul import FEW
+
+# Tokens of a short and of a long prefill chunk.
+CHUNKS = {"cpu": (FEW, 512), "gpu": (256, 256), "tpu": (256, 512)}
 
 # Weights by name, or only their shapes and types.
 Described = Weights | Mapping[str, jax.ShapeDtypeStruct]
@@ -65,18 +69,27 @@ def cached_bytes(size: CacheSize, mesh: Mesh | None = None) -> int:
     slots = max(capacity(window, chunk, context) for window in config.windows)
     wide = jnp.promote_types(dtype, jnp.float32).itemsize
     alone = cache_bytes(*size._replace(batch=1)) if batch > 1 else 0
-    return cache_bytes(*size) + alone + config.n_heads * max(batch, chunk) * slots * wide
+    scores = max(batch * slots, chunk * slots_at_once(slots))
+    return cache_bytes(*size) + alone + config.n_heads * scores * wide
 
 
-def best_chunk() -> int:
-    """Tokens of a prefill chunk on this device.
+def chunk_sizes(config: MistralConfig, context: int) -> tuple[int, ...]:
+    """Tokens of a prefill chunk on this device: of the end of a prompt, and of a long one before.
 
-    A CPU takes 0.1 ms for each token of a chunk (the default model, two cores), padding too,
-    so a short prompt wants a short chunk, and up to `FEW` it multiplies as fast as it ever
-    does. On an H200 fewer than 165 tokens take no less time than reading the weights for them
-    (790 TFLOP/s over 4.8 TB/s).
+    A chunk takes as long whether it is full or padded, so a short prompt wants a short one. On a
+    CPU, up to `FEW` positions are multiplied as fast as any; of a long prompt, 512 at once save a
+    third of the time. An accelerator is bound by reading the weights up to so many positions as
+    its arithmetic and its memory differ by: an H100 295 (989 TFLOP/s over 3.35 TB/s), a v6e 560.
+
+    A ring has room for a chunk beside its window, so a model with small windows has short ones.
+
+    >>> from lechat_jax.config import preset
+    >>> chunk_sizes(preset("lechat-15m"), 4096), chunk_sizes(preset("mistral-7b-v0.1"), 4096)
+    ((64,), (64, 512))
     """
-    return FEW if platform() == "cpu" else 256
+    short, long = CHUNKS[platform()]
+    rooms = [context if window is None else window // 4 for window in config.windows]
+    return (short, long) if short < long <= min(rooms) else (short,)
 
 
 def chunk_of(

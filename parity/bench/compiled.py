@@ -27,7 +27,7 @@ from lechat_jax.devices.platform import compiling_for
 from lechat_jax.devices.topologies import ENVIRONMENT, Chip, chip, devices
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.decode import calls_for
-from lechat_jax.generate.prefill import best_chunk
+from lechat_jax.generate.prefill import chunk_sizes
 from lechat_jax.model.binding import shapes_of
 from lechat_jax.ops.attention_backend import slots_at_once
 from lechat_jax.ops.matmul_int4 import for_device
@@ -259,8 +259,8 @@ def _generation(work: Compiled, config: MistralConfig, case: Case, mesh: Mesh | 
         weights |= {part: jax.ShapeDtypeStruct(dims, kind) for part, (kind, dims) in parts.items()}
         if not parts:
             weights[name] = jax.ShapeDtypeStruct(leaf.shape, dtype)
-    chunk = work.chunk or best_chunk()
-    calls = calls_for(config, for_device(weights), case.batch, chunk, work.context, 0, mesh)
+    chunk = work.chunk or chunk_sizes(config, work.context)[-1]
+    calls = calls_for(config, for_device(weights), case.batch, (chunk,), work.context, 0, mesh)
     call = calls[case.kind]
     arguments = call.arguments
     cache = arguments[2].cache if case.kind == "decode" else arguments[2]

@@ -142,7 +142,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused() -> None:
 
 def test_no_step_gathers_a_weight() -> None:
     made = generator(WINDOWED, "tp=8")
-    call = calls_for(WINDOWED, made.weights, 1, 4, 64, mesh=made.mesh)["decode"]
+    call = calls_for(WINDOWED, made.weights, 1, (4,), 64, mesh=made.mesh)["decode"]
     with on_mesh(made.mesh):
         text = call.function.lower(*call.arguments).compile().as_text()
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
