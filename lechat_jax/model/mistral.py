@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import MistralConfig, Window
 from lechat_jax.data.rows import positions_in
 from lechat_jax.model.attention import attend_cached, training_attention
 from lechat_jax.model.cache import Cache, Ring, distinct_windows, places
@@ -24,7 +24,7 @@ from lechat_jax.model.mask import window_mask
 from lechat_jax.model.moe import Load, Mixture
 from lechat_jax.model.rope import Rotations, rotate, rotations
 from lechat_jax.ops.attention_backend import Backend
-from lechat_jax.ops.remat import Remat, recomputing
+from lechat_jax.ops.remat import Remat, in_one_body, recomputing
 
 # What a layer remembers of the tokens before: its keys and values, or nothing.
 Memory = TypeVar("Memory", Ring, None)
@@ -155,11 +155,20 @@ class Mistral(nnx.Module):
         x = self.embed.rows(tokens)
         place = jnp.arange(tokens.shape[1])[None] if documents is None else positions_in(documents)
         rotary = rotations(first_position + place, self.config, x.dtype)
-        total = None
-        for block, window in zip(self.blocks, self.config.windows, strict=True):
+
+        def layer(window: Window) -> Callable[[Block, Array], tuple[Array, Load | None]]:
             mix = functools.partial(_mix_whole, window=window, backend=backend, documents=documents)
-            layer = functools.partial(_applied, rotary=rotary, mix=mix)
-            x, load = recomputing(layer, remat)(block, x)
+            return recomputing(functools.partial(_applied, rotary=rotary, mix=mix), remat)
+
+        windows = self.config.windows
+        graphs, states = zip(*map(nnx.split, self.blocks), strict=True)
+        if len(set(windows)) == 1 and in_one_body(states):
+            apply, stack = layer(windows[0]), jax.tree.map(lambda *of: jnp.stack(of), *states)
+            x, loads = jax.lax.scan(lambda x, own: apply(nnx.merge(graphs[0], own), x), x, stack)
+            return self.norm(x), jax.tree.map(lambda load: load.sum(axis=0), loads)
+        total = None
+        for block, window in zip(self.blocks, windows, strict=True):
+            x, load = layer(window)(block, x)
             total = load if total is None else jax.tree.map(jnp.add, total, load)
         return self.norm(x), total
 

@@ -12,12 +12,13 @@ A step of 4,096 tokens then needs 0.66, 0.29 or 0.15 GB beside parameters, optim
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 from jaxtyping import PyTree
 
+from lechat_jax.devices.platform import platform
 from lechat_jax.errors import BadInput
 
 Remat = Literal["none", "dots", "full"]
@@ -35,6 +36,20 @@ KEPT_ON_A_CPU = {
     "xla_disable_hlo_passes": "cse_barrier_expander,cse",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }
+
+
+def in_one_body(layers: Sequence[PyTree]) -> bool:
+    """Whether layers are better compiled as the body of one loop (`scan`) than written out.
+
+    Compiling then takes the time of one layer, where an accelerator's compiler takes 14 s for each.
+    Their weights are copied into a stack for it: a CPU, which compiles fast, and devices of a
+    mesh, which have little room beside what they gather, write the layers out. So are layers
+    whose weights differ in form.
+    """
+    if len(layers) < 2 or platform() == "cpu" or not jax.sharding.get_abstract_mesh().empty:
+        return False
+    forms = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), layer) for layer in layers]
+    return all(form == forms[0] for form in forms)
 
 
 def recomputing(layer: Layer, name: str) -> Layer:
