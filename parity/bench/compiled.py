@@ -1,5 +1,6 @@
 """Compiled programs: bytes moved, memory and roofline time on a TPU or GPU that is not there."""
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -94,25 +95,16 @@ class Compiled(Work):
         self.config()
         if self.mesh:
             sizes_of(self.mesh)
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         report = Report(f"compiled for {self.topology}, not run", 0.0, [])
         for case in self.programs():
             label = f"{case.kind}, {case.weights}, {case.batch} rows"
             console.print(label, markup=False)
             try:
-                (row,) = isolated.run("not compiled", compiled, self, case)
+                with _environment():
+                    (row,) = isolated.run("not compiled", compiled, self, case)
             except BadInput as error:
-                row = Row(
-                    case.kind,
-                    "lechat_jax",
-                    case.weights,
-                    case.batch,
-                    self.context,
-                    None,
-                    None,
-                    str(error),
-                )
+                of = (case.kind, "lechat_jax", case.weights, case.batch, self.context)
+                row = Row(*of, None, None, note=str(error))
             report.rows.append(row)
             for line in row.details.get("moves_most", []):
                 console.print(f"  {line['bytes'] / 1e6:10.1f} MB  {line['what']}", markup=False)
@@ -139,6 +131,23 @@ class Compiled(Work):
             for form in (self.weights if kind != "train" else self.weights[:1])
             for batch in self.batch
         ]
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """The environment of a process that compiles for devices that are not there.
+
+    libtpu ends at a flag of XLA that it does not know, such as those for a CPU.
+    """
+    before = dict(os.environ)
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join(f for f in flags if not f.startswith("--xla_cpu_"))
+    os.environ |= {name: value for name, value in ENVIRONMENT.items() if name not in before}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 class Lowering(NamedTuple):
