@@ -26,6 +26,7 @@ from lechat_jax.ops.attention_backend import (
     Backend,
     band_block,
     best_backend,
+    cached_kernel,
     most_used,
     scores_at_once,
     slots_at_once,
@@ -77,6 +78,8 @@ def attend_cached(
     softmax, Milakov & Gimelshein 2018, arXiv:1805.02867): the scores of one block are in memory,
     and a sum so far is scaled down when a larger score comes.
     """
+    if kernel := cached_kernel(q, k):
+        return kernel(q, k, v, mask, used)
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
     wide = jnp.promote_types(q.dtype, jnp.float32)

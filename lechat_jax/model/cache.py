@@ -191,13 +191,15 @@ def places(config: MistralConfig) -> tuple[Place, ...]:
 def capacity(window: Window, chunk: int, context: int) -> int:
     """Capacity of a ring in slots for chunks of up to `chunk` tokens, a multiple of 8.
 
-    Matrix units read along the slots in vectors of eight, and slowly when some are left over.
+    Matrix units read along the slots in vectors of eight, and slowly when some are left over. A
+    large ring is a multiple of 128, for kernels that read it in whole blocks.
 
     >>> capacity(window=64, chunk=64, context=1), capacity(window=None, chunk=64, context=100)
     (128, 104)
     """
     needed = max(context, chunk) if window is None else window + chunk - 1
-    return -(-needed // 8) * 8
+    step = 8 if needed <= 1024 else 128
+    return -(-needed // step) * step
 
 
 def empty_cache(

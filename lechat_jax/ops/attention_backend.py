@@ -1,9 +1,12 @@
 """Choice of the attention kernel for training, by platform, dtype and shapes."""
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from lechat_jax.devices.platform import platform
 from lechat_jax.ops.flash_attention import LANES, cudnn_works
@@ -97,6 +100,19 @@ def most_used(T: int) -> float | None:
     products: a ring that is half full is read at once then, as quickly.
     """
     return 0.5 if platform() == "cpu" and T < FEW_QUERIES else None
+
+
+def cached_kernel(q: Array, k: Array) -> Callable[..., Array] | None:
+    """The kernel for attention of these queries over a ring, where XLA would write their scores.
+
+    A GPU has one; XLA for a TPU keeps the scores of a block on the chip by itself. XLA cannot
+    split a custom kernel over devices, so on a mesh it does the work.
+    """
+    if platform() != "gpu" or not jax.sharding.get_abstract_mesh().empty:
+        return None
+    from lechat_jax.ops import cached_attention_gpu  # Pallas takes 0.7 s to import
+
+    return cached_attention_gpu.attend_in_chunk if cached_attention_gpu.fits(q, k) else None
 
 
 def band_block(window: int) -> int:

@@ -259,8 +259,8 @@ def _counted(made: Any, lowering: Lowering, device: Chip, kind: Kind) -> dict[st
 
 def _generation(work: Compiled, config: MistralConfig, case: Case, mesh: Mesh | None) -> Lowering:
     """Prefill or decode with weights in that form."""
-    is_quantized = case.weights == "int8" or case.weights == "int4"
-    form = scheme_for(case.weights, config) if is_quantized else None
+    quantize = case.weights if case.weights == "int8" or case.weights == "int4" else None
+    form = scheme_for(quantize, config)
     dtype = jnp.dtype("float32" if case.weights == "float32" else "bfloat16")
     weights: dict[str, jax.ShapeDtypeStruct] = {}
     for name, leaf in shapes_of(config).items():

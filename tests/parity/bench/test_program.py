@@ -85,6 +85,21 @@ def test_a_fusion_that_reads_all_once_and_a_slice_reads_all_once() -> None:
     assert moved(X, AT, line, computations=body) == 4000 + 4 + 200
 
 
+def test_a_fusion_that_only_looks_at_an_operand_within_another_one_reads_it() -> None:
+    body = """%view (p: f32[100,10]) -> f32[1000] {
+  %p = f32[100,10]{1,0} parameter(0)
+  ROOT %v = f32[1000]{0} bitcast(%p)
+}
+
+%f (a: f32[100,10]) -> f32[1000] {
+  %a = f32[100,10]{1,0} parameter(0)
+  %b = f32[1000]{0} fusion(%a), kind=kLoop, calls=%view
+  ROOT %e = f32[1000]{0} exponential(%b)
+}"""
+    line = "ROOT %y = f32[1000]{0} fusion(%x), kind=kLoop, calls=%f"
+    assert moved(X, line, computations=body) == 8000
+
+
 LOOP = """%body (t: (f32[100,10], s32[])) -> (f32[100,10], s32[]) {
   %t = (f32[100,10]{1,0}, s32[]) parameter(0)
   %a = f32[100,10]{1,0} get-tuple-element(%t), index=0
