@@ -69,7 +69,7 @@ def cached_bytes(size: CacheSize, mesh: Mesh | None = None) -> int:
     slots = max(capacity(window, chunk, context) for window in config.windows)
     wide = jnp.promote_types(dtype, jnp.float32).itemsize
     alone = cache_bytes(*size._replace(batch=1)) if batch > 1 else 0
-    scores = max(batch * slots, chunk * slots_at_once(slots))
+    scores = max(batch * slots, chunk * slots_at_once(slots, chunk))
     return cache_bytes(*size) + alone + config.n_heads * scores * wide
 
 

@@ -27,7 +27,6 @@ from lechat_jax.ops.attention_backend import (
     band_block,
     best_backend,
     cached_kernel,
-    most_used,
     scores_at_once,
     slots_at_once,
     unsupported,
@@ -116,13 +115,8 @@ def attend_cached(
         _, total, mixed = jax.lax.fori_loop(0, n_blocks, add_block, nothing)
         return (mixed / total[..., None]).astype(q.dtype)
 
-    size = slots_at_once(S)
-    if size >= S:
-        mixed = whole()
-    elif share := most_used(T):
-        mixed = jax.lax.cond(used > share * S, whole, in_blocks)
-    else:
-        mixed = in_blocks()
+    size = slots_at_once(S, T)
+    mixed = whole() if size == S else in_blocks()
     return jnp.swapaxes(mixed.reshape(B, K, T, N // K, H), 1, 2).reshape(B, T, N, H)
 
 

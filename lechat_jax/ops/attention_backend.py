@@ -1,4 +1,4 @@
-"""Choice of the attention kernel for training, by platform, dtype and shapes."""
+"""Choice of the attention kernel and of its blocks, by platform, dtype and shapes."""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -18,6 +18,7 @@ Backend = Literal["dense", "banded", "cudnn", "splash"]
 CPU_SCORES, SCORES = 2**20, 2**26
 SLOTS = 512  # of a ring in a block
 FEW_QUERIES = 16  # positions, so few that copying keys takes as long as using them
+WHOLE = 4608  # slots: a window of 4,096 and a chunk
 
 
 def unsupported(
@@ -88,18 +89,15 @@ def scores_at_once() -> int:
     return CPU_SCORES if platform() == "cpu" else SCORES
 
 
-def slots_at_once(S: int) -> int:
-    """Slots of a ring of S whose scores are in memory at a time; a small ring is read at once."""
-    return S if S <= 2 * SLOTS else SLOTS
-
-
-def most_used(T: int) -> float | None:
-    """The share of a ring's slots up to which T queries are better off in blocks; `None` is all.
+def slots_at_once(S: int, T: int) -> int:
+    """Slots of a ring of S whose scores T queries have in memory at a time; of a small one all.
 
     On a CPU a block is copied before it is multiplied, which for few queries takes as long as the
-    products: a ring that is half full is read at once then, as quickly.
+    products, so rings of a usual window are read at once. It depends on nothing but shapes, so
+    that no row's rounding depends on how long its neighbours are.
     """
-    return 0.5 if platform() == "cpu" and T < FEW_QUERIES else None
+    most = WHOLE if platform() == "cpu" and T < FEW_QUERIES else 2 * SLOTS
+    return S if S <= most else SLOTS
 
 
 def cached_kernel(q: Array, k: Array) -> Callable[..., Array] | None:

@@ -283,7 +283,7 @@ def _generation(work: Compiled, config: MistralConfig, case: Case, mesh: Mesh | 
     k = cache.rings[0].k[0]
     ring = k.sharding.shard_shape(k.shape) if k.sharding else k.shape
     least = bytes_on_a_device(arguments[1]) + rings
-    blocks = -(-ring[2] // slots_at_once(ring[2]))
+    blocks = -(-ring[2] // slots_at_once(ring[2], chunk if case.kind == "prefill" else 1))
     return Lowering(call.function, arguments, least, flops * tokens / ways, ring, chunk, blocks)
 
 

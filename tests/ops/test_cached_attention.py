@@ -36,12 +36,13 @@ def by_definition(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("T", [1, 17])
-@pytest.mark.parametrize("length", [20, 60, 200])  # a block, more than half, and a full ring
+@pytest.mark.parametrize("length", [20, 60, 200])  # a few blocks, most of them, a full ring
 @pytest.mark.parametrize("window", [None, 11])
 def test_in_blocks_it_is_the_same_softmax(
     monkeypatch: pytest.MonkeyPatch, window: int | None, length: int, T: int
 ) -> None:
     monkeypatch.setattr(attention_backend, "SLOTS", 16)  # a ring of 104 slots has half a block
+    monkeypatch.setattr(attention_backend, "WHOLE", 64)
     q, k, v, mask, used = ring(2, T, 104, 2, window, length, "float64")
     found = attend_cached(q, k, v, mask, used)
     np.testing.assert_allclose(found, by_definition(q, k, v, mask), rtol=0, atol=1e-12)
@@ -53,6 +54,17 @@ def test_slots_that_hold_nothing_are_not_read(monkeypatch: pytest.MonkeyPatch) -
     expected = attend_cached(q, k, v, mask, used)
     k, v = (x.at[:, :, 32:].set(jnp.nan) for x in (k, v))
     np.testing.assert_array_equal(attend_cached(q, k, v, mask, used), expected)
+
+
+@pytest.mark.parametrize("T", [1, 17])
+def test_a_row_does_not_depend_on_how_long_another_is(
+    monkeypatch: pytest.MonkeyPatch, T: int
+) -> None:
+    monkeypatch.setattr(attention_backend, "SLOTS", 16)
+    monkeypatch.setattr(attention_backend, "WHOLE", 64)
+    q, k, v, mask, _ = ring(1, T, 104, 2, None, 20, "float32")
+    found = [attend_cached(q, k, v, mask, jnp.int32(used)) for used in (20, 104)]
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize("T", [16, 128])
