@@ -92,11 +92,11 @@ def scores_at_once() -> int:
 def slots_at_once(S: int, T: int) -> int:
     """Slots of a ring of S whose scores T queries have in memory at a time; of a small one all.
 
-    On a CPU a block is copied before it is multiplied, which for few queries takes as long as the
-    products, so rings of a usual window are read at once. It depends on nothing but shapes, so
-    that no row's rounding depends on how long its neighbours are.
+    XLA for a CPU and a GPU copies a block before it is multiplied, which for few queries takes as
+    long as the products, so rings of a usual window are read at once there. It depends on nothing
+    but shapes, so that no row's rounding depends on how long its neighbours are.
     """
-    most = WHOLE if platform() == "cpu" and T < FEW_QUERIES else 2 * SLOTS
+    most = WHOLE if platform() != "tpu" and T < FEW_QUERIES else 2 * SLOTS
     return S if S <= most else SLOTS
 
 
