@@ -41,6 +41,7 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiled:
 
 
 @needs_libtpu
+@pytest.mark.timeout(900)  # a compiler beside other work
 def test_decoding_reads_weights_and_ring_once_in_every_form(compiled: Compiled) -> None:
     rows = compiled(*SEVEN, "--work", "decode", "--weights", "bfloat16", "int8", "int4")
     for row in rows:
@@ -55,6 +56,7 @@ def test_decoding_reads_weights_and_ring_once_in_every_form(compiled: Compiled) 
 
 
 @needs_libtpu
+@pytest.mark.timeout(900)  # a compiler beside other work
 def test_the_scores_of_a_prompt_stay_on_the_chip(compiled: Compiled) -> None:
     (row,) = compiled(*SEVEN, "--work", "prefill")
     assert row["chunk"] == 512
@@ -63,6 +65,7 @@ def test_the_scores_of_a_prompt_stay_on_the_chip(compiled: Compiled) -> None:
 
 
 @needs_libtpu
+@pytest.mark.timeout(900)  # a compiler beside other work
 def test_on_eight_chips_a_layer_reduces_twice_and_gathers_nothing(compiled: Compiled) -> None:
     (row,) = compiled(*SEVEN, "--work", "decode", "--topology", "v6e:2x4", "--mesh", "tp=8")
     assert row["device_bytes"] < 0.25e9
@@ -71,6 +74,7 @@ def test_on_eight_chips_a_layer_reduces_twice_and_gathers_nothing(compiled: Comp
 
 
 @needs_libtpu
+@pytest.mark.timeout(900)  # a compiler beside other work
 def test_a_training_step_compiles_with_splash_attention(compiled: Compiled) -> None:
     flags = ("--preset", "lechat-15m", "--layers", "2", "--work", "train")
     (row,) = compiled(*flags, "--batch", "8", "--context", "256")
@@ -79,6 +83,7 @@ def test_a_training_step_compiles_with_splash_attention(compiled: Compiled) -> N
 
 
 @needs_libtpu
+@pytest.mark.timeout(900)  # a compiler beside other work
 def test_what_does_not_fit_is_told(compiled: Compiled) -> None:
     flags = ("--preset", "mistral-7b-v0.1", "--layers", "3", "--work", "decode")
     (row,) = compiled(*flags, "--batch", "512", "--topology", "v5e:1x1")
