@@ -76,9 +76,6 @@ ENVIRONMENT = {
 def chip(asked: str) -> Chip:
     """The chip of a topology such as v6e:2x4 or h100:8.
 
-    >>> chip("v6e:2x4").memory
-    32000000000.0
-
     Raises:
         BadInput: it is none that is known, or its compiler is not installed.
     """

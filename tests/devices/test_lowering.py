@@ -32,6 +32,7 @@ CONFIG = dataclasses.replace(preset("lechat-15m"), n_layers=2)
 MIXTURE = dataclasses.replace(CONFIG, n_experts=4, n_experts_per_token=2)
 B, T, W = 8, 256, CONFIG.sliding_window
 
+TRITON = "__gpu$xla.gpu.triton"  # a Pallas kernel
 CUDNN = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 
 # A hot function with its static arguments bound, and what its arrays look like.
@@ -99,7 +100,7 @@ def lowered(platform: str, call: Call) -> str:
     def flat(*leaves: Any) -> list[jax.Array]:
         return jax.tree.leaves(hot(*jax.tree.unflatten(tree, leaves)))
 
-    allowed = [export.DisabledSafetyCheck.custom_call(name) for name in CUDNN]
+    allowed = [export.DisabledSafetyCheck.custom_call(name) for name in (*CUDNN, TRITON)]
     jax.clear_caches()  # of what was traced for another platform
     backend = {"cuda": "gpu"}.get(platform, platform)
     with mock.patch.object(jax, "default_backend", return_value=backend):
@@ -143,7 +144,7 @@ def test_a_training_step_for_cuda_runs_cudnn_with_the_window() -> None:
         told = call.replace("\\22", '"')
         assert f'"sliding_window_length": {W}' in told
         assert '"mask_type": "CAUSAL"' in told
-    assert len(calls) == 2 * CONFIG.n_layers
+    assert len(calls) == 2, "all layers are one body"
 
 
 @pytest.mark.usefixtures("cudnn_is_there")
@@ -169,7 +170,7 @@ def test_a_training_step_needs_neither_kernel(platform: str) -> None:
 def test_a_mixture_multiplies_its_experts_as_groups(platform: str) -> None:
     program = lowered(platform, training(StepOptions(dtype="bfloat16", backend="banded"), MIXTURE))
     # Of three kernels: forward, and back twice.
-    assert grouped_products(program) == 3 * 3 * CONFIG.n_layers
+    assert grouped_products(program) == 3 * 3  # of the one body of all layers
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
