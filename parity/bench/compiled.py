@@ -248,7 +248,7 @@ def _counted(made: Any, lowering: Lowering, device: Chip, kind: Kind) -> dict[st
         "collectives_hidden": early[0],
         "collectives_waited_for": early[1],
         "program_bytes": memory.generated_code_size_in_bytes,
-        "roofline_s": max(moved / device.bandwidth, max(flops, lowering.flops) / device.flops),
+        "roofline_s": max(moved / device.bandwidth, lowering.flops / device.flops),
         "moves_most": [
             {"bytes": move.bytes, "what": f"{move.instruction.op} {move.where[-70:]}"}
             for move in sorted(moves, key=lambda move: -move.bytes)[:SHOWN]
