@@ -20,7 +20,7 @@ from lechat_jax.devices.mesh import Placing, bytes_on_a_device, described, heads
 from lechat_jax.devices.platform import platform
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import Weights
-from lechat_jax.ops.matmul_int4 import for_device
+from lechat_jax.ops.device_forms import for_device
 from lechat_jax.quantize.scheme import Format
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]

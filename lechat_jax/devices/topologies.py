@@ -115,8 +115,8 @@ def devices(asked: str) -> list[Any]:
     grid = shape or ("1x1x1" if name == "tpu7x" else "2x2x1" if name == "v4" else "1x1")
     try:
         found = topologies.get_topology_desc(topology_name=f"{name}:{grid}", platform="tpu")
-    except Exception as error:  # of libtpu's own kinds
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except (RuntimeError, ValueError) as error:  # libtpu's and JAX's
+        told = str(error).strip().partition("\n")[0]
         raise BadInput(f"there is no TPU topology {name}:{grid}: {told[:200]}") from None
     return list(found.devices)
 

@@ -33,6 +33,7 @@ from lechat_jax.model.cache import EMPTY, Cache, empty_cache
 from lechat_jax.ops.matmul import as_bits
 
 T = TypeVar("T")
+IDLE = Sampling(temperature=0)  # what a free row costs least with
 MOST = 64  # steps that one call of `decode` can take: its buffers have room for their tokens
 
 
@@ -336,12 +337,12 @@ def calls_for(
 
 def idle_rows(size: CacheSize, ahead: int = 0) -> tuple[DecodeState, Request]:
     """State and request of rows that are free; with room to look up drafts of `ahead` tokens."""
-    B, idle = size.batch, Sampling(temperature=0)  # what a free row costs least with
+    B = size.batch
     free = jnp.full(B, EMPTY, jnp.int32)
     seen = jnp.zeros((B, SEEN if ahead else 0), jnp.int32)
     ends = jnp.zeros((B, size.config.vocab_size), bool)
     state = DecodeState(empty_cache(*size), free + 1, free, free + 1, seen)
-    return state, Request(idle.controls(B), idle.streams(B), ends)
+    return state, Request(IDLE.controls(B), IDLE.streams(B), ends)
 
 
 def compile_for(calls: Mapping[str, Call], mesh: Mesh | None = None) -> None:

@@ -22,6 +22,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.devices.mesh import by_rows, create_sharded, on_mesh
 from lechat_jax.generate.continuation import Continuation, Sample
 from lechat_jax.generate.decode import (
+    IDLE,
     MOST,
     Request,
     break_even,
@@ -40,7 +41,6 @@ from lechat_jax.model.cache import EMPTY
 # Is told how many tokens of the prompts are read, and of how many; at first of none.
 OnRead = Callable[[int, int], None]
 PATIENCE = 0.1  # seconds of decoding until a stream shows something
-IDLE = Sampling(temperature=0)
 
 
 class RowTokens(NamedTuple):

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float, Int
 
-QUERIES, SLOTS = 64, 64  # of a block
+BLOCK_Q, BLOCK_K = 64, 64  # queries, and slots of the ring, of a block
 LEAST = 16  # of each axis of a product in Triton
 
 
@@ -21,8 +21,8 @@ def fits(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> bool:
     """Whether the kernel can compute these shapes: half precision, and whole blocks."""
     T, H, S = q.shape[1], q.shape[3], k.shape[2]
     is_half = q.dtype.itemsize == 2 and k.dtype == q.dtype  # float32 would be multiplied as TF32
-    are_powers = all(n >= LEAST and n & (n - 1) == 0 for n in (min(T, QUERIES), H))
-    return is_half and are_powers and T % min(T, QUERIES) == 0 and S % SLOTS == 0
+    are_powers = all(n >= LEAST and n & (n - 1) == 0 for n in (min(T, BLOCK_Q), H))
+    return is_half and are_powers and T % min(T, BLOCK_Q) == 0 and S % BLOCK_K == 0
 
 
 def attend_in_chunk(
@@ -39,7 +39,7 @@ def attend_in_chunk(
     """
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
-    G, block = N // K, min(T, QUERIES)
+    G, block = N // K, min(T, BLOCK_Q)
     head = pl.BlockSpec((None, None, block, H), lambda b, n, t: (b, n, t, 0))
     ring = pl.BlockSpec((None, None, S, H), lambda b, n, t: (b, n // G, 0, 0))
     made = pl.pallas_call(
@@ -67,7 +67,7 @@ def _kernel(used: Any, q: Any, k: Any, v: Any, mask: Any, out: Any, *, scale: fl
 
     def add(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, mixed = so_far
-        slots = pl.ds(i * SLOTS, SLOTS)
+        slots = pl.ds(i * BLOCK_K, BLOCK_K)
         scores = jnp.dot(queries, k[slots, :].T, preferred_element_type=jnp.float32) * scale
         scores = scores + jnp.where(mask[:, slots], 0.0, low)
         higher = jnp.maximum(top, scores.max(axis=1))
@@ -77,7 +77,7 @@ def _kernel(used: Any, q: Any, k: Any, v: Any, mask: Any, out: Any, *, scale: fl
 
     rows, width = queries.shape
     nothing = jnp.full(rows, 2 * low, jnp.float32), jnp.zeros(rows, jnp.float32)
-    n_blocks = jnp.maximum(1, (used[0] + SLOTS - 1) // SLOTS)
+    n_blocks = jnp.maximum(1, (used[0] + BLOCK_K - 1) // BLOCK_K)
     start = (*nothing, jnp.zeros((rows, width), jnp.float32))
     _, total, mixed = jax.lax.fori_loop(0, n_blocks, add, start)
     out[...] = (mixed / total[:, None]).astype(out.dtype)

@@ -1,24 +1,23 @@
 """Matmul of positions and a group-wise int4 kernel, in the form that each device is fast at.
 
 A kernel is stored with two features a byte, and must be read as it lies: dequantized in memory it
-would move 8 to 18 times the bytes (`python -m parity.bench compiled`).
+would move several times the bytes.
 
     CPU    some rows at a time are dequantized, which stay in the cache, as in `matmul`. Nibbles
            are never interleaved: a product is the sum of two, of the even features (low nibbles)
            and of the odd ones (high nibbles)
     GPU    a kernel in `matmul_int4_gpu` for few positions; more are worth dequantizing for
-    TPU    `for_device` makes `uint4` [groups, outputs, features of a group] of it, of which to
+    TPU    `device_forms` makes `uint4` [groups, outputs, features of a group] of it, of which to
            dequantize is elementwise, and the product sums over two axes: XLA fuses the two
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt4, UInt8
 
-from lechat_jax.config.layout import SCALE, ZERO, is_expert
 from lechat_jax.devices.platform import platform
 from lechat_jax.ops.matmul import BLOCK, here, is_on_cpu, zeros_after
 
@@ -129,38 +128,6 @@ def dequantized(
     """The floats of an int4 kernel by its groups, rounded once to `dtype`."""
     shift, factor = (part.astype(jnp.float32)[..., None] for part in (zero, scale))
     return ((kernel.astype(jnp.float32) - shift) * factor).astype(dtype)
-
-
-def for_device(weights: dict[str, Any]) -> dict[str, Any]:
-    """Weights in the forms that a TPU multiplies as they lie; the dict passed in is emptied there.
-
-    Int4 kernels become `by_groups`, and those of int8 matrices, since merging the last axes of a
-    tiled array is a copy. So there is never more than one kernel in both forms. Weights may be
-    `jax.ShapeDtypeStruct`s. Experts stay as they are stored: a grouped matmul dequantizes them.
-    """
-    if platform() != "tpu":
-        return weights
-    found: dict[str, Any] = {}
-    for name in [name for name in weights if name + SCALE in weights and not is_expert(name)]:
-        parts = {
-            part: weights.pop(part) for part in (name, name + SCALE, name + ZERO) if part in weights
-        }
-        if parts[name].dtype in (jnp.uint8, jnp.int8):  # not in that form already
-            is_described = isinstance(parts[name], jax.ShapeDtypeStruct)
-            make = jax.eval_shape if is_described else lambda form, *of: jax.jit(form)(*of)
-            made = make(_as_groups if len(parts) == 3 else _as_matrix, *parts.values())
-            parts = dict(zip(parts, made, strict=True))
-        found |= parts
-    return found | weights
-
-
-def _as_groups(kernel: Array, scale: Array, zero: Array) -> ByGroups:
-    scale, zero = (part.reshape(-1, part.shape[-1]) for part in (scale, zero))
-    return by_groups(kernel.reshape(len(scale), -1), scale, zero)
-
-
-def _as_matrix(kernel: Array, scale: Array) -> tuple[Array, Array]:
-    return kernel.reshape(scale.size, -1), scale
 
 
 def even_odd(kernel: Array, scale: Array, zero: Array) -> EvenOdd:

@@ -1,6 +1,6 @@
 """Matmul of few positions and a packed int4 kernel on an NVIDIA GPU: a Pallas kernel, by Triton.
 
-XLA writes the dequantized kernel to memory before it multiplies, which moves 8 times the bytes.
+XLA writes the dequantized kernel to memory before it multiplies, and reads it again.
 Here each block of outputs reads its packed bytes once, dequantizes a group of features in
 registers, and multiplies all positions with it.
 """

@@ -41,7 +41,7 @@ KEPT_ON_A_CPU = {
 def in_one_body(layers: Sequence[PyTree]) -> bool:
     """Whether layers are better compiled as the body of one loop (`scan`) than written out.
 
-    Compiling then takes the time of one layer, where an accelerator's compiler takes 14 s for each.
+    Compiling then takes the time of one layer, of which an accelerator's compiler takes long.
     Their weights are copied into a stack for it: a CPU, which compiles fast, and devices of a
     mesh, which have little room beside what they gather, write the layers out. So are layers
     whose weights differ in form.

@@ -285,7 +285,8 @@ def foretell(asked: TrainConfig) -> str:
     return (
         f"{start.options.model_name} on {mesh.size} devices, {shape.batch} x {shape.block} tokens "
         f"in {shape.dtype} with --remat {start.options.remat}, memory of each as XLA plans it for "
-        "a CPU, where bfloat16 is computed in float32 (an accelerator needs less):\n"
+        "a CPU, where bfloat16 is computed in float32 and layers are written out (accelerators "
+        "need less; one alone, without --remat, keeps more of its layers):\n"
         f"{summary(memory)}\n"
         f"and of the disk {checkpoint_bytes(options, start.parts) / 1e9:.2f} GB for each of "
         f"{start.options.keep} checkpoints (--keep) and one that is being written"

@@ -120,7 +120,7 @@ def needed(
     if config.n_layers <= SHALLOW[1]:
         return compiled(config, options, B, T, parts)
     few, more = (
-        compiled(_of_layers(config, depth), options, B, T, parts.of_layers(depth))
+        compiled(of_layers(config, depth), options, B, T, parts.of_layers(depth))
         for depth in SHALLOW
     )
     layers = (config.n_layers - SHALLOW[0]) / (SHALLOW[1] - SHALLOW[0])
@@ -208,7 +208,7 @@ def _is_within(name: str, depth: int) -> bool:
     return layer is None or layer < depth
 
 
-def _of_layers(config: MistralConfig, depth: int) -> MistralConfig:
+def of_layers(config: MistralConfig, depth: int) -> MistralConfig:
     """The model with only its first layers."""
     windows = config.sliding_window
     kept = windows[:depth] if isinstance(windows, tuple) else windows

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 from rich.console import Console
 
+from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import (
@@ -29,12 +30,12 @@ from lechat_jax.devices.topologies import ENVIRONMENT, Chip, chip, devices
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.decode import calls_for
 from lechat_jax.generate.prefill import chunk_sizes
-from lechat_jax.model.binding import shapes_of
 from lechat_jax.ops.attention_backend import slots_at_once
-from lechat_jax.ops.matmul_int4 import for_device
+from lechat_jax.ops.device_forms import for_device
 from lechat_jax.ops.remat import Remat
 from lechat_jax.quantize.scheme import scheme_for
 from lechat_jax.train.flops import flops_per_token
+from lechat_jax.train.memory_plan import of_layers
 from lechat_jax.train.step import StepOptions, init_state, jitted_steps
 from parity.bench import isolated
 from parity.bench.program import Move, Program, total
@@ -88,6 +89,7 @@ class Compiled(Work):
     """Number of layers instead of the preset's, to compile less."""
 
     COUNTS = ("context", "batch")
+    AMOUNTS = ("read_gb", "chunk", "layers")
 
     def run(self, console: Console) -> Report:
         """See `Work.run`; what does not compile becomes a row that says why."""
@@ -108,8 +110,7 @@ class Compiled(Work):
             report.rows.append(row)
             for line in row.details.get("moves_most", []):
                 console.print(f"  {line['bytes'] / 1e6:10.1f} MB  {line['what']}", markup=False)
-        for table in (figures(report.rows),):
-            console.print(table.rich(console.is_terminal))
+        console.print(figures(report.rows).rich(console.is_terminal))
         for note in (*(row.note for row in report.rows if row.note), report.machine):
             console.print(note, markup=False)
         return report
@@ -117,11 +118,7 @@ class Compiled(Work):
     def config(self) -> MistralConfig:
         """The model, with as many layers as are asked for."""
         found = preset(self.preset)
-        if self.layers is None:
-            return found
-        windows = found.sliding_window
-        kept = windows[: self.layers] if isinstance(windows, tuple) else windows
-        return dataclasses.replace(found, n_layers=self.layers, sliding_window=kept)
+        return found if self.layers is None else of_layers(found, self.layers)
 
     def programs(self) -> list[Case]:
         """What is compiled, in order; training once for each number of rows."""
@@ -194,7 +191,7 @@ def compiled(work: Compiled, case: Case) -> Iterator[Row]:
         then = time.perf_counter()
         try:
             made = lowered.compile(compiler_options=CUDA_OPTIONS if cuda else None)
-        except Exception as error:  # of XLA's own kinds
+        except RuntimeError as error:  # XLA's own
             raise BadInput(f"the compiler refused it: {first_line(error)[:300]}") from None
         ended = time.perf_counter()
     details = _counted(made, lowering, device, case.kind)
@@ -221,13 +218,14 @@ def _counted(made: Any, lowering: Lowering, device: Chip, kind: Kind) -> dict[st
     needs = held + scratch + memory.generated_code_size_in_bytes
     moves: list[Move] = []
     try:
-        program = Program(made.as_text(), lowering.blocks)
-    except Exception as error:  # libtpu cannot print every program
+        text = made.as_text()
+    except RuntimeError as error:  # libtpu cannot print every program
         cost = made.cost_analysis() or {}
         moved, flops = int(cost.get("bytes accessed", 0)), int(cost.get("flops", 0))
         per_call, copies, collectives, early = 0, 0, {}, (0, 0)
         note = f"counted by the compiler, loops once: its text cannot be had ({first_line(error)})"
     else:
+        program = Program(text, lowering.blocks)
         step = program.step() if kind != "prefill" else program.entry
         moves = program.moves(step)
         moved, flops = total(moves), program.flops(step)
@@ -262,12 +260,10 @@ def _generation(work: Compiled, config: MistralConfig, case: Case, mesh: Mesh | 
     quantize = case.weights if case.weights == "int8" or case.weights == "int4" else None
     form = scheme_for(quantize, config)
     dtype = jnp.dtype("float32" if case.weights == "float32" else "bfloat16")
-    weights: dict[str, jax.ShapeDtypeStruct] = {}
-    for name, leaf in shapes_of(config).items():
-        parts = form.parts(name, leaf.shape) if form else {}
-        weights |= {part: jax.ShapeDtypeStruct(dims, kind) for part, (kind, dims) in parts.items()}
-        if not parts:
-            weights[name] = jax.ShapeDtypeStruct(leaf.shape, dtype)
+    weights = {
+        name: leaf if form and form.is_fixed(name) else jax.ShapeDtypeStruct(leaf.shape, dtype)
+        for name, leaf in weight_shapes(config, form).items()
+    }
     chunk = work.chunk or chunk_sizes(config, work.context)[-1]
     calls = calls_for(config, for_device(weights), case.batch, (chunk,), work.context, 0, mesh)
     call = calls[case.kind]

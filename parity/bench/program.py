@@ -138,25 +138,25 @@ class Program:
         """What a call moves besides its steps."""
         return self._moves_of(self.entry, leaving_out=step)
 
-    def walk(self, computation: str = "") -> Iterator[tuple[Instruction, int]]:
-        """Every instruction and how often it runs, those of fusions, loops and branches too."""
-        for each in self.computations[computation or self.entry]:
-            yield each, 1
+    def walk(self, computation: str = "") -> Iterator[tuple[Instruction, int, str]]:
+        """Every instruction, how often it runs and in which computation; inner ones too."""
+        name = computation or self.entry
+        for each in self.computations[name]:
+            yield each, 1, name
             times = trip_count(each) or self.trips if each.op == "while" else 1
             for inner in (*_called(each, "calls"), *_called(each, "body"), *branches(each)):
-                yield from ((other, n * times) for other, n in self.walk(inner))
+                yield from ((other, n * times, where) for other, n, where in self.walk(inner))
 
     def flops(self, computation: str = "") -> int:
         """Floating-point operations of matrix products; of a kernel, what it tells of itself."""
         return sum(
-            times * self._flops(where, each)
-            for each, times, where in self._placed(computation or self.entry)
+            times * self._flops(where, each) for each, times, where in self.walk(computation)
         )
 
     def collectives(self, computation: str = "") -> dict[str, tuple[int, int]]:
         """Number and bytes of the results of each kind of collective."""
         found: dict[str, tuple[int, int]] = {}
-        for each, times in self.walk(computation):
+        for each, times, _ in self.walk(computation):
             kind = COLLECTIVE.fullmatch(each.op)
             if kind:
                 # An asynchronous one has its operands among its results.
@@ -205,13 +205,6 @@ class Program:
                 yield name
                 yield from self._inner(name)
 
-    def _placed(self, computation: str) -> Iterator[tuple[Instruction, int, str]]:
-        for each in self.computations[computation]:
-            yield each, 1, computation
-            times = trip_count(each) or self.trips if each.op == "while" else 1
-            for inner in (*_called(each, "calls"), *_called(each, "body"), *branches(each)):
-                yield from ((e, n * times, where) for e, n, where in self._placed(inner))
-
     def _moves_of(self, computation: str, leaving_out: str = "") -> list[Move]:
         found: list[Move] = []
         for each in self.computations[computation]:
@@ -245,7 +238,7 @@ class Program:
             source = operands[0][0] if operands and operands[0] else made
             return made.nbytes * (not source.is_on_chip) + made.moved
         if each.op in REPLACED:
-            new = operands[-1] if each.op == "scatter" else operands[1]
+            new = operands[-1 if each.op == "scatter" else 1]
             return 2 * sum(array.moved for array in new)
         if each.op.endswith("-start"):  # the first of its results is the new one of a copy
             made = each.results[:1] if each.op == "copy-start" else each.results[len(reads) :]
@@ -270,12 +263,9 @@ class Program:
         written = 0
         for result, maker in zip(each.results, makers, strict=False):
             maker = _source(maker, by_name)
-            new = (
-                (maker.operands[-1] if maker.op == "scatter" else maker.operands[1])
-                if (maker.op in REPLACED)
-                else None
-            )
-            arrays = self._arrays(name, new) if new else (result,)
+            arrays = (result,)
+            if maker.op in REPLACED:
+                arrays = self._arrays(name, maker.operands[-1 if maker.op == "scatter" else 1])
             written += 0 if result.is_on_chip else sum(array.nbytes for array in arrays)
         return read + written
 

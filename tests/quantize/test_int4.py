@@ -18,7 +18,8 @@ from lechat_jax.devices.platform import compiling_for
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import weights_of
 from lechat_jax.ops import matmul_int4, matmul_int4_gpu
-from lechat_jax.ops.matmul_int4 import by_groups, for_device, project_int4
+from lechat_jax.ops.device_forms import for_device
+from lechat_jax.ops.matmul_int4 import by_groups, project_int4
 from lechat_jax.ops.matmul_int4_gpu import project_packed
 from lechat_jax.quantize import int8
 from lechat_jax.quantize.int4 import Packed, pack, packed, unpack, unpacked

@@ -87,7 +87,7 @@ def test_a_training_step_compiles_with_splash_attention(compiled: Compiled) -> N
 def test_what_does_not_fit_is_told(compiled: Compiled) -> None:
     flags = ("--preset", "mistral-7b-v0.1", "--layers", "3", "--work", "decode")
     (row,) = compiled(*flags, "--batch", "512", "--topology", "v5e:1x1")
-    assert not row.get("fits")
+    assert row.get("fits") is False or "exceeds available HBM" in row["note"]
 
 
 @pytest.mark.parametrize(
