@@ -25,6 +25,7 @@ from lechat_jax.devices.mesh import (
     on_mesh,
 )
 from lechat_jax.devices.platform import platform
+from lechat_jax.generate.logits_processors import MOST_TOP, Processors, Top, Wishes, process, top_of
 from lechat_jax.generate.prefill import CacheSize, Described, cache_size
 from lechat_jax.generate.prompt_lookup import SEEN, lately, look_up, record
 from lechat_jax.generate.sampling import Controls, Sampling, sample, token_keys
@@ -32,7 +33,7 @@ from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.cache import EMPTY, Cache, empty_cache
 from lechat_jax.ops.matmul import as_bits
 
-T = TypeVar("T")
+Tree = TypeVar("Tree")
 IDLE = Sampling(temperature=0)  # what a free row costs least with
 MOST = 64  # steps that one call of `decode` can take: its buffers have room for their tokens
 
@@ -47,6 +48,7 @@ class DecodeState(NamedTuple):
             in prefill: nothing is written into its ring.
         left: tokens that each row may still produce; at 0 the row is done.
         seen: newest tokens, `token` included, for prompt lookup (`look_up`); S is 0 without it.
+        counts: how often each row has produced each id; only with logits processors.
     """
 
     cache: Cache
@@ -54,20 +56,23 @@ class DecodeState(NamedTuple):
     position: Int[Array, "B"]
     left: Int[Array, "B"]
     seen: Int[Array, "B S"]
+    counts: Int[Array, "B V"] | None = None
 
 
 class Request(NamedTuple):
-    """What is constant for a row while it decodes: sampling, random stream, EOS ids.
+    """What is constant for a row while it decodes: sampling, random stream, EOS ids, processors.
 
     Attributes:
         controls: temperature and filters of each row.
         streams: random stream of each row.
         ends: True for the ids that end a row, such as EOS.
+        processors: logits processors; `None` compiles none.
     """
 
     controls: Controls
     streams: UInt[Array, "B 2"]
     ends: Bool[Array, "B V"]
+    processors: Processors | None = None
 
 
 class Produced(NamedTuple):
@@ -79,6 +84,7 @@ class Produced(NamedTuple):
         length: number of tokens of each row.
         left: tokens that each row may still produce.
         steps: number of forward passes.
+        top: the likeliest tokens at each; only with logits processors, if a row wants them.
     """
 
     ids: Int[Array, "B T"]
@@ -86,6 +92,7 @@ class Produced(NamedTuple):
     length: Int[Array, "B"]
     left: Int[Array, "B"]
     steps: Int[Array, ""]
+    top: Top | None = None
 
 
 # Of the loop; the last is how many tokens a step has made lately.
@@ -111,12 +118,51 @@ def prefill(
     def extend(
         cache: Cache, row: Array, mine: Array, weights: Weights, tokens: Array, positions: Array
     ) -> Cache:
-        alone = jax.tree.map(lambda rows: jax.lax.dynamic_slice_in_dim(rows, row, 1), cache)
+        alone = row_of(cache, row)
         positions = jnp.where(mine, positions, EMPTY)
         alone = bind(config, weights).extend(tokens, positions, alone)[1]
         return _put(cache, row, alone)
 
     return kept_by_rows(on_its_rows(extend, cache, row, weights, tokens, positions))
+
+
+class PromptScores(NamedTuple):
+    """Log-probs in nats of a chunk's next tokens, which the prompt gives, and the likeliest ones.
+
+    Attributes:
+        logprobs: of the token after each position of the chunk.
+        top: the likeliest tokens there.
+    """
+
+    logprobs: Float[Array, "T"]
+    top: Top
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
+def prefill_scored(
+    config: MistralConfig,
+    weights: Weights,
+    cache: Cache,
+    row: Int[Array, ""],
+    tokens: Int[Array, "1 T"],
+    positions: Int[Array, "1 T"],
+    targets: Int[Array, "T"],
+) -> tuple[Cache, PromptScores]:
+    """Chunked prefill as `prefill`, and the log-probability of the prompt's own next tokens."""
+    alone = row_of(cache, row)
+    model = bind(config, weights)
+    hidden, alone = model.extend(tokens, positions, alone)
+    logits = model.logits(hidden)[0]
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)
+    scores = PromptScores(logprobs, top_of(logits, jnp.bool_(True)))
+    return kept_by_rows(_put(cache, row, alone)), kept_everywhere(scores)
+
+
+@jax.jit
+def row_of(rows: Tree, row: Int[Array, ""]) -> Tree:
+    """One row of arrays of B rows, copied: a snapshot that nothing overwrites."""
+    return jax.tree.map(lambda of: jax.lax.dynamic_slice_in_dim(of, row, 1), rows)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -136,12 +182,12 @@ def clear(cache: Cache, row: Int[Array, ""]) -> Cache:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def with_row(rows: T, row: Int[Array, ""], alone: T) -> T:
+def with_row(rows: Tree, row: Int[Array, ""], alone: Tree) -> Tree:
     """Replaces one row in arrays of B rows; the arrays passed in are donated."""
     return kept_by_rows(_put(rows, row, alone))
 
 
-def _put(rows: T, row: Int[Array, ""], alone: T) -> T:
+def _put(rows: Tree, row: Int[Array, ""], alone: Tree) -> Tree:
     def put(into: Array, new: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(into, new, row, 0)
 
@@ -192,12 +238,14 @@ def decode(
         is_free = state.position[:, None] == EMPTY
         positions = jnp.where(is_free, EMPTY, state.position[:, None] + ahead)
         hidden, cache = model.extend(tokens, positions, state.cache)
-        ids, logprobs = _choose(model.logits(hidden), positions + 1, request)
-        kept = _kept(ids, guess, request.ends, state.left)
+        chosen = _choose(model.logits(hidden), positions + 1, request, state.counts)
+        most = state.left
+        if request.processors:
+            most = jnp.where(request.processors.is_single, jnp.minimum(most, 1), most)
+        kept = _kept(chosen.ids, guess, request.ends, most)
         if draft:
             rate = lately(rate, _mean_made(kept, state.left))
-        moved = _advance(state._replace(cache=cache), out, ids, logprobs, kept, request.ends)
-        return *moved, rate
+        return *_advance(state._replace(cache=cache), out, chosen, kept, request.ends), rate
 
     nothing = _nothing(state, MOST * (1 + draft))
     start = (state, nothing, jnp.float32(1 + draft))
@@ -217,29 +265,49 @@ def break_even(draft: int, batch: int, is_drawn: bool) -> float:
     return 1 + draft * min(1.0, cost)
 
 
+class Chosen(NamedTuple):
+    """Tokens that a step has chosen, with log-probs, and the likeliest ones if those are wanted."""
+
+    ids: Int[Array, "B T"]
+    logprobs: Float[Array, "B T"]
+    top: Top | None
+
+
 def _nothing(state: DecodeState, width: int) -> Produced:
-    B = state.token.shape[0]
+    B, top = state.token.shape[0], None
     wide = jnp.promote_types(state.cache.dtype, jnp.float32)
+    if state.counts is not None:
+        shape = (B, width, min(MOST_TOP, state.counts.shape[1]))
+        top = Top(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, wide))
     return Produced(
         ids=jnp.zeros((B, width), jnp.int32),
         logprobs=jnp.zeros((B, width), wide),
         length=jnp.zeros(B, jnp.int32),
         left=state.left,
         steps=jnp.zeros((), jnp.int32),
+        top=top,
     )
 
 
 def _choose(
-    logits: Float[Array, "B T V"], positions: Int[Array, "B T"], request: Request
-) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+    logits: Float[Array, "B T V"],
+    positions: Int[Array, "B T"],
+    request: Request,
+    counts: Int[Array, "B V"] | None,
+) -> Chosen:
     """Samples a token at each of these positions independently, with its log-probability."""
     B, T, V = logits.shape
     streams, controls = jax.tree.map(
         lambda x: jnp.repeat(x, T, axis=0), (request.streams, request.controls)
     )
     keys = token_keys(streams, positions.reshape(-1))
-    ids, logprobs = sample(logits.reshape(B * T, V), keys, controls)
-    return ids.reshape(B, T), logprobs.reshape(B, T)
+    top, processed = None, None
+    if request.processors and counts is not None:
+        wanted = jnp.any(request.processors.wants_top)
+        top, processed = top_of(logits, wanted), process(logits, request.processors, counts)
+        processed = processed.reshape(B * T, V)
+    ids, logprobs = sample(logits.reshape(B * T, V), keys, controls, processed)
+    return Chosen(ids.reshape(B, T), logprobs.reshape(B, T), top)
 
 
 def _kept(
@@ -266,12 +334,12 @@ def _mean_made(kept: Bool[Array, "B T"], left: Int[Array, "B"]) -> Float[Array, 
 def _advance(
     state: DecodeState,
     out: Produced,
-    ids: Int[Array, "B T"],
-    logprobs: Float[Array, "B T"],
+    chosen: Chosen,
     kept: Bool[Array, "B T"],
     ends: Bool[Array, "B V"],
 ) -> tuple[DecodeState, Produced]:
     """Appends the accepted tokens to state and output."""
+    ids = chosen.ids
     rows, T = jnp.arange(ids.shape[0])[:, None], ids.shape[1]
     n = jnp.sum(kept, axis=1, dtype=jnp.int32)
     columns = jnp.where(kept, out.length[:, None] + jnp.arange(T), out.ids.shape[1])
@@ -279,19 +347,26 @@ def _advance(
     is_end = jnp.take_along_axis(ends, last, axis=1)[:, 0]
     positions = state.position[:, None] + jnp.arange(1, T + 1, dtype=jnp.int32)
     seen = record(state.seen, jnp.where(kept, positions, EMPTY), ids) if T > 1 else state.seen
+    counts = state.counts
     moved = DecodeState(
         cache=state.cache,
         token=jnp.where(n > 0, last[:, 0], state.token),
         position=state.position + n,
         left=jnp.where((n > 0) & is_end, 0, state.left - n),
         seen=seen,
+        counts=None if counts is None else counts.at[rows, ids].add(kept),
     )
+
+    def appended(so_far: Tree, new: Tree) -> Tree:
+        return jax.tree.map(lambda x, y: x.at[rows, columns].set(y, mode="drop"), so_far, new)
+
     out = Produced(
-        out.ids.at[rows, columns].set(ids, mode="drop"),
-        out.logprobs.at[rows, columns].set(logprobs, mode="drop"),
+        appended(out.ids, ids),
+        appended(out.logprobs, chosen.logprobs),
         out.length + n,
         moved.left,
         out.steps + 1,
+        appended(out.top, chosen.top),
     )
     return moved, out
 
@@ -335,14 +410,22 @@ def calls_for(
     return found
 
 
-def idle_rows(size: CacheSize, ahead: int = 0) -> tuple[DecodeState, Request]:
+def idle_rows(
+    size: CacheSize, ahead: int = 0, with_processors: bool = False
+) -> tuple[DecodeState, Request]:
     """State and request of rows that are free; with room to look up drafts of `ahead` tokens."""
     B = size.batch
     free = jnp.full(B, EMPTY, jnp.int32)
     seen = jnp.zeros((B, SEEN if ahead else 0), jnp.int32)
-    ends = jnp.zeros((B, size.config.vocab_size), bool)
+    V = size.config.vocab_size
     state = DecodeState(empty_cache(*size), free + 1, free, free + 1, seen)
-    return state, Request(IDLE.controls(B), IDLE.streams(B), ends)
+    request = Request(IDLE.controls(B), IDLE.streams(B), jnp.zeros((B, V), bool))
+    if with_processors:
+        alone = Wishes().processors(V)
+        processors = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), B, axis=0), alone)
+        state = state._replace(counts=jnp.zeros((B, V), jnp.int32))
+        request = request._replace(processors=processors)
+    return state, request
 
 
 def compile_for(calls: Mapping[str, Call], mesh: Mesh | None = None) -> None:

@@ -14,9 +14,9 @@ from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.devices.mesh import check_divides, make_mesh
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.continuation import Continuation, Sample, join, stop_texts
+from lechat_jax.generate.continuous_batch import OnRead, rounds
 from lechat_jax.generate.decode import calls_for, compile_for
 from lechat_jax.generate.dialogue import Dialogue
-from lechat_jax.generate.engine import OnRead, rounds
 from lechat_jax.generate.loaded_model import CONTEXT, SHORTER, LoadedModel, Prompt, Prompts
 from lechat_jax.generate.prefill import cache_size, cached_bytes, chunk_sizes
 from lechat_jax.generate.sampling import Sampling
@@ -240,13 +240,13 @@ class Generator(LoadedModel):
         if all(row.stopped for row in rows):
             yield [row.take([], []) for row in rows]
             return
-        engine = self.engine(len(rows), draft)
+        batch = self.continuous_batch(len(rows), draft)
         for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
             if not row.stopped:
                 stream = first_row + number
-                engine.admit(number, prompt, row.limit, sampling, eos_ids, stream=stream)
-        engine.read_all(self.on_read)
-        yield from rounds(engine, rows)
+                batch.admit(number, prompt, row.limit, sampling, eos_ids, stream=stream)
+        batch.read_all(self.on_read)
+        yield from rounds(batch, rows)
 
 
 load = Generator.from_checkpoint

@@ -9,7 +9,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.devices.memory import check_fits
 from lechat_jax.devices.mesh import check_divides, on_heads
 from lechat_jax.errors import BadInput
-from lechat_jax.generate.engine import Engine, OnRead
+from lechat_jax.generate.continuous_batch import ContinuousBatch, OnRead
 from lechat_jax.generate.prefill import cache_size, cached_bytes, chunk_sizes
 from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.model.mistral import Mistral
@@ -28,7 +28,7 @@ Prompts = Sequence[Sequence[int]] | list[str] | list[str | list[int]]
 class LoadedModel:
     """A model with its tokenizer, prefill chunk and context size.
 
-    The functions of `Engine` are compiled for each number of prompts; lengths and sampling
+    The functions of `ContinuousBatch` are compiled for each number of prompts; lengths and sampling
     parameters compile nothing.
 
     Attributes:
@@ -77,15 +77,23 @@ class LoadedModel:
                 f"{self.config.vocab_size}; use the tokenizer that the model was trained with"
             )
 
-    def engine(self, n_rows: int, draft: int = 0) -> Engine:
-        """A continuous batching engine of `n_rows` free rows; drafts have up to `draft` tokens."""
-        return Engine(
+    def continuous_batch(
+        self,
+        n_rows: int,
+        draft: int = 0,
+        *,
+        chunks: tuple[int, ...] | None = None,
+        with_processors: bool = False,
+    ) -> ContinuousBatch:
+        """A continuous batch of `n_rows` free rows; arguments as for `ContinuousBatch`."""
+        return ContinuousBatch(
             self.config,
             self._weights_for,
             n_rows,
-            chunks=self.chunks,
+            chunks=chunks or self.chunks,
             context=self.context,
             draft=draft,
+            with_processors=with_processors,
             mesh=self.mesh,
         )
 

@@ -98,22 +98,27 @@ def token_keys(streams: UInt[Array, "B 2"], positions: Int[Array, "B"]) -> Key[A
 
 
 def sample(
-    logits: Float[Array, "B V"], keys: Key[Array, "B"], controls: Controls
+    logits: Float[Array, "B V"],
+    keys: Key[Array, "B"],
+    controls: Controls,
+    processed: Float[Array, "B V"] | None = None,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """Samples a token for each row; the ids, and their log-probabilities in nats under the model.
 
     Log-probabilities are at temperature 1 and unfiltered, whatever the controls. A temperature
     of 0 takes the largest logit, of equal ones the lowest id; sampling is skipped if all rows
-    are greedy. Logits are at least float32.
+    are greedy. Logits are at least float32. A token is chosen by the `processed` logits, if there
+    are any.
     """
+    choices = logits if processed is None else processed
 
     def draw() -> Int[Array, "B"]:
         # The largest of logits plus Gumbel noise is a draw from their softmax (Gumbel 1954).
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
-        return largest(filter_logits(logits, controls) + noise)
+        return largest(filter_logits(choices, controls) + noise)
 
     drawn = controls.temperature > 0
-    greedy = largest(logits)
+    greedy = largest(choices)
     ids = jnp.where(drawn, jax.lax.cond(jnp.any(drawn), draw, lambda: greedy), greedy)
     chosen = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
     return ids, chosen - jax.nn.logsumexp(logits, axis=-1)

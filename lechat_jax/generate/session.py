@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Sequence
 
 from lechat_jax.generate.continuation import Continuation, Sample, stop_texts
-from lechat_jax.generate.engine import Engine, rounds
+from lechat_jax.generate.continuous_batch import ContinuousBatch, rounds
 from lechat_jax.generate.loaded_model import LoadedModel
 from lechat_jax.generate.sampling import Sampling
 
@@ -21,7 +21,7 @@ class Session:
         model.check([[0]], draft=draft)
         model.check_memory(1, draft)
         self._model, self._draft = model, draft
-        self._engine: Engine | None = None
+        self._batch: ContinuousBatch | None = None
         self.reset()
 
     def reset(self, length: int = 0) -> None:
@@ -36,8 +36,8 @@ class Session:
         self.ids: list[int] = []
         self._read = 0  # tokens of `ids` that are in the cache
         self._written = 0  # positions that the cache holds, those that were taken back among them
-        self._engine = None  # so that there are never two
-        self._engine = self._model.engine(1, self._draft)
+        self._batch = None  # so that there are never two
+        self._batch = self._model.continuous_batch(1, self._draft)
 
     @property
     def room(self) -> int | None:
@@ -84,15 +84,15 @@ class Session:
         if row.stopped:
             yield row.take([], [])
             return
-        engine = self._engine
-        assert engine is not None
-        spare = engine.spare()
+        batch = self._batch
+        assert batch is not None
+        spare = batch.spare()
         is_lost = spare is not None and self._written - self._read > spare  # taken back too far
         start = 0 if is_lost else self._read
-        engine.admit(0, self.ids, row.limit, sampling, eos_ids, start=start)
-        engine.read_all(model.on_read)
+        batch.admit(0, self.ids, row.limit, sampling, eos_ids, start=start)
+        batch.read_all(model.on_read)
         self._read = self._written = len(self.ids) - 1
-        for (piece,) in rounds(engine, [row]):
+        for (piece,) in rounds(batch, [row]):
             self.ids += piece.ids
-            self._read, self._written = len(self.ids) - 1, engine.lengths[0] - 1 + self._draft
+            self._read, self._written = len(self.ids) - 1, batch.lengths[0] - 1 + self._draft
             yield piece

@@ -24,7 +24,7 @@ from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.devices import memory as room
 from lechat_jax.errors import BadInput
-from lechat_jax.generate import engine
+from lechat_jax.generate import continuous_batch
 from lechat_jax.generate.continuation import Sample, join
 from lechat_jax.generate.decode import decode
 from lechat_jax.generate.generator import Generator
@@ -63,7 +63,7 @@ def test_a_stream_is_the_text_in_pieces_however_they_are_cut(
 ) -> None:
     prompts = [prompt_of(5), prompt_of(8)]
     whole = made.generate(prompts, 40, PLAIN)
-    monkeypatch.setattr(engine, "PATIENCE", patience)
+    monkeypatch.setattr(continuous_batch, "PATIENCE", patience)
     rounds = list(made.stream_batch(prompts, 40, PLAIN))
     sizes = [len(pieces[0].ids) for pieces in rounds]
     assert sizes == ([1] * 40 if patience < 0 else [1, 2, 4, 8, 16, 9])
@@ -449,7 +449,7 @@ def drafts_of(made: Generator, monkeypatch: pytest.MonkeyPatch, *asked: Any, **h
         calls.append((int(found[1].steps), arguments[5]))
         return found
 
-    monkeypatch.setattr(engine, "decode", noted)
+    monkeypatch.setattr(continuous_batch, "decode", noted)
     made.generate(*asked, **how)
     return calls
 
@@ -458,7 +458,7 @@ def test_guesses_are_made_only_where_they_have_been_right(
     counting: Generator, made: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A text that counts around repeats itself after 97 tokens, and any other model's does not."""
-    monkeypatch.setattr(engine, "PATIENCE", 1e9)
+    monkeypatch.setattr(continuous_batch, "PATIENCE", 1e9)
     ordinary = drafts_of(made, monkeypatch, [prompt_of(30)], 60, PLAIN, [], draft=5)
     assert {draft for _, draft in ordinary} == {0}
     around = drafts_of(counting, monkeypatch, [[1]], 400, GREEDY, [], draft=5)
@@ -470,7 +470,7 @@ def test_guesses_end_where_they_are_no_longer_right(
     counting: Generator, made: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prompt repeats itself and the model does not go on with it."""
-    monkeypatch.setattr(engine, "PATIENCE", 1e9)
+    monkeypatch.setattr(continuous_batch, "PATIENCE", 1e9)
     calls = drafts_of(made, monkeypatch, [prompt_of(20) * 5], 60, PLAIN, [], draft=5)
     guessing = [steps for steps, draft in calls if draft]
     assert 0 < sum(guessing) < 12

@@ -104,7 +104,7 @@ def test_each_device_holds_its_slice() -> None:
         split = len(leaf.sharding.device_set) / len({str(s.index) for s in leaf.addressable_shards})
         is_norm = whole[name] == leaf.addressable_shards[0].data.nbytes
         assert split == (8 if is_norm else 2), name
-    rows = made.engine(2)._state
+    rows = made.continuous_batch(2)._state
     k = rows.cache.rings[0].k[0]
     assert k.sharding.shard_shape(k.shape) == (1, 2, *k.shape[2:])
 

@@ -8,7 +8,7 @@ import pytest
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.generate import engine
+from lechat_jax.generate import continuous_batch
 from lechat_jax.generate.continuation import join
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
@@ -64,8 +64,10 @@ def test_an_answer_that_was_cut_short_is_part_of_the_text_as_far_as_it_came(
 
 def test_a_turn_reads_its_own_tokens_only(made: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = []
-    right = engine.prefill
-    monkeypatch.setattr(engine, "prefill", lambda *args: chunks.append(args[4]) or right(*args))
+    right = continuous_batch.prefill
+    monkeypatch.setattr(
+        continuous_batch, "prefill", lambda *args: chunks.append(args[4]) or right(*args)
+    )
     session = Session(made)
     session.feed(ids_of(41))
     said(session, 5, SAMPLINGS["greedy"])

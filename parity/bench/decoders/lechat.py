@@ -21,8 +21,8 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import SCALE, is_norm, n_reads
 from lechat_jax.devices.host_memory import host_empty
 from lechat_jax.generate.continuation import Continuation, Sample
+from lechat_jax.generate.continuous_batch import rounds
 from lechat_jax.generate.decode import MOST
-from lechat_jax.generate.engine import rounds
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.loaded_model import MOST_DRAFT, LoadedModel
 from lechat_jax.generate.sampling import Sampling
@@ -97,12 +97,12 @@ class Lechat:
         self.ids, self._rounds = [[] for _ in prompts], iter(())  # the last cache is given back
         limit = room + SPARE
         model = LoadedModel(self._model, context=len(prompts[0]) + limit)
-        engine = model.engine(len(prompts), self._draft)
+        batch = model.continuous_batch(len(prompts), self._draft)
         for row, prompt in enumerate(prompts):
-            engine.admit(row, prompt, limit, GREEDY, start=skip)
-        engine.read_all()
+            batch.admit(row, prompt, limit, GREEDY, start=skip)
+        batch.read_all()
         rows = [Continuation(prompt, limit, None, (), None) for prompt in prompts]
-        self._rounds = rounds(engine, rows)
+        self._rounds = rounds(batch, rows)
         self.advance(1)
 
     def advance(self, n: int) -> int:

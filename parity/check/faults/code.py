@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.generate import engine
+from lechat_jax.generate import continuous_batch
 from lechat_jax.model import attention, cache, layers, mistral, rope, scoring
 from parity.check.faults.plant import in_code
 
@@ -201,7 +201,12 @@ def _top_left(right: Callable) -> Callable:
 
 def _decode_one_late(right: Callable) -> Callable:
     def seat(
-        self: engine.Engine, row: int, token: int, position: int, left: int, request: Any
+        self: continuous_batch.ContinuousBatch,
+        row: int,
+        token: int,
+        position: int,
+        left: int,
+        request: Any,
     ) -> None:
         right(self, row, token, position + 1, left, request)
 
@@ -332,7 +337,7 @@ CODE = (
     in_code(
         "decoding starts one position late",
         "decode",
-        (engine.Engine, "_seat", _decode_one_late),
+        (continuous_batch.ContinuousBatch, "_seat", _decode_one_late),
     ),
-    in_code("padding is seen", "padding", (engine, "chunk_of", _padding_seen)),
+    in_code("padding is seen", "padding", (continuous_batch, "chunk_of", _padding_seen)),
 )

@@ -1,4 +1,4 @@
-"""Rows of the engine come and go, and none of them can be told from one that is alone."""
+"""Rows of a batch come and go, and none of them can be told from one that is alone."""
 
 import dataclasses
 import itertools
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.generate.engine import Engine, RowTokens
+from lechat_jax.generate.continuous_batch import ContinuousBatch, RowTokens
 from lechat_jax.generate.loaded_model import LoadedModel
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import bind, weights_of
@@ -34,52 +34,51 @@ def model(request: pytest.FixtureRequest, tiny: MistralConfig) -> LoadedModel:
 
 
 def join(rounds: list[RowTokens]) -> RowTokens:
-    ids, logprobs = zip(*rounds, strict=True)
-    return RowTokens([*itertools.chain(*ids)], [*itertools.chain(*logprobs)])
+    return RowTokens(*(list(itertools.chain(*parts)) for parts in zip(*rounds, strict=True)))
 
 
 def alone(model: LoadedModel, n_rows: int, row: int, draft: int = 0) -> RowTokens:
     """What a row says when nobody else is there."""
-    engine, (_, sampling, limit) = model.engine(n_rows, draft), ASKED[row]
-    engine.admit(row, prompt_of(row), limit, sampling, stream=row)
-    engine.read_all()
-    return finish(engine, row)
+    batch, (_, sampling, limit) = model.continuous_batch(n_rows, draft), ASKED[row]
+    batch.admit(row, prompt_of(row), limit, sampling, stream=row)
+    batch.read_all()
+    return finish(batch, row)
 
 
-def finish(engine: Engine, row: int) -> RowTokens:
+def finish(batch: ContinuousBatch, row: int) -> RowTokens:
     made = []
     while not made or made[-1].ids:
-        made.append(engine.advance(8)[row])
+        made.append(batch.advance(8)[row])
     return join(made)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 64])
 def test_a_row_is_bit_for_bit_what_it_is_alone(model: LoadedModel, steps: int) -> None:
     """Whoever joins, is being read or leaves meanwhile, and however many steps a call takes."""
-    engine = model.engine(4)
+    batch = model.continuous_batch(4)
     waiting, made = [*ASKED], {row: list[RowTokens]() for row in ASKED}
     while waiting or any(not rounds or rounds[-1].ids for rounds in made.values()):
         if waiting:
             row = waiting.pop()
-            engine.admit(row, prompt_of(row), ASKED[row][2], ASKED[row][1], stream=row)
-        engine.read()  # one chunk, between two calls of the others
-        for row, piece in enumerate(engine.advance(steps)):
+            batch.admit(row, prompt_of(row), ASKED[row][2], ASKED[row][1], stream=row)
+        batch.read()  # one chunk, between two calls of the others
+        for row, piece in enumerate(batch.advance(steps)):
             made[row] += [piece] if piece.ids or made[row] else []
     for row, rounds in made.items():
         assert join(rounds) == alone(model, 4, row)
 
 
 def test_a_row_that_was_used_is_as_good_as_new(model: LoadedModel) -> None:
-    engine = model.engine(4)
+    batch = model.continuous_batch(4)
     for row in ASKED:
-        engine.admit(row, prompt_of(3 - row), 30, GREEDY)
-    engine.read_all()
-    engine.advance(20)
+        batch.admit(row, prompt_of(3 - row), 30, GREEDY)
+    batch.read_all()
+    batch.advance(20)
     for row, (_, sampling, limit) in ASKED.items():
-        engine.free(row)
-        engine.admit(row, prompt_of(row), limit, sampling, stream=row)
-        engine.read_all()
-        assert finish(engine, row) == alone(model, 4, row)
+        batch.free(row)
+        batch.admit(row, prompt_of(row), limit, sampling, stream=row)
+        batch.read_all()
+        assert finish(batch, row) == alone(model, 4, row)
 
 
 def test_what_is_no_number_does_not_outlive_its_row(tiny: MistralConfig) -> None:
@@ -87,66 +86,66 @@ def test_what_is_no_number_does_not_outlive_its_row(tiny: MistralConfig) -> None
     weights = weights_of(random_model(tiny))
     weights["embed.kernel"] = weights["embed.kernel"].at[96].set(np.nan)
     model = LoadedModel(bind(tiny, weights), chunk=4)
-    engine = model.engine(2)
-    engine.admit(0, [5, 96, 7, 8], 5, GREEDY)
-    engine.admit(1, [5, 6], 5, GREEDY)
-    engine.read_all()
-    broken, right = engine.advance(2)
+    batch = model.continuous_batch(2)
+    batch.admit(0, [5, 96, 7, 8], 5, GREEDY)
+    batch.admit(1, [5, 6], 5, GREEDY)
+    batch.read_all()
+    broken, right = batch.advance(2)
     assert np.isnan(broken.logprobs).all()
     assert np.isfinite(right.logprobs).all()
-    engine.free(0)
-    engine.admit(0, [5, 6], 2, GREEDY)
-    engine.read_all()
-    assert engine.advance(2)[0] == right
+    batch.free(0)
+    batch.admit(0, [5, 6], 2, GREEDY)
+    batch.read_all()
+    assert batch.advance(2)[0] == right
 
 
 @pytest.mark.parametrize("when", ["waiting", "half read", "decoding"])
 def test_a_row_that_is_freed_makes_nothing_more(model: LoadedModel, when: str) -> None:
-    engine = model.engine(4)
-    engine.admit(0, prompt_of(0), 17, GREEDY, stream=0)
-    engine.read_all()
-    engine.admit(2, prompt_of(2), 9, GREEDY)
-    made = [engine.advance(2)]
+    batch = model.continuous_batch(4)
+    batch.admit(0, prompt_of(0), 17, GREEDY, stream=0)
+    batch.read_all()
+    batch.admit(2, prompt_of(2), 9, GREEDY)
+    made = [batch.advance(2)]
     if when == "half read":
-        engine.read()
+        batch.read()
     if when == "decoding":
-        engine.read_all()
-        made.append(engine.advance(2))
-    engine.free(2)
-    assert (engine.unread, engine.lengths[2]) == (0, 0)
-    assert not engine.read()
-    made.append(engine.advance(64))
+        batch.read_all()
+        made.append(batch.advance(2))
+    batch.free(2)
+    assert (batch.unread, batch.lengths[2]) == (0, 0)
+    assert batch.read() is None
+    made.append(batch.advance(64))
     assert made[-1][2].ids == []
     assert join([row[0] for row in made]) == alone(model, 4, 0)
 
 
 def test_rows_that_guess_say_what_they_say_alone(model: LoadedModel) -> None:
-    """Guesses are the engine's, whose rows may be read to different lengths or free."""
-    engine = model.engine(4, draft=3)
+    """Guesses are the batch's, whose rows may be read to different lengths or free."""
+    batch = model.continuous_batch(4, draft=3)
     made = {row: list[RowTokens]() for row in (0, 2)}
     for row in made:
-        engine.admit(row, prompt_of(row) * 2, 30, GREEDY)
-        engine.read_all()
-        pieces = engine.advance(3)
+        batch.admit(row, prompt_of(row) * 2, 30, GREEDY)
+        batch.read_all()
+        pieces = batch.advance(3)
         for other in made:
             made[other].append(pieces[other])
     while any(rounds[-1].ids for rounds in made.values()):
-        for row, piece in enumerate(engine.advance(3)):
+        for row, piece in enumerate(batch.advance(3)):
             if row in made:
                 made[row].append(piece)
     for row, rounds in made.items():
-        single = model.engine(1)
+        single = model.continuous_batch(1)
         single.admit(0, prompt_of(row) * 2, 30, GREEDY)
         single.read_all()
         assert join(rounds).ids == finish(single, 0).ids
 
 
 def test_an_end_is_that_of_its_row_alone(model: LoadedModel) -> None:
-    engine = model.engine(2)
+    batch = model.continuous_batch(2)
     said = alone(model, 2, 0).ids
-    engine.admit(0, prompt_of(0), 17, GREEDY, eos_ids=[said[4]])
-    engine.admit(1, prompt_of(0), 17, GREEDY)
-    engine.read_all()
-    ended, other = engine.advance(64)
+    batch.admit(0, prompt_of(0), 17, GREEDY, eos_ids=[said[4]])
+    batch.admit(1, prompt_of(0), 17, GREEDY)
+    batch.read_all()
+    ended, other = batch.advance(64)
     assert ended.ids == said[: said.index(said[4]) + 1]
     assert other.ids == said
