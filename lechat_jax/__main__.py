@@ -9,6 +9,7 @@ VERBS = {
     "train": ("lechat_jax.train.command", "train a Mistral, or fine-tune one, and print samples"),
     "generate": ("lechat_jax.generate.command", "continue prompts"),
     "chat": ("lechat_jax.chat.command", "talk with a model by its chat template"),
+    "serve": ("lechat_jax.serve.command", "answer requests of OpenAI's API, and a chat page"),
     "eval": ("lechat_jax.eval.command", "perplexity of a text under a model"),
     "convert": ("parity.convert.command", "move weights between PyTorch's formats and lechat's"),
     "check": ("parity.check.command", "prove that the port is the same function as PyTorch's"),

@@ -115,10 +115,11 @@ def top_tokens(top: Top) -> list[TopTokens]:
 
 
 class Advance(NamedTuple):
-    """A call of `decode` that is under way: what it produces, and who was in each row."""
+    """A call of `decode` that is under way: what it produces, who was in each row, since when."""
 
     out: Produced
     tenants: list[int]
+    began: float
 
 
 def next_chunk(chunks: tuple[int, ...], left: int) -> int:
@@ -270,6 +271,10 @@ class ContinuousBatch:
                 jax.block_until_ready(self._state.cache)
                 on_read(total - self.unread, total)
 
+    def wait(self) -> None:
+        """Waits until all that was started is done."""
+        jax.block_until_ready(self._state)
+
     def snapshot(self, row: int) -> Cache:
         """A copy of one row's KV cache, with which a prompt that begins so can be admitted."""
         with on_mesh(self._mesh):
@@ -301,7 +306,7 @@ class ContinuousBatch:
             self._state, out = decode(
                 self._config, weights, self._state, self._request, np.int32(n), guessing
             )
-        return Advance(out, [*self._tenants])
+        return Advance(out, [*self._tenants], time.perf_counter())
 
     def fetch(self, advance: Advance) -> list[RowTokens]:
         """Waits for a call of `start`; the new tokens of the rows that were not freed since."""

@@ -6,8 +6,9 @@ be a prefix of the next prompt.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.messages import (
     AssistantMessage,
     SystemMessage,
@@ -30,6 +31,7 @@ from mistral_common.tokens.tokenizers.instruct import (
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
+from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.tekken import Tekken
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
@@ -144,6 +146,51 @@ class Conversation:
             get_validator(self._version, ValidationMode.test),
             get_normalizer(self._version, self._base.model_settings_builder),
         )
+
+
+class ChatPrompts:
+    """Encodes whole conversations as a server is sent them, tools and tool calls included.
+
+    Unlike `Conversation` it encodes earlier answers again, from their text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        version, base = TokenizerVersion(tokenizer.version), base_of(tokenizer)
+        self._template = MistralTokenizer(
+            KINDS[version.value](base),
+            get_validator(version, ValidationMode.serving),
+            get_normalizer(version, base.model_settings_builder),
+        )
+
+    def encode(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """The prompt ids of a conversation, from BOS on, which the answer continues.
+
+        An assistant's message at the end is the beginning of the answer.
+
+        Args:
+            messages: in the format of OpenAI's API.
+            tools: functions that may be called, in that format.
+
+        Raises:
+            BadInput: the template refuses them.
+        """
+        try:
+            request = ChatCompletionRequest.from_openai(
+                messages,
+                tools,
+                continue_final_message=bool(messages) and messages[-1].get("role") == "assistant",
+                model="lechat",
+            )
+            return self._template.encode_chat_completion(request).tokens
+        except (MistralCommonException, ValueError, LookupError, TypeError) as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise BadInput(f"the chat template refuses the messages: {why[:300]}") from error
+        except (AttributeError, AssertionError, NotImplementedError) as error:
+            raise BadInput(
+                f"the chat template cannot encode the messages: {str(error)[:300]}"
+            ) from error
 
 
 def base_of(tokenizer: Tokenizer) -> Base:

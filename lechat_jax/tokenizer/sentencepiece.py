@@ -104,6 +104,11 @@ class SentencePiece:
             return self.decode([id_])
         return self.decode([self._letter, id_])[1:]  # any byte before it makes it not the first
 
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token; `None` if there is none."""
+        id_ = self._pieces.piece_to_id(name)
+        return id_ if self._pieces.is_control(id_) else None
+
     def is_control(self, id_: int) -> bool:
         """Whether the id has no text, so that the id after it still counts as the first."""
         return self._pieces.is_control(id_)

@@ -79,6 +79,10 @@ class Tekken:
         """The text of one id; `first` makes no difference."""
         return self.decode([id_])
 
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token; `None` if there is none."""
+        return self.model._special_tokens_reverse_vocab.get(name)
+
     def is_control(self, id_: int) -> bool:
         """Whether the id has no text."""
         return id_ < self._n_control

@@ -220,6 +220,27 @@ class Tokenizer:
         known = self._known(id_)
         return self.codec.text(known, first) if self.is_own(known) else self._added.get(known, "")
 
+    def bytes_of(self, id_: SupportsIndex, first: bool = False) -> bytes:
+        """The bytes of one id, joined those of a text's UTF-8; none of a control token.
+
+        Args:
+            id_: the id.
+            first: whether it is the first of a text, see `piece_text`.
+
+        Raises:
+            BadInput: the id is not in the vocabulary.
+        """
+        raw = self.raw(id_)
+        return self.piece_text(id_, first).encode() if raw is None else raw
+
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token such as `[TOOL_CALLS]`; `None` if there is none.
+
+        >>> Tokenizer.mistral_v1().control_id("</s>")
+        2
+        """
+        return self.codec.control_id(name)
+
     def is_control(self, id_: SupportsIndex) -> bool:
         """Whether the id has no text and the one after it still counts as the first (BOS, EOS).
 

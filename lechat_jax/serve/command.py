@@ -1,0 +1,162 @@
+"""OpenAI-compatible server for a model: requests are answered together, and stream.
+
+Any folder that `generate` takes. The page at / is for people, /v1 for programs, and /metrics for
+Prometheus. Needs the extra `serve`: pip install 'lechat-jax[serve]'.
+"""
+
+import asyncio
+import dataclasses
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+import lechat_jax
+from lechat_jax.checkpoint.saved_model import SavedModel
+from lechat_jax.cli import flags
+from lechat_jax.devices.compile_cache import enable_compilation_cache
+from lechat_jax.errors import BadInput
+from lechat_jax.generate.generator import Generator
+from lechat_jax.generate.loaded_model import CONTEXT
+from lechat_jax.quantize.scheme import Format
+from lechat_jax.tokenizer.tokenizer import preferred
+from lechat_jax.tokenizer.vocabulary import no_tokenizer
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names under which only this machine is reached
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """The flags of `python -m lechat_jax.serve`.
+
+    Attributes:
+        folder: Folder of a training run, such as runs/NAME, or of weights in lechat's format, as
+            written by python -m parity.convert.
+        rows: Requests that are decoded together; others wait. Each row has a KV cache.
+        context: Maximum tokens of a request, prompt and answer; a longer one is refused.
+        dtype: Type to compute in. By default as stored, but float32 on a CPU if that fits into
+            memory.
+        quantize: Quantise the weights on loading: int8 takes a quarter of float32, int4 an eighth.
+            By default as stored.
+        mesh: Devices that share the work, such as tp=8 or fsdp=2,tp=4: the model's heads and
+            feed-forward are split over tp, the rows over fsdp. By default one device.
+        api_key: Key that clients must send, Authorization: Bearer KEY; by default the environment
+            variable LECHAT_API_KEY, and without it none is asked for.
+        max_queue: Requests that wait for a row; beyond them the answer is 429.
+        prefix_mb: Size in MB of the prefix cache, which keeps the KV caches of prompts that others
+            may begin with; 0 is off.
+        speculate: Speculative decoding by prompt lookup. Answers are then the same up to rounding,
+            which depends on who else is there. By default off.
+        draft: Tokens that --speculate guesses per step.
+        grace: Seconds that SIGTERM gives to requests that are being answered.
+        host: Address to listen on; 0.0.0.0 is all of this machine's, for others to reach.
+        port: Port to listen on; 0 takes any that is free.
+        allow_origin: Origin of web pages that may use the server, such as https://example.com;
+            repeatable, * is all. By default only its own page.
+        name: Name of the model in answers. By default that of the folder.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    rows: int = 4
+    context: int = CONTEXT
+    dtype: Literal["bfloat16", "float32"] | None = None
+    quantize: Format | None = None
+    mesh: str | None = None
+    api_key: str = ""
+    max_queue: int = 64
+    prefix_mb: int = 256
+    speculate: bool = False
+    draft: int = 7
+    grace: float = 30.0
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allow_origin: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    name: str = ""
+
+    def check(self) -> None:
+        """Validates the flags before anything is loaded; raises `BadInput`."""
+        least = {"rows": 1, "context": 2, "max_queue": 0, "prefix_mb": 0, "draft": 1, "grace": 0}
+        for field, smallest in least.items():
+            if not getattr(self, field) >= smallest:
+                name, value = field.replace("_", "-"), getattr(self, field)
+                raise BadInput(f"--{name} must be at least {smallest}, not {value}")
+        if not 0 <= self.port < 65536:
+            raise BadInput(f"--port must be from 0 to 65535, not {self.port}")
+        SavedModel.open(self.folder)
+        if preferred(self.folder.iterdir()) is None:
+            raise BadInput(no_tokenizer(self.folder, "nothing can be served"))
+        if self.host not in LOOPBACK and not self.key:
+            note(f"warning: whoever reaches {self.host} can use it, since there is no --api-key")
+
+    @property
+    def key(self) -> str:
+        """The key that clients must have; empty for none."""
+        return self.api_key or os.environ.get("LECHAT_API_KEY", "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command `serve`: loads, compiles, listens; returns the exit code."""
+    options = flags.parse(ServeConfig, "lechat_jax.serve", __doc__ or "", argv)
+    options.check()
+    try:
+        from lechat_jax.serve.api import Access, Api
+        from lechat_jax.serve.engine import Engine
+        from lechat_jax.serve.requests import Requests, fingerprint
+        from lechat_jax.serve.server import serve
+    except ModuleNotFoundError as error:
+        raise BadInput(f"{error.name} is not installed: pip install 'lechat-jax[serve]'") from error
+    listening = listen(options.host, options.port)
+    note(f"loading {options.folder}")
+    began = time.perf_counter()
+    enable_compilation_cache()
+    model = Generator.from_checkpoint(
+        options.folder,
+        context=options.context,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        mesh=options.mesh,
+    )
+    with Engine(
+        model,
+        options.rows,
+        max_queue=options.max_queue,
+        prefix_bytes=options.prefix_mb * 10**6,
+        draft=options.draft if options.speculate else 0,
+    ) as engine:
+        name = options.name or options.folder.resolve().name
+        requests = Requests(model, name, fingerprint(name, lechat_jax.__version__, model.weights))
+        hosts = LOOPBACK if options.host in LOOPBACK else ()
+        access = Access(options.key, frozenset(hosts), options.allow_origin)
+        app = Api(engine, requests).app(access)
+        where = f"http://{options.host}:{listening.getsockname()[1]}"
+        note(f"{name} at {where} after {time.perf_counter() - began:.1f} s; Ctrl-C ends it")
+        return asyncio.run(serve(app, engine, listening, options.grace))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound to an address, before anything is loaded.
+
+    Raises:
+        BadInput: the address is in use, or not this machine's.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise BadInput(
+            f"cannot listen on {host}, port {port}: {error.strerror}; choose others with --host "
+            "and --port"
+        ) from error
+    return bound
+
+
+def note(text: str) -> None:
+    """Prints a message to stderr."""
+    print(text, file=sys.stderr, flush=True)

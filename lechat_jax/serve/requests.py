@@ -1,0 +1,301 @@
+"""From requests of OpenAI's API to those of the engine: prompts, sampling, grammars, tools."""
+
+import functools
+import hashlib
+import re
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lechat_jax.errors import BadInput
+from lechat_jax.generate.loaded_model import LoadedModel
+from lechat_jax.generate.logits_processors import Wishes
+from lechat_jax.generate.sampling import Sampling
+from lechat_jax.serve import tools as tool_calls
+from lechat_jax.serve.answers import Answer, ChatChoice, TextChoice
+from lechat_jax.serve.engine import ContextExceeded, GenerationRequest
+from lechat_jax.serve.grammar import Grammars, Matcher
+from lechat_jax.serve.wire import Chat, Completion, Generation, Refused, Structure
+from lechat_jax.tokenizer.chat_template import ChatPrompts
+from lechat_jax.tokenizer.tokenizer import Tokenizer
+
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+MOST_CALLS = 16  # that a grammar lets a model make in one answer
+SEEDS = 2**32
+
+
+class Prepared(NamedTuple):
+    """A request that can be submitted: one engine request for each choice, and its answer."""
+
+    requests: list[GenerationRequest]
+    choices: list[ChatChoice] | list[TextChoice]
+    answer: Answer
+    body: Generation
+
+
+class Requests:
+    """Prepares requests for one model; its methods are called from any thread.
+
+    Args:
+        model: the loaded model.
+        name: its name in answers.
+        fingerprint: names weights and version.
+    """
+
+    def __init__(self, model: LoadedModel, name: str, fingerprint: str) -> None:
+        if model.tokenizer is None:
+            raise BadInput("there is no tokenizer beside the weights, so nothing can be served")
+        self.tokenizer: Tokenizer = model.tokenizer
+        self.name = name
+        self._model, self._fingerprint = model, fingerprint
+        self._template = ChatPrompts(self.tokenizer)
+        self._marks = tool_calls.marks(self.tokenizer)
+        self._lock = threading.Lock()  # of what others have not made for several threads
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """The compiler of grammars, made at the first use; see `Grammars`."""
+        return Grammars(self.tokenizer)
+
+    def chat(self, body: Chat) -> Prepared:
+        """Prepares the next message of a conversation; raises `Refused`."""
+        self._check_model(body.model)
+        choice, forced = self._tool_choice(body)
+        tools = body.tools if body.tools and choice != "none" else None
+        prompt = self.chat_ids(body.messages, tools)
+        most_calls = 1 if body.parallel_tool_calls is False else None
+        most = body.max_completion_tokens or body.max_tokens
+        most = self._model.context - len(prompt) if most is None else most
+        if most < 1:
+            raise Refused(
+                f"the messages have {len(prompt)} tokens and the context holds "
+                f"{self._model.context}, the answer included; send fewer, or start the server "
+                "with a longer --context",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        if body.top_logprobs and not body.logprobs:
+            raise Refused("top_logprobs needs logprobs: true", param="top_logprobs")
+        n_top = (body.top_logprobs or 0) if body.logprobs else None
+        matcher = self._grammar(body, forced, most_calls)
+        # What the model may not call it cannot begin to.
+        banned = {self._marks.calls: -float("inf")} if self._marks and not tools else {}
+        choices = [
+            ChatChoice(
+                i,
+                self.tokenizer,
+                n_top,
+                self._marks if tools else None,
+                isinstance(choice, dict),
+                most_calls,
+            )
+            for i in range(body.n or 1)
+        ]
+        requests = self._requests(body, prompt, most, n_top, matcher, banned, is_answer=True)
+        return Prepared(requests, choices, self._answer("chat.completion"), body)
+
+    def completion(self, body: Completion) -> Prepared:
+        """Prepares continuations of prompts; raises `Refused`."""
+        self._check_model(body.model)
+        requests, choices = [], []
+        most = 16 if body.max_tokens is None else body.max_tokens
+        matcher = self._grammar(body)
+        is_scored = bool(body.echo) and body.logprobs is not None
+        for prompt in body.prompts:
+            is_text = isinstance(prompt, str)
+            ids = self._encoded(prompt) if is_text else [*prompt]
+            self._check_ids(ids)
+            text = None
+            if body.echo:
+                text = prompt if is_text else self.tokenizer.decode(ids)
+            made = self._requests(body, ids, most, body.logprobs, matcher, is_scored=is_scored)
+            for request in made:
+                choice = TextChoice(len(choices), self.tokenizer, ids, text, body.logprobs)
+                choices.append(choice)
+                requests.append(request)
+        return Prepared(requests, choices, self._answer("text_completion"), body)
+
+    def chat_ids(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """The prompt ids of a conversation; raises `Refused`."""
+        if tools and self._marks is None:
+            raise Refused(
+                f"this model's chat template, {self.tokenizer.version}, has no tools",
+                param="tools",
+            )
+        try:
+            with self._lock:
+                return self._template.encode(messages, tools)
+        except BadInput as error:
+            raise Refused(str(error), param="messages") from error
+
+    def _encoded(self, prompt: str) -> list[int]:
+        try:
+            return self._model.encode(prompt)
+        except BadInput as error:
+            raise Refused(str(error), param="prompt") from error
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        size = self._model.config.vocab_size
+        if wrong := [id_ for id_ in ids if id_ >= size]:
+            raise Refused(
+                f"prompt token {wrong[0]} is not an id of the model, which has 0 to {size - 1}",
+                param="prompt",
+            )
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, "", self.name):
+            raise Refused(
+                f"the model {name!r} is not here; this server has {self.name!r}",
+                404,
+                code="model_not_found",
+                param="model",
+            )
+
+    def _answer(self, kind: str) -> Answer:
+        return Answer(kind, self.name, self._fingerprint)
+
+    def _requests(
+        self,
+        body: Generation,
+        prompt: Sequence[int],
+        max_tokens: int,
+        n_top: int | None,
+        matcher: Matcher | None,
+        banned: dict[int, float] | None = None,
+        is_scored: bool = False,
+        is_answer: bool = False,
+    ) -> list[GenerationRequest]:
+        """One engine request for each choice; choice i has the random stream i of the seed."""
+        wishes = Wishes(
+            self._bias(body) | (banned or {}),
+            body.presence_penalty or 0.0,
+            body.frequency_penalty or 0.0,
+            matcher is not None,
+            n_top or 0,
+        )
+        if body.ignore_eos and matcher:
+            raise Refused("ignore_eos and a grammar exclude each other", param="ignore_eos")
+        return [
+            GenerationRequest(
+                prompt,
+                max_tokens,
+                sampling,
+                stream,
+                () if body.ignore_eos else self._model.eos_ids,
+                body.stops,
+                wishes,
+                matcher.copy() if matcher else None,
+                is_scored,
+                is_answer,
+            )
+            for sampling in [self._sampling(body)]
+            for stream in range(body.n or 1)
+        ]
+
+    def _sampling(self, body: Generation) -> Sampling:
+        """OpenAI's defaults, and a random seed unless one is given."""
+        return Sampling(
+            1.0 if body.temperature is None else body.temperature,
+            max(body.top_k or 0, 0),
+            1.0 if body.top_p is None else body.top_p,
+            body.min_p or 0.0,
+            secrets.randbelow(SEEDS) if body.seed is None else body.seed % SEEDS,
+        )
+
+    def _bias(self, body: Generation) -> dict[int, float]:
+        biases = {}
+        for name, bias in (body.logit_bias or {}).items():
+            if not name.isdecimal() or int(name) >= self._model.config.vocab_size:
+                raise Refused(f"logit_bias has {name!r}, which is no id", param="logit_bias")
+            biases[int(name)] = bias
+        return biases
+
+    def _tool_choice(self, body: Chat) -> tuple[Any, list[dict[str, Any]]]:
+        """The choice of tools, and those of which one must be called."""
+        tools, choice = body.tools or [], body.tool_choice or "auto"
+        names = []
+        for tool in tools:
+            function = tool.get("function")
+            name = function.get("name") if isinstance(function, dict) else None
+            if tool.get("type", "function") != "function" or not isinstance(name, str):
+                raise Refused("a tool is a function with a name", param="tools")
+            if not TOOL_NAME.fullmatch(name):
+                raise Refused(f"{name!r} is no name of a function", param="tools")
+            if not isinstance(tool["function"].get("parameters") or {}, dict):
+                raise Refused(f"the parameters of {name!r} are no JSON schema", param="tools")
+            names.append(name)
+        if choice in ("none", "auto"):
+            return choice, []
+        if not tools:
+            raise Refused("tool_choice needs tools", param="tool_choice")
+        if isinstance(choice, str):
+            return choice, tools
+        function = choice.get("function")
+        wanted = function.get("name") if isinstance(function, dict) else None
+        if wanted not in names:
+            raise Refused(f"tool_choice names {wanted!r}, which is no tool", param="tool_choice")
+        return choice, [tools[names.index(wanted)]]
+
+    def _grammar(
+        self,
+        body: Generation,
+        forced: Sequence[dict[str, Any]] = (),
+        most_calls: int | None = None,
+    ) -> Matcher | None:
+        """The grammar of the answer, if one is asked for; raises `Refused`."""
+        makers: list[Callable[[], Matcher]] = []
+        form = body.response_format if isinstance(body, Chat) else None
+        if form and form.type == "json_object":
+            makers.append(lambda: self.grammars.json_object())
+        if form and form.type == "json_schema":
+            if form.json_schema is None:
+                raise Refused("response_format needs a json_schema", param="response_format")
+            schema = form.json_schema.schema_
+            makers.append(lambda: self.grammars.json_schema(schema))
+        if forced and self._marks:
+            most = most_calls or (1 if len(forced) == 1 else MOST_CALLS)
+            text = tool_calls.grammar(forced, self.tokenizer, self._marks, most)
+            makers.append(lambda: self.grammars.lark(text))
+        if body.structured_outputs:
+            makers += self._structured(body.structured_outputs)
+        if not makers:
+            return None
+        if len(makers) > 1:
+            raise Refused("an answer has one grammar, and several are asked for")
+        try:
+            with self._lock:
+                return makers[0]()
+        except BadInput as error:
+            raise Refused(str(error)) from error
+
+    def _structured(self, wanted: Structure) -> list[Callable[[], Matcher]]:
+        """What makes each grammar of vLLM's field."""
+        fields = {
+            "json_schema": wanted.json_,
+            "regex": wanted.regex,
+            "choice": wanted.choice,
+            "lark": wanted.grammar,
+        }
+        return [
+            functools.partial(getattr(self.grammars, name), value)
+            for name, value in fields.items()
+            if value is not None
+        ]
+
+
+def fingerprint(name: str, version: str, weights: Mapping[str, Any]) -> str:
+    """Names a model's weights and the version of this program, for `system_fingerprint`."""
+    shapes = sorted((key, str(leaf.dtype), leaf.shape) for key, leaf in weights.items())
+    numbers = np.asarray(weights["norm.scale"], np.float32).tobytes()
+    known = f"{name} {version} {shapes}".encode() + numbers
+    return "fp_" + hashlib.sha256(known).hexdigest()[:12]
+
+
+def context_error(error: ContextExceeded) -> Refused:
+    """The error of OpenAI's API for a prompt that is too long."""
+    return Refused(str(error), code="context_length_exceeded", param="messages")
