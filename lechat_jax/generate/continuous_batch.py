@@ -297,9 +297,9 @@ class ContinuousBatch:
         """Starts `advance`, without waiting for it; several can be under way without a draft."""
         guessing = self._guessing()
         weights = self._weights_for(self.n_rows * (1 + guessing))
-        if self._is_allowing and self._request.processors:
+        if self._is_allowing and self._allowed is not None and self._request.processors:
             places = by_rows(self._mesh, self._allowed) if self._mesh else None
-            allowed = jax.device_put(self._allowed, places)
+            allowed = jax.device_put(self._allowed.copy(), places)
             processors = self._request.processors._replace(allowed=allowed)
             self._request, self._is_allowing = self._request._replace(processors=processors), False
         with on_mesh(self._mesh):

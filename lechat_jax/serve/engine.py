@@ -406,6 +406,7 @@ class Engine:
         has_read = self._read_chunk()
         if self._draft or any(ticket.needs_mask for ticket in self._seated()):
             self._deliver_pending()  # since it says what may be drafted, or may come next
+            self._allow()
         ready = [ticket for ticket in self._seated() if ticket.is_decoding]
         advance = self._start(ready) if ready else None
         self._deliver_pending()
@@ -493,11 +494,17 @@ class Engine:
             self._take(ticket, RowTokens([], []))
         return True
 
+    def _allow(self) -> None:
+        """Sets what may come next in rows with a grammar; one that leads nowhere is an error."""
+        for ticket in self._seated():
+            if ticket.needs_mask and ticket.row is not None and ticket.request.matcher:
+                try:
+                    self._batch.allow(ticket.row, ticket.request.matcher.mask())
+                except BadInput as error:
+                    self._end(ticket, Failure(str(error), "internal"))
+
     def _start(self, ready: list[Ticket]) -> Advance:
         """Sends a call of the decode loop; of one step, if anybody waits for its end."""
-        for ticket in ready:
-            if ticket.row is not None and (matcher := ticket.request.matcher):
-                self._batch.allow(ticket.row, matcher.mask())
         is_waited_for = self.n_waiting > 0 or len(ready) < self.n_running
         is_waited_for |= any(ticket.needs_mask or not ticket.has_begun for ticket in ready)
         return self._batch.start(1 if is_waited_for else self._steps)

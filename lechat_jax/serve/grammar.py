@@ -3,7 +3,6 @@
 By llguidance, of which this is the only file that knows. A grammar that it refuses is bad input.
 """
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -90,8 +89,9 @@ class Matcher:
             BadInput: the grammar has become too large to follow.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._n_words]
-        if self._matcher.is_error():
-            raise BadInput(f"the grammar cannot be followed: {self._matcher.get_error()[:300]}")
+        if self._matcher.is_error() or not bits.any():
+            why = self._matcher.get_error().partition("\n")[0] or "nothing may follow"
+            raise BadInput(f"the grammar cannot be followed any further: {why[:300]}")
         return bits
 
     def consume(self, ids: Sequence[int]) -> None:
@@ -108,7 +108,7 @@ class _Tokens:
         self.special_token_ids = [id_ for id_, text in enumerate(self.tokens) if not text]
         for id_ in self.special_token_ids:
             self.tokens[id_] = f"<[{id_}]>".encode()
-        self._encode = functools.partial(tokenizer.encode_after)
+        self._encode = tokenizer.encode_after
 
-    def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+    def __call__(self, text: bytes) -> list[int]:
+        return self._encode(text.decode())
