@@ -62,6 +62,7 @@ class FakeServer:
     Attributes:
         bodies: what was asked for, in order.
         key: what a request must bear, if anything.
+        model: the name of its model.
         left: set once somebody has gone away while an answer was held.
         go_on: ends the `HOLD` of an answer.
     """
@@ -69,6 +70,7 @@ class FakeServer:
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.key: str | None = None
+        self.model = "mistral-tiny"
         self.left = threading.Event()
         self.go_on = threading.Event()
         self.answers: queue.SimpleQueue[Answer | Failure] = queue.SimpleQueue()
@@ -125,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
             html = PAGE.read_text(encoding="utf-8")
             self.send(200, "text/html; charset=utf-8", html, policy_of(html))
         elif self.path == "/v1/models" and self.may_come_in():
-            models = {"object": "list", "data": [{"id": "mistral-tiny", "object": "model"}]}
+            models = {"object": "list", "data": [{"id": self.fake.model, "object": "model"}]}
             self.send(200, "application/json", json.dumps(models))
         elif self.path != "/v1/models":
             self.send(404, "application/json", error_body("not found"))
