@@ -173,6 +173,7 @@ class ContinuousBatch:
         self._waiting: deque[Prefill] = deque()
         self._left = np.zeros(n_rows, np.int32)  # as of the last call that was fetched
         self._tenants = [0] * n_rows  # texts that each row has had
+        self._decodes = [False] * n_rows  # rows of which decoding makes a step, or repeats it
         self._used = [False] * n_rows  # rows whose ring holds somebody's tokens
         self._drawn = [False] * n_rows
         self._repeats: list[Repeats | None] = [None] * n_rows
@@ -332,7 +333,7 @@ class ContinuousBatch:
         for reading in [reading for reading in self._waiting if reading.row == row]:
             self._waiting.remove(reading)
             self.unread -= len(reading.prompt) - 1 - reading.at
-        if self._left[row]:
+        if self._decodes[row]:  # also when it is done: it would go on writing its last key
             self._seat(row, 0, EMPTY, 0, self._request_of(IDLE, (), 0, Wishes()))
         self.lengths[row], self._repeats[row] = 0, None
         self._drawn[row] = self._wants_top[row] = False
@@ -353,14 +354,15 @@ class ContinuousBatch:
 
     def _seat(self, row: int, token: int, position: int, left: int, request: Request) -> None:
         state = self._state
-        numbers = (np.full(1, number, np.int32) for number in (token, position, left))
+        numbers = [np.full(1, number, np.int32) for number in (token, position, left)]
         counts = None if state.counts is None else np.zeros((1, state.counts.shape[1]), np.int32)
-        kept = state.token, state.position, state.left, state.counts, self._request
+        kept = (state.token, state.position, state.left), state.counts, self._request
         with on_mesh(self._mesh):
-            *kept, self._request = with_row(kept, np.int32(row), (*numbers, counts, request))
-        token, position, left_, counts = kept
-        self._state = state._replace(token=token, position=position, left=left_, counts=counts)
-        self._left[row] = left
+            kept = with_row(kept, np.int32(row), (tuple(numbers), counts, request))
+        fields = dict(zip(("token", "position", "left"), kept[0], strict=True))
+        self._state = state._replace(**fields, counts=kept[1])
+        self._request = kept[2]
+        self._left[row], self._decodes[row] = left, position != EMPTY
         self._tenants[row] += 1
         if self._allowed is not None:
             self.allow(row, all_allowed(1, self._config.vocab_size)[0])

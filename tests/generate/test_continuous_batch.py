@@ -81,6 +81,21 @@ def test_a_row_that_was_used_is_as_good_as_new(model: LoadedModel) -> None:
         assert finish(batch, row) == alone(model, 4, row)
 
 
+def test_a_row_that_is_done_writes_nothing_into_who_comes_next(model: LoadedModel) -> None:
+    """It repeats its last step for as long as others decode, and its prompt is read meanwhile."""
+    batch = model.continuous_batch(4)
+    batch.admit(0, prompt_of(2), 3, GREEDY)
+    batch.admit(1, prompt_of(1), 100, GREEDY)
+    batch.read_all()
+    batch.advance(5)
+    limit, sampling = ASKED[0][2], ASKED[0][1]
+    batch.admit(0, prompt_of(0), limit, sampling, stream=0)
+    made = []
+    while batch.read():
+        made.append(batch.advance(1)[0])
+    assert join([*made, finish(batch, 0)]) == alone(model, 4, 0)
+
+
 def test_what_is_no_number_does_not_outlive_its_row(tiny: MistralConfig) -> None:
     """A value of NaN has weight 0 under a mask, and 0 times NaN is NaN."""
     weights = weights_of(random_model(tiny))

@@ -89,16 +89,21 @@ def submit(engine: Engine, request: GenerationRequest) -> Listener:
 
 def settle(engine: Engine) -> None:
     """Waits until nobody has a row."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + 250
     while engine.n_running or engine.n_waiting:
         assert time.monotonic() < until
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("n_rows", [1, 2, 8])
-def test_an_answer_is_bit_for_bit_that_of_a_request_alone(model: LoadedModel, n_rows: int) -> None:
+@pytest.mark.parametrize(
+    ("n_rows", "n_requests"),
+    [(2, 12), (8, 16), *(pytest.param(n, 64, marks=pytest.mark.slow) for n in (1, 2, 8))],
+)
+def test_an_answer_is_bit_for_bit_that_of_a_request_alone(
+    model: LoadedModel, n_rows: int, n_requests: int
+) -> None:
     """In any row, in any order of arrival, beside any others, with a prefix cache and without."""
-    asked = requests(64, model.config.vocab_size)
+    asked = requests(n_requests, model.config.vocab_size)
     with Engine(model, n_rows, max_queue=64) as engine:
         alone = [submit(engine, request).answer() for request in asked]
     arrivals, rng = [*enumerate(asked)], random.Random(n_rows)
@@ -311,12 +316,13 @@ def test_closing_fails_what_is_under_way(model: LoadedModel) -> None:
     assert listener.done.is_set()
 
 
-def test_a_thousand_requests_of_which_a_third_leave(model: LoadedModel) -> None:
+@pytest.mark.parametrize("n", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_of_many_requests_a_third_leave(model: LoadedModel, n: int) -> None:
     """Nothing is lost, and afterwards all is as it was."""
     with Engine(model, 4, max_queue=1000, prefix_bytes=2**18) as engine:
         golden = GenerationRequest([11, 12, 13], 30, Sampling(seed=2))
         right = submit(engine, golden).answer()
-        asked = itertools.islice(itertools.cycle(requests(50, model.config.vocab_size)), 1000)
+        asked = itertools.islice(itertools.cycle(requests(50, model.config.vocab_size)), n)
         listeners, tickets = [], []
         rng = random.Random(0)
         for request in asked:
