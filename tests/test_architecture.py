@@ -54,6 +54,7 @@ MAY_IMPORT = {
         "generate": f"{STORED} checkpoint ops cli",
         "eval": f"{STORED} checkpoint data cli",
         "chat": f"{STORED} checkpoint ops cli generate",
+        "serve": f"{STORED} checkpoint ops cli generate",
         "train": f"{STORED} checkpoint ops cli data generate eval",
     },
     "parity": {

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Literal, NamedTuple
 
 from lechat_jax.devices.platform import platform
@@ -240,7 +240,7 @@ class Engine:
         wishes: Wishes | None = None,
         matcher: Matcher | None = None,
         stream: int = 0,
-    ) -> Iterator[Sample]:
+    ) -> Generator[Sample, None, None]:
         """Generates the continuation of a prompt beside others, piece by piece.
 
         Closing the iterator cancels the request. Arguments as for `Generator.stream` and
@@ -589,7 +589,7 @@ class Engine:
             self.state, self._is_closing = "failed", True
 
 
-def _pieces(ticket: Ticket, updates: "queue.SimpleQueue[Update]") -> Iterator[Sample]:
+def _pieces(ticket: Ticket, updates: "queue.SimpleQueue[Update]") -> Generator[Sample, None, None]:
     """The samples of a request as they come; it is cancelled when nobody takes them any more."""
     try:
         while True:

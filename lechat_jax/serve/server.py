@@ -23,21 +23,28 @@ class Server(uvicorn.Server):
         yield
 
 
+def configuration(app: ASGIApp) -> uvicorn.Config:
+    """Uvicorn's settings: HTTP/1.1 by h11, no log of requests, bounded headers."""
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=LAST,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+
+
 async def serve(app: ASGIApp, engine: Engine, listening: socket.socket, grace: float) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code, 1 if the engine has failed.
 
     At the first signal new requests are refused, and those that have a row get `grace` seconds to
     end; at a second one they fail at once.
     """
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=LAST,
-        h11_max_incomplete_event_size=64 * 1024,
-        server_header=False,
-    )
-    server, loop = Server(config), asyncio.get_running_loop()
+    server, loop = Server(configuration(app)), asyncio.get_running_loop()
     first, second = asyncio.Event(), asyncio.Event()
 
     def note() -> None:
