@@ -5,6 +5,7 @@ Prometheus. Needs the extra `serve`: pip install 'lechat-jax[serve]'.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import socket
@@ -110,24 +111,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lechat_jax.serve.server import serve
     except ModuleNotFoundError as error:
         raise BadInput(f"{error.name} is not installed: pip install 'lechat-jax[serve]'") from error
-    listening = listen(options.host, options.port)
-    note(f"loading {options.folder}")
-    began = time.perf_counter()
-    enable_compilation_cache()
-    model = Generator.from_checkpoint(
-        options.folder,
-        context=options.context,
-        dtype=options.dtype,
-        quantize=options.quantize,
-        mesh=options.mesh,
-    )
-    with Engine(
-        model,
-        options.rows,
-        max_queue=options.max_queue,
-        prefix_bytes=options.prefix_mb * 10**6,
-        draft=options.draft if options.speculate else 0,
-    ) as engine:
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(listen(options.host, options.port))
+        note(f"loading {options.folder}")
+        began = time.perf_counter()
+        enable_compilation_cache()
+        model = Generator.from_checkpoint(
+            options.folder,
+            context=options.context,
+            dtype=options.dtype,
+            quantize=options.quantize,
+            mesh=options.mesh,
+        )
+        engine = Engine(
+            model,
+            options.rows,
+            max_queue=options.max_queue,
+            prefix_bytes=options.prefix_mb * 10**6,
+            draft=options.draft if options.speculate else 0,
+        )
+        stack.enter_context(engine)
         name = options.name or options.folder.resolve().name
         requests = Requests(model, name, fingerprint(name, lechat_jax.__version__, model.weights))
         hosts = LOOPBACK if options.host in LOOPBACK else ()
@@ -144,16 +147,18 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         BadInput: the address is in use, or not this machine's.
     """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise BadInput(
-            f"cannot listen on {host}, port {port}: {error.strerror}; choose others with --host "
-            "and --port"
-        ) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            bound = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError as error:
+            raise BadInput(
+                f"cannot listen on {host}, port {port}: {error.strerror}; choose others with "
+                "--host and --port"
+            ) from error
+        stack.pop_all()
     return bound
 
 

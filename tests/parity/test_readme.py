@@ -66,7 +66,7 @@ IN_PYTHON = {
     "max_tokens=50": "max_tokens=8",
 }
 # Of these the flags alone are read: they take minutes and have tests of their own.
-ONLY_READ = ("lechat_jax.train --mesh", "parity.convert DIR", "parity.bench")
+ONLY_READ = ("lechat_jax.train --mesh", "lechat_jax.serve", "parity.convert DIR", "parity.bench")
 RUNS_OF_CHECK = ("parity.check --weights-only", "parity.check --markdown")  # the others are read
 ELSEWHERE = {"--worker", "--index-url"}  # flags of other programs
 
