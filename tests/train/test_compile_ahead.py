@@ -59,6 +59,9 @@ def compiled() -> Iterator[list[str]]:
         if "backend_compile" in event and kwargs.get("fun_name") == "jit(_steps)":
             threads.append(threading.current_thread().name)
 
+    for thread in threading.enumerate():
+        if thread.name.startswith("compile_"):  # of a test whose run was refused meanwhile
+            thread.join()
     jax.clear_caches()
     monitoring.register_event_duration_secs_listener(note)
     yield threads
