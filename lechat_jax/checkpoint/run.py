@@ -172,9 +172,10 @@ class Run:
 
         Always `step`, `time_s` since the process started and `tokens` trained on; if measured,
         `train/loss` and `val/loss` (nats per token), `train/tokens_per_sec`, `train/mfu` (see
-        `flops`), `val/bpb` (bits per UTF-8 byte), `val/tokens` and `val/bytes`; with the last score
-        also `val/held_out`, the number of all held-out tokens. Floats are written to round-trip
-        exactly.
+        `flops`), `val/bpb` (bits per UTF-8 byte), `val/tokens` and `val/bytes`; with the first step
+        of a process `train/compile_s`, and how much of it was waited for, `train/compile_wait_s`
+        (seconds); with the last score also `val/held_out`, the number of all held-out tokens.
+        Floats are written to round-trip exactly.
         """
         if not is_first():
             return

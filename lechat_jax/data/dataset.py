@@ -1,5 +1,6 @@
 """Training dataset of a run: text or fine-tuning examples, with its held-out rows."""
 
+from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -10,7 +11,7 @@ from lechat_jax.data.corpus import load_corpus
 from lechat_jax.data.examples import Examples, load_examples
 from lechat_jax.data.held_out import INTERIM_ROWS, HeldOut, interim_rows
 from lechat_jax.data.packing import Documents, Packed
-from lechat_jax.data.rows import Rows
+from lechat_jax.data.rows import Rows, described_rows
 from lechat_jax.data.sources import form_of
 from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -143,18 +144,27 @@ def open_dataset(
     seed: int,
     packing: Packing,
     on_progress: Progress,
+    on_shape: Callable[[Rows], None] = lambda _: None,
 ) -> Dataset:
     """Loads the dataset that `data` names: text or fine-tuning examples.
 
     Examples are packed unless `packing` is `off`, text only if it is `on`.
 
+    Args:
+        on_shape: called before tokenising with `jax.ShapeDtypeStruct`s of the rows of a step,
+            [B, block + 1], as to compile for them meanwhile; of text only once it was read, since
+            most of what cannot be used is found by then.
+
     Raises:
         BadInput: there is no such data, or it cannot be used.
     """
     if data is not None and (form := form_of(data)):
+        on_shape(described_rows((batch, block + 1), is_packed=True))
         examples = load_examples(data, form, tokenizer, block, on_progress)
         return ExampleDataset(examples, tokenizer, block, batch, seed, packing != "off")
-    tokens = load_tokens(load_corpus(data), tokenizer, on_progress=on_progress)
+    corpus = load_corpus(data)
+    on_shape(described_rows((batch, block + 1), packing == "on"))
+    tokens = load_tokens(corpus, tokenizer, on_progress=on_progress)
     return TextDataset(tokens, tokenizer, block, batch, seed, packing == "on")
 
 

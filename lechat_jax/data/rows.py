@@ -26,6 +26,12 @@ class Rows(NamedTuple):
     documents: Integer[Any, "*calls B row"] | None = None
 
 
+def described_rows(shape: tuple[int, ...], is_packed: bool) -> Rows:
+    """`jax.ShapeDtypeStruct`s of rows: tokens, and of packed ones loss mask and document ids."""
+    tokens, counted = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.bool_))
+    return Rows(tokens, counted, tokens) if is_packed else Rows(tokens)
+
+
 def positions_in(documents: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Position of each token in its own document, from 0.
 

@@ -20,7 +20,9 @@ from lechat_jax.cli.config_file import to_yaml
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
 from lechat_jax.data.dataset import Dataset, open_dataset
+from lechat_jax.data.rows import Rows
 from lechat_jax.devices import processes
+from lechat_jax.devices.compile_ahead import Compilation
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.devices.memory import OutOfMemory, running_out
 from lechat_jax.devices.mesh import check_divides, make_mesh, usual_mesh
@@ -42,8 +44,9 @@ from lechat_jax.train.memory_plan import (
 from lechat_jax.train.options import MOVABLE, TrainConfig
 from lechat_jax.train.schedule import elapsed, process_start
 from lechat_jax.train.start import Start, load_base, resumed, run_of, started
+from lechat_jax.train.step import described_call, jitted_steps
 from lechat_jax.train.trackers import track_in_tensorboard, track_in_wandb
-from lechat_jax.train.trainer import Trainer
+from lechat_jax.train.trainer import Trainer, described_rows_of_a_call
 from lechat_jax.train.training_run import Diverged, Job, TrainingRun, step_options
 
 
@@ -67,8 +70,8 @@ def _trained(options: TrainConfig, began: float) -> Run:
     """Trains to the end or to a signal; its minutes count from `began`."""
     if options.distributed or options.coordinator:
         processes.start(options.coordinator, options.num_processes, options.process_id)
-    enable_compilation_cache()
     with processes.ending_together(), Display(None, audible=processes.is_first()) as display:
+        enable_compilation_cache()
         run = run_of(options)
         try:
             trainer = set_up(run, options, began, display)
@@ -106,6 +109,13 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
     if mesh:
         check_divides(mesh, config, shape.batch // options.accumulate)
     _check_room(start, run, is_new, mesh, display)
+    compilation, step = Compilation(), step_options(options, mesh)
+
+    def compile_step(batch: Rows) -> None:
+        rows = described_rows_of_a_call(batch, mesh)
+        call = described_call(config, step, *start.parts, rows)
+        compilation.start(jitted_steps(step), *call)
+
     dataset = open_dataset(
         options.data,
         tokenizer,
@@ -114,6 +124,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
         options.seed,
         options.packing,
         lambda done, of: display.work("tokenising", done, of),
+        compile_step,
     )
     display.say(f"text:  {dataset.name}, {dataset.size}, SHA-256 {dataset.sha256}")
     for note in dataset.notes:
@@ -138,7 +149,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             track_in_wandb(run, options.wandb)
         job = Job(run, config, options, dataset, tokenizer, display, began, mesh)
         training = TrainingRun(job)
-        trainer = Trainer(training)
+        trainer = Trainer(training, compilation)
         weights = loaded.weights if loaded else None
         if start.learning and loaded:
             training.freeze(loaded.weights, start.learning.adapters)

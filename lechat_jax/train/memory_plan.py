@@ -9,21 +9,26 @@ are all alike, so a deep model's need follows from those of two shallow ones.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import layer_of
-from lechat_jax.data.rows import Rows
+from lechat_jax.data.rows import described_rows
 from lechat_jax.devices.memory import check_fits
-from lechat_jax.devices.mesh import HEADS, ROWS, bytes_on_a_device, described, mesh_of, sizes_of
+from lechat_jax.devices.mesh import HEADS, ROWS, bytes_on_a_device, mesh_of, sizes_of
 from lechat_jax.errors import BadInput
-from lechat_jax.train.step import StepOptions, TrainState, jitted_steps, state_of
+from lechat_jax.train.step import (
+    Shapes,
+    StepOptions,
+    described_call,
+    described_state,
+    jitted_steps,
+)
 
 USUAL = (8, 16, 24, 40, 48, 80, 96, 141, 192)  # GB of the devices that one can have
 SHALLOW = (2, 4)  # layers of the models that a deeper one is inferred from
@@ -35,9 +40,6 @@ NO_STATE = (
     "train a smaller model, adapters beside weights that stay (--lora-rank), or on more devices "
     "(--mesh)"
 )
-
-
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Parts(NamedTuple):
@@ -131,26 +133,18 @@ def compiled(
     config: MistralConfig, options: StepOptions, B: int, T: int, parts: Parts | None = None
 ) -> Memory:
     """Memory of a compiled step by XLA's own analysis."""
-    learning, frozen = parts or Parts(weight_shapes(config), {})
-    state, frozen = described(options.mesh, (_begun(learning, options), dict(frozen)))
-    tokens = jax.ShapeDtypeStruct((1, B, T + 1), jnp.int32)
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    step = jitted_steps(options).lower(config, options, state, frozen, Rows(tokens), number, number)
+    parts = parts or Parts(weight_shapes(config), {})
+    rows = described_rows((1, B, T + 1), is_packed=False)
+    step = jitted_steps(options).lower(*described_call(config, options, *parts, rows))
     analysis = step.compile().memory_analysis()
     temporary = analysis.temp_size_in_bytes if analysis else 0
-    memory = _state(options, Parts(learning, frozen))
+    memory = _state(options, parts)
     return memory._replace(activations=max(0, temporary - memory.gradients))
-
-
-def _begun(learning: Shapes, options: StepOptions) -> TrainState:
-    alone = dataclasses.replace(options, mesh=None)
-    return jax.eval_shape(lambda weights: state_of(weights, alone), dict(learning))
 
 
 def _state(options: StepOptions, parts: Parts) -> Memory:
     """Memory of a step but for its activations: weights, optimizer state and gradients."""
-    begun = _begun(parts.learning, options)
-    state, frozen = described(options.mesh, (begun, dict(parts.frozen)))
+    state, frozen = described_state(options, *parts)
     learning = bytes_on_a_device(state.weights)
     return Memory(
         learning + bytes_on_a_device(frozen), bytes_on_a_device(state.optimizer), learning, 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +14,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
-from lechat_jax.devices.mesh import create_sharded, pinned
+from lechat_jax.devices.mesh import create_sharded, described, pinned
 from lechat_jax.devices.platform import platform
 from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.scoring import Forward, total_nats
 from lechat_jax.ops.remat import KEPT_ON_A_CPU
 from lechat_jax.train.optimizer import MUON, Optimizer, RateSchedule, Rule, warmup_then_cooldown
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class TrainState(NamedTuple):
@@ -65,6 +68,24 @@ def state_of(weights: Weights, options: StepOptions) -> TrainState:
         return optimizer.init(weights), jnp.zeros((), jnp.int32)
 
     return TrainState(weights, *create_sharded(options.mesh, start, weights))
+
+
+def described_state(
+    options: StepOptions, learning: Shapes, frozen: Shapes
+) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """State and frozen weights as `jax.ShapeDtypeStruct`s, with their shardings on a mesh."""
+    alone = dataclasses.replace(options, mesh=None)
+    begun = jax.eval_shape(lambda weights: state_of(weights, alone), dict(learning))
+    return described(options.mesh, (begun, dict(frozen)))
+
+
+def described_call(
+    config: MistralConfig, options: StepOptions, learning: Shapes, frozen: Shapes, rows: Rows
+) -> tuple[Any, ...]:
+    """All arguments of `train_steps` as `jax.ShapeDtypeStruct`s, to lower it before they exist."""
+    state, frozen = described_state(options, learning, frozen)
+    length = jax.eval_shape(lambda: RateSchedule(jnp.int32(0), jnp.int32(0), jnp.float32(0)))
+    return config, options, state, frozen, rows, length.end, length
 
 
 def train_steps(

@@ -6,11 +6,13 @@ from collections import deque
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from lechat_jax.cli.signals import Stop
 from lechat_jax.data.rows import Rows
-from lechat_jax.devices.mesh import own_rows, placed
+from lechat_jax.devices.compile_ahead import Compilation
+from lechat_jax.devices.mesh import described, own_rows, placed, spec
 from lechat_jax.devices.platform import platform
 from lechat_jax.devices.processes import anywhere
 from lechat_jax.train.events import Events
@@ -20,6 +22,23 @@ from lechat_jax.train.training_run import Diverged, TrainingRun
 
 TIMED_CALLS = 3  # measured before minutes become steps
 RECENT_CALLS = 6  # that tell how long a step takes now
+ROWS_OF_A_CALL = "-BT"  # their axes: steps, rows, tokens
+
+
+def steps_of_a_call() -> int:
+    """Steps that one call of the device can take."""
+    return 4 if platform() == "cpu" else 32
+
+
+def described_rows_of_a_call(batch: Rows, mesh: Mesh | None) -> Rows:
+    """`Trainer.rows_to_send` as `jax.ShapeDtypeStruct`s, from those of one batch, [B, T + 1]."""
+    n = steps_of_a_call()
+    rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape), leaf.dtype), batch)
+
+    def places(mesh: Mesh, rows: Rows) -> Rows:
+        return jax.tree.map(lambda _: NamedSharding(mesh, spec(ROWS_OF_A_CALL)), rows)
+
+    return described(mesh, rows, places)
 
 
 class Trainer:
@@ -27,6 +46,7 @@ class Trainer:
 
     Attributes:
         training: the run.
+        compilation: of the step, begun while the training was set up.
         events: what is done between the steps.
         speed: of the last call.
         calls: steps in one call of the device.
@@ -37,16 +57,15 @@ class Trainer:
 
     upcoming: Rows
 
-    def __init__(self, training: TrainingRun) -> None:
-        self.training, self.job = training, training.job
+    def __init__(self, training: TrainingRun, compilation: Compilation) -> None:
+        self.training, self.job, self.compilation = training, training.job, compilation
         self.events = Events(training)
         self.reader = self.job.dataset.reader
         dtype, mesh = training.step_options.dtype, self.job.mesh
         self.speed = Speed(self.job.config, self.reader.block, dtype, mesh)
         self.own_rows = own_rows(mesh, self.reader.batch)
-        on_cpu = platform() == "cpu"
-        self.calls = 4 if on_cpu else 32
-        self.ahead = 0 if on_cpu or jax.process_count() > 1 else 1
+        self.calls = steps_of_a_call()
+        self.ahead = 0 if platform() == "cpu" or jax.process_count() > 1 else 1
         self.sent = 0
         self._timed: list[tuple[int, float]] = []  # steps and seconds of each call
 
@@ -57,7 +76,7 @@ class Trainer:
             Diverged: the loss is NaN or infinite.
         """
         training = self.training
-        self.job.display.wait("compiling")
+        self.wait_for_the_step()
         calls: deque[tuple[int, Array]] = deque()  # their steps, and losses once they are there
         began, self.sent = time.perf_counter(), training.step
         training.schedule.start_the_clock()
@@ -76,10 +95,19 @@ class Trainer:
             self.plan(n, seconds)
             self.show(float(losses[-1]))
             if len(self._timed) == 1:
-                self.speed.look_at_the_device()  # now that it has compiled, and rests
+                self.speed.look_at_the_device()  # now that all memory is taken, and it rests
             if not calls and training.step != training.total:
                 self.events.do_those_due()
         training.save()
+
+    def wait_for_the_step(self) -> None:
+        """Waits until the step is compiled, and says how long that took."""
+        self.job.display.wait("compiling")
+        self.compilation.wait()
+        self.job.display.say(
+            f"start: tracing and compiling the step took {self.compilation.seconds:.1f} s, "
+            f"{self.compilation.waited:.1f} s of which had to be waited for"
+        )
 
     def is_unwanted(self, stop: Stop) -> bool:
         """Whether to save and stop: on a signal, or since stdout is closed."""
@@ -118,7 +146,7 @@ class Trainer:
         """Rows of the next steps to dispatch."""
         rows = self.job.dataset.rows(self.sent, self.calls, self.own_rows)
         mesh, batch = self.job.mesh, self.reader.batch
-        return jax.tree.map(lambda leaf: placed(mesh, "-BT", leaf, batch), rows)
+        return jax.tree.map(lambda leaf: placed(mesh, ROWS_OF_A_CALL, leaf, batch), rows)
 
     def record(self, losses: np.ndarray) -> None:
         """Logs the losses of steps that are done.
@@ -135,6 +163,9 @@ class Trainer:
                 )
             training.step += 1
             rows.append(training.row() | {"train/loss": float(loss)})
+        if not self._timed:
+            rows[0]["train/compile_s"] = round(self.compilation.seconds, 3)
+            rows[0]["train/compile_wait_s"] = round(self.compilation.waited, 3)
         rows[-1]["train/tokens_per_sec"] = self.speed.rate
         if mfu := self.speed.mfu(bool(training.frozen)):
             rows[-1]["train/mfu"] = mfu
@@ -143,7 +174,7 @@ class Trainer:
     def plan(self, n: int, seconds: float) -> None:
         """Sets or revises the run's length by the duration of its calls."""
         self._timed.append((n, seconds))
-        timed = self._timed[1:]  # the first one compiles
+        timed = self._timed[1:]  # the first one touches all memory for the first time
         is_known = (
             len(self._timed) > TIMED_CALLS or self.training.step >= self.training.schedule.most
         )
