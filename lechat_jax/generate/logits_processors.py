@@ -44,8 +44,8 @@ class Processors(NamedTuple):
 class Top(NamedTuple):
     """The likeliest tokens at each position, likeliest first, and their log-probs in nats."""
 
-    ids: Int[Array, "*positions k"]
-    logprobs: Float[Array, "*positions k"]
+    ids: Int[Array, "*positions top"]
+    logprobs: Float[Array, "*positions top"]
 
 
 @dataclasses.dataclass(frozen=True)

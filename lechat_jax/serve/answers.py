@@ -103,7 +103,7 @@ class ChatChoice:
                 self.reason = "tool_calls"
             yield self._chunk({}, self.reason)
 
-    def whole(self) -> Json:
+    def complete(self) -> Json:
         """The choice as a part of a whole answer."""
         message: Json = {"role": "assistant", "content": self._content or None}
         if self._calls:
@@ -215,7 +215,7 @@ class TextChoice:
         self.reason = FINISHED[sample.stopped] if sample.stopped else ""
         yield self._chunk(sample.text, self.reason or None, told)
 
-    def whole(self) -> Json:
+    def complete(self) -> Json:
         """The choice as a part of a whole answer."""
         told = None if self._n_top is None else self._told
         return self._chunk(self._text, self.reason, told)
@@ -272,7 +272,7 @@ class Answer:
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
-    def whole(self, choices: Sequence[Json]) -> Json:
+    def complete(self, choices: Sequence[Json]) -> Json:
         """The whole answer."""
         return self._frame([*choices]) | {"usage": self.usage.as_json()}
 

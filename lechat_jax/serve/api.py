@@ -211,7 +211,7 @@ class Api:
         answering = Answering(prepared, tickets, updates)
         if prepared.body.stream:
             return EventStream(answering)
-        return await answering.whole(request)
+        return await answering.complete(request)
 
 
 class Updates:
@@ -245,7 +245,7 @@ class Answering:
     def __init__(self, prepared: Prepared, tickets: Sequence[Ticket], updates: Updates) -> None:
         self._prepared, self._tickets, self._updates = prepared, tickets, updates
 
-    async def whole(self, request: Request) -> Response:
+    async def complete(self, request: Request) -> Response:
         """The answer in one piece; nothing is made any more once the client has gone."""
         answer, choices = self._prepared.answer, self._prepared.choices
 
@@ -255,7 +255,7 @@ class Answering:
             async for _ in self._chunks():
                 pass
             self._count()
-            return JSONResponse(answer.whole([choice.whole() for choice in choices]))
+            return JSONResponse(answer.complete([choice.complete() for choice in choices]))
 
         try:
             return await unless_gone(request.receive, collect())

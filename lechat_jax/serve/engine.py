@@ -214,7 +214,7 @@ class Engine:
                 f"prefix cache ({prefix_bytes} bytes) of at least 0"
             )
         model.check_memory(n_rows, draft)
-        self.model, self.state, self.metrics = model, "ready", Metrics(self)
+        self.model, self.state, self.metrics = model, "ready", Metrics()
         self.n_rows, self._max_queue, self._draft = n_rows, max_queue, draft
         self._chunks = (min(CHUNK[platform()], *model.chunks),)
         self.prefixes = PrefixCache(prefix_bytes, self._chunks)
@@ -224,6 +224,7 @@ class Engine:
         self._is_closing = False
         self._failed = -RECOVERY  # when it last did, in seconds of the clock
         self._heartbeat = time.perf_counter()
+        self._gauges()
         self._new_batch()
         self._warm_up()
         self._thread = threading.Thread(target=self._run, name="lechat engine", daemon=True)
@@ -353,6 +354,13 @@ class Engine:
             before, request.max_tokens, None, request.eos_ids, model.tokenizer, request.stop
         )
 
+    def _gauges(self) -> None:
+        gauge = self.metrics.gauge
+        gauge("num_requests_running", "Requests that have a row.", lambda: self.n_running)
+        gauge("num_requests_waiting", "Requests that wait.", lambda: self.n_waiting)
+        gauge("kv_cache_usage_perc", "Rows in use.", lambda: self.n_running / self.n_rows)
+        gauge("prefix_cache_bytes", "Snapshots kept.", lambda: self.prefixes.bytes_held)
+
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify()
@@ -469,7 +477,7 @@ class Engine:
             dataclasses.replace(request.wishes, has_grammar=request.matcher is not None),
             request.is_scored,
         )
-        self.metrics.note_admitted(ticket, time.perf_counter())
+        self.metrics.note_admitted(len(request.prompt), time.perf_counter() - ticket.submitted)
 
     def _read_chunk(self) -> bool:
         """Reads a chunk of the prompt that was admitted first; returns whether there was any.
@@ -536,12 +544,12 @@ class Engine:
             ticket.request.matcher.consume(tokens.ids)
         top = [ticket.held.popleft() for _ in sample.ids if ticket.held]
         now = time.perf_counter()
-        self.metrics.note_tokens(ticket, len(tokens.ids), now)
+        self.metrics.note_tokens(len(tokens.ids), now - ticket.latest, not ticket.has_begun)
         ticket.latest, ticket.has_begun = now, ticket.has_begun or bool(tokens.ids)
         if sample.ids or sample.text or sample.stopped:
             self._tell(ticket, Update(sample, top))
         if sample.stopped:
-            self.metrics.note_finished(ticket, sample.stopped, now)
+            self.metrics.note_finished(sample.stopped, now - ticket.submitted)
             self._end(ticket)
 
     def _tell(self, ticket: Ticket, update: Update) -> None:
@@ -559,7 +567,7 @@ class Engine:
             self._tell(ticket, Update(failure=failure))
         if failure or ticket.is_cancelled:
             why = "error" if failure else "abort"
-            self.metrics.note_finished(ticket, why, time.perf_counter())
+            self.metrics.note_finished(why, time.perf_counter() - ticket.submitted)
         ticket.is_over = True
         if (shared := ticket.shared) and shared.reader is ticket:
             shared.reader = None  # another one reads the prompt

@@ -26,7 +26,7 @@ class Border(NamedTuple):
     digest: bytes
 
 
-class Found(NamedTuple):
+class Prefix(NamedTuple):
     """The longest known beginning of a prompt: its length, and its snapshot if there is one."""
 
     length: int
@@ -53,16 +53,16 @@ class PrefixCache:
         self._snapshots: OrderedDict[bytes, Cache] = OrderedDict()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
 
-    def look_up(self, prompt: Sequence[int]) -> tuple[Found, set[int]]:
+    def look_up(self, prompt: Sequence[int]) -> tuple[Prefix, set[int]]:
         """The longest beginning with a snapshot, and the borders at which to take more."""
         if not self._max_bytes:
-            return Found(0, None), set()
+            return Prefix(0, None), set()
         borders = self._borders(prompt)
-        found, wanted = Found(0, None), set[int]()
+        found, wanted = Prefix(0, None), set[int]()
         for at, digest in borders:
             if digest in self._snapshots:
                 self._snapshots.move_to_end(digest)
-                found = Found(at, self._snapshots[digest])
+                found = Prefix(at, self._snapshots[digest])
             elif digest in self._seen:
                 wanted = {at}  # of a beginning that prompts share, the longest
             self._seen[digest] = None
