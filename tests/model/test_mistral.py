@@ -333,18 +333,20 @@ def test_the_activation_is_rounded_once(tiny: MistralConfig) -> None:
 
 
 def test_only_the_distance_between_positions_matters(tiny: MistralConfig, x64: None) -> None:
-    model = bind(tiny, as_arrays(drawn(tiny), "float64"))
-    tokens = jnp.asarray(text(tiny))
-    near, far = model(tokens), model(tokens, first_position=10_000)
+    weights, tokens = as_arrays(drawn(tiny), "float64"), jnp.asarray(text(tiny))
+    near, far = (
+        jax.jit(lambda w, first=first: bind(tiny, w)(tokens, first_position=first))(weights)
+        for first in (0, 10_000)
+    )
     np.testing.assert_allclose(far, near, rtol=0, atol=1e-10)
     assert not np.array_equal(far, near)
 
 
 def test_a_sequence_may_start_anywhere(tiny: MistralConfig, x64: None) -> None:
     """The same as through the cache, which is told every position."""
-    model = bind(tiny, as_arrays(drawn(tiny), "float64"))
-    tokens = jnp.asarray(text(tiny))[:, :9]
+    weights, tokens = as_arrays(drawn(tiny), "float64"), jnp.asarray(text(tiny))[:, :9]
     positions = jnp.broadcast_to(jnp.arange(500, 509, dtype=jnp.int32), tokens.shape)
-    hidden, _ = model.extend(tokens, positions, empty_cache(tiny, 2, 9, 9, "float64"))
-    expected = np.asarray(model.hidden(tokens, first_position=500))
+    cache = empty_cache(tiny, 2, 9, 9, "float64")
+    hidden, _ = jax.jit(lambda w: bind(tiny, w).extend(tokens, positions, cache))(weights)
+    expected = jax.jit(lambda w: bind(tiny, w).hidden(tokens, first_position=500))(weights)
     np.testing.assert_allclose(hidden, expected, rtol=0, atol=1e-13)

@@ -27,14 +27,14 @@ from lechat_jax.data.batches import Batches, load_tokens
 from lechat_jax.data.corpus import load_corpus
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
-from lechat_jax.model.binding import bind, weights_of
+from lechat_jax.model.binding import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.command import main, set_up
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.start import run_of
 from lechat_jax.train.trainer import Trainer
 from tests.support import tokenizers
-from tests.support.models import random_model
+from tests.support.models import logits_of, random_model
 
 # A model so small that the 32,000 ids of the tokenizer are nearly all of it.
 SMALL = "--dim 16 --n-layers 2 --n-heads 2 --n-kv-heads 1 --head-dim 8 --hidden-dim 24".split()
@@ -403,7 +403,7 @@ def first_loss(source: Path, text: Path) -> float:
     stream = load_tokens(load_corpus(str(text)), made.tokenizer).train
     starts = Batches(len(stream), 16, 2, seed=0).starts(0)
     rows = np.stack([stream[start : start + 17] for start in starts]).astype(np.int32)
-    z = np.asarray(bind(made.config, made.weights)(jnp.asarray(rows[:, :-1])), np.float64)
+    z = np.asarray(logits_of(made.config, made.weights, rows[:, :-1]), np.float64)
     log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
     return -np.take_along_axis(log_p, rows[:, 1:, None], axis=2).mean()
 
