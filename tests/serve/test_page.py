@@ -4,6 +4,7 @@ After each test nothing may have gone wrong unseen: no error in the console, whi
 the Content-Security-Policy forbids is told, and no request to anyone but the server.
 """
 
+import contextlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ pytest.importorskip("playwright.sync_api", reason="a browser is driven with play
 
 from playwright.sync_api import Browser, Locator, Page, Playwright, expect, sync_playwright
 
+from lechat_jax.serve.engine import Engine
+from tests.serve.conftest import live
 from tests.serve.fake_server import HOLD, FakeServer, event
 
 pytestmark = pytest.mark.browser
@@ -42,8 +45,8 @@ def browser() -> Iterator[Browser]:
             yield browser
 
 
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
+@pytest.fixture(name="server")
+def fake_server() -> Iterator[FakeServer]:
     server = FakeServer()
     yield server
     server.stop()
@@ -60,14 +63,19 @@ def faults() -> Iterator[list[str]]:
 @pytest.fixture
 def page(browser: Browser, server: FakeServer, faults: list[str]) -> Iterator[Page]:
     """The page, opened by somebody whom the server has never seen."""
+    with opened(browser, server.address, faults) as page:
+        yield page
 
+
+@contextlib.contextmanager
+def opened(browser: Browser, address: str, faults: list[str]) -> Iterator[Page]:
     def note(kind: str, text: str) -> None:
         # An answer of 429, or none, is an error to Chromium; the page tells it, as tests see.
         if kind in ("error", "warning") and not text.startswith("Failed to load resource"):
             faults.append(text)
 
     def check(url: str) -> None:
-        if not url.startswith((server.address, "data:")):
+        if not url.startswith((address, "data:")):
             faults.append(f"a request to {url}")
 
     with browser.new_context() as context:
@@ -76,7 +84,7 @@ def page(browser: Browser, server: FakeServer, faults: list[str]) -> Iterator[Pa
         page.on("console", lambda message: note(message.type, message.text))
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: check(request.url))
-        page.goto(server.address)
+        page.goto(address)
         yield page
 
 
@@ -108,6 +116,24 @@ def user(content: str) -> dict[str, str]:
 
 def assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
+
+
+# ---- The server itself.
+
+
+def test_the_server_answers_its_own_page(
+    browser: Browser, engine: Engine, faults: list[str]
+) -> None:
+    with live(engine) as server, opened(browser, server.url, faults) as page:
+        expect(page.locator("header")).to_contain_text("tiny")
+        button(page, "Settings").click()
+        page.get_by_label("Maximum length").fill("12")
+        page.keyboard.press("Escape")
+        for question in ("Hello", "And now?"):
+            ask(page, question)
+            is_done(page)
+            expect(page.get_by_role("status").first).to_contain_text("12 tokens")
+        assert [text for text in answers(page).all_inner_texts() if not text] == []
 
 
 # ---- An answer.
