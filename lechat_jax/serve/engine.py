@@ -549,8 +549,7 @@ class Engine:
         if sample.ids or sample.text or sample.stopped:
             self._tell(ticket, Update(sample, top))
         if sample.stopped:
-            self.metrics.note_finished(sample.stopped, now - ticket.submitted)
-            self._end(ticket)
+            self._end(ticket, why=sample.stopped)
 
     def _tell(self, ticket: Ticket, update: Update) -> None:
         if ticket.is_cancelled or ticket.is_over:
@@ -561,13 +560,12 @@ class Engine:
             log.debug("an update could not be delivered", exc_info=True)
             ticket.is_cancelled = True
 
-    def _end(self, ticket: Ticket, failure: Failure | None = None) -> None:
+    def _end(self, ticket: Ticket, failure: Failure | None = None, why: str = "abort") -> None:
         """Frees a request's row, after a last update if it failed."""
         if failure:
             self._tell(ticket, Update(failure=failure))
-        if failure or ticket.is_cancelled:
-            why = "error" if failure else "abort"
-            self.metrics.note_finished(why, time.perf_counter() - ticket.submitted)
+        why = "error" if failure else why
+        self.metrics.note_finished(why, time.perf_counter() - ticket.submitted)
         ticket.is_over = True
         if (shared := ticket.shared) and shared.reader is ticket:
             shared.reader = None  # another one reads the prompt
