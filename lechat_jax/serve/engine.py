@@ -399,8 +399,11 @@ class Engine:
                     self._changed.wait()
             try:
                 self._round()
+                has_failed = False
             except Exception:
                 log.exception("the engine failed")
+                has_failed = True
+            if has_failed:  # outside, since the exception holds on to the old batch
                 self._recover()
             self._heartbeat = time.perf_counter()
         self._end_all(SHUTTING_DOWN)
@@ -586,6 +589,8 @@ class Engine:
         self.prefixes.clear()
         try:
             if not is_again:
+                self._pending = None
+                del self._batch  # there may not be memory for two
                 self._new_batch()
         except Exception:
             log.exception("the engine cannot begin anew")
