@@ -468,6 +468,8 @@ class Engine:
             self.metrics.note_prefix(len(request.prompt), start)
         if shared and shared.snapshot is None:
             shared.reader = ticket
+        if shared and not shared.n_waiting:
+            shared.snapshot = None
         ticket.prefill = self._batch.admit(
             row,
             request.prompt,
