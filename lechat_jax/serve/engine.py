@@ -290,7 +290,13 @@ class Engine:
         with self._changed:
             if self.state != "ready":
                 raise Unavailable(f"the server is {self.state}")
-            room = self._max_queue + self.n_rows - self.n_running - self.n_waiting
+            room = self._max_queue + self.n_rows
+            if len(tickets) > room:
+                raise BadInput(
+                    f"{len(tickets)} answers are asked for at once, and the server takes {room}: "
+                    f"{self.n_rows} together, while {self._max_queue} wait"
+                )
+            room -= self.n_running + self.n_waiting
             if len(tickets) > max(room, 0):
                 self.metrics.refused.inc()
                 raise Busy(
