@@ -349,12 +349,7 @@ class Engine:
         model, prompt = self.model, request.prompt
         model.check([prompt[: model.context]], request.max_tokens)
         request.wishes.check(model.config.vocab_size)
-        if len(prompt) + request.max_tokens > model.context:
-            raise ContextExceeded(
-                f"the prompt has {len(prompt)} tokens and the answer may have "
-                f"{request.max_tokens}, and the context holds {model.context} in all; ask for "
-                "less, or start the server with a longer --context"
-            )
+        check_room(len(prompt), request.max_tokens, model.context)
         before = () if request.is_answer else prompt
         return Continuation(
             before, request.max_tokens, None, request.eos_ids, model.tokenizer, request.stop
@@ -606,6 +601,16 @@ class Engine:
         if is_again:
             self.drain()
             self.state, self._is_closing = "failed", True
+
+
+def check_room(n_prompt: int, max_tokens: int, context: int) -> None:
+    """Raises `ContextExceeded` if a prompt and its answer are longer than the context."""
+    if n_prompt + max_tokens > context:
+        raise ContextExceeded(
+            f"the prompt has {n_prompt} tokens and the answer may have {max_tokens}, and the "
+            f"context holds {context} in all; ask for less, or start the server with a longer "
+            "--context"
+        )
 
 
 def _pieces(ticket: Ticket, updates: "queue.SimpleQueue[Update]") -> Generator[Sample, None, None]:

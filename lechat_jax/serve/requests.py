@@ -16,9 +16,9 @@ from lechat_jax.generate.logits_processors import Wishes
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.serve import tools as tool_calls
 from lechat_jax.serve.answers import Answer, ChatChoice, TextChoice
-from lechat_jax.serve.engine import ContextExceeded, GenerationRequest
+from lechat_jax.serve.engine import ContextExceeded, GenerationRequest, check_room
 from lechat_jax.serve.grammar import Grammars, Matcher
-from lechat_jax.serve.wire import Chat, Completion, Generation, Refused, Structure
+from lechat_jax.serve.wire import MOST_PROMPTS, Chat, Completion, Generation, Refused, Structure
 from lechat_jax.tokenizer.chat_template import ChatPrompts
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
@@ -104,10 +104,20 @@ class Requests:
         most = 16 if body.max_tokens is None else body.max_tokens
         matcher = self._grammar(body)
         is_scored = bool(body.echo) and body.logprobs is not None
+        if len(body.prompts) * (body.n or 1) > MOST_PROMPTS:
+            raise Refused(
+                f"{len(body.prompts)} prompts with n: {body.n} are more than {MOST_PROMPTS} "
+                "answers",
+                param="n",
+            )
         for prompt in body.prompts:
             is_text = isinstance(prompt, str)
             ids = self._encoded(prompt) if is_text else [*prompt]
             self._check_ids(ids)
+            try:  # before anything is done that takes long for each token
+                check_room(len(ids), most, self._model.context)
+            except ContextExceeded as error:
+                raise context_error(error) from error
             text = None
             if body.echo:
                 text = prompt if is_text else self.tokenizer.decode(ids)
@@ -298,4 +308,4 @@ def fingerprint(name: str, version: str, weights: Mapping[str, Any]) -> str:
 
 def context_error(error: ContextExceeded) -> Refused:
     """The error of OpenAI's API for a prompt that is too long."""
-    return Refused(str(error), code="context_length_exceeded", param="messages")
+    return Refused(str(error), code="context_length_exceeded", param="prompt")
