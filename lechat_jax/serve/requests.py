@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import re
 import secrets
 import threading
@@ -24,6 +25,7 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 MOST_CALLS = 16  # that a grammar lets a model make in one answer
+MOST_LENGTH = 128  # characters of a token, more than any has
 SEEDS = 2**32
 
 
@@ -137,11 +139,21 @@ class Requests:
                 f"this model's chat template, {self.tokenizer.version}, has no tools",
                 param="tools",
             )
+        context = self._model.context
         try:
+            size = len(json.dumps([messages, tools], ensure_ascii=False))
+            if size > context * MOST_LENGTH:  # which would take long, while others wait
+                raise Refused(
+                    f"the messages have {size} characters, and the context holds {context} tokens",
+                    code="context_length_exceeded",
+                    param="messages",
+                )
             with self._lock:
                 return self._template.encode(messages, tools)
         except BadInput as error:
             raise Refused(str(error), param="messages") from error
+        except RecursionError as error:
+            raise Refused("the messages are nested too deeply", param="messages") from error
 
     def _encoded(self, prompt: str) -> list[int]:
         try:
