@@ -56,6 +56,7 @@ class Requests:
         self._template = ChatPrompts(self.tokenizer)
         self._marks = tool_calls.marks(self.tokenizer)
         self._lock = threading.Lock()  # of what others have not made for several threads
+        self._compiling = threading.Lock()  # of grammars, which may take long
 
     @functools.cached_property
     def grammars(self) -> Grammars:
@@ -281,8 +282,8 @@ class Requests:
             makers.append(lambda: self.grammars.json_schema(schema))
         if forced and self._marks:
             most = most_calls or (1 if len(forced) == 1 else MOST_CALLS)
-            text = tool_calls.grammar(forced, self.tokenizer, self._marks, most)
-            makers.append(lambda: self.grammars.lark(text))
+            make = functools.partial(tool_calls.grammar, forced, self.tokenizer, self._marks, most)
+            makers.append(lambda: self.grammars.lark(make()))
         if body.structured_outputs:
             makers += self._structured(body.structured_outputs)
         if not makers:
@@ -290,10 +291,12 @@ class Requests:
         if len(makers) > 1:
             raise Refused("an answer has one grammar, and several are asked for")
         try:
-            with self._lock:
+            with self._compiling:
                 return makers[0]()
         except BadInput as error:
             raise Refused(str(error)) from error
+        except RecursionError as error:
+            raise Refused("the grammar is nested too deeply") from error
 
     def _structured(self, wanted: Structure) -> list[Callable[[], Matcher]]:
         """What makes each grammar of vLLM's field."""
@@ -303,8 +306,12 @@ class Requests:
             "choice": wanted.choice,
             "lark": wanted.grammar,
         }
+
+        def make(name: str, value: Any) -> Matcher:
+            return getattr(self.grammars, name)(value)
+
         return [
-            functools.partial(getattr(self.grammars, name), value)
+            functools.partial(make, name, value)
             for name, value in fields.items()
             if value is not None
         ]
