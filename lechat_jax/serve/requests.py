@@ -84,7 +84,7 @@ class Requests:
             raise Refused("top_logprobs needs logprobs: true", param="top_logprobs")
         n_top = (body.top_logprobs or 0) if body.logprobs else None
         matcher = self._grammar(body, forced, most_calls)
-        # What the model may not call it cannot begin to.
+        # What the model may not call it cannot begin to; a grammar says itself what may come.
         banned = {self._marks.calls: -float("inf")} if self._marks and not tools else {}
         choices = [
             ChatChoice(
@@ -195,7 +195,7 @@ class Requests:
     ) -> list[GenerationRequest]:
         """One engine request for each choice; choice i has the random stream i of the seed."""
         wishes = Wishes(
-            self._bias(body) | (banned or {}),
+            self._bias(body) | ({} if matcher else banned or {}),
             body.presence_penalty or 0.0,
             body.frequency_penalty or 0.0,
             matcher is not None,
