@@ -233,8 +233,9 @@ class Requests:
     def _bias(self, body: Generation) -> dict[int, float]:
         biases = {}
         for name, bias in (body.logit_bias or {}).items():
-            if not name.isdecimal() or int(name) >= self._model.config.vocab_size:
-                raise Refused(f"logit_bias has {name!r}, which is no id", param="logit_bias")
+            is_id = name.isdecimal() and len(name) < 10
+            if not is_id or int(name) >= self._model.config.vocab_size:
+                raise Refused(f"logit_bias has {name[:20]!r}, which is no id", param="logit_bias")
             biases[int(name)] = bias
         return biases
 
