@@ -42,7 +42,7 @@ class Grammars:
 
     def json_schema(self, schema: Mapping[str, Any] | bool) -> "Matcher":
         """A grammar of the JSON texts that a schema describes."""
-        text = json.dumps(schema)
+        text = json.dumps({} if schema is True else schema)
         try:
             grammar = self._llguidance.LLMatcher.grammar_from_json_schema(text, overrides=COMPACT)
         except ValueError as error:
