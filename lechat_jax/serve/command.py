@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import re
 import socket
 import sys
 import time
@@ -88,6 +89,11 @@ class ServeConfig:
                 raise BadInput(f"--{name} must be at least {smallest}, not {value}")
         if not 0 <= self.port < 65536:
             raise BadInput(f"--port must be from 0 to 65535, not {self.port}")
+        if not re.fullmatch("[!-~]*", self.key):
+            raise BadInput(
+                "the API key must be of ASCII characters without blanks, since others do not "
+                "reach a server in the same form from every client"
+            )
         SavedModel.open(self.folder)
         if preferred(self.folder.iterdir()) is None:
             raise BadInput(no_tokenizer(self.folder, "nothing can be served"))

@@ -290,7 +290,13 @@ class Engine:
         with self._changed:
             if self.state != "ready":
                 raise Unavailable(f"the server is {self.state}")
-            room = self._max_queue + self.n_rows - self.n_running - self.n_waiting
+            room = self._max_queue + self.n_rows
+            if len(tickets) > room:
+                raise BadInput(
+                    f"{len(tickets)} answers are asked for at once, and the server takes {room}: "
+                    f"{self.n_rows} together, while {self._max_queue} wait"
+                )
+            room -= self.n_running + self.n_waiting
             if len(tickets) > max(room, 0):
                 self.metrics.refused.inc()
                 raise Busy(
@@ -343,12 +349,7 @@ class Engine:
         model, prompt = self.model, request.prompt
         model.check([prompt[: model.context]], request.max_tokens)
         request.wishes.check(model.config.vocab_size)
-        if len(prompt) + request.max_tokens > model.context:
-            raise ContextExceeded(
-                f"the prompt has {len(prompt)} tokens and the answer may have "
-                f"{request.max_tokens}, and the context holds {model.context} in all; ask for "
-                "less, or start the server with a longer --context"
-            )
+        check_room(len(prompt), request.max_tokens, model.context)
         before = () if request.is_answer else prompt
         return Continuation(
             before, request.max_tokens, None, request.eos_ids, model.tokenizer, request.stop
@@ -399,8 +400,11 @@ class Engine:
                     self._changed.wait()
             try:
                 self._round()
+                has_failed = False
             except Exception:
                 log.exception("the engine failed")
+                has_failed = True
+            if has_failed:  # outside, since the exception holds on to the old batch
                 self._recover()
             self._heartbeat = time.perf_counter()
         self._end_all(SHUTTING_DOWN)
@@ -465,6 +469,8 @@ class Engine:
             self.metrics.note_prefix(len(request.prompt), start)
         if shared and shared.snapshot is None:
             shared.reader = ticket
+        if shared and not shared.n_waiting:
+            shared.snapshot = None
         ticket.prefill = self._batch.admit(
             row,
             request.prompt,
@@ -549,8 +555,7 @@ class Engine:
         if sample.ids or sample.text or sample.stopped:
             self._tell(ticket, Update(sample, top))
         if sample.stopped:
-            self.metrics.note_finished(sample.stopped, now - ticket.submitted)
-            self._end(ticket)
+            self._end(ticket, why=sample.stopped)
 
     def _tell(self, ticket: Ticket, update: Update) -> None:
         if ticket.is_cancelled or ticket.is_over:
@@ -561,13 +566,12 @@ class Engine:
             log.debug("an update could not be delivered", exc_info=True)
             ticket.is_cancelled = True
 
-    def _end(self, ticket: Ticket, failure: Failure | None = None) -> None:
+    def _end(self, ticket: Ticket, failure: Failure | None = None, why: str = "abort") -> None:
         """Frees a request's row, after a last update if it failed."""
         if failure:
             self._tell(ticket, Update(failure=failure))
-        if failure or ticket.is_cancelled:
-            why = "error" if failure else "abort"
-            self.metrics.note_finished(why, time.perf_counter() - ticket.submitted)
+        why = "error" if failure else why
+        self.metrics.note_finished(why, time.perf_counter() - ticket.submitted)
         ticket.is_over = True
         if (shared := ticket.shared) and shared.reader is ticket:
             shared.reader = None  # another one reads the prompt
@@ -588,6 +592,8 @@ class Engine:
         self.prefixes.clear()
         try:
             if not is_again:
+                self._pending = None
+                del self._batch  # there may not be memory for two
                 self._new_batch()
         except Exception:
             log.exception("the engine cannot begin anew")
@@ -595,6 +601,16 @@ class Engine:
         if is_again:
             self.drain()
             self.state, self._is_closing = "failed", True
+
+
+def check_room(n_prompt: int, max_tokens: int, context: int) -> None:
+    """Raises `ContextExceeded` if a prompt and its answer are longer than the context."""
+    if n_prompt + max_tokens > context:
+        raise ContextExceeded(
+            f"the prompt has {n_prompt} tokens and the answer may have {max_tokens}, and the "
+            f"context holds {context} in all; ask for less, or start the server with a longer "
+            "--context"
+        )
 
 
 def _pieces(ticket: Ticket, updates: "queue.SimpleQueue[Update]") -> Generator[Sample, None, None]:

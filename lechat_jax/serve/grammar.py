@@ -15,7 +15,7 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 # Spaces as most JSON that models have read has them; free ones could go on for ever.
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-MOST = 200_000  # characters of a grammar
+MOST = 60_000  # characters of a grammar
 
 
 class Grammars:
@@ -42,8 +42,11 @@ class Grammars:
 
     def json_schema(self, schema: Mapping[str, Any] | bool) -> "Matcher":
         """A grammar of the JSON texts that a schema describes."""
-        text = json.dumps(schema)
-        grammar = self._llguidance.LLMatcher.grammar_from_json_schema(text, overrides=COMPACT)
+        text = json.dumps({} if schema is True else schema)
+        try:
+            grammar = self._llguidance.LLMatcher.grammar_from_json_schema(text, overrides=COMPACT)
+        except ValueError as error:
+            raise BadInput(f"the JSON schema cannot be used: {error}") from error
         return self._compile(grammar, "the JSON schema")
 
     def json_object(self) -> "Matcher":
@@ -69,7 +72,12 @@ class Grammars:
         if matcher.is_error():
             why = " ".join(matcher.get_error().split())
             raise BadInput(f"{what} cannot be used: {why[:300]}")
-        return Matcher(matcher, self.n_words)
+        made = Matcher(matcher, self.n_words)
+        try:
+            made.copy().mask()  # what the engine would find only in the middle of an answer
+        except BadInput as error:
+            raise BadInput(f"{what} allows no text: {error}") from error
+        return made
 
 
 class Matcher:

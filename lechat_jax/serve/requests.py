@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import re
 import secrets
 import threading
@@ -16,14 +17,15 @@ from lechat_jax.generate.logits_processors import Wishes
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.serve import tools as tool_calls
 from lechat_jax.serve.answers import Answer, ChatChoice, TextChoice
-from lechat_jax.serve.engine import ContextExceeded, GenerationRequest
+from lechat_jax.serve.engine import ContextExceeded, GenerationRequest, check_room
 from lechat_jax.serve.grammar import Grammars, Matcher
-from lechat_jax.serve.wire import Chat, Completion, Generation, Refused, Structure
+from lechat_jax.serve.wire import MOST_PROMPTS, Chat, Completion, Generation, Refused, Structure
 from lechat_jax.tokenizer.chat_template import ChatPrompts
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 MOST_CALLS = 16  # that a grammar lets a model make in one answer
+MOST_LENGTH = 128  # characters of a token, more than any has
 SEEDS = 2**32
 
 
@@ -54,6 +56,7 @@ class Requests:
         self._template = ChatPrompts(self.tokenizer)
         self._marks = tool_calls.marks(self.tokenizer)
         self._lock = threading.Lock()  # of what others have not made for several threads
+        self._compiling = threading.Lock()  # of grammars, which may take long
 
     @functools.cached_property
     def grammars(self) -> Grammars:
@@ -81,7 +84,7 @@ class Requests:
             raise Refused("top_logprobs needs logprobs: true", param="top_logprobs")
         n_top = (body.top_logprobs or 0) if body.logprobs else None
         matcher = self._grammar(body, forced, most_calls)
-        # What the model may not call it cannot begin to.
+        # What the model may not call it cannot begin to; a grammar says itself what may come.
         banned = {self._marks.calls: -float("inf")} if self._marks and not tools else {}
         choices = [
             ChatChoice(
@@ -104,10 +107,20 @@ class Requests:
         most = 16 if body.max_tokens is None else body.max_tokens
         matcher = self._grammar(body)
         is_scored = bool(body.echo) and body.logprobs is not None
+        if len(body.prompts) * (body.n or 1) > MOST_PROMPTS:
+            raise Refused(
+                f"{len(body.prompts)} prompts with n: {body.n} are more than {MOST_PROMPTS} "
+                "answers",
+                param="n",
+            )
         for prompt in body.prompts:
             is_text = isinstance(prompt, str)
             ids = self._encoded(prompt) if is_text else [*prompt]
             self._check_ids(ids)
+            try:  # before anything is done that takes long for each token
+                check_room(len(ids), most, self._model.context)
+            except ContextExceeded as error:
+                raise context_error(error) from error
             text = None
             if body.echo:
                 text = prompt if is_text else self.tokenizer.decode(ids)
@@ -127,11 +140,21 @@ class Requests:
                 f"this model's chat template, {self.tokenizer.version}, has no tools",
                 param="tools",
             )
+        context = self._model.context
         try:
+            size = len(json.dumps([messages, tools], ensure_ascii=False))
+            if size > context * MOST_LENGTH:  # which would take long, while others wait
+                raise Refused(
+                    f"the messages have {size} characters, and the context holds {context} tokens",
+                    code="context_length_exceeded",
+                    param="messages",
+                )
             with self._lock:
                 return self._template.encode(messages, tools)
         except BadInput as error:
             raise Refused(str(error), param="messages") from error
+        except RecursionError as error:
+            raise Refused("the messages are nested too deeply", param="messages") from error
 
     def _encoded(self, prompt: str) -> list[int]:
         try:
@@ -172,7 +195,7 @@ class Requests:
     ) -> list[GenerationRequest]:
         """One engine request for each choice; choice i has the random stream i of the seed."""
         wishes = Wishes(
-            self._bias(body) | (banned or {}),
+            self._bias(body) | ({} if matcher else banned or {}),
             body.presence_penalty or 0.0,
             body.frequency_penalty or 0.0,
             matcher is not None,
@@ -210,8 +233,9 @@ class Requests:
     def _bias(self, body: Generation) -> dict[int, float]:
         biases = {}
         for name, bias in (body.logit_bias or {}).items():
-            if not name.isdecimal() or int(name) >= self._model.config.vocab_size:
-                raise Refused(f"logit_bias has {name!r}, which is no id", param="logit_bias")
+            is_id = name.isdecimal() and len(name) < 10
+            if not is_id or int(name) >= self._model.config.vocab_size:
+                raise Refused(f"logit_bias has {name[:20]!r}, which is no id", param="logit_bias")
             biases[int(name)] = bias
         return biases
 
@@ -259,8 +283,8 @@ class Requests:
             makers.append(lambda: self.grammars.json_schema(schema))
         if forced and self._marks:
             most = most_calls or (1 if len(forced) == 1 else MOST_CALLS)
-            text = tool_calls.grammar(forced, self.tokenizer, self._marks, most)
-            makers.append(lambda: self.grammars.lark(text))
+            make = functools.partial(tool_calls.grammar, forced, self.tokenizer, self._marks, most)
+            makers.append(lambda: self.grammars.lark(make()))
         if body.structured_outputs:
             makers += self._structured(body.structured_outputs)
         if not makers:
@@ -268,10 +292,12 @@ class Requests:
         if len(makers) > 1:
             raise Refused("an answer has one grammar, and several are asked for")
         try:
-            with self._lock:
+            with self._compiling:
                 return makers[0]()
         except BadInput as error:
             raise Refused(str(error)) from error
+        except RecursionError as error:
+            raise Refused("the grammar is nested too deeply") from error
 
     def _structured(self, wanted: Structure) -> list[Callable[[], Matcher]]:
         """What makes each grammar of vLLM's field."""
@@ -281,8 +307,12 @@ class Requests:
             "choice": wanted.choice,
             "lark": wanted.grammar,
         }
+
+        def make(name: str, value: Any) -> Matcher:
+            return getattr(self.grammars, name)(value)
+
         return [
-            functools.partial(getattr(self.grammars, name), value)
+            functools.partial(make, name, value)
             for name, value in fields.items()
             if value is not None
         ]
@@ -298,4 +328,4 @@ def fingerprint(name: str, version: str, weights: Mapping[str, Any]) -> str:
 
 def context_error(error: ContextExceeded) -> Refused:
     """The error of OpenAI's API for a prompt that is too long."""
-    return Refused(str(error), code="context_length_exceeded", param="messages")
+    return Refused(str(error), code="context_length_exceeded", param="prompt")

@@ -117,7 +117,7 @@ class ToolCallParser:
         while element := self._text.lstrip(" \n\t[,"):
             try:
                 call, end = decoder.raw_decode(element)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return  # more is to come
             if not isinstance(call, dict) or not isinstance(call.get("name"), str):
                 return
@@ -126,9 +126,11 @@ class ToolCallParser:
             id_ = call.get("id")
             is_usual = isinstance(id_, str) and CALL_ID.fullmatch(id_)
             arguments = json.dumps(call.get("arguments", {}), ensure_ascii=False)
-            yield CallPiece(
-                self.n_calls - 1, id_ if is_usual else new_call_id(), call["name"], arguments
+            # A lone surrogate, which JSON can spell, cannot be sent.
+            name, arguments = (
+                text.encode(errors="replace").decode() for text in (call["name"], arguments)
             )
+            yield CallPiece(self.n_calls - 1, id_ if is_usual else new_call_id(), name, arguments)
 
 
 def grammar(tools: Sequence[dict[str, Any]], tokenizer: Tokenizer, marks: Marks, most: int) -> str:

@@ -59,7 +59,8 @@ class Refused(Exception):
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
         fields = {"type": self.kind, "param": self.param, "code": self.code}
-        return {"error": {"message": str(self), **fields}}
+        message = str(self).encode(errors="replace").decode()  # without lone surrogates
+        return {"error": {"message": message, **fields}}
 
 
 class StreamOptions(BaseModel):
@@ -129,6 +130,7 @@ class Chat(Generation):
     """A request for the next message of a conversation."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -202,7 +204,7 @@ def parse(body: bytes, form: type[Body]) -> Body:
         where = [str(part) for part in first["loc"] if isinstance(part, int) or part in fields]
         param = ".".join(map(str, first["loc"][:1])) or None
         why = first["msg"][:1].lower() + first["msg"][1:]
-        raise Refused(f"{'.'.join(where) or param}: {why}", param=param) from error
+        raise Refused(f"{'.'.join(where) or param or 'a field'}: {why}", param=param) from error
     except RecursionError as error:
         raise Refused("the body is nested too deeply") from error
 

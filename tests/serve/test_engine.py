@@ -201,10 +201,12 @@ def engine_free(engine: Engine, listeners: list[Listener]) -> None:
 def test_a_full_queue_refuses(model: LoadedModel) -> None:
     with Engine(model, 1, max_queue=2) as engine:
         request = GenerationRequest([5, 6], 200, GREEDY)
-        with pytest.raises(Busy, match="queue holds 2"):
+        with pytest.raises(BadInput, match="4 answers are asked for at once"):
             engine.enqueue([request] * 4, [Listener() for _ in range(4)])
         listeners = [Listener() for _ in range(3)]
         engine.enqueue([request] * 3, listeners)
+        with pytest.raises(Busy, match="queue holds 2"):
+            submit(engine, request)
         for listener in listeners:
             listener.answer()
 
