@@ -186,9 +186,8 @@ class Serve(Work):
             def send(request: Request) -> Coroutine[Any, Any, Stream]:
                 return complete(port, server.fields, request)
 
-            asyncio.run(
-                send(next(prompts.user(self.rounds)))
-            )  # some load and compile at the first one
+            # Some allocate or compile at the first request.
+            asyncio.run(send(next(prompts.user(self.rounds))))
             for users in self.users:
                 console.print(f"{server.impl}, {users} users", markup=False)
                 seeds = (number, users)

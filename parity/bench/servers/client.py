@@ -57,7 +57,11 @@ async def read_stream(
 
 
 async def complete(port: int, fields: dict[str, Any], request: Request) -> Stream:
-    """Streams one completion over a connection of its own; greedy, to its last token."""
+    """Streams one completion over a connection of its own: greedy, of all tokens asked for.
+
+    Raises:
+        BadInput: there is no answer, it is an error, or it has fewer tokens.
+    """
     asked = {"prompt": request.prompt, "max_tokens": request.new_tokens, "temperature": 0}
     stream = {"stream": True, "stream_options": {"include_usage": True}}
     body = json.dumps(asked | stream | fields).encode()
@@ -76,13 +80,16 @@ async def complete(port: int, fields: dict[str, Any], request: Request) -> Strea
 
     try:
         writer.write(head.encode() + body)
-        return await read_stream(lines())
+        answer = await read_stream(lines())
     except OSError as error:
         raise BadInput(f"the server has left a request: {error or 'no answer'}") from error
     finally:
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+    if answer.new_tokens != request.new_tokens or not answer.events:
+        raise BadInput(f"of {request.new_tokens} tokens the server made {answer.new_tokens}")
+    return answer
 
 
 async def measure(

@@ -16,8 +16,6 @@ NOTES = [
     "figures are of the other streams; max / p50 and max / p99: their largest ITL to their usual.",
     "ratio: tokens/s to those of transformers; x 1 user: to those of the same server with 1 user.",
 ]
-
-
 SHARES = {"p50": 0.5, "p99": 0.99, "max": 1.0}
 
 
