@@ -41,7 +41,9 @@ class Serve(Work):
     model: tuple[str, ...] = ("bench-284m",)
     """Models: presets, of which random weights are made, or folders of checkpoints."""
     impl: tuple[Impl, ...] = ("lechat", "transformers")
-    """Servers to measure; of transformers' modes the fastest is taken, with 8 users."""
+    """Servers to measure."""
+    mode: Literal["fastest", "sequential", "continuous-batching"] = "fastest"
+    """How transformers serves: one request at a time, several, or as is faster with 8 users."""
     users: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of users, measured one after the other."""
     rows: int = 8
@@ -151,7 +153,8 @@ class Serve(Work):
         """The ways to run a server."""
         if impl == "lechat":
             return [processes.lechat(folder, self.rows, self.context, self.dtype)]
-        return processes.transformers(folder, self.dtype)
+        modes = processes.transformers(folder, self.dtype)
+        return modes if self.mode == "fastest" else [one for one in modes if one.mode == self.mode]
 
     def try_modes(
         self, modes: Sequence[Server], prompts: Prompts, console: Console

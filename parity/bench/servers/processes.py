@@ -29,7 +29,7 @@ class Server:
 
     Attributes:
         impl: whose it is.
-        mode: flags that choose among its ways to serve.
+        mode: which of its ways to serve it is.
         command: the command line without the port.
         ready: path that answers 200 once requests are taken.
         fields: what requests need besides OpenAI's fields to be the same for all servers.
@@ -124,6 +124,9 @@ def transformers(folder: Path, dtype: str) -> list[Server]:
     settings = json.dumps({"eos_token_id": -1, "pad_token_id": 0})
     fields = {"model": str(folder), "generation_config": settings}
     return [
-        Server("transformers", " ".join(mode), (*start, *shared, *mode), "/health", fields)
-        for mode in ((), ("--continuous-batching",))
+        Server("transformers", mode, (*start, *shared, *flags), "/health", fields)
+        for mode, flags in (
+            ("sequential", ()),
+            ("continuous-batching", ("--continuous-batching",)),
+        )
     ]
