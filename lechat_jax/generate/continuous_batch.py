@@ -171,6 +171,7 @@ class ContinuousBatch:
         make = functools.partial(idle_rows, size, with_processors=with_processors)
         self._state, self._request = create_sharded(mesh, make, places=by_rows)
         self._waiting: deque[Prefill] = deque()
+        self._is_for_shortest = False  # whether the next chunk is, or for the first admitted
         self._left = np.zeros(n_rows, np.int32)  # as of the last call that was fetched
         self._tenants = [0] * n_rows  # texts that each row has had
         self._decodes = [False] * n_rows  # rows of which decoding makes a step, or repeats it
@@ -228,37 +229,42 @@ class ContinuousBatch:
         return admitted
 
     def read(self) -> Prefill | None:
-        """Prefill of one chunk of the prompt that was admitted first; `None` if all are read.
+        """Prefill of one chunk of a prompt; `None` if all are read.
 
+        Chunks go in turn to the prompt that was admitted first and to the one that has the fewest
+        tokens left, so that a short one need not wait for a long one to end, and none for ever.
         The last token of a prompt is left to `advance`, which samples after it.
         """
         if not self._waiting:
             return None
-        first = self._waiting[0]
-        left = len(first.prompt) - 1 - first.at
+        chosen = self._waiting[0]
+        if self._is_for_shortest:
+            chosen = min(self._waiting, key=lambda one: len(one.prompt) - one.at)
+        self._is_for_shortest = not self._is_for_shortest
+        left = len(chosen.prompt) - 1 - chosen.at
         if left:
-            chunk = next_chunk(self._chunks if first.scores is None else self._chunks[:1], left)
-            tokens, positions = chunk_of(first.prompt, first.at, chunk)
+            chunk = next_chunk(self._chunks if chosen.scores is None else self._chunks[:1], left)
+            tokens, positions = chunk_of(chosen.prompt, chosen.at, chunk)
             weights = self._weights_for(chunk)
-            row, cache = np.int32(first.row), self._state.cache
+            row, cache = np.int32(chosen.row), self._state.cache
             with on_mesh(self._mesh):
-                if first.scores is None:
+                if chosen.scores is None:
                     cache = prefill(self._config, weights, cache, row, tokens, positions)
                 else:
                     targets = np.zeros(chunk, np.int32)
-                    following = first.prompt[first.at + 1 : first.at + 1 + chunk]
+                    following = chosen.prompt[chosen.at + 1 : chosen.at + 1 + chunk]
                     targets[: len(following)] = following
                     cache, scores = prefill_scored(
                         self._config, weights, cache, row, tokens, positions, targets
                     )
-                    first.scores.append(scores)
+                    chosen.scores.append(scores)
             self._state = self._state._replace(cache=cache)
             self.unread -= min(chunk, left)
-            first.at += min(chunk, left)
-        if first.is_done:
-            self._waiting.popleft()
-            self._begin(first)
-        return first
+            chosen.at += min(chunk, left)
+        if chosen.is_done:
+            self._waiting.remove(chosen)
+            self._begin(chosen)
+        return chosen
 
     def read_all(self, on_read: OnRead | None = None) -> None:
         """Prefill of all admitted prompts; with `on_read` it waits for every chunk."""

@@ -486,7 +486,7 @@ class Engine:
         self.metrics.note_admitted(len(request.prompt), time.perf_counter() - ticket.submitted)
 
     def _read_chunk(self) -> bool:
-        """Reads a chunk of the prompt that was admitted first; returns whether there was any.
+        """Reads a chunk of a prompt; returns whether there was any.
 
         At the borders that `PrefixCache` has chosen it takes snapshots.
         """

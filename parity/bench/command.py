@@ -19,6 +19,7 @@ from parity.bench.convert import Convert
 from parity.bench.decode import Decode
 from parity.bench.moe import Moe
 from parity.bench.prefill import Prefill
+from parity.bench.serve import Serve
 from parity.bench.train import Train
 from parity.bench.work import Work
 
@@ -29,6 +30,7 @@ WORKS: dict[str, type[Work]] = {
     "decode": Decode,
     "prefill": Prefill,
     "moe": Moe,
+    "serve": Serve,
     "compiled": Compiled,
     "card": Card,
 }

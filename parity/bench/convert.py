@@ -73,7 +73,7 @@ class Convert(Work):
         """A row for the copy and for each direction."""
         hf, lechat, out = (folder / name for name in ("hf", "lechat", "out"))
         layers = [] if self.layers is None else ["--layers", str(self.layers)]
-        with _quiet():
+        with quiet():
             make_checkpoint.main([str(hf), "--preset", self.preset, *layers, *self._shards])
         self._convert(hf, lechat, "lechat")
         tasks: dict[str, Callable[[], None]] = {
@@ -105,7 +105,7 @@ class Convert(Work):
         return ["--shard-gb", str(self.shard_gb)]
 
     def _convert(self, src: Path, dst: Path, to: Format) -> None:
-        with _quiet():
+        with quiet():
             convert.main([str(src), str(dst), "--to", to, *self._shards])
 
 
@@ -168,7 +168,7 @@ class PeakAnonymous:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What the commands say goes nowhere."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

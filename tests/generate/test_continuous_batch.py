@@ -68,6 +68,18 @@ def test_a_row_is_bit_for_bit_what_it_is_alone(model: LoadedModel, steps: int) -
         assert join(rounds) == alone(model, 4, row)
 
 
+def test_a_short_prompt_is_read_beside_a_long_one(model: LoadedModel) -> None:
+    """Of chunks of 4 tokens the long one gets every second, and all when it is alone again."""
+    batch = model.continuous_batch(4)
+    batch.admit(0, [1] * 25, 1, GREEDY)
+    order = [batch.read()]
+    batch.admit(1, [1] * 9, 1, GREEDY)
+    batch.admit(2, [1] * 5, 1, GREEDY)
+    while read := batch.read():
+        order.append(read)
+    assert [read.row for read in order if read] == [0, 2, 0, 1, 0, 1, 0, 0, 0]
+
+
 def test_a_row_that_was_used_is_as_good_as_new(model: LoadedModel) -> None:
     batch = model.continuous_batch(4)
     for row in ASKED:
