@@ -128,9 +128,11 @@ class Requests:
                 f"this model's chat template, {self.tokenizer.version}, has no tools",
                 param="tools",
             )
+        # An answer that ended at once says nothing, and the template would refuse it.
+        told = [message for message in messages if not _is_empty_answer(message)]
         try:
             with self._lock:
-                return self._template.encode(messages, tools)
+                return self._template.encode(tool_calls.with_usual_ids(told), tools)
         except BadInput as error:
             raise Refused(str(error), param="messages") from error
 
