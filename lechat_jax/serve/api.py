@@ -365,7 +365,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         request = Request(scope)
-        scope["path"] = re.sub("//+", "/", scope["path"])  # of a base URL that ends with a slash
+        # A base URL may end with a slash, and so may the path of a probe.
+        scope["path"] = re.sub("//+", "/", scope["path"]).rstrip("/") or "/"
         try:
             self._check(request, scope["path"])
         except Refused as error:

@@ -293,6 +293,14 @@ def test_a_call_of_another_server_is_history_as_well(
     assert answered(http, CHAT, messages=history(id_, arguments), tools=[WEATHER]) == usual
 
 
+@pytest.mark.parametrize("arguments", ["{", "[1]", "Paris", None])
+def test_a_call_whose_arguments_are_none_is_refused(http: httpx.Client, arguments: Any) -> None:
+    function = {"name": "get_weather", "arguments": arguments}
+    call = {"id": "call_123", "type": "function", "function": function}
+    messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}, *HELLO]
+    assert refusal(http, CHAT, messages=messages)["param"] == "messages"
+
+
 @pytest.mark.parametrize("choice", ["required", named("get_weather")])
 def test_a_call_that_is_cut_off_is_none(http: httpx.Client, choice: Any) -> None:
     ((answer,), _) = answered(http, CHAT, tools=[WEATHER], tool_choice=choice, max_tokens=1)
@@ -555,3 +563,16 @@ def test_openais_client_sends_the_key(engine: Engine, key: str, is_right: bool) 
         with pytest.raises(openai.AuthenticationError) as refused:
             chat(client)
         assert refused.value.type == "authentication_error"
+
+
+def test_a_path_may_end_with_a_slash_and_opens_nothing_by_that(engine: Engine) -> None:
+    access = Access("secret", frozenset({"127.0.0.1"}), ("https://page.example",))
+    with live(engine, access) as server, httpx.Client(base_url=server.url) as http:
+        for path in ("/health/", "/ready/", "/v1/models/"):
+            assert http.get(path).status_code == 200
+        assert http.get("/metrics/").status_code == 401
+        assert http.options("/metrics").status_code == 401
+        asking = {"access-control-request-method": "GET"}
+        assert http.options("/metrics", headers=asking).status_code == 401
+        preflight = http.options("/metrics", headers=asking | {"origin": "https://page.example"})
+        assert (preflight.status_code, preflight.text) == (200, "OK")
