@@ -230,9 +230,10 @@ class TextChoice:
         new: Json = {name: [] for name in LISTED}
         for i, (id_, logprob) in enumerate(zip(ids, logprobs, strict=True)):
             likeliest: dict[str, float] | None = None
-            if logprob is not None and self._n_top:
+            if logprob is not None:
                 likeliest = {}
-                for other, nats in [*zip(*top[i], strict=True)][: self._n_top]:
+                pairs = zip(*top[i], strict=True) if self._n_top else ()
+                for other, nats in [*pairs][: self._n_top]:
                     likeliest.setdefault(self._name(other), finite(nats))
                 likeliest.setdefault(self._name(id_), finite(logprob))
             new["tokens"].append(self._name(id_))

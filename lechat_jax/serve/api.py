@@ -144,8 +144,9 @@ class Api:
 
         def encoded() -> list[int]:
             if body.messages is not None:
-                return self._requests.chat_ids(body.messages)
-            text = body.prompt or ""
+                return self._requests.chat_ids(body.messages, body.tools or None)
+            if (text := body.prompt) is None:
+                raise Refused("there is neither a prompt nor messages", param="prompt")
             if (id_ := tokenizer.control_id(text)) is not None:  # what a client asks for by name
                 return [id_]
             try:
@@ -364,7 +365,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         request = Request(scope)
-        scope["path"] = re.sub("//+", "/", scope["path"])  # of a base URL that ends with a slash
+        # A base URL may end with a slash, and so may the path of a probe.
+        scope["path"] = re.sub("//+", "/", scope["path"]).rstrip("/") or "/"
         try:
             self._check(request, scope["path"])
         except Refused as error:

@@ -141,6 +141,8 @@ class Requests:
                 param="tools",
             )
         context = self._model.context
+        # An answer that ended at once says nothing, and the template would refuse it.
+        told = [message for message in messages if not _is_empty_answer(message)]
         try:
             size = len(json.dumps([messages, tools], ensure_ascii=False))
             if size > context * MOST_LENGTH:  # which would take long, while others wait
@@ -150,7 +152,7 @@ class Requests:
                     param="messages",
                 )
             with self._lock:
-                return self._template.encode(messages, tools)
+                return self._template.encode(tool_calls.with_usual_ids(told), tools)
         except BadInput as error:
             raise Refused(str(error), param="messages") from error
         except RecursionError as error:
@@ -233,15 +235,19 @@ class Requests:
     def _bias(self, body: Generation) -> dict[int, float]:
         biases = {}
         for name, bias in (body.logit_bias or {}).items():
-            is_id = name.isdecimal() and len(name) < 10
-            if not is_id or int(name) >= self._model.config.vocab_size:
-                raise Refused(f"logit_bias has {name[:20]!r}, which is no id", param="logit_bias")
+            size = self._model.config.vocab_size
+            if not re.fullmatch("[0-9]{1,9}", name) or int(name) >= size:
+                raise Refused(
+                    f"logit_bias has {name[:20]!r}, which is not an id of the model, which has "
+                    f"0 to {size - 1}",
+                    param="logit_bias",
+                )
             biases[int(name)] = bias
         return biases
 
     def _tool_choice(self, body: Chat) -> tuple[Any, list[dict[str, Any]]]:
         """The choice of tools, and those of which one must be called."""
-        tools, choice = body.tools or [], body.tool_choice or "auto"
+        tools, choice = body.tools or [], "auto" if body.tool_choice is None else body.tool_choice
         names = []
         for tool in tools:
             function = tool.get("function")
@@ -273,9 +279,14 @@ class Requests:
     ) -> Matcher | None:
         """The grammar of the answer, if one is asked for; raises `Refused`."""
         makers: list[Callable[[], Matcher]] = []
-        form = body.response_format if isinstance(body, Chat) else None
+        form = body.response_format
         if form and form.type == "json_object":
-            makers.append(lambda: self.grammars.json_object())
+            wanted = form.schema_
+            makers.append(
+                self.grammars.json_object
+                if wanted is None
+                else functools.partial(self.grammars.json_schema, wanted)
+            )
         if form and form.type == "json_schema":
             if form.json_schema is None:
                 raise Refused("response_format needs a json_schema", param="response_format")
@@ -302,7 +313,7 @@ class Requests:
     def _structured(self, wanted: Structure) -> list[Callable[[], Matcher]]:
         """What makes each grammar of vLLM's field."""
         fields = {
-            "json_schema": wanted.json_,
+            "json_schema": _schema(wanted.json_) if isinstance(wanted.json_, str) else wanted.json_,
             "regex": wanted.regex,
             "choice": wanted.choice,
             "lark": wanted.grammar,
@@ -316,6 +327,24 @@ class Requests:
             for name, value in fields.items()
             if value is not None
         ]
+
+
+def _schema(text: str) -> dict[str, Any] | bool:
+    """A JSON schema that is sent as text; raises `Refused`."""
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refused(
+            f"the JSON schema is not JSON: {error}", param="structured_outputs"
+        ) from error
+    if not isinstance(schema, dict | bool):
+        raise Refused("the JSON schema is no object", param="structured_outputs")
+    return schema
+
+
+def _is_empty_answer(message: Mapping[str, Any]) -> bool:
+    is_answer = message.get("role") == "assistant"
+    return is_answer and not message.get("content") and not message.get("tool_calls")
 
 
 def fingerprint(name: str, version: str, weights: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@
 A name in brackets is one control token, so a call is recognised by its id and never by its text.
 """
 
+import hashlib
 import json
 import re
 import secrets
@@ -46,6 +47,28 @@ def marks(tokenizer: Tokenizer) -> Marks | None:
 def new_call_id() -> str:
     """A random id of a tool call, as every version's template takes it."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+
+def with_usual_ids(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose tool calls have ids that every template takes.
+
+    Other servers' ids are longer, or have other characters. Each becomes one that it alone
+    decides, so that a call and its result still have the same one.
+    """
+
+    def usual(message: Any, key: str) -> Any:
+        id_ = message.get(key) if isinstance(message, dict) else None
+        if not isinstance(id_, str) or CALL_ID.fullmatch(id_):
+            return message
+        return message | {key: hashlib.sha256(id_.encode(errors="replace")).hexdigest()[:9]}
+
+    found = []
+    for message in messages:
+        message = usual(message, "tool_call_id")
+        if isinstance(calls := message.get("tool_calls"), list):
+            message = message | {"tool_calls": [usual(call, "id") for call in calls]}
+        found.append(message)
+    return found
 
 
 class ToolCallParser:

@@ -10,6 +10,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 MOST_STOPS, MOST_CHOICES, MOST_BIASES = 64, 128, 1024
 MOST_PROMPTS = 1024
+MOST_MESSAGE = 2000  # characters of an error's message, which may repeat what was sent
 
 Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
@@ -19,16 +20,27 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 # Fields that would change an answer and are not understood here, and the values that do not.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
     "best_of": (1,),
     "functions": ([],),
     "function_call": ("none",),
+    "grammar": ("",),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "json_schema": ({},),
     "length_penalty": (1,),
     "min_tokens": (0,),
     "modalities": (["text"],),
-    "prompt_logprobs": (False,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "repeat_penalty": (1,),
     "repetition_penalty": (1,),
     "stop_token_ids": ([],),
     "suffix": ("",),
+    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
@@ -59,7 +71,7 @@ class Refused(Exception):
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
         fields = {"type": self.kind, "param": self.param, "code": self.code}
-        message = str(self).encode(errors="replace").decode()  # without lone surrogates
+        message = str(self)[:MOST_MESSAGE].encode(errors="replace").decode()  # no lone surrogates
         return {"error": {"message": message, **fields}}
 
 
@@ -88,10 +100,11 @@ class JsonSchema(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """The format of an answer."""
+    """The format of an answer; `schema` beside "json_object" is llama.cpp's."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
 
 
 class Generation(BaseModel):
@@ -112,6 +125,7 @@ class Generation(BaseModel):
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MOST_BIASES)] | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
     structured_outputs: Structure | None = None
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
 
@@ -137,7 +151,6 @@ class Chat(Generation):
     tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required", "any"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
 
 
 class Completion(Generation):
@@ -167,6 +180,7 @@ class Tokenize(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
 
 

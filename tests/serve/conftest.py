@@ -3,8 +3,12 @@
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
+import openai
 import pytest
 
 from lechat_jax.config import MistralConfig
@@ -17,6 +21,20 @@ from lechat_jax.serve.server import Server, configuration
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from tests.support.models import random_model
 from tests.support.tokenizers import small_tekken
+
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "Oslo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +86,43 @@ def live(engine: Engine, access: Access | None = None) -> Iterator[Live]:
 def server(engine: Engine) -> Iterator[Live]:
     with live(engine) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Live) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(server: Live) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+def named(function: str) -> Any:
+    return {"type": "function", "function": {"name": function}}
+
+
+def chat(client: openai.OpenAI, **fields: Any) -> Any:
+    fields = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "seed": 1} | fields
+    return client.chat.completions.create(**fields)
+
+
+def complete(client: openai.OpenAI, **fields: Any) -> Any:
+    fields = {"model": "tiny", "prompt": "The cat", "max_tokens": 12, "seed": 1} | fields
+    return client.completions.create(**fields)
+
+
+def port(server: Live) -> int:
+    return int(server.url.rpartition(":")[2])
+
+
+def is_idle(server: Live) -> bool:
+    """Whether nobody has a row, soon."""
+    until = time.monotonic() + 20
+    while server.engine.n_running + server.engine.n_waiting and time.monotonic() < until:
+        time.sleep(0.01)
+    return server.engine.n_running + server.engine.n_waiting == 0

@@ -4,8 +4,6 @@ import json
 import math
 import socket
 import threading
-import time
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import httpx
@@ -19,61 +17,17 @@ from lechat_jax.serve import api
 from lechat_jax.serve.api import Access
 from lechat_jax.serve.engine import Engine
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from tests.serve.conftest import Live, live
-
-HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
-WEATHER: Any = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"enum": ["Paris", "Oslo"]}},
-            "required": ["city"],
-            "additionalProperties": False,
-        },
-    },
-}
-
-
-def named(function: str) -> Any:
-    return {"type": "function", "function": {"name": function}}
-
-
-@pytest.fixture(scope="module")
-def client(server: Live) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60
-    ) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(server: Live) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        yield client
-
-
-def chat(client: openai.OpenAI, **fields: Any) -> Any:
-    fields = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "seed": 1} | fields
-    return client.chat.completions.create(**fields)
-
-
-def complete(client: openai.OpenAI, **fields: Any) -> Any:
-    fields = {"model": "tiny", "prompt": "The cat", "max_tokens": 12, "seed": 1} | fields
-    return client.completions.create(**fields)
-
-
-def port(server: Live) -> int:
-    return int(server.url.rpartition(":")[2])
-
-
-def is_idle(server: Live) -> bool:
-    """Whether nobody has a row, soon."""
-    until = time.monotonic() + 20
-    while server.engine.n_running + server.engine.n_waiting and time.monotonic() < until:
-        time.sleep(0.01)
-    return server.engine.n_running + server.engine.n_waiting == 0
+from tests.serve.conftest import (
+    HELLO,
+    WEATHER,
+    Live,
+    chat,
+    complete,
+    is_idle,
+    live,
+    named,
+    port,
+)
 
 
 def test_a_chat_answers(client: openai.OpenAI) -> None:

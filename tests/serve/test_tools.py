@@ -11,7 +11,15 @@ from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from lechat_jax.serve.grammar import Grammars
-from lechat_jax.serve.tools import ToolCallParser, grammar, marks, new_call_id
+from lechat_jax.serve.tools import (
+    CALL_ID,
+    ToolCallParser,
+    grammar,
+    marks,
+    new_call_id,
+    with_usual_ids,
+)
+from lechat_jax.tokenizer.chat_template import ChatPrompts
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from tests.support.tokenizers import shipped, small_tekken
 
@@ -125,3 +133,24 @@ def test_ids_of_calls_are_nine_letters_or_digits() -> None:
     assert len(made) == 100
     assert {len(id_) for id_ in made} == {9}
     assert all(id_.isalnum() and id_.isascii() for id_ in made)
+
+
+@pytest.mark.parametrize("id_", ["call_abcdefghijklmnopqrst", "call_6789", "", "\ud800"])
+def test_ids_of_other_servers_become_such(path: Path, id_: str) -> None:
+    """Templates up to v11 refuse them."""
+    call = {"id": id_, "type": "function", "function": {"name": "search", "arguments": "{}"}}
+    call["index"] = 0
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": None, "tool_calls": [call, CALLS]},
+        {"role": "tool", "tool_call_id": id_, "content": "7"},
+    ]
+    asked, told, result = with_usual_ids(messages)
+    assert asked == messages[0]
+    (same, other), new = told["tool_calls"], result["tool_call_id"]
+    assert CALL_ID.fullmatch(new)
+    assert (same["id"], other) == (new, CALLS)
+    assert with_usual_ids([result]) == [result]
+    told["tool_calls"] = [same]
+    assert ChatPrompts(Tokenizer(path)).encode([asked, told, result])
+    assert messages[2]["tool_call_id"] == id_
