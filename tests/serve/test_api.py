@@ -326,7 +326,6 @@ def test_who_leaves_frees_the_row(server: Live, client: openai.OpenAI) -> None:
     golden = chat(client).choices
     with chat(client, max_tokens=200, stream=True) as stream:
         next(iter(stream))
-        assert server.engine.n_running == 1
     assert is_idle(server)
     with pytest.raises(openai.APITimeoutError):
         chat(client.with_options(timeout=0.05), max_tokens=200)
