@@ -192,11 +192,13 @@ class Serve(Work):
             # Some allocate or compile at the first request.
             asyncio.run(send(next(prompts.user(self.rounds))))
             for users in self.users:
-                console.print(f"{server.impl}, {users} users", markup=False)
                 seeds = (number, users)
                 of_users = [prompts.user(*seeds, user) for user in range(users)]
                 long = prompts.long(self.long_prompt, *seeds) if self.long_prompt else None
-                yield users, asyncio.run(measure(send, of_users, self.warm_up, self.seconds, long))
+                result = asyncio.run(measure(send, of_users, self.warm_up, self.seconds, long))
+                rate = f"{result.usual.tokens_per_s:.1f} tokens/s"
+                console.print(f"{server.impl}, {users} users: {rate}", markup=False)
+                yield users, result
 
 
 def tokenizer_in(folder: Path) -> Tokenizer:
