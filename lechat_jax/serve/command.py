@@ -129,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             quantize=options.quantize,
             mesh=options.mesh,
         )
+        name = options.name or options.folder.resolve().name
+        requests = Requests(model, name, fingerprint(name, lechat_jax.__version__, model.weights))
         engine = Engine(
             model,
             options.rows,
@@ -137,8 +139,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             draft=options.draft if options.speculate else 0,
         )
         stack.enter_context(engine)
-        name = options.name or options.folder.resolve().name
-        requests = Requests(model, name, fingerprint(name, lechat_jax.__version__, model.weights))
         hosts = LOOPBACK if options.host in LOOPBACK else ()
         access = Access(options.key, frozenset(hosts), options.allow_origin)
         app = Api(engine, requests).app(access)

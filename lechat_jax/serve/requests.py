@@ -56,12 +56,8 @@ class Requests:
         self._template = ChatPrompts(self.tokenizer)
         self._marks = tool_calls.marks(self.tokenizer)
         self._lock = threading.Lock()  # of what others have not made for several threads
+        self._grammars = Grammars(self.tokenizer)  # takes seconds, for which no stream should wait
         self._compiling = threading.Lock()  # of grammars, which may take long
-
-    @functools.cached_property
-    def grammars(self) -> Grammars:
-        """The compiler of grammars, made at the first use; see `Grammars`."""
-        return Grammars(self.tokenizer)
 
     def chat(self, body: Chat) -> Prepared:
         """Prepares the next message of a conversation; raises `Refused`."""
@@ -283,19 +279,19 @@ class Requests:
         if form and form.type == "json_object":
             wanted = form.schema_
             makers.append(
-                self.grammars.json_object
+                self._grammars.json_object
                 if wanted is None
-                else functools.partial(self.grammars.json_schema, wanted)
+                else functools.partial(self._grammars.json_schema, wanted)
             )
         if form and form.type == "json_schema":
             if form.json_schema is None:
                 raise Refused("response_format needs a json_schema", param="response_format")
             schema = form.json_schema.schema_
-            makers.append(lambda: self.grammars.json_schema(schema))
+            makers.append(lambda: self._grammars.json_schema(schema))
         if forced and self._marks:
             most = most_calls or (1 if len(forced) == 1 else MOST_CALLS)
             make = functools.partial(tool_calls.grammar, forced, self.tokenizer, self._marks, most)
-            makers.append(lambda: self.grammars.lark(make()))
+            makers.append(lambda: self._grammars.lark(make()))
         if body.structured_outputs:
             makers += self._structured(body.structured_outputs)
         if not makers:
@@ -320,7 +316,7 @@ class Requests:
         }
 
         def make(name: str, value: Any) -> Matcher:
-            return getattr(self.grammars, name)(value)
+            return getattr(self._grammars, name)(value)
 
         return [
             functools.partial(make, name, value)

@@ -8,8 +8,11 @@ from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from rich.console import Console
 
+from lechat_jax.checkpoint.saved_model import SavedModel
+from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import PRESETS
 from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.tokenizer import Tokenizer, preferred
@@ -143,10 +146,11 @@ class Serve(Work):
         to = "lechat" if impl == "lechat" else "hf"
         with quiet():
             if name in PRESETS:
-                flags = ["--preset", name, "--format", to, "--seed", str(self.seed)]
-                make_checkpoint.main([str(out), *flags, "--dtype", self.dtype])
-            else:
-                convert.main([name, str(out), "--to", to, "--dtype", self.dtype])
+                random = folder / f"random for {impl}"
+                flags = ["--preset", name, "--format", "lechat", "--seed", str(self.seed)]
+                make_checkpoint.main([str(random), *flags, "--dtype", self.dtype])
+                name = str(whole_letters_only(random, folder / f"weights for {impl}"))
+            convert.main([name, str(out), "--to", to, "--dtype", self.dtype])
         return out
 
     def modes(self, impl: str, folder: Path) -> list[Server]:
@@ -199,6 +203,22 @@ class Serve(Work):
                 rate = f"{result.usual.tokens_per_s:.1f} tokens/s"
                 console.print(f"{server.impl}, {users} users: {rate}", markup=False)
                 yield users, result
+
+
+def whole_letters_only(folder: Path, out: Path) -> Path:
+    """A copy of random weights that never chooses a byte of a letter: their logits are 0.
+
+    Bytes in no order are no text, at which another server's streaming decoder ends the request.
+    """
+    weights, tokenizer = SavedModel.open(folder).load().weights, tokenizer_in(folder)
+    bytes_ = jnp.asarray([*tokenizer.byte_of])
+    save_weights(
+        out,
+        SavedModel.open(folder).config,
+        weights | {"head.kernel": weights["head.kernel"].at[bytes_].set(0)},
+        tokenizer.path,
+    )
+    return out
 
 
 def tokenizer_in(folder: Path) -> Tokenizer:

@@ -127,6 +127,15 @@ def test_an_answer_is_that_of_the_generator(model: LoadedModel, engine: Engine) 
     np.testing.assert_allclose(said.logprobs, same.logprobs, rtol=1e-5)
 
 
+def test_drafts_change_no_text(model: LoadedModel) -> None:
+    """Of prompts that repeat themselves, so that drafts are made, alone and beside others."""
+    asked = [GenerationRequest([id_, 7, 8, 9] * 9, 30, GREEDY) for id_ in (5, 6, 900)]
+    with Engine(model, 2) as plain, Engine(model, 2, draft=3) as drafting:
+        right = [submit(plain, request).answer()[0] for request in asked]
+        listeners = [submit(drafting, request) for request in asked]
+        assert [listener.answer()[0] for listener in listeners] == right
+
+
 def test_no_request_compiles_anything(
     model: LoadedModel, tokenizer: Tokenizer, engine: Engine
 ) -> None:

@@ -3,7 +3,6 @@
 import gc
 import json
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -194,10 +193,8 @@ def test_compiling_a_grammar_keeps_no_chat_waiting(
     )
     other.start()
     assert begun.wait(30)
-    began = time.monotonic()
     assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
     assert not answers
-    assert time.monotonic() - began < 25
     go_on.set()
     other.join()
     assert answers == [200]

@@ -101,8 +101,9 @@ async def measure(
 ) -> Measured:
     """Times of streams while each user sends its next request as soon as one is answered.
 
-    After `warm_up` seconds, `seconds` of them are measured; then the long prompt is sent, and
-    they are until its first tokens. What is under way then is answered, but no more is sent.
+    Once each user has had an answer, but not before `warm_up` seconds, `seconds` of them are
+    measured; then the long prompt is sent, and they are until its first tokens. What is under way
+    then is answered, but no more is sent.
 
     Args:
         send: answers a request by a `Stream`.
@@ -115,13 +116,17 @@ async def measure(
         BadInput: an answer was an error, or did not come.
     """
     is_over, streams = asyncio.Event(), []
+    is_answered = [asyncio.Event() for _ in users]
 
-    async def user(requests: Iterator[Request]) -> None:
+    async def user(requests: Iterator[Request], is_answered: asyncio.Event) -> None:
         while not is_over.is_set():
             streams.append(await send(next(requests)))
+            is_answered.set()
 
     async def director() -> tuple[float, float, Stream | None]:
         await asyncio.sleep(warm_up)
+        for event in is_answered:
+            await event.wait()
         began = time.perf_counter()
         await asyncio.sleep(seconds)
         ended = time.perf_counter()
@@ -132,8 +137,8 @@ async def measure(
     try:
         async with asyncio.TaskGroup() as group:
             directing = group.create_task(director())
-            for requests in users:
-                group.create_task(user(requests))
+            for requests, event in zip(users, is_answered, strict=True):
+                group.create_task(user(requests, event))
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
     began, ended, long = directing.result()
