@@ -20,6 +20,7 @@ from lechat_jax.quantize.scheme import scheme_for
 from lechat_jax.train.step import StepOptions
 from tests.devices.test_lowering import CONFIG, decoding, lowered, training
 
+CANONICAL = "jax_hlo_source_file_canonicalization_regex"
 NAMES = (FOLDER, *map(str.lower, SETTINGS))
 
 
@@ -31,6 +32,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in NAMES:
         monkeypatch.delenv(name.upper(), raising=False)
     jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update(CANONICAL, None)
     yield
     for name, value in before.items():
         jax.config.update(name, value)

@@ -45,7 +45,7 @@ def client(server: Live) -> Iterator[httpx.Client]:
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
-        (TEXT | {"logit_bias": {"9" * 5000: 1}}, "which is no id"),
+        (TEXT | {"logit_bias": {"9" * 5000: 1}}, "which is not an id"),
         (TEXT | {"prompt": ["a"] * 1024, "n": 128}, "more than 1024 answers"),
         (TEXT | {"prompt": "a" * 10**6}, "the context holds 256 in all"),
         (TEXT | {"n": 12}, "12 answers are asked for at once"),
