@@ -32,7 +32,7 @@ from lechat_jax.serve.engine import (
     Unavailable,
     Update,
 )
-from lechat_jax.serve.requests import Prepared, Requests
+from lechat_jax.serve.requests import Prepared, Requests, context_error
 from lechat_jax.serve.wire import (
     Body,
     Chat,
@@ -206,7 +206,7 @@ class Api:
         except Unavailable as error:
             raise Refused(str(error), 503, kind="unavailable_error") from error
         except ContextExceeded as error:
-            raise Refused(str(error), code="context_length_exceeded", param="prompt") from error
+            raise context_error(error, "messages") from error  # of a prompt it is known before
         except BadInput as error:
             raise Refused(str(error)) from error
         answering = Answering(prepared, tickets, updates)
@@ -350,7 +350,7 @@ class EventStream(Response):
 
 
 class Gate:
-    """ASGI middleware: Host header, API key, and the size of a body.
+    """ASGI middleware: Host header and API key.
 
     A page of another host can make a browser send requests here by DNS rebinding; they have its
     name in their Host header, which a server on localhost therefore does not accept.

@@ -25,7 +25,6 @@ class Grammars:
 
     Args:
         tokenizer: the model's tokenizer.
-        eos_id: the id that ends an answer.
 
     Raises:
         BadInput: llguidance is not installed.

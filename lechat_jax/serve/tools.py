@@ -15,6 +15,7 @@ import string
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from lechat_jax.serve.grammar import COMPACT
 from lechat_jax.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 CALL_ID = re.compile("[a-zA-Z0-9]{9}")  # the only ids that templates up to v11 take
@@ -95,7 +96,7 @@ class ToolCallParser:
         for id_ in ids:
             if id_ in self._marks:
                 self._text += self._part.flush()
-                yield from self._close(id_)
+                self._close(id_)
                 self._part, self._text, self._kind = StreamDecoder(self._tokenizer), "", id_
                 continue
             self._text += self._part.push([id_])
@@ -111,7 +112,7 @@ class ToolCallParser:
         is_broken = self._is_list and self._kind is not None and not self.n_calls
         return self._text.strip() if is_broken else ""
 
-    def _close(self, mark: int) -> Iterator[CallPiece]:
+    def _close(self, mark: int) -> None:
         """Notes what came before a mark: content, a name or an id."""
         marks = self._marks
         if self._kind is None:
@@ -122,7 +123,6 @@ class ToolCallParser:
             self._id = self._text.strip()
         if mark == marks.calls:
             self._name, self._id, self._is_open = "", "", False
-        return iter(())
 
     def _arguments(self) -> Iterator[CallPiece]:
         """The arguments as they are written, after a first piece with id and name."""
@@ -159,8 +159,7 @@ class ToolCallParser:
 def grammar(tools: Sequence[dict[str, Any]], tokenizer: Tokenizer, marks: Marks, most: int) -> str:
     """A Lark grammar of an answer that calls at least one of these tools, and at most `most`."""
     functions = [tool["function"] for tool in tools]
-    spaced = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", "}}
-    spaced["x-guidance"]["key_separator"] = ": "
+    spaced = {"x-guidance": COMPACT}
     if tokenizer.version in LISTS:
         calls = [
             {
