@@ -206,7 +206,7 @@ class Api:
         except Unavailable as error:
             raise Refused(str(error), 503, kind="unavailable_error") from error
         except ContextExceeded as error:
-            raise context_error(error, "messages") from error  # of a prompt it is known before
+            raise context_error(error, "messages") from error  # a prompt is checked before
         except BadInput as error:
             raise Refused(str(error)) from error
         answering = Answering(prepared, tickets, updates)

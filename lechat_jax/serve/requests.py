@@ -116,7 +116,7 @@ class Requests:
             try:  # before anything is done that takes long for each token
                 check_room(len(ids), most, self._model.context)
             except ContextExceeded as error:
-                raise context_error(error) from error
+                raise context_error(error, "prompt") from error
             text = None
             if body.echo:
                 text = prompt if is_text else self.tokenizer.decode(ids)
@@ -351,6 +351,6 @@ def fingerprint(name: str, version: str, weights: Mapping[str, Any]) -> str:
     return "fp_" + hashlib.sha256(known).hexdigest()[:12]
 
 
-def context_error(error: ContextExceeded) -> Refused:
+def context_error(error: ContextExceeded, param: str) -> Refused:
     """The error of OpenAI's API for a prompt that is too long."""
-    return Refused(str(error), code="context_length_exceeded", param="prompt")
+    return Refused(str(error), code="context_length_exceeded", param=param)
