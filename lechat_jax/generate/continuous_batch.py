@@ -288,7 +288,7 @@ class ContinuousBatch:
             return row_of(self._state.cache, np.int32(row))
 
     def allow(self, row: int, mask: UInt32[np.ndarray, "words"]) -> None:
-        """Sets which ids may come next in a row, see `Processors.allowed`, until the next call."""
+        """Sets which ids may come next in a row, see `Processors.allowed`, until it is freed."""
         assert self._allowed is not None
         self._allowed[row] = mask
         self._is_allowing = True
@@ -306,6 +306,7 @@ class ContinuousBatch:
         weights = self._weights_for(self.n_rows * (1 + guessing))
         if self._is_allowing and self._allowed is not None and self._request.processors:
             places = by_rows(self._mesh, self._allowed) if self._mesh else None
+            # A copy, since a CPU device reads the array itself, which `allow` changes.
             allowed = jax.device_put(self._allowed.copy(), places)
             processors = self._request.processors._replace(allowed=allowed)
             self._request, self._is_allowing = self._request._replace(processors=processors), False

@@ -34,8 +34,8 @@ from lechat_jax.serve.prefix_cache import PrefixCache
 
 log = logging.getLogger("lechat.serve")
 
-# Tokens of a prefill chunk. It takes about as long as a step of all rows, so that nobody's stream
-# waits for twice its usual time while another prompt is read. On a CPU, 16 positions at once are
+# Tokens of a prefill chunk. It takes about as long as a step of all rows, so that a stream
+# waits little longer than usual while another prompt is read. On a CPU, 16 positions at once are
 # read as fast per position as 64.
 CHUNK = {"cpu": 16, "gpu": CHUNKS["gpu"][0], "tpu": CHUNKS["tpu"][0]}
 MOST_STEPS = 16  # of a call of the decode loop
@@ -401,7 +401,7 @@ class Engine:
             try:
                 self._round()
                 has_failed = False
-            except Exception:
+            except Exception:  # whatever it is, those who wait must be told
                 log.exception("the engine failed")
                 has_failed = True
             if has_failed:  # outside, since the exception holds on to the old batch
@@ -595,7 +595,7 @@ class Engine:
                 self._pending = None
                 del self._batch  # there may not be memory for two
                 self._new_batch()
-        except Exception:
+        except Exception:  # of the device, such as too little memory
             log.exception("the engine cannot begin anew")
             is_again = True
         if is_again:

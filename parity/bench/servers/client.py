@@ -139,7 +139,7 @@ async def measure(
             directing = group.create_task(director())
             for requests, event in zip(users, is_answered, strict=True):
                 group.create_task(user(requests, event))
-    except ExceptionGroup as group:
+    except ExceptionGroup as group:  # of the tasks, the first of which says why
         raise group.exceptions[0] from None
     began, ended, long = directing.result()
     loaded = Span(long.sent, long.events[-1], streams) if long else None
