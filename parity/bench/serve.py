@@ -149,7 +149,7 @@ class Serve(Work):
                 random = folder / f"random for {impl}"
                 flags = ["--preset", name, "--format", "lechat", "--seed", str(self.seed)]
                 make_checkpoint.main([str(random), *flags, "--dtype", self.dtype])
-                name = str(whole_letters_only(random, folder / f"weights for {impl}"))
+                name = str(without_byte_tokens(random, folder / f"weights for {impl}"))
             convert.main([name, str(out), "--to", to, "--dtype", self.dtype])
         return out
 
@@ -205,7 +205,7 @@ class Serve(Work):
                 yield users, result
 
 
-def whole_letters_only(folder: Path, out: Path) -> Path:
+def without_byte_tokens(folder: Path, out: Path) -> Path:
     """A copy of random weights that never chooses a byte of a letter: their logits are 0.
 
     Bytes in no order are no text, at which another server's streaming decoder ends the request.
