@@ -121,7 +121,7 @@ def measure(options: Quality, display: Display) -> dict[str, Any]:
     weights = _load(trained, options.dtype)
     dtype = str(weights["norm.scale"].dtype)
     rows = [_row(dtype, weights)]
-    head = weights["embed.kernel" if config.tied_embeddings else "head.kernel"]
+    head = weights[config.head]
     read = [_hidden(config, weights, row) for row in _shown(inputs, display, "reference")]
     display.wait("quantising" if other is None else "loading weights")
     if other is None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from lechat_jax.chat.slash_commands import Commands
 from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
-from lechat_jax.cli.display import Visible
+from lechat_jax.cli.display import PrefillProgress, Visible, note
 from lechat_jax.cli.signals import Stop
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     note(f"loading {options.folder}")
     began = time.perf_counter()
     enable_compilation_cache()
-    generator = options.load(batch=1)
+    generator = options.load(1, PrefillProgress())
     dialogue = generator.chat(
         options.system,
         max_tokens=options.max_tokens,
@@ -161,8 +161,3 @@ def tell(dialogue: Dialogue, question: str, at_terminal: bool, verbose: bool) ->
         rate = f", then {sum(sizes[1:]) / seconds:,.1f} tokens/s" if len(sizes) > 1 else ""
         note(f"{sum(sizes)} tokens: the first after {first - began:.2f} s{rate}")
     return asked
-
-
-def note(text: str) -> None:
-    """Prints a message to stderr."""
-    print(text, file=sys.stderr, flush=True)

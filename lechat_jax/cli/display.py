@@ -240,6 +240,11 @@ class Meter(Display):
             self.say(status)
 
 
+def note(text: str) -> None:
+    """Prints a message to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def clock(seconds: float) -> str:
     """Formats a duration in seconds as minutes and seconds, or hours.
 

@@ -66,6 +66,7 @@ TABLE = {
     ),
     "head.kernel": Row("V", "D", "lm_head", "output"),
 }
+EMBEDDING = "embed.kernel"
 HEAD = "head.kernel"  # not of a tied model, whose head is the embedding
 ROUTER = "blocks.mlp.router.kernel"
 EXPERTS = tuple(name for name in TABLE if name.startswith("blocks.mlp.experts."))

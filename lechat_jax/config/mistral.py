@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lechat_jax.config.layout import Row, is_expert, weights
+from lechat_jax.config.layout import EMBEDDING, HEAD, Row, is_expert, weights
 from lechat_jax.errors import BadInput
 
 Window = int | None
@@ -185,6 +185,11 @@ class MistralConfig:
     def weights(self) -> Mapping[str, Row]:
         """Every weight by name, with its row of the table, `layout`."""
         return weights(self.n_layers, self.n_experts > 0, self.tied_embeddings)
+
+    @property
+    def head(self) -> str:
+        """Name of the weight that makes the logits: the embedding's, if they are tied."""
+        return EMBEDDING if self.tied_embeddings else HEAD
 
     def shape(self, letters: str) -> tuple[int, ...]:
         """The sizes of axes, see `layout`.

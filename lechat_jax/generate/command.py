@@ -15,7 +15,7 @@ import tyro
 
 from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
-from lechat_jax.cli.display import Visible
+from lechat_jax.cli.display import PrefillProgress, Visible
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_atomic
@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = _prompts(options)
     if any(isinstance(prompt, str) for prompt in asked):
         check_tokenizer(options.folder)
-    generator = options.load(min(options.batch, len(asked) * options.samples))
+    batch = min(options.batch, len(asked) * options.samples)
+    generator = options.load(batch, PrefillProgress())
     rows = [ids for ids in map(generator.ids_of, asked) for _ in range(options.samples)]
     generator.check(rows, options.max_tokens)
     timed, samples = Timed(), list[Sample]()

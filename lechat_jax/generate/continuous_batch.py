@@ -37,7 +37,7 @@ from lechat_jax.generate.decode import (
     row_of,
     with_row,
 )
-from lechat_jax.generate.logits_processors import Top, Wishes, all_allowed
+from lechat_jax.generate.logits_processors import LogitsProcessing, Top, all_allowed
 from lechat_jax.generate.prefill import cache_size, chunk_of
 from lechat_jax.generate.prompt_lookup import SEEN, Repeats, newest
 from lechat_jax.generate.sampling import Sampling
@@ -81,7 +81,7 @@ class Prefill:
         scores: log-probs of the prompt's tokens from the second on, if they are wanted.
         limit: maximum new tokens.
         sampling: sampling parameters.
-        wishes: logits processors.
+        processing: logits processors.
         request: both, as arrays.
     """
 
@@ -91,7 +91,7 @@ class Prefill:
     scores: list[PromptScores] | None
     limit: int
     sampling: Sampling
-    wishes: Wishes
+    processing: LogitsProcessing
     request: Request
 
     @property
@@ -130,6 +130,11 @@ def next_chunk(chunks: tuple[int, ...], left: int) -> int:
     return max((T for T in chunks if T <= left), default=chunks[0])
 
 
+def next_steps(n: int, is_quick: bool, most: int) -> int:
+    """Steps of the next call of the decode loop: twice as many while a call is quick, else half."""
+    return min(most, 2 * n) if is_quick else max(1, n // 2)
+
+
 class ContinuousBatch:
     """Continuous batching engine: rows of a decode state that are admitted, advanced and freed.
 
@@ -148,7 +153,7 @@ class ContinuousBatch:
         chunks: tokens T of a prefill chunk: of the end of a prompt, and before that of longer ones.
         context: positions that a layer without a window can hold.
         draft: tokens drafted per step by prompt lookup, while the acceptance rate pays.
-        with_processors: whether requests may have logits processors, see `Wishes`.
+        with_processors: whether requests may have logits processors, see `LogitsProcessing`.
         mesh: of the devices that share the work: heads over `tp`, rows over `fsdp`.
     """
 
@@ -192,7 +197,7 @@ class ContinuousBatch:
         stream: int = 0,
         start: int = 0,
         snapshot: Cache | None = None,
-        wishes: Wishes | None = None,
+        processing: LogitsProcessing | None = None,
         is_scored: bool = False,
     ) -> Prefill:
         """Admits a prompt to a row; `read` then does its prefill chunk by chunk.
@@ -207,7 +212,7 @@ class ContinuousBatch:
             start: tokens of the prompt that are in the row's cache or in the snapshot already, or
                 are skipped.
             snapshot: KV cache of the first `start` tokens, see `snapshot`.
-            wishes: logits processors, if the batch was made with them.
+            processing: logits processors, if the batch was made with them.
             is_scored: whether log-probs of the prompt's own tokens are computed.
         """
         self.free(row)
@@ -219,10 +224,10 @@ class ContinuousBatch:
                 cache = clear(cache, np.int32(row))
         self._state = self._state._replace(cache=cache)
         self._used[row] = True
-        wishes = wishes or Wishes()
-        request = self._request_of(sampling, eos_ids, stream, wishes)
+        processing = processing or LogitsProcessing()
+        request = self._request_of(sampling, eos_ids, stream, processing)
         scores = [] if is_scored else None
-        admitted = Prefill(row, prompt, start, scores, limit, sampling, wishes, request)
+        admitted = Prefill(row, prompt, start, scores, limit, sampling, processing, request)
         self.lengths[row] = len(prompt)
         self.unread += len(prompt) - 1 - start
         self._waiting.append(admitted)
@@ -341,7 +346,7 @@ class ContinuousBatch:
             self._waiting.remove(reading)
             self.unread -= len(reading.prompt) - 1 - reading.at
         if self._decodes[row]:  # also when it is done: it would go on writing its last key
-            self._seat(row, 0, EMPTY, 0, self._request_of(IDLE, (), 0, Wishes()))
+            self._seat(row, 0, EMPTY, 0, self._request_of(IDLE, (), 0, LogitsProcessing()))
         self.lengths[row], self._repeats[row] = 0, None
         self._drawn[row] = self._wants_top[row] = False
 
@@ -354,7 +359,7 @@ class ContinuousBatch:
         row, last = read.row, len(read.prompt) - 1
         self._seat(row, int(read.prompt[last]), last, read.limit, read.request)
         self._drawn[row] = read.sampling.temperature > 0
-        self._wants_top[row] = read.wishes.n_top > 0
+        self._wants_top[row] = read.processing.n_top > 0
         if self._draft:
             self._repeats[row] = Repeats(read.prompt, self._draft)
             self._look_at(newest([[]] * self.n_rows, 0))
@@ -375,11 +380,15 @@ class ContinuousBatch:
             self.allow(row, all_allowed(1, self._config.vocab_size)[0])
 
     def _request_of(
-        self, sampling: Sampling, eos_ids: Collection[int], stream: int, wishes: Wishes
+        self,
+        sampling: Sampling,
+        eos_ids: Collection[int],
+        stream: int,
+        processing: LogitsProcessing,
     ) -> Request:
         V = self._config.vocab_size
         ends = jnp.asarray(np.isin(np.arange(V), list(eos_ids))[None])
-        processors = None if self._allowed is None else wishes.processors(V)
+        processors = None if self._allowed is None else processing.processors(V)
         return Request(sampling.controls(1), sampling.streams(1, stream), ends, processors)
 
     def _guessing(self) -> int:
@@ -410,7 +419,7 @@ def rounds(batch: ContinuousBatch, rows: Sequence[Continuation]) -> Iterator[lis
         made = batch.advance(n)
         # A clock must not make processes differ that take the same steps together.
         is_quick = time.perf_counter() - began < PATIENCE or jax.process_count() > 1
-        n = min(MOST, 2 * n) if is_quick else max(1, n // 2)
+        n = next_steps(n, is_quick, MOST)
         yield [row.take(*tokens[:2]) for row, tokens in zip(rows, made, strict=True)]
         for number, row in enumerate(rows):
             if row.stopped == "stop" and len(rows) > 1:  # of which the batch knows nothing

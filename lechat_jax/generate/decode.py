@@ -25,10 +25,17 @@ from lechat_jax.devices.mesh import (
     on_mesh,
 )
 from lechat_jax.devices.platform import platform
-from lechat_jax.generate.logits_processors import MOST_TOP, Processors, Top, Wishes, process, top_of
+from lechat_jax.generate.logits_processors import (
+    MOST_TOP,
+    LogitsProcessing,
+    Processors,
+    Top,
+    process,
+    top_of,
+)
 from lechat_jax.generate.prefill import CacheSize, Described, cache_size
 from lechat_jax.generate.prompt_lookup import SEEN, lately, look_up, record
-from lechat_jax.generate.sampling import Controls, Sampling, sample, token_keys
+from lechat_jax.generate.sampling import Controls, Sampling, sample, token_keys, token_logprobs
 from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.cache import EMPTY, Cache, empty_cache
 from lechat_jax.ops.matmul import as_bits
@@ -153,9 +160,7 @@ def prefill_scored(
     model = bind(config, weights)
     hidden, alone = model.extend(tokens, positions, alone)
     logits = model.logits(hidden)[0]
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)
-    scores = PromptScores(logprobs, top_of(logits, jnp.bool_(True)))
+    scores = PromptScores(token_logprobs(logits, targets), top_of(logits, jnp.bool_(True)))
     return kept_by_rows(_put(cache, row, alone)), kept_everywhere(scores)
 
 
@@ -421,7 +426,7 @@ def idle_rows(
     state = DecodeState(empty_cache(*size), free + 1, free, free + 1, seen)
     request = Request(IDLE.controls(B), IDLE.streams(B), jnp.zeros((B, V), bool))
     if with_processors:
-        alone = Wishes().processors(V)
+        alone = LogitsProcessing().processors(V)
         processors = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), B, axis=0), alone)
         state = state._replace(counts=jnp.zeros((B, V), jnp.int32))
         request = request._replace(processors=processors)

@@ -49,7 +49,7 @@ class Top(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Wishes:
+class LogitsProcessing:
     """Logits processors of one row as a user gives them.
 
     Attributes:
@@ -75,7 +75,7 @@ class Wishes:
                 )
 
     def processors(self, vocab_size: int) -> Processors:
-        """These wishes as arrays of one row."""
+        """These as arrays of one row."""
         bias = np.zeros((1, vocab_size), np.float32)
         for id_, value in self.logit_bias.items():
             bias[0, id_] = value

@@ -120,8 +120,13 @@ def sample(
     drawn = controls.temperature > 0
     greedy = largest(choices)
     ids = jnp.where(drawn, jax.lax.cond(jnp.any(drawn), draw, lambda: greedy), greedy)
+    return ids, token_logprobs(logits, ids)
+
+
+def token_logprobs(logits: Float[Array, "B V"], ids: Int[Array, "B"]) -> Float[Array, "B"]:
+    """Log-probability of a token of each row under the model, in nats."""
     chosen = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-    return ids, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def largest(x: Float[Array, "B V"]) -> Int[Array, "B"]:

@@ -21,6 +21,8 @@ from jaxtyping import Float32, Shaped
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import (
+    EMBEDDING,
+    HEAD,
     ORDER,
     SCALE,
     ZERO,
@@ -37,7 +39,7 @@ from lechat_jax.quantize.int8 import dequantize, quantized, scale_shape
 
 Format = Literal["int8", "int4"]
 QUANTIZATION = "quantization"  # key of a config that names the form
-TABLES = ("embed.kernel", "head.kernel")
+TABLES = (EMBEDDING, HEAD)
 GROUP = 128  # features that share a scale in int4, if they can be had
 LEAST_GROUP = 8  # of 4 bits each; scale and zero are 5 bytes more
 

@@ -10,22 +10,18 @@ import dataclasses
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
 
 import tyro
 
 import lechat_jax
 from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
+from lechat_jax.cli.display import note
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
-from lechat_jax.generate.generator import Generator
-from lechat_jax.generate.loaded_model import CONTEXT
-from lechat_jax.quantize.scheme import Format
+from lechat_jax.generate.options import ModelOptions
 from lechat_jax.tokenizer.tokenizer import preferred
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 
@@ -33,28 +29,19 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names under which only this mach
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(ModelOptions):
     """The flags of `python -m lechat_jax.serve`.
 
     Attributes:
-        folder: Folder of a training run, such as runs/NAME, or of weights in lechat's format, as
-            written by python -m parity.convert.
         rows: Requests that are decoded together; others wait. Each row has a KV cache.
         context: Maximum tokens of a request, prompt and answer; a longer one is refused.
-        dtype: Type to compute in. By default as stored, but float32 on a CPU if that fits into
-            memory.
-        quantize: Quantise the weights on loading: int8 takes a quarter of float32, int4 an eighth.
-            By default as stored.
-        mesh: Devices that share the work, such as tp=8 or fsdp=2,tp=4: the model's heads and
-            feed-forward are split over tp, the rows over fsdp. By default one device.
+        speculate: Speculative decoding by prompt lookup. Answers are then the same up to rounding,
+            which depends on who else is there. By default off.
         api_key: Key that clients must send, Authorization: Bearer KEY; by default the environment
             variable LECHAT_API_KEY, and without it none is asked for.
         max_queue: Requests that wait for a row; beyond them the answer is 429.
         prefix_mb: Size in MB of the prefix cache, which keeps the KV caches of prompts that others
             may begin with; 0 is off.
-        speculate: Speculative decoding by prompt lookup. Answers are then the same up to rounding,
-            which depends on who else is there. By default off.
-        draft: Tokens that --speculate guesses per step.
         grace: Seconds that SIGTERM gives to requests that are being answered.
         host: Address to listen on; 0.0.0.0 is all of this machine's, for others to reach.
         port: Port to listen on; 0 takes any that is free.
@@ -63,17 +50,10 @@ class ServeConfig:
         name: Name of the model in answers. By default that of the folder.
     """
 
-    folder: tyro.conf.Positional[Path]
     rows: int = 4
-    context: int = CONTEXT
-    dtype: Literal["bfloat16", "float32"] | None = None
-    quantize: Format | None = None
-    mesh: str | None = None
     api_key: str = ""
     max_queue: int = 64
     prefix_mb: int = 256
-    speculate: bool = False
-    draft: int = 7
     grace: float = 30.0
     host: str = "127.0.0.1"
     port: int = 8000
@@ -82,7 +62,8 @@ class ServeConfig:
 
     def check(self) -> None:
         """Validates the flags before anything is loaded; raises `BadInput`."""
-        least = {"rows": 1, "context": 2, "max_queue": 0, "prefix_mb": 0, "draft": 1, "grace": 0}
+        super().check()
+        least = {"rows": 1, "context": 2, "max_queue": 0, "prefix_mb": 0, "grace": 0}
         for field, smallest in least.items():
             if not getattr(self, field) >= smallest:
                 name, value = field.replace("_", "-"), getattr(self, field)
@@ -122,13 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(f"loading {options.folder}")
         began = time.perf_counter()
         enable_compilation_cache()
-        model = Generator.from_checkpoint(
-            options.folder,
-            context=options.context,
-            dtype=options.dtype,
-            quantize=options.quantize,
-            mesh=options.mesh,
-        )
+        model = options.load()
         name = options.name or options.folder.resolve().name
         requests = Requests(model, name, fingerprint(name, lechat_jax.__version__, model.weights))
         engine = Engine(
@@ -136,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.rows,
             max_queue=options.max_queue,
             prefix_bytes=options.prefix_mb * 10**6,
-            draft=options.draft if options.speculate else 0,
+            draft=options.n_drafted,
         )
         stack.enter_context(engine)
         hosts = LOOPBACK if options.host in LOOPBACK else ()
@@ -166,8 +141,3 @@ def listen(host: str, port: int) -> socket.socket:
             ) from error
         stack.pop_all()
     return bound
-
-
-def note(text: str) -> None:
-    """Prints a message to stderr."""
-    print(text, file=sys.stderr, flush=True)

@@ -22,9 +22,10 @@ from lechat_jax.generate.continuous_batch import (
     Prefill,
     RowTokens,
     TopTokens,
+    next_steps,
 )
 from lechat_jax.generate.loaded_model import LoadedModel, Prompt
-from lechat_jax.generate.logits_processors import Wishes, all_allowed
+from lechat_jax.generate.logits_processors import LogitsProcessing, all_allowed
 from lechat_jax.generate.prefill import CHUNKS
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.cache import Cache
@@ -67,7 +68,7 @@ class GenerationRequest:
         stream: number of the random stream, such as of a choice among several.
         eos_ids: ids that end the text.
         stop: stop texts.
-        wishes: logits processors.
+        processing: logits processors.
         matcher: grammar of the text, if any.
         is_scored: whether log-probs of the prompt's own tokens are wanted.
         is_answer: whether the text begins anew after the prompt, as a chat's answer does, and
@@ -80,7 +81,7 @@ class GenerationRequest:
     stream: int = 0
     eos_ids: Collection[int] = ()
     stop: tuple[str, ...] = ()
-    wishes: Wishes = dataclasses.field(default_factory=Wishes)
+    processing: LogitsProcessing = dataclasses.field(default_factory=LogitsProcessing)
     matcher: Matcher | None = None
     is_scored: bool = False
     is_answer: bool = False
@@ -238,7 +239,7 @@ class Engine:
         *,
         eos_ids: Collection[int] | None = None,
         stop: str | Sequence[str] = (),
-        wishes: Wishes | None = None,
+        processing: LogitsProcessing | None = None,
         matcher: Matcher | None = None,
         stream: int = 0,
     ) -> Generator[Sample, None, None]:
@@ -259,7 +260,7 @@ class Engine:
             stream=stream,
             eos_ids=self.model.eos_ids if eos_ids is None else eos_ids,
             stop=stop_texts(stop),
-            wishes=wishes or Wishes(),
+            processing=processing or LogitsProcessing(),
             matcher=matcher,
         )
         updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
@@ -348,7 +349,7 @@ class Engine:
         """Validates a request; its text to come."""
         model, prompt = self.model, request.prompt
         model.check([prompt[: model.context]], request.max_tokens)
-        request.wishes.check(model.config.vocab_size)
+        request.processing.check(model.config.vocab_size)
         check_room(len(prompt), request.max_tokens, model.context)
         before = () if request.is_answer else prompt
         return Continuation(
@@ -378,9 +379,9 @@ class Engine:
         """Compiles all that a request may need, by answering some of each kind."""
         batch, vocab_size = self._batch, self.model.config.vocab_size
         length = max(1, min(self._chunks[0] + 2, self.model.context - 1))
-        # With a draft, a text that repeats itself has one and another has none.
-        for prompt in ([0] * 64 * bool(self._draft), [*range(length)]):
-            prompt = [id_ % vocab_size for id_ in prompt[: self.model.context - 1]] or [0]
+        varied = [id_ % vocab_size for id_ in range(length)]
+        repeated = [0] * min(64, self.model.context - 1)  # of which prompt lookup finds a draft
+        for prompt in (varied, repeated) if self._draft else (varied,):
             for is_scored in (True, False):
                 batch.admit(0, prompt, 1, Sampling(temperature=0), is_scored=is_scored)
                 batch.read_all()
@@ -480,7 +481,7 @@ class Engine:
             request.stream,
             start if snapshot is not None else 0,
             snapshot,
-            dataclasses.replace(request.wishes, has_grammar=request.matcher is not None),
+            dataclasses.replace(request.processing, has_grammar=request.matcher is not None),
             request.is_scored,
         )
         self.metrics.note_admitted(len(request.prompt), time.perf_counter() - ticket.submitted)
@@ -532,7 +533,7 @@ class Engine:
         self._pending = None
         now = time.perf_counter()
         is_quick, self._fetched = now - max(self._fetched, began) < PATIENCE, now
-        self._steps = min(MOST_STEPS, 2 * self._steps) if is_quick else max(1, self._steps // 2)
+        self._steps = next_steps(self._steps, is_quick, MOST_STEPS)
         for ticket, tokens in zip([*self._rows], rows, strict=True):
             if ticket and tokens.ids:
                 self._take(ticket, tokens)

@@ -13,7 +13,7 @@ import numpy as np
 
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.loaded_model import LoadedModel
-from lechat_jax.generate.logits_processors import Wishes
+from lechat_jax.generate.logits_processors import LogitsProcessing
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.serve import tools as tool_calls
 from lechat_jax.serve.answers import Answer, ChatChoice, TextChoice
@@ -192,7 +192,7 @@ class Requests:
         is_answer: bool = False,
     ) -> list[GenerationRequest]:
         """One engine request for each choice; choice i has the random stream i of the seed."""
-        wishes = Wishes(
+        processing = LogitsProcessing(
             self._bias(body) | ({} if matcher else banned or {}),
             body.presence_penalty or 0.0,
             body.frequency_penalty or 0.0,
@@ -209,7 +209,7 @@ class Requests:
                 stream,
                 () if body.ignore_eos else self._model.eos_ids,
                 body.stops,
-                wishes,
+                processing,
                 matcher.copy() if matcher else None,
                 is_scored,
                 is_answer,

@@ -103,7 +103,8 @@ class Serve(Work):
         A server that cannot be measured has a row whose note is why.
         """
         console.print(f"making a checkpoint of {name}", markup=False)
-        folders = {impl: self.write(name, folder, impl) for impl in self.impl}
+        source = self.random(name, folder) if name in PRESETS else name
+        folders = {impl: self.converted(source, folder, impl) for impl in self.impl}
         prompts = Prompts(
             tokenizer_in(folders[self.impl[0]]), self.prompt_tokens, self.new_tokens, self.seed
         )
@@ -140,17 +141,20 @@ class Serve(Work):
         rows = self.rows if impl == "lechat" else None
         return {"dtype": self.dtype, "context": self.context, "rows": rows}
 
-    def write(self, name: str, folder: Path, impl: str) -> Path:
+    def random(self, preset: str, folder: Path) -> str:
+        """A checkpoint of random weights, in a folder below this one."""
+        random = folder / "random"
+        flags = ["--preset", preset, "--format", "lechat", "--seed", str(self.seed)]
+        with quiet():
+            make_checkpoint.main([str(random), *flags, "--dtype", self.dtype])
+        return str(without_byte_tokens(random, folder / "without byte tokens"))
+
+    def converted(self, source: str, folder: Path, impl: str) -> Path:
         """The model's weights in the format of a server, in a folder below this one."""
         out = folder / impl
         to = "lechat" if impl == "lechat" else "hf"
         with quiet():
-            if name in PRESETS:
-                random = folder / f"random for {impl}"
-                flags = ["--preset", name, "--format", "lechat", "--seed", str(self.seed)]
-                make_checkpoint.main([str(random), *flags, "--dtype", self.dtype])
-                name = str(without_byte_tokens(random, folder / f"weights for {impl}"))
-            convert.main([name, str(out), "--to", to, "--dtype", self.dtype])
+            convert.main([source, str(out), "--to", to, "--dtype", self.dtype])
         return out
 
     def modes(self, impl: str, folder: Path) -> list[Server]:
@@ -210,14 +214,11 @@ def without_byte_tokens(folder: Path, out: Path) -> Path:
 
     Bytes in no order are no text, at which another server's streaming decoder ends the request.
     """
-    weights, tokenizer = SavedModel.open(folder).load().weights, tokenizer_in(folder)
-    bytes_ = jnp.asarray([*tokenizer.byte_of])
-    save_weights(
-        out,
-        SavedModel.open(folder).config,
-        weights | {"head.kernel": weights["head.kernel"].at[bytes_].set(0)},
-        tokenizer.path,
-    )
+    saved, tokenizer = SavedModel.open(folder), tokenizer_in(folder)
+    weights = saved.load().weights
+    name, bytes_ = saved.config.head, jnp.asarray([*tokenizer.byte_of])
+    changed = {name: weights[name].at[bytes_].set(0)}
+    save_weights(out, saved.config, weights | changed, tokenizer.path)
     return out
 
 

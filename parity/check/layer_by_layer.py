@@ -160,8 +160,8 @@ class Streamed:
             )
             shapes = names.shapes(small, "lechat")
             weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-            head = "embed.kernel" if source.config.tied_embeddings else "head.kernel"
-            weights["head.kernel"][: source.config.vocab_size] = _float32(source.read(head))
+            head = _float32(source.read(source.config.head))
+            weights["head.kernel"][: source.config.vocab_size] = head
             weights["embed.kernel"][: len(stream)] = stream
             weights["norm.scale"] = _float32(source.read("norm.scale"))
             return Model(small, weights)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -66,15 +67,22 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(engine: Engine, access: Access | None = None) -> Iterator[Live]:
-    """Serves an engine's model on a free port, from a thread of its own."""
+def live(engine: Engine, access: Access | None = None, buffer: int = 0) -> Iterator[Live]:
+    """Serves an engine's model on a free port, from a thread of its own.
+
+    With a `buffer`, its connections hold so many bytes that a client has not read.
+    """
     access = access or Access(hosts=frozenset({"127.0.0.1"}))
     app = Api(engine, Requests(engine.model, "tiny", "fp_test")).app(access)
     listening = listen("127.0.0.1", 0)
+    if buffer:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     server = Server(configuration(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
+        while not server.started:
+            time.sleep(0.01)
         yield Live(f"http://127.0.0.1:{listening.getsockname()[1]}", engine)
     finally:
         server.should_exit = True

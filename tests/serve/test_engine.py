@@ -17,7 +17,7 @@ from lechat_jax.generate.continuation import Sample, join
 from lechat_jax.generate.continuous_batch import ContinuousBatch
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.loaded_model import LoadedModel
-from lechat_jax.generate.logits_processors import Wishes
+from lechat_jax.generate.logits_processors import LogitsProcessing
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import bind
 from lechat_jax.serve.engine import (
@@ -46,13 +46,13 @@ def requests(n: int, vocab_size: int, seed: int = 0) -> list[GenerationRequest]:
         temperature = float(rng.choice([0, 0.7, 1.3]))
         top_k, min_p = int(rng.choice([0, 40])), float(rng.choice([0, 0.02]))
         sampling = Sampling(temperature, top_k, float(rng.choice([0.9, 1])), min_p, number)
-        wishes = Wishes(
+        processing = LogitsProcessing(
             {7: 2.0} if number % 5 == 0 else {},
             presence_penalty=0.5 * (number % 7 == 0),
             n_top=3 * (number % 4 == 0),
         )
         limit = int(rng.integers(1, 40))
-        made.append(GenerationRequest(prompt, limit, sampling, number % 2, wishes=wishes))
+        made.append(GenerationRequest(prompt, limit, sampling, number % 2, processing=processing))
     return made
 
 
@@ -228,7 +228,11 @@ def test_a_full_queue_refuses(model: LoadedModel) -> None:
         (GenerationRequest([5] * 300, 0), ContextExceeded, "holds 256 in all"),
         (GenerationRequest([5, 10**6], 7), BadInput, "is not an id of the model"),
         (GenerationRequest([5], -1), BadInput, "max_tokens must be"),
-        (GenerationRequest([5], 1, wishes=Wishes({10**6: 1.0})), BadInput, "logit_bias has"),
+        (
+            GenerationRequest([5], 1, processing=LogitsProcessing({10**6: 1.0})),
+            BadInput,
+            "logit_bias has",
+        ),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_at_once(
@@ -292,7 +296,9 @@ def test_numbers_that_are_not_finite_end_one_request(model: LoadedModel) -> None
     weights["embed.kernel"] = weights["embed.kernel"].at[96].set(np.nan)
     broken = LoadedModel(bind(model.config, weights), model.tokenizer, chunk=8, context=256)
     with Engine(broken, 2, prefix_bytes=2**20) as engine:
-        golden = GenerationRequest([11, 12, 13], 30, Sampling(seed=2), wishes=Wishes({96: -99.0}))
+        golden = GenerationRequest(
+            [11, 12, 13], 30, Sampling(seed=2), processing=LogitsProcessing({96: -99.0})
+        )
         right = submit(engine, golden).answer()
         wrong, beside = submit(engine, GenerationRequest([96] * 20, 9)), submit(engine, golden)
         assert wrong.done.wait(30)

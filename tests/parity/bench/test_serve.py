@@ -201,7 +201,8 @@ def test_transformers_is_named_in_a_row_when_a_package_is_missing(
 ) -> None:
     monkeypatch.setitem(serve.PRESETS, "tiny", TINY)
     Tokenizer.mistral_v1().save(tmp_path)
-    monkeypatch.setattr(Serve, "write", lambda *_: tmp_path)
+    for step in ("random", "converted"):
+        monkeypatch.setattr(Serve, step, lambda *_: tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     work = Serve(model=("tiny",), impl=("transformers",), read_gb=0.01)
     report = work.run(serve.Console(quiet=True))
