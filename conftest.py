@@ -56,25 +56,29 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("lechat-ci" if os.environ.get("CI") else "lechat")
 
+GIGABYTE = 1_000_000_000
 LOOPBACK = ("127.", "::1", "localhost")
 
 
 def pytest_xdist_auto_num_workers() -> int:
     """A worker for each core, but no more than have two gigabytes each."""
-    return max(1, min(psutil.cpu_count() or 1, psutil.virtual_memory().available // 2_000_000_000))
+    return max(1, min(psutil.cpu_count() or 1, psutil.virtual_memory().available // (2 * GIGABYTE)))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forgets_what_was_compiled() -> Iterator[None]:
-    """A file leaves no programs behind, so that a worker takes the memory of its largest file.
+    """Compiled programs are dropped after a file that leaves a worker larger than a gigabyte.
 
-    What is still there then, imported modules above all, stays: no later search for garbage goes
-    through it, which took a tenth of the time of all tests.
+    Until then they spare other files the compiling of what they have in common. Whatever is still
+    there after a file, imported modules above all, stays: no later search for garbage goes through
+    it, which took a tenth of the time of all tests.
     """
     from lechat_jax.devices.host_memory import give_back_memory
 
     yield
-    jax.clear_caches()
+    if psutil.Process().memory_info().rss > GIGABYTE:
+        jax.clear_caches()
+        gc.unfreeze()
     gc.collect()
     gc.freeze()
     give_back_memory()

@@ -148,7 +148,9 @@ def test_a_training_step_for_cuda_runs_cudnn_with_the_window() -> None:
 
 
 @pytest.mark.usefixtures("cudnn_is_there")
-@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tp=2"])
+@pytest.mark.parametrize(
+    "mesh", ["fsdp=4,tp=2", pytest.param("fsdp=8", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("platform", "backend", "called"),
     [("tpu", "splash", "tpu_custom_call"), ("cuda", "cudnn", CUDNN[0])],
@@ -195,7 +197,12 @@ def test_scoring_runs_the_forward_kernel_alone(
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize(
     ("dtype", "form"),
-    [("bfloat16", None), ("float32", None), ("bfloat16", INT8), ("bfloat16", Form("int4", 32))],
+    [
+        ("bfloat16", None),
+        ("bfloat16", Form("int4", 32)),
+        pytest.param("float32", None, marks=pytest.mark.slow),
+        pytest.param("bfloat16", INT8, marks=pytest.mark.slow),
+    ],
 )
 def test_prefill_and_decode_need_no_kernel(platform: str, dtype: str, form: Form | None) -> None:
     assert kernels(lowered(platform, prefilling(dtype, form))) == set()

@@ -58,12 +58,12 @@ def assert_equal(found: list[Sample], expected: list[Sample]) -> None:
 @pytest.mark.parametrize(
     ("config", "quantize", "mesh"),
     [
-        (FULL, None, "tp=8"),
-        (FULL, "int8", "fsdp=2,tp=4"),
+        (FULL, None, "fsdp=2,tp=4"),
         (FULL, "int4", "tp=8"),
-        (MIXTURE, None, "fsdp=2,tp=4"),
         (MIXTURE, "int8", "tp=8"),
-        (MIXTURE, "int4", "fsdp=2,tp=4"),
+        pytest.param(FULL, "int8", "fsdp=2,tp=4", marks=pytest.mark.slow),
+        pytest.param(MIXTURE, None, "tp=8", marks=pytest.mark.slow),
+        pytest.param(MIXTURE, "int4", "fsdp=2,tp=4", marks=pytest.mark.slow),
     ],
 )
 def test_many_devices_say_what_one_says(

@@ -88,7 +88,9 @@ def in_int4(is_ordered: bool) -> tuple[PackedInt4 | Ordered, np.ndarray]:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("form", ["int8", "int4", "int4 in an order"])
+@pytest.mark.parametrize(  # what is in an order is int4 as well
+    "form", ["int8", pytest.param("int4", marks=pytest.mark.slow), "int4 in an order"]
+)
 def test_quantised_kernels_are_the_floats_they_stand_for(
     form: str, case: str, product: Callable
 ) -> None:

@@ -61,7 +61,9 @@ SMALLER = {
 }
 IN_PYTHON = {
     "TrainConfig(minutes=5)": 'TrainConfig(data="notes.txt", minutes=5)',
-    "minutes=5": "steps=4, dim=32, n_layers=1, batch=4, block=16, max_tokens=4, eval_tokens=64",
+    "minutes=5": re.sub(  # the same flags, whose programs are compiled already
+        r"--(\S+) (\S+) ?", lambda flag: f"{flag[1].replace('-', '_')}={flag[2]}, ", TINY
+    ),
     "chat(system=": "chat(max_tokens=8, system=",
     "max_tokens=50": "max_tokens=8",
 }

@@ -97,7 +97,7 @@ def settle(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     ("n_rows", "n_requests"),
-    [(2, 12), (8, 16), *(pytest.param(n, 64, marks=pytest.mark.slow) for n in (1, 2, 8))],
+    [(8, 12), *(pytest.param(n, 64, marks=pytest.mark.slow) for n in (1, 2, 8))],
 )
 def test_an_answer_is_bit_for_bit_that_of_a_request_alone(
     model: LoadedModel, n_rows: int, n_requests: int

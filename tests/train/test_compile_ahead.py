@@ -87,11 +87,12 @@ def train(flags: list[str]) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        SMALL,
         [*SMALL, "--packing", "on", "--accumulate", "2", "--remat", "full"],
-        [*SMALL, "--mesh", "fsdp=4,tp=2"],
-        ["--init-from", "BASE"],
         ["--init-from", "BASE", "--lora-rank", "2", "--quantize", "int8", "--mesh", "fsdp=4"],
+        *(
+            pytest.param(flags, marks=pytest.mark.slow)
+            for flags in (SMALL, [*SMALL, "--mesh", "fsdp=4,tp=2"], ["--init-from", "BASE"])
+        ),
     ],
     ids=lambda flags: " ".join(flags[len(SMALL) if "--dim" in flags else 0 :]) or "random",
 )
