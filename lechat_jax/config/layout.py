@@ -5,8 +5,9 @@ F feed-forward width, E experts, L layers. A kernel has the axes that it writes 
 it reads last, so y[writes] = sum over [reads] of kernel[writes, reads] * x[reads]. What other
 files have to know of a weight follows from this table: how it is split over devices, which of
 its axes the optimiser and the scales of int8 reduce over, which maps can have an adapter, how many
-weights a model has, and what they are called in the files of Hugging Face and of Mistral. No other
-file decides by an end or another part of a name; `tests/test_architecture.py` sees to it.
+weights a model has, and what they are called in the files of Hugging Face, of Mistral and of
+llama.cpp (GGUF). No other file decides by an end or another part of a name;
+`tests/test_architecture.py` sees to it.
 """
 
 import functools
@@ -25,14 +26,16 @@ class Row(NamedTuple):
         hf: name in Hugging Face's files, less the layer's beginning and `.weight`; `{e}` is the
             number of an expert, each of which has a tensor of its own there.
         mistral: likewise, in Mistral's own files.
+        gguf: likewise, in GGUF, which has the kernels of a layer's experts in one tensor as here.
         is_rotated: whether RoPE rotates what it makes, in pairs of rows that are half a head apart
-            here and in Hugging Face's files, and neighbours in Mistral's.
+            here and in Hugging Face's files, and neighbours in Mistral's and in GGUF.
     """
 
     writes: str
     reads: str
     hf: str
     mistral: str
+    gguf: str
     is_rotated: bool = False
 
     @property
@@ -43,28 +46,34 @@ class Row(NamedTuple):
 
 # Without the number of the layer, which is also the name of a stack of all layers, [L, ...].
 TABLE = {
-    "embed.kernel": Row("V", "D", "model.embed_tokens", "tok_embeddings"),
-    "blocks.attn_norm.scale": Row("D", "", "input_layernorm", "attention_norm"),
-    "blocks.attn.q.kernel": Row("NH", "D", "self_attn.q_proj", "attention.wq", is_rotated=True),
-    "blocks.attn.k.kernel": Row("KH", "D", "self_attn.k_proj", "attention.wk", is_rotated=True),
-    "blocks.attn.v.kernel": Row("KH", "D", "self_attn.v_proj", "attention.wv"),
-    "blocks.attn.o.kernel": Row("D", "NH", "self_attn.o_proj", "attention.wo"),
-    "blocks.mlp_norm.scale": Row("D", "", "post_attention_layernorm", "ffn_norm"),
-    "norm.scale": Row("D", "", "model.norm", "norm"),
-    "blocks.mlp.gate.kernel": Row("F", "D", "mlp.gate_proj", "feed_forward.w1"),
-    "blocks.mlp.up.kernel": Row("F", "D", "mlp.up_proj", "feed_forward.w3"),
-    "blocks.mlp.down.kernel": Row("D", "F", "mlp.down_proj", "feed_forward.w2"),
-    "blocks.mlp.router.kernel": Row("E", "D", "block_sparse_moe.gate", "feed_forward.gate"),
+    "embed.kernel": Row("V", "D", "model.embed_tokens", "tok_embeddings", "token_embd"),
+    "blocks.attn_norm.scale": Row("D", "", "input_layernorm", "attention_norm", "attn_norm"),
+    "blocks.attn.q.kernel": Row(
+        "NH", "D", "self_attn.q_proj", "attention.wq", "attn_q", is_rotated=True
+    ),
+    "blocks.attn.k.kernel": Row(
+        "KH", "D", "self_attn.k_proj", "attention.wk", "attn_k", is_rotated=True
+    ),
+    "blocks.attn.v.kernel": Row("KH", "D", "self_attn.v_proj", "attention.wv", "attn_v"),
+    "blocks.attn.o.kernel": Row("D", "NH", "self_attn.o_proj", "attention.wo", "attn_output"),
+    "blocks.mlp_norm.scale": Row("D", "", "post_attention_layernorm", "ffn_norm", "ffn_norm"),
+    "norm.scale": Row("D", "", "model.norm", "norm", "output_norm"),
+    "blocks.mlp.gate.kernel": Row("F", "D", "mlp.gate_proj", "feed_forward.w1", "ffn_gate"),
+    "blocks.mlp.up.kernel": Row("F", "D", "mlp.up_proj", "feed_forward.w3", "ffn_up"),
+    "blocks.mlp.down.kernel": Row("D", "F", "mlp.down_proj", "feed_forward.w2", "ffn_down"),
+    "blocks.mlp.router.kernel": Row(
+        "E", "D", "block_sparse_moe.gate", "feed_forward.gate", "ffn_gate_inp"
+    ),
     "blocks.mlp.experts.gate.kernel": Row(
-        "EF", "D", "block_sparse_moe.experts.{e}.w1", "feed_forward.experts.{e}.w1"
+        "EF", "D", "block_sparse_moe.experts.{e}.w1", "feed_forward.experts.{e}.w1", "ffn_gate_exps"
     ),
     "blocks.mlp.experts.up.kernel": Row(
-        "EF", "D", "block_sparse_moe.experts.{e}.w3", "feed_forward.experts.{e}.w3"
+        "EF", "D", "block_sparse_moe.experts.{e}.w3", "feed_forward.experts.{e}.w3", "ffn_up_exps"
     ),
     "blocks.mlp.experts.down.kernel": Row(
-        "ED", "F", "block_sparse_moe.experts.{e}.w2", "feed_forward.experts.{e}.w2"
+        "ED", "F", "block_sparse_moe.experts.{e}.w2", "feed_forward.experts.{e}.w2", "ffn_down_exps"
     ),
-    "head.kernel": Row("V", "D", "lm_head", "output"),
+    "head.kernel": Row("V", "D", "lm_head", "output", "output"),
 }
 EMBEDDING = "embed.kernel"
 HEAD = "head.kernel"  # not of a tied model, whose head is the embedding

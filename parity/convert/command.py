@@ -1,7 +1,7 @@
 """Converts checkpoints between formats: python -m parity.convert SRC DST --to FORMAT.
 
-SRC is a folder in any format (what it is, is found out), a training run, or a model of the
-Hugging Face Hub such as mistralai/Mistral-7B-v0.1. Nothing is held in memory, whatever the
+SRC is a folder in any format (what it is, is found out), a training run, a GGUF file, or a model of
+the Hugging Face Hub such as mistralai/Mistral-7B-v0.1. Nothing is held in memory, whatever the
 size of the model, and DST appears when it is complete, or not at all.
 """
 
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import ml_dtypes
 import numpy as np
@@ -29,13 +29,14 @@ from lechat_jax.files.atomic import check_new_folder
 from lechat_jax.files.checksums import sync, write_manifest
 from lechat_jax.quantize.scheme import Form, in_parts, scheme_for
 from lechat_jax.quantize.scheme import Format as Quantization
-from lechat_jax.shell import command
+from lechat_jax.shell import command, quoted
 from lechat_jax.tokenizer.tokenizer import preferred
 from lechat_jax.tokenizer.vocabulary import control_ids, no_tokenizer
 from parity.convert.files.finite import is_finite
 from parity.convert.files.torch_files import write_pickle
+from parity.convert.gguf.write import Quantized, write_gguf
 from parity.convert.layouts import to_format
-from parity.convert.names import Format, names, parts, rows, shapes, tied_head
+from parity.convert.names import STACKED, Format, names, parts, rows, shapes, tied_head
 from parity.convert.open_source import check_complete, open_source
 from parity.convert.source import Source
 from parity.convert.write import write_config, write_tokenizer
@@ -55,10 +56,11 @@ class Convert:
     """The flags of `python -m parity.convert`.
 
     Attributes:
-        src: Folder of a checkpoint or a training run, or the name of a model on the Hub.
-        dst: Folder to make.
-        to: Format to write: lechat's, Hugging Face's (hf), Mistral's own (mistral), or a state
-            dict of lechat_torch (torch).
+        src: Folder of a checkpoint or a training run, a GGUF file, or the name of a model on the
+            Hub.
+        dst: Folder to make; of GGUF the file, NAME.gguf.
+        to: Format to write: lechat's, Hugging Face's (hf), Mistral's own (mistral), a state dict
+            of lechat_torch (torch), or a file for llama.cpp, Ollama and LM Studio (gguf).
         rope_theta: Base of the rotary frequencies, for a params.json that does not say it.
         revision: Branch, tag or commit of the model on the Hub.
         dtype: Type of the weights to write; with --quantize, of the norms.
@@ -66,9 +68,10 @@ class Convert:
             are merged into SRC. Those of a training run are merged without it.
         quantize: Write the kernels as int8 with a scale for each output channel, a quarter of
             float32, or as int4 with one for each group of 128 features, an eighth; there is no way
-            back. In lechat's format only; kernels that are stored so already are copied.
+            back. In lechat's format only; kernels that are stored so already are copied. In GGUF
+            as q8_0, q5_0 or q4_0, with a scale for each 32 features.
         dequantize: Write quantised weights (GPTQ, AWQ, compressed-tensors) as floats, in lechat's
-            format too.
+            format too. Those of GGUF always are.
         shard_gb: Most GB of weights in a file; 0 is one file. Mistral's own and torch have one.
         allow_nonfinite: Write weights that are infinite or not a number too.
         overwrite: Replace a checkpoint at DST, once the new one is complete.
@@ -81,7 +84,7 @@ class Convert:
     revision: str | None = None
     dtype: Dtype = "keep"
     adapter: Path | None = None
-    quantize: Quantization | None = None
+    quantize: Quantization | Quantized | None = None
     dequantize: bool = False
     shard_gb: float = 5.0
     allow_nonfinite: bool = False
@@ -90,11 +93,16 @@ class Convert:
     def __post_init__(self) -> None:
         if not self.shard_gb >= 0:
             raise BadInput(f"--shard-gb must be at least 0, not {self.shard_gb}")
-        if self.quantize and self.to != "lechat":
+        if self.quantize in get_args(Quantized) and self.to != "gguf":
+            raise BadInput(f"--quantize {self.quantize} is for GGUF; say --to gguf")
+        if self.quantize in get_args(Quantization) and self.to != "lechat":
             raise BadInput(
                 f"--quantize {self.quantize} is for lechat's own format, which no other program "
                 "reads; leave it out, or say --to lechat"
             )
+        if (self.dst.suffix == ".gguf") != (self.to == "gguf"):
+            wanted = "a file, NAME.gguf" if self.to == "gguf" else "a folder, and a .gguf is a file"
+            raise BadInput(f"--to {self.to} makes {wanted}, not {self.dst}")
         if self.quantize and self.allow_nonfinite:
             raise BadInput(f"{self.quantize} has no infinite numbers; leave out --allow-nonfinite")
         if self.quantize and self.dequantize:
@@ -119,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     meter = convert(source, options, console)
     print(
         f"{options.dst}: {len(source.names)} tensors, {meter.done / 1e9:.2f} GB of "
-        f"{form or _dtype(source, options).name} in {meter.seconds:.1f} s "
+        f"{form or options.quantize or _dtype(source, options).name} in {meter.seconds:.1f} s "
         f"({meter.done / 1e9 / meter.seconds:.2f} GB/s), {source.format} to {options.to}"
     )
     if source.quantization:
@@ -136,6 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _what_next(source: Source, options: Convert) -> Iterator[str]:
     """The commands to use what was written, and to see whether it is right."""
     src, dst = options.src, options.dst
+    if options.to == "gguf":
+        yield f"run:       {quoted(['llama-cli', '-m', str(dst)])}"
+        if any(source.config.windows):
+            yield "note:      its sliding window needs a llama.cpp of July 2026 or newer"
+        return
     said = {"rope_theta": options.rope_theta, "revision": options.revision}
     if options.to == "lechat":
         if preferred(dst.iterdir()):
@@ -182,12 +195,13 @@ def convert(source: Source, options: Convert, console: Console) -> Meter:
             whole = (
                 beside.submit(check_complete, source.path) if source.format == "lechat" else None
             )
-            write_config(new, options.to, source, dtype, form)
-            write_tokenizer(new, options.to, source)
+            if options.to != "gguf":  # which is one file
+                write_config(new, options.to, source, dtype, form)
+                write_tokenizer(new, options.to, source)
             _write_weights(new, infos, source, options, form, meter)
             if whole:
                 whole.result()
-        _appear(new, dst, partial / "old")
+        _appear(new / dst.name if options.to == "gguf" else new, dst, partial / "old")
     except OSError as error:
         raise BadInput(f"cannot write {error.filename or dst}: {error.strerror}") from error
     finally:
@@ -232,6 +246,11 @@ def _write_weights(
         if before // RELEASE != meter.done // RELEASE:
             source.release()
 
+    if fmt == "gguf":
+        path, quantized = folder / options.dst.name, cast("Quantized | None", options.quantize)
+        dtype = _dtype(source, options)
+        write_gguf(path, source, dtype, quantized, infos, read, count, check)
+        return
     if fmt == "torch":
         head = tied_head(config, fmt)
         aliases = {head: names(config, fmt)["embed.kernel"]} if head else {}
@@ -264,7 +283,7 @@ def _wanted(source: Source, fmt: Format, dtype: np.dtype, form: Form | None) -> 
     """
     found, sizes = names(source.config, fmt), shapes(source.config, fmt)
     wanted: list[Wanted] = []
-    of = {name: [name] for name in source.names} if fmt == "lechat" else parts(source.config)
+    of = {name: [name] for name in source.names} if fmt in STACKED else parts(source.config)
     for name in itertools.chain.from_iterable(of[name] for name in source.names):
         its_parts = form.parts(name, sizes[name]) if form else {}
         wanted += [(key, its_dtype, shape) for key, (its_dtype, shape) in its_parts.items()]
@@ -280,11 +299,13 @@ def form_to_write(source: Source, options: Convert) -> Form | None:
         BadInput: they are so already.
     """
     stored = source.store.form
+    if options.to == "gguf":
+        return None
     if options.quantize and source.quantization and source.format == "lechat":
         raise BadInput(f"{options.src} is {source.quantization} already; copy the folder")
     if stored and options.to == "lechat" and options.quantize in (None, stored.format):
         return None if options.dequantize else stored
-    return scheme_for(options.quantize, source.config)
+    return scheme_for(cast("Quantization | None", options.quantize), source.config)
 
 
 def _parts(source: Source, name: str, form: Form) -> dict[str, Shaped[np.ndarray, "..."]]:
@@ -311,22 +332,26 @@ def _complaint(source: Source, name: str, dtype: np.dtype) -> str:
 def check_destination(options: Convert) -> None:
     """Raises `BadInput` for a place that must not be written to."""
     dst, src = options.dst.absolute(), Path(options.src).absolute()
+    is_file = options.to == "gguf"
     if not os.path.exists(dst):
-        check_new_folder(dst)
+        check_new_folder(dst.parent if is_file else dst)
         return
     if dst.resolve() == src.resolve() or src.resolve().is_relative_to(dst.resolve()):
         raise BadInput(f"{options.dst} is the source, or around it; name another folder")
     if not options.overwrite:
         raise BadInput(f"{options.dst} exists; name another folder, or pass --overwrite")
-    is_checkpoint = any((dst / name).is_file() for name in ("config.json", "params.json"))
-    if not dst.is_dir() or (any(dst.iterdir()) and not is_checkpoint):
+    configs = [dst / name for name in ("config.json", "params.json")]
+    is_checkpoint = dst.is_dir() and (
+        not any(dst.iterdir()) or any(path.is_file() for path in configs)
+    )
+    if not (dst.is_file() if is_file else is_checkpoint):
         raise BadInput(f"{options.dst} is no checkpoint, so it is not overwritten")
     check_new_folder(dst.parent)
 
 
 def _appear(new: Path, dst: Path, old: Path) -> None:
-    """The new folder under its name, for good: synced, and in the place of an old one."""
-    for path in (*new.iterdir(), new):
+    """The new folder or file under its name, for good: synced, and in the place of an old one."""
+    for path in (*(new.iterdir() if new.is_dir() else ()), new):
         sync(path)
     if dst.exists():
         dst.rename(old)

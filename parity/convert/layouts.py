@@ -10,14 +10,14 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lechat_jax.config import MistralConfig
-from parity.convert.names import Format, Tensor, parts, rows, shape
+from parity.convert.names import INTERLEAVED, Format, Tensor, parts, rows, shape
 
 
 def to_format(
     array: Shaped[np.ndarray, "..."], config: MistralConfig, fmt: Format, row: Tensor
 ) -> Shaped[np.ndarray, "..."]:
     """Lechat's weight in the shape and row order of a format; a view, unless rows are reordered."""
-    if fmt == "mistral" and row.rotary:
+    if fmt in INTERLEAVED and row.rotary:
         array = _neighbours(array)
     return array.reshape(shape(config, fmt, row))
 
@@ -27,7 +27,7 @@ def from_format(
 ) -> Shaped[np.ndarray, "..."]:
     """A format's weight in lechat's shape and row order; a view, unless rows are reordered."""
     array = array.reshape(shape(config, "lechat", row))
-    return _halves(array) if fmt == "mistral" and row.rotary else array
+    return _halves(array) if fmt in INTERLEAVED and row.rotary else array
 
 
 def unstacked(config: MistralConfig, weights: Mapping[str, Any]) -> dict[str, Any]:

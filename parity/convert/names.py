@@ -1,14 +1,14 @@
-"""What each format calls each weight, in what shape: Hugging Face, Mistral, lechat, lechat_torch.
+"""What each format calls each weight, in what shape: Hugging Face, Mistral, GGUF, lechat, torch.
 
 Standard library only. The names are those of `lechat_jax.config.layout`. All formats keep the
 output axes first, so they differ in names, in whether heads have an axis of their own, and in the
 order of the rows of queries and keys: the rotary embedding rotates pairs of lanes, which Hugging
-Face's and lechat's files have half a head apart, (h, h + H/2), and Mistral's own next to each
-other, (2h, 2h + 1).
+Face's and lechat's files have half a head apart, (h, h + H/2), and Mistral's own and GGUF next to
+each other, (2h, 2h + 1).
 
 The kernels of a layer's experts are one weight in lechat and one for each expert in files of
-all other formats. Where formats meet, each expert's own is a part of lechat's weight, with a
-name of its own: `blocks.0.mlp.experts.3.gate.kernel` of `blocks.0.mlp.experts.gate.kernel`.
+all other formats but GGUF. Where formats meet, each expert's own is a part of lechat's weight,
+with a name of its own: `blocks.0.mlp.experts.3.gate.kernel` of `blocks.0.mlp.experts.gate.kernel`.
 What is no expert's is its own part.
 
 A large mixture has 1,739 parts, and everything is asked for each of them: answers are kept.
@@ -25,10 +25,12 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import HEAD, TABLE, Row, is_expert, layer_of, module_of
 from lechat_jax.errors import BadInput
 
-Format = Literal["lechat", "hf", "mistral", "torch"]
-FORMATS: tuple[Format, ...] = ("lechat", "hf", "mistral", "torch")
+Format = Literal["lechat", "hf", "mistral", "torch", "gguf"]
+FORMATS: tuple[Format, ...] = ("lechat", "hf", "mistral", "torch", "gguf")
+STACKED: tuple[Format, ...] = ("lechat", "gguf")  # all experts of a layer are one tensor
+INTERLEAVED: tuple[Format, ...] = ("mistral", "gguf")  # RoPE's pairs are neighbours
 SHOWN = 4  # names listed in an error, of those that may be hundreds
-KEPT = 16  # answers kept: four formats of two models, and of models of single layers
+KEPT = 20  # answers kept: five formats of two models, and of models of single layers
 
 # What early files carry beside the weights, and every reader computes instead.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -42,9 +44,10 @@ class Tensor(NamedTuple):
         hf: in Hugging Face's files.
         mistral: in Mistral's own, `consolidated.*`.
         torch: in the state dict of `lechat_torch`.
+        gguf: in GGUF, of all experts' parts the same.
         writes: axes of what it makes, which are one in the other formats.
         reads: axes of what it is multiplied with, likewise.
-        rotary: whether Mistral's own files have its rows in another order.
+        rotary: whether Mistral's own files and GGUF have its rows in another order.
         expert: whose part of lechat's weight it is.
     """
 
@@ -52,6 +55,7 @@ class Tensor(NamedTuple):
     hf: str
     mistral: str
     torch: str
+    gguf: str
     writes: str
     reads: str
     rotary: bool = False
@@ -66,6 +70,7 @@ def _tensor(name: str, row: Row, expert: int | None = None) -> Tensor:
         hf=f"{within and 'model.'}{within}{row.hf.format(e=expert)}.weight",
         mistral=f"{within}{row.mistral.format(e=expert)}.weight",
         torch=f"{module}.weight",
+        gguf=f"{'' if layer is None else f'blk.{layer}.'}{row.gguf}.weight",
         writes=row.writes if expert is None else row.writes[1:],
         reads=row.reads,
         rotary=row.is_rotated,
@@ -105,7 +110,7 @@ def parts(config: MistralConfig) -> Mapping[str, tuple[str, ...]]:
 
 @functools.lru_cache(KEPT)
 def names(config: MistralConfig, fmt: Format) -> Mapping[str, str]:
-    """The name in a format of each part of such a model; in lechat, of each weight.
+    """The name in a format of each part of such a model; in lechat and GGUF, of each weight.
 
     >>> from lechat_jax.config import preset
     >>> names(preset("lechat-15m"), "mistral")["blocks.5.attn.q.kernel"]
@@ -113,6 +118,8 @@ def names(config: MistralConfig, fmt: Format) -> Mapping[str, str]:
     """
     if fmt == "lechat":
         return MappingProxyType({name: name for name in config.weights})
+    if fmt == "gguf":
+        return MappingProxyType({row.lechat: row.gguf for row in rows(config).values()})
     return MappingProxyType({part: getattr(row, fmt) for part, row in rows(config).items()})
 
 
@@ -140,9 +147,14 @@ def shape(config: MistralConfig, fmt: Format, row: Tensor) -> tuple[int, ...]:
 
 @functools.lru_cache(KEPT)
 def shapes(config: MistralConfig, fmt: Format) -> Mapping[str, tuple[int, ...]]:
-    """The shape in a format of each part of such a model; in lechat, of each weight."""
+    """The shape in a format of each part of such a model; in lechat and GGUF, of each weight."""
     if fmt == "lechat":
         found = {name: config.shape(row.letters) for name, row in config.weights.items()}
+    elif fmt == "gguf":
+        found = {
+            row.lechat: (*config.shape("E" * (row.expert is not None)), *shape(config, fmt, row))
+            for row in rows(config).values()
+        }
     else:
         found = {part: shape(config, fmt, row) for part, row in rows(config).items()}
     return MappingProxyType(found)
@@ -151,7 +163,7 @@ def shapes(config: MistralConfig, fmt: Format) -> Mapping[str, tuple[int, ...]]:
 def match(
     config: MistralConfig, fmt: Format, keys: Collection[str], where: object
 ) -> Mapping[str, str]:
-    """The key of each part, or in lechat each weight, when `keys` are those of such a model.
+    """The key of each part, or in lechat and GGUF each weight, if `keys` are those of the model.
 
     A tied model's head may be among them; see `tied_head`.
 

@@ -35,6 +35,7 @@ from parity.convert.files.stores import (
     safetensors_store,
 )
 from parity.convert.files.torch_files import pickle_store
+from parity.convert.gguf.read import Opened, open_gguf
 from parity.convert.merge_adapters import Product, rounded
 from parity.convert.names import match, names, shapes, tied_head
 from parity.convert.quantized.detect import Quantization, take_quantization
@@ -57,10 +58,11 @@ def open_source(
     adapter: Path | None = None,
     dtype: np.dtype | None = None,
 ) -> Source:
-    """Opens the checkpoint in a folder, or of a model on the Hugging Face Hub such as `org/name`.
+    """Opens the checkpoint in a folder or a GGUF file, or on the Hugging Face Hub by its name.
 
     Args:
-        path: a folder in any format, also a training run's; or the Hub's name of a model.
+        path: a folder in any format, also a training run's; a file NAME.gguf; or the Hub's name of
+            a model, such as `org/name`.
         rope_theta: for a `params.json` that does not say it.
         revision: of the model on the Hub: a branch, a tag or a commit.
         verify: compare what has checksums with them, at half a second a GB; without, the
@@ -80,10 +82,13 @@ def open_source(
             folder, metadata = hub.download(str(path), revision)
         elif revision is not None:
             raise BadInput(f"--revision is for models of the Hub, and {path} is a folder")
-        if not folder.is_dir():
+        if folder.is_file() and folder.suffix == ".gguf":
+            source = _gguf(folder)
+        elif not folder.is_dir():
             kind = "a file; name the folder it is in" if folder.exists() else "not there"
             raise BadInput(f"{path} is {kind}")
-        source = _open(folder, rope_theta, metadata, verify, dtype)
+        else:
+            source = _open(folder, rope_theta, metadata, verify, dtype)
         if adapter is not None:
             source = source.merged(_read_products(adapter, source.config), dtype)
     except OSError as error:
@@ -191,6 +196,13 @@ def _mistral(
     return _source("mistral", folder, config, _as_weights(store, quantization), metadata)
 
 
+def _gguf(path: Path) -> Source:
+    """A file of llama.cpp's, whose kernels may be quantised."""
+    opened = open_gguf(path)
+    metadata = {} if opened.positions is None else {POSITIONS: str(opened.positions)}
+    return _source("gguf", path, opened.config, opened.store, metadata, opened)
+
+
 def _as_weights(store: Store, quantization: Quantization | None) -> Store:
     """The numbers that quantised tensors stand for, each when it is read."""
     if quantization is None:
@@ -295,9 +307,17 @@ def _manifest(source: Source) -> Path:
 
 
 def _source(
-    kind: SourceFormat, folder: Path, config: MistralConfig, store: Store, metadata: dict[str, str]
+    kind: SourceFormat,
+    folder: Path,
+    config: MistralConfig,
+    store: Store,
+    metadata: dict[str, str],
+    opened: Opened | None = None,
 ) -> Source:
-    """The source, once every weight has been found in the shape and dtype it must have."""
+    """The source, once every weight has been found in the shape and dtype it must have.
+
+    A GGUF that was `opened` has tokenizer and ids in itself, and not in files beside it.
+    """
     fmt = format_of(kind)
     keys = match(config, fmt, store.tensors.keys(), folder)
     by_key = {key: name for name, key in keys.items()}
@@ -312,7 +332,7 @@ def _source(
             )
     if (head := store.tensors.get(tied_head(config, fmt) or "")) is not None:
         _check_equal(head, store.tensors[names(config, fmt)["embed.kernel"]])
-    tokenizer = _tokenizer(folder)
+    tokenizer = opened.tokenizer_files if opened else _tokenizer(folder)
     metadata = {key: store.metadata[key] for key in KEPT if key in store.metadata} | metadata
     return Source(
         kind,
@@ -323,7 +343,7 @@ def _source(
         stored,
         store,
         store.quantization,
-        control_ids(folder),
+        opened.control_ids if opened else control_ids(folder),
     )
 
 

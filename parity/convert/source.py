@@ -16,7 +16,7 @@ from parity.convert.layouts import from_format
 from parity.convert.merge_adapters import Product, with_products
 from parity.convert.names import Format, parts, rows, shapes
 
-SourceFormat = Literal["hf", "mistral", "lechat", "torch", "run"]
+SourceFormat = Literal["hf", "mistral", "lechat", "torch", "gguf", "run"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Source:
 
     Attributes:
         format: what it is.
-        path: its folder.
+        path: its folder, or of GGUF the file.
         config: the model.
         tokenizer_files: those beside the weights, all of them.
         metadata: where it came from, as text that a copy may carry along.

@@ -53,9 +53,8 @@ def write_config(
     if fmt == "mistral":
         _write(folder / "params.json", to_params(source.config))
     elif fmt == "hf":
-        said = source.metadata.get(POSITIONS)
-        positions = int(said) if said else None
-        bos_id, eos_id = _control_ids(source)
+        positions = source.metadata.get(POSITIONS)
+        bos_id, eos_id = control_ids_of(source)
         fields = to_hugging_face(source.config, dtype.name, positions, bos_id, eos_id)
         _write(folder / "config.json", fields)
     else:
@@ -93,11 +92,26 @@ def _has_template(folder: Path, settings: dict[str, Any]) -> bool:
     return bool(settings.get("chat_template")) or any(folder.glob("chat_template.*"))
 
 
+def chat_template_in(folder: Path) -> str | None:
+    """The Jinja chat template among a tokenizer's files, if there is one.
+
+    Of several with names, as old settings list them, the one that is called default.
+    """
+    jinja, settings = folder / "chat_template.jinja", folder / SETTINGS
+    if jinja.exists():
+        return jinja.read_text(encoding="utf-8")
+    said = parse_json(settings.read_bytes(), settings) if settings.exists() else {}
+    found = said.get("chat_template")
+    if isinstance(found, list):
+        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
+
+
 def _write_generation(folder: Path, fmt: Format, source: Source) -> None:
     """Writes generation_config.json, BOS and EOS, for hf or if they are not the tokenizer's."""
     path, said = folder / GENERATION, source.control_ids
     own = _of_tokenizer(source)
-    bos_id, eos_id = _control_ids(source)
+    bos_id, eos_id = control_ids_of(source)
     ids: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
     usual: dict[str, Any] = {"bos_token_id": own[0], "eos_token_id": own[1]} if own else {}
     if path.exists():
@@ -113,7 +127,7 @@ def sentencepiece_model(source: Source) -> Path | None:
     return preferred(path for path in source.tokenizer_files if path.suffix != ".json")
 
 
-def _control_ids(source: Source) -> tuple[int, int | list[int]]:
+def control_ids_of(source: Source) -> tuple[int, int | list[int]]:
     """The ids that start and end a document, as the source says or else as its tokenizer does.
 
     What was trained here ends its texts as the tokenizer does, whatever its base did.

@@ -74,7 +74,11 @@ def from_hugging_face(fields: Fields, where: object) -> MistralConfig:
 
 
 def to_hugging_face(
-    config: MistralConfig, dtype: str, positions: int | None, bos_id: int, eos_id: int | list[int]
+    config: MistralConfig,
+    dtype: str,
+    positions: int | str | None,
+    bos_id: int,
+    eos_id: int | list[int],
 ) -> dict[str, Any]:
     """A `config.json` that transformers 5 reads as this model, and 4 if it has such a model.
 
@@ -87,9 +91,6 @@ def to_hugging_face(
     words = WORDS | EXPERTS if config.n_experts else WORDS
     layers = [FULL if window is None else SLIDING for window in config.windows]
     rope = rotary.to_hugging_face(config) | (rotary.grows(config) if kind == "ministral3" else {})
-    if positions is None:
-        yarn = config.yarn
-        positions = int(yarn.factor * yarn.original_max_position_embeddings) if yarn else POSITIONS
     return {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
@@ -101,7 +102,7 @@ def to_hugging_face(
         "rope_theta": config.rope_theta,  # transformers 4
         "dtype": dtype,
         "torch_dtype": dtype,  # transformers 4
-        "max_position_embeddings": positions,
+        "max_position_embeddings": positions_of(config, positions),
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
@@ -172,3 +173,11 @@ def _quotient(dim: Any, n_heads: Any, where: object) -> int:
             f"num_attention_heads {short(n_heads)}"
         )
     return dim // n_heads
+
+
+def positions_of(config: MistralConfig, said: int | str | None) -> int:
+    """Positions that a model was made for: as its files say, or else a guess."""
+    if said is not None:
+        return int(said)
+    yarn = config.yarn
+    return int(yarn.factor * yarn.original_max_position_embeddings) if yarn else POSITIONS

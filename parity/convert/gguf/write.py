@@ -1,0 +1,159 @@
+"""Writes GGUF: one file of the model's fields, its tokenizer and its tensors, quantised or not."""
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float
+
+from lechat_jax.checkpoint.safetensors import OnSlab, Read, Wanted, in_pieces
+from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import EMBEDDING, HEAD, is_kernel
+from parity.convert.configs.hugging_face import positions_of
+from parity.convert.gguf.architecture import (
+    NO_SINK,
+    SINKS,
+    WINDOWED,
+    add_positions,
+    architecture,
+    library,
+)
+from parity.convert.gguf.vocabulary import add_vocabulary
+from parity.convert.names import names
+from parity.convert.open_source import POSITIONS
+from parity.convert.source import Source
+from parity.convert.write import chat_template_in, control_ids_of, write_tokenizer
+
+Quantized = Literal["q8_0", "q5_0", "q4_0"]
+BLOCK = 32  # numbers that share a scale
+FLOATS = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+}
+
+
+def write_gguf(
+    path: Path,
+    source: Source,
+    dtype: np.dtype,
+    quantized: Quantized | None,
+    infos: Sequence[Wanted],
+    read: Read,
+    on_bytes: Callable[[int], None],
+    on_slab: OnSlab,
+) -> None:
+    """Writes a model as a GGUF file, a piece of a tensor at a time.
+
+    Norms and routers are float32, as llama.cpp wants them. With `quantized` kernels, embedding and
+    head are q8_0, and a kernel whose rows are no whole blocks of 32 is float32.
+
+    Args:
+        path: the new file.
+        source: the model and its tokenizer.
+        dtype: of kernels that are not quantised.
+        quantized: of kernels that are.
+        infos: name, dtype and shape of each tensor.
+        read: gives a tensor by name.
+        on_bytes: called with the number of bytes just read.
+        on_slab: called with each piece of each tensor, flat, before it is written; may raise.
+
+    Raises:
+        BadInput: the package `gguf` or a tokenizer is missing, or llama.cpp has no architecture
+            for the model.
+    """
+    gguf, config = library(), source.config
+    writer = gguf.GGUFWriter(path, architecture(config))
+    _add_model(gguf, writer, source, quantized or dtype.name)
+    with tempfile.TemporaryDirectory(prefix="lechat-") as made:
+        folder = Path(made)
+        write_tokenizer(folder, "lechat", source)
+        bos_id, eos_id = control_ids_of(source)
+        eos_ids = eos_id if isinstance(eos_id, list) else [eos_id]
+        add_vocabulary(gguf, writer, folder, config.vocab_size, bos_id, eos_ids)
+        if template := chat_template_in(folder):
+            writer.add_chat_template(template)
+    ours = {key: name for name, key in names(config, "gguf").items()}
+    kinds = {
+        key: gguf.GGMLQuantizationType[_kind(ours[key], shape, dtype, quantized)]
+        for key, _, shape in infos
+    }
+    for key, _, shape in infos:
+        block, size = gguf.GGML_QUANT_SIZES[kinds[key]]
+        in_bytes = (*shape[:-1], shape[-1] // block * size)
+        writer.add_tensor_info(key, in_bytes, np.dtype(np.uint8), math.prod(in_bytes), kinds[key])
+    sinks = _sinks(config)
+    for key, sink in sinks.items():
+        writer.add_tensor_info(key, sink.shape, sink.dtype, sink.nbytes)
+    writer.open_output_file()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        (file,) = writer.fout
+        for key, dtype_read, shape in infos:
+            writer.write_padding(file, file.tell())
+            block, _ = gguf.GGML_QUANT_SIZES[kinds[key]]
+            for piece in in_pieces(key, read(key), dtype_read, shape):
+                on_slab(key, piece)
+                numbers = piece.astype(np.float32, copy=False).reshape(-1, block)
+                gguf.quants.quantize(numbers, kinds[key]).tofile(file)
+                on_bytes(piece.nbytes)
+        for sink in sinks.values():
+            writer.write_padding(file, file.tell())
+            sink.tofile(file)
+        writer.write_padding(file, file.tell())
+    finally:
+        writer.close()
+
+
+def _kind(name: str, shape: Sequence[int], dtype: np.dtype, quantized: Quantized | None) -> str:
+    """The type of a tensor, in GGUF's words."""
+    if not is_kernel(name) or (quantized and shape[-1] % BLOCK):
+        return "F32"
+    if quantized is None:
+        return FLOATS[dtype]
+    return "Q8_0" if name in (EMBEDDING, HEAD) else quantized.upper()
+
+
+def _sinks(config: MistralConfig) -> dict[str, Float[np.ndarray, "N"]]:
+    """The attention sinks of each layer, which a windowed model must have and which do nothing."""
+    if architecture(config) != WINDOWED:
+        return {}
+    sink = np.full(config.n_heads, NO_SINK, np.float32)
+    return {f"blk.{i}.{SINKS}": sink for i in range(config.n_layers)}
+
+
+def _add_model(gguf: Any, writer: Any, source: Source, kind: str) -> None:
+    """Writes the fields of the model's shape."""
+    config = source.config
+    floats = {dtype.name: f"MOSTLY_{name}" for dtype, name in FLOATS.items()}
+    file_type = (floats | {"float32": "ALL_F32"}).get(kind, f"MOSTLY_{kind.upper()}")
+    writer.add_type("model")
+    writer.add_name(source.path.resolve().stem)
+    writer.add_file_type(gguf.LlamaFileType[file_type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(positions_of(config, source.metadata.get(POSITIONS)))
+    writer.add_block_count(config.n_layers)
+    writer.add_embedding_length(config.dim)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.n_experts:
+        writer.add_expert_count(config.n_experts)
+        writer.add_expert_used_count(config.n_experts_per_token)
+    if any(config.windows):
+        writer.add_logit_scale(1.0)
+        writer.add_sliding_window(next(filter(None, config.windows)))
+        writer.add_sliding_window_pattern([window is not None for window in config.windows])
+    add_positions(gguf, writer, config)
