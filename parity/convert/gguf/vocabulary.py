@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -104,9 +105,8 @@ def tokenizer_files(fields: Mapping[str, Any]) -> tuple[Path, ...]:
 
 def _sentencepiece(tokens: list[str], kinds: list[int], said: Mapping[str, Any]) -> bytes:
     """A SentencePiece model of these pieces: BPE, with byte fallback and a space before a text."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto()
+    proto = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # made when imported
+    model = proto.ModelProto()
     for text, score, kind in zip(tokens, said["scores"], kinds, strict=False):
         model.pieces.add(piece=text, score=score, type=kind)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
