@@ -115,8 +115,8 @@ print(found.count("/jax/compilation_cache/cache_hits"))
     assert hits[1] > 0
 
 
-# A run is trained, with a sample at its end, and at last: how many programs were asked for, found in
-# the cache, and compiled.
+# A run is trained, with a sample at its end, and at last: how many programs were asked for, found
+# in the cache, and compiled.
 COUNTED = """
 import collections, json, sys
 from jax import monitoring
