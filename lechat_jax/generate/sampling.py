@@ -156,43 +156,37 @@ def filter_logits(logits: Float[Array, "B V"], controls: Controls) -> Float[Arra
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     scaled = shifted / jnp.maximum(temperature, jnp.finfo(dtype).tiny)
 
-    def only(kept: Bool[Array, "B V"]) -> Float[Array, "B V"]:
-        return jnp.where(kept, scaled, -jnp.inf)
+    def filtered(
+        scaled: Float[Array, "B V"], stage: tuple[Bool[Array, ""], Float[Array, "B 1"]]
+    ) -> tuple[Float[Array, "B V"], None]:
+        is_count, limit = stage
 
-    scaled = jax.lax.cond(
-        jnp.any(top_k > 0), lambda: only(top_k_mask(scaled, top_k)), lambda: scaled
-    )
-    scaled = jax.lax.cond(
-        jnp.any(top_p < 1), lambda: only(top_p_mask(scaled, top_p)), lambda: scaled
-    )
-    return only(jnp.exp(scaled) >= min_p)
+        def kept() -> Float[Array, "B V"]:
+            weights = jnp.where(is_count, 1, jax.nn.softmax(scaled))
+            return jnp.where(leading(scaled, weights, limit), scaled, -jnp.inf)
 
+        return jax.lax.cond(jnp.any(limit < jnp.inf), kept, lambda: scaled), None
 
-def top_k_mask(logits: Float[Array, "B V"], k: Float[Array, "B 1"]) -> Bool[Array, "B V"]:
-    """Top-k filter: True for exactly the k largest logits, lower ids first if equal; k = 0 is all.
-
-    >>> top_k_mask(jnp.array([[1.0, 3.0, 2.0, 2.0]]), jnp.array([[2.0]]))[0].tolist()
-    [False, True, True, False]
-    """
-    return _leading(logits, jnp.ones_like(logits), jnp.where(k > 0, k - 1, jnp.inf))
+    # Top-k, then top-p, as two turns of one loop, since the search in it takes long to compile.
+    most = jnp.where(top_k > 0, top_k - 1, jnp.inf), jnp.where(top_p < 1, top_p, jnp.inf)
+    scaled, _ = jax.lax.scan(filtered, scaled, (jnp.array([True, False]), jnp.stack(most)))
+    return jnp.where(jnp.exp(scaled) >= min_p, scaled, -jnp.inf)
 
 
-def top_p_mask(logits: Float[Array, "B V"], p: Float[Array, "B 1"]) -> Bool[Array, "B V"]:
-    """Top-p (nucleus) filter: True where all likelier tokens' probability sums to at most p.
-
-    So the token that crosses p stays; p = 1 is all. The rule of Meta's Llama and of
-    mistral-inference, after Holtzman et al. 2020 (arXiv:1904.09751).
-
-    >>> top_p_mask(jnp.log(jnp.array([[0.2, 0.5, 0.3]])), jnp.array([[0.6]]))[0].tolist()
-    [False, True, True]
-    """
-    return _leading(logits, jax.nn.softmax(logits), jnp.where(p < 1, p, jnp.inf))
-
-
-def _leading(
+def leading(
     logits: Float[Array, "B V"], weights: Float[Array, "B V"], limit: Float[Array, "B 1"]
 ) -> Bool[Array, "B V"]:
-    """True where the weights of all larger logits sum to at most `limit`.
+    """Top-k and top-p (nucleus) filter: True where all likelier tokens weigh at most `limit`.
+
+    With weights of 1 and a limit of k - 1 exactly the k likeliest tokens stay; with probabilities
+    and a limit of p those up to and including the one that crosses p, the rule of Meta's Llama and
+    of mistral-inference, after Holtzman et al. 2020 (arXiv:1904.09751).
+
+    >>> logits = jnp.log(jnp.array([[0.2, 0.5, 0.3]]))
+    >>> leading(logits, jnp.ones_like(logits), jnp.array([[0.0]]))[0].tolist()
+    [False, True, False]
+    >>> leading(logits, jax.nn.softmax(logits), jnp.array([[0.6]]))[0].tolist()
+    [False, True, True]
 
     Of equal logits, which must have equal weights, a lower id counts as larger. Instead of
     sorting, the logit that crosses the limit is determined by bisection, one bit of its

@@ -148,9 +148,7 @@ def test_a_training_step_for_cuda_runs_cudnn_with_the_window() -> None:
 
 
 @pytest.mark.usefixtures("cudnn_is_there")
-@pytest.mark.parametrize(
-    "mesh", ["fsdp=4,tp=2", pytest.param("fsdp=8", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mesh", ["fsdp=4,tp=2", pytest.param("fsdp=8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("platform", "backend", "called"),
     [("tpu", "splash", "tpu_custom_call"), ("cuda", "cudnn", CUDNN[0])],

@@ -19,10 +19,9 @@ from lechat_jax.generate.sampling import (
     Sampling,
     filter_logits,
     largest,
+    leading,
     sample,
     token_keys,
-    top_k_mask,
-    top_p_mask,
 )
 
 PLAIN = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
@@ -304,7 +303,8 @@ def test_something_is_always_left_to_draw(
 
 def test_zeros_of_either_sign_are_equal() -> None:
     logits = jnp.array([[-0.0, 0.0, -0.0]])
-    assert top_k_mask(logits, jnp.array([[1.0]]))[0].tolist() == [True, False, False]
+    first = leading(logits, jnp.ones_like(logits), jnp.array([[0.0]]))
+    assert first[0].tolist() == [True, False, False]
     assert largest(logits).tolist() == [0]
 
 
@@ -313,9 +313,10 @@ def test_float64_stays_float64(x64: None) -> None:
     _, logprobs = sample(logits, keys(1), controls(temperature=0))
     assert logprobs.dtype == filter_logits(logits, controls(top_k=2)).dtype == jnp.float64
     assert float(logprobs[0]) == pytest.approx(math.log(0.5 - 1e-12), rel=1e-14)
-    assert top_k_mask(logits, jnp.array([[2.0]]))[0].tolist() == [False, True, True]
-    assert top_p_mask(logits, jnp.array([[0.5 - 2e-12]]))[0].tolist() == [False, False, True]
-    assert top_p_mask(logits, jnp.array([[0.5]]))[0].tolist() == [False, True, True]
+    weights = jax.nn.softmax(logits)
+    assert leading(logits, jnp.ones_like(logits), jnp.array([[1.0]]))[0].tolist() == [0, 1, 1]
+    assert leading(logits, weights, jnp.array([[0.5 - 2e-12]]))[0].tolist() == [0, 0, 1]
+    assert leading(logits, weights, jnp.array([[0.5]]))[0].tolist() == [0, 1, 1]
 
 
 def test_a_stream_depends_on_seed_row_and_position_alone() -> None:

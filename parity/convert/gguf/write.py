@@ -134,7 +134,7 @@ def _add_model(gguf: Any, writer: Any, source: Source, kind: str) -> None:
     floats = {dtype.name: f"MOSTLY_{name}" for dtype, name in FLOATS.items()}
     file_type = (floats | {"float32": "ALL_F32"}).get(kind, f"MOSTLY_{kind.upper()}")
     writer.add_type("model")
-    writer.add_name(source.path.resolve().stem)
+    writer.add_name(source.path.resolve().name.removesuffix(".gguf"))
     writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
