@@ -45,7 +45,7 @@ from lechat_jax.train.options import MOVABLE, TrainConfig
 from lechat_jax.train.schedule import elapsed, process_start
 from lechat_jax.train.start import Start, load_base, resumed, run_of, started
 from lechat_jax.train.step import described_call, jitted_steps
-from lechat_jax.train.trackers import track_in_tensorboard, track_in_wandb
+from lechat_jax.train.trackers import profile_steps, track_in_tensorboard, track_in_wandb
 from lechat_jax.train.trainer import Trainer, described_rows_of_a_call
 from lechat_jax.train.training_run import Diverged, Job, TrainingRun, step_options
 
@@ -147,6 +147,8 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             track_in_tensorboard(run)
         if options.wandb:
             track_in_wandb(run, options.wandb)
+        if options.profile:
+            profile_steps(run, options.profile)
         job = Job(run, config, options, dataset, tokenizer, display, began, mesh)
         training = TrainingRun(job)
         trainer = Trainer(training, compilation)

@@ -19,7 +19,7 @@ KEEPING = {"eval_tokens", "eval_minutes", "keep"}  # and these change no step
 MORE = {"minutes", "steps"}  # by how much a run that resumes is to be trained further
 MOVABLE = {"data", "init_from"}  # what may lie elsewhere when a run resumes, if it is the same
 HOSTS = {"coordinator", "num_processes", "process_id"}
-PLACE = {"mesh", "distributed", *HOSTS}  # where it runs is no part of a run
+PLACE = {"mesh", "distributed", "profile", *HOSTS}  # how it is run is no part of a run
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -135,6 +135,8 @@ class TrainConfig:
         tensorboard: Also write TensorBoard events to the run's folder (extra [tensorboard]).
         wandb: Project on Weights & Biases to send the metrics to as well (extra [wandb]); with
             WANDB_MODE=offline they stay in the run's folder. By default nothing is sent.
+        profile: Number of steps to trace with JAX's profiler, for XProf or Perfetto, in the run's
+            folder profile; those after the first two calls of the device. By default none.
         prompt: Prompts to continue in the samples, beside the first words of the held-out text. By
             default there are no others.
         max_tokens: Tokens to generate for each sample.
@@ -192,6 +194,7 @@ class TrainConfig:
     keep: int = 2
     tensorboard: bool = False
     wandb: str | None = None
+    profile: int | None = None
     prompt: tuple[str, ...] = ()
     max_tokens: int = 120
     temperature: float = 0.8
@@ -202,6 +205,7 @@ class TrainConfig:
         at_least |= {
             "eval_tokens": 1,
             "keep": 1,
+            "profile": 1,
             "eval_every": 1,
             "sample_every": 1,
             "checkpoint_every": 1,

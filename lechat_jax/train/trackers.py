@@ -1,13 +1,17 @@
-"""Experiment trackers: a run's metrics in TensorBoard or Weights & Biases too; each is an extra."""
+"""Experiment trackers: metrics in TensorBoard or Weights & Biases too, a profile of some steps."""
 
 import hashlib
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jax
 
 from lechat_jax.checkpoint.run import Run
 from lechat_jax.errors import BadInput
 
+WARM_UP = 2  # calls before a profile, which compile or touch their memory for the first time
 NOT_MEASURED = {"step", "time_s", "tokens"}
 
 
@@ -63,3 +67,25 @@ def track_in_wandb(run: Run, project: str) -> None:
             )
 
     run.trackers.append(log)
+
+
+def profile_steps(run: Run, n: int) -> None:
+    """Traces `n` steps with JAX's profiler, in the run's folder `profile`, for XProf and Perfetto.
+
+    They are those after the first two calls of the device, or as many as the run still has.
+    """
+    calls, end, is_over = 0, math.inf, False
+
+    def trace(rows: Sequence[Mapping[str, Any]]) -> None:
+        nonlocal calls, end, is_over
+        if is_over or not rows or "train/loss" not in rows[-1]:
+            return
+        calls, step = calls + 1, rows[-1]["step"]
+        if calls == WARM_UP:
+            jax.profiler.start_trace(str(run.folder / "profile"), create_perfetto_trace=True)
+            end = step + n
+        elif calls > WARM_UP and step >= min(end, run.config["train"].get("steps") or math.inf):
+            jax.profiler.stop_trace()
+            is_over = True
+
+    run.trackers.append(trace)

@@ -7,12 +7,13 @@ import types
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 from tensorboardX.proto import event_pb2
 
 from lechat_jax.checkpoint.run import Run
 from lechat_jax.errors import BadInput
-from lechat_jax.train.trackers import track_in_tensorboard, track_in_wandb
+from lechat_jax.train.trackers import profile_steps, track_in_tensorboard, track_in_wandb
 
 ROOT = Path(__file__).parents[2]
 ROWS: list[dict[str, Any]] = [
@@ -109,3 +110,32 @@ def test_without_the_extra_weights_and_biases_is_refused(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(BadInput, match="pip install 'lechat-jax\\[wandb\\]'"):
         track_in_wandb(run, "lechat")
+
+
+# --- the profiler ---
+
+
+@pytest.mark.parametrize(("n", "steps", "last"), [(2, 9, 4), (8, 5, 5)])
+def test_steps_after_the_first_two_calls_are_traced(
+    n: int, steps: int, last: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no longer than the run lasts."""
+    seen: list[tuple[str, int]] = []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda *_, **__: seen.append(("start", step)))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: seen.append(("stop", step)))
+    run.config = {"model": {"dim": 40}, "train": {"steps": steps}}
+    profile_steps(run, n)
+    for step in range(1, steps + 1):
+        run.log([{"step": step, "time_s": 0.0, "tokens": 8, "train/loss": 4.0}])
+        run.log([{"step": step, "time_s": 0.0, "tokens": 8, "val/loss": 4.0}])
+    assert seen == [("start", 2), ("stop", last)]
+
+
+def test_a_trace_is_one_that_xprof_and_perfetto_read(run: Run) -> None:
+    profile_steps(run, 1)
+    for step in (1, 2, 3):
+        jnp.arange(8.0).sum().block_until_ready()
+        run.log([{"step": step, "time_s": 0.0, "tokens": 8, "train/loss": 4.0}])
+    names = {path.name for path in (run.folder / "profile").rglob("*") if path.is_file()}
+    assert "perfetto_trace.json.gz" in names
+    assert any(name.endswith(".xplane.pb") for name in names)
