@@ -26,7 +26,7 @@ from lechat_jax.config.layout import HEAD, TABLE, Row, is_expert, layer_of, modu
 from lechat_jax.errors import BadInput
 
 Format = Literal["lechat", "hf", "mistral", "torch", "gguf"]
-FORMATS: tuple[Format, ...] = ("lechat", "hf", "mistral", "torch", "gguf")
+FORMATS: tuple[Format, ...] = ("lechat", "hf", "mistral", "torch")  # of folders
 STACKED: tuple[Format, ...] = ("lechat", "gguf")  # all experts of a layer are one tensor
 INTERLEAVED: tuple[Format, ...] = ("mistral", "gguf")  # RoPE's pairs are neighbours
 SHOWN = 4  # names listed in an error, of those that may be hundreds

@@ -60,7 +60,7 @@ def test_a_layer_in_mistrals_own_words(tiny: MistralConfig) -> None:
     ]
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", [*FORMATS, "gguf"])
 def test_no_two_weights_share_a_name(tiny: MistralConfig, fmt: Format) -> None:
     found = names(tiny, fmt)
     assert len(set(found.values())) == len(found) == 3 + 9 * tiny.n_layers
@@ -115,7 +115,7 @@ def test_every_format_gives_the_same_bytes_back(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     for row in rows(config).values():
         array = rng.standard_normal(shapes(config, "lechat")[row.lechat]).astype(np.float32)
-        for fmt in FORMATS:
+        for fmt in (*FORMATS, "gguf"):
             stored = to_format(array, config, fmt, row)
             assert stored.shape == shapes(config, fmt)[row.lechat]
             np.testing.assert_array_equal(from_format(stored, config, fmt, row), array)
