@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,21 +87,26 @@ def probabilities(folder: Path) -> np.ndarray:
     return odds / odds.sum(axis=-1, keepdims=True)
 
 
-def of_llama(config: pytest.Config, path: Path, asked: str, value: Any) -> Any:
+@pytest.fixture
+def of_llama(pytestconfig: pytest.Config) -> Callable[[Path, str, Any], Any]:
     """What llama.cpp makes of a file, see `llama.mjs`."""
-    folder = npm.packages(config, "node-llama-cpp", "@node-llama-cpp/linux-x64")
-    return json.loads(npm.run(LLAMA, str(folder), str(path), asked, json.dumps(value)))
+    folder = npm.packages(pytestconfig, "node-llama-cpp", "@node-llama-cpp/linux-x64")
+
+    def made(path: Path, asked: str, value: Any) -> Any:
+        return json.loads(npm.run(LLAMA, str(folder), str(path), asked, json.dumps(value)))
+
+    return made
 
 
 @pytest.mark.node
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_the_same_probabilities(
-    name: str, taught: Path, tmp_path: Path, pytestconfig: pytest.Config
+    name: str, taught: Path, tmp_path: Path, of_llama: Callable
 ) -> None:
     """At every position, past three windows; measured: 2.2e-4, of its float16."""
     model = saved(tmp_path / "model", MODELS[name], taught)
     path = convert(model, tmp_path / "model.gguf")
-    found = np.array(of_llama(pytestconfig, path, "probabilities", IDS))
+    found = np.array(of_llama(path, "probabilities", IDS))
     np.testing.assert_allclose(found, probabilities(model), rtol=0, atol=1e-3)
 
 
@@ -110,7 +116,7 @@ def test_a_fault_would_be_seen(
     fault: str,
     taught: Path,
     tmp_path: Path,
-    pytestconfig: pytest.Config,
+    of_llama: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = saved(tmp_path / "model", MODELS["window"], taught)
@@ -121,21 +127,19 @@ def test_a_fault_would_be_seen(
     else:
         monkeypatch.setattr(layouts, "_neighbours", lambda array: array)
         path = convert(model, tmp_path / "model.gguf")
-    found = np.array(of_llama(pytestconfig, path, "probabilities", IDS))
+    found = np.array(of_llama(path, "probabilities", IDS))
     assert np.abs(found - probabilities(model)).max() > 0.01
 
 
 @pytest.mark.node
 @pytest.mark.parametrize("name", ["v1", "v3", "v7", "v3-tekken"])
-def test_llama_cpp_has_the_ids_of_a_text(
-    name: str, tmp_path: Path, pytestconfig: pytest.Config
-) -> None:
+def test_llama_cpp_has_the_ids_of_a_text(name: str, tmp_path: Path, of_llama: Callable) -> None:
     tokenizer = tokenizers.tokenizer(name)
     path = convert(
         saved(tmp_path / "model", like(dim=32, n_layers=1), tokenizers.shipped(name)),
         tmp_path / "model.gguf",
     )
-    found = of_llama(pytestconfig, path, "tokens", SENTENCES)
+    found = of_llama(path, "tokens", SENTENCES)
     assert found == [tokenizer.encode(text) for text in SENTENCES]
 
 
@@ -150,7 +154,9 @@ def test_it_comes_back_as_it_was(name: str, taught: Path, tmp_path: Path) -> Non
         np.testing.assert_array_equal(weights[key], leaf)
 
 
-@pytest.mark.parametrize("name", ["v1", "v3", "v7", "v3-tekken"])
+@pytest.mark.parametrize(
+    "name", ["v1", "v3", "v7", pytest.param("v3-tekken", marks=pytest.mark.slow)]
+)
 def test_so_does_its_tokenizer(name: str, tmp_path: Path) -> None:
     model = saved(tmp_path / "model", like(dim=32, n_layers=1), tokenizers.shipped(name))
     source = open_source(convert(model, tmp_path / "model.gguf"))
@@ -158,6 +164,16 @@ def test_so_does_its_tokenizer(name: str, tmp_path: Path) -> None:
     before = tokenizers.tokenizer(name)
     assert (back.version, back.bos_id, back.eos_id) == (before.version, 1, 2)
     assert back.vocab_size == before.vocab_size
+    assert [back.encode(text) for text in SENTENCES] == [*map(before.encode, SENTENCES)]
+
+
+def test_so_does_a_small_tekken(tmp_path: Path) -> None:
+    before = Tokenizer.from_file(tokenizers.small_tekken(tmp_path / "tekken.json", "v13"))
+    model = saved(tmp_path / "model", like(dim=32, n_layers=1), before.path)
+    (file,) = open_source(convert(model, tmp_path / "model.gguf")).tokenizer_files
+    back = Tokenizer.from_file(file)
+    assert back.vocab_size == before.vocab_size
+    assert back.control_id("[THINK]") == before.control_id("[THINK]")
     assert [back.encode(text) for text in SENTENCES] == [*map(before.encode, SENTENCES)]
 
 
