@@ -17,7 +17,8 @@ def packages(config: pytest.Config, *names: str) -> Path:
     """
     if shutil.which("node") is None:
         pytest.skip("there is no Node.js")
-    folder = config.cache.mkdir("npm") if config.cache else None
+    # A folder for each set, since tests of several processes may install at the same time.
+    folder = config.cache.mkdir(f"npm-{names[0]}") if config.cache else None
     if folder is None:
         pytest.skip("pytest has no cache folder to install npm's packages in")
     missing = [name for name in names if not (folder / "node_modules" / name).is_dir()]

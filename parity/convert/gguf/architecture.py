@@ -10,11 +10,19 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
 
 LLAMA, WINDOWED, STRETCHED = "llama", "granite_swa", "mistral3"
 ARCHITECTURES = (LLAMA, WINDOWED, STRETCHED)
+FLOATS = {  # types of tensors that are not quantised
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
 NO_SINK = -1e30  # a logit whose exponential is 0
 SINKS = "attn_sinks.weight"  # of each layer of `granite_swa`, one for each query head
 

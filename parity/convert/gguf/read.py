@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
@@ -16,6 +15,7 @@ from parity.convert.configs.common import config_of, uniform
 from parity.convert.files.stores import Store, Stored
 from parity.convert.gguf.architecture import (
     ARCHITECTURES,
+    FLOATS,
     NO_SINK,
     SINKS,
     WINDOWED,
@@ -23,8 +23,6 @@ from parity.convert.gguf.architecture import (
     read_positions,
 )
 from parity.convert.gguf.vocabulary import tokenizer_files
-
-FLOATS = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class Opened(NamedTuple):
@@ -137,9 +135,8 @@ def _store(gguf: Any, reader: Any, path: Path) -> Store:
     Norms, which are float32 in a file of shorter floats, are read in the type of those.
     """
     kinds = {tensor.tensor_type.name for tensor in reader.tensors}
-    dtype = next((FLOATS[kind] for kind in FLOATS if kind in kinds), np.dtype(np.float32))
-    quantized = sorted(kinds - {*FLOATS, "F32"})
-    dtype = np.dtype(np.float32) if quantized else dtype
+    quantized = sorted(kinds - FLOATS.keys())
+    dtype = FLOATS["F32" if quantized else next(kind for kind in FLOATS if kind in kinds)]
 
     def read_of(tensor: Any, shape: tuple[int, ...]) -> Callable[[], Shaped[np.ndarray, "..."]]:
         def read() -> Shaped[np.ndarray, "..."]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
@@ -15,6 +14,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import EMBEDDING, HEAD, is_kernel
 from parity.convert.configs.hugging_face import positions_of
 from parity.convert.gguf.architecture import (
+    FLOATS,
     NO_SINK,
     SINKS,
     WINDOWED,
@@ -30,11 +30,6 @@ from parity.convert.write import chat_template_in, control_ids_of, write_tokeniz
 
 Quantized = Literal["q8_0", "q5_0", "q4_0"]
 BLOCK = 32  # numbers that share a scale
-FLOATS = {
-    np.dtype(np.float32): "F32",
-    np.dtype(np.float16): "F16",
-    np.dtype(ml_dtypes.bfloat16): "BF16",
-}
 
 
 def write_gguf(
@@ -55,7 +50,7 @@ def write_gguf(
     Args:
         path: the new file.
         source: the model and its tokenizer.
-        dtype: of kernels that are not quantised.
+        dtype: of kernels that are not quantised; float64 becomes float32, the longest in GGUF.
         quantized: of kernels that are.
         infos: name, dtype and shape of each tensor.
         read: gives a tensor by name.
@@ -68,7 +63,8 @@ def write_gguf(
     """
     gguf, config = library(), source.config
     writer = gguf.GGUFWriter(path, architecture(config))
-    _add_model(gguf, writer, source, quantized or dtype.name)
+    kind = quantized or next((name for name, of in FLOATS.items() if of == dtype), "F32")
+    _add_model(gguf, writer, source, kind)
     with tempfile.TemporaryDirectory(prefix="lechat-") as made:
         folder = Path(made)
         write_tokenizer(folder, "lechat", source)
@@ -79,8 +75,7 @@ def write_gguf(
             writer.add_chat_template(template)
     ours = {key: name for name, key in names(config, "gguf").items()}
     kinds = {
-        key: gguf.GGMLQuantizationType[_kind(ours[key], shape, dtype, quantized)]
-        for key, _, shape in infos
+        key: gguf.GGMLQuantizationType[_kind(ours[key], shape, kind)] for key, _, shape in infos
     }
     for key, _, shape in infos:
         block, size = gguf.GGML_QUANT_SIZES[kinds[key]]
@@ -111,13 +106,12 @@ def write_gguf(
         writer.close()
 
 
-def _kind(name: str, shape: Sequence[int], dtype: np.dtype, quantized: Quantized | None) -> str:
-    """The type of a tensor, in GGUF's words."""
-    if not is_kernel(name) or (quantized and shape[-1] % BLOCK):
-        return "F32"
-    if quantized is None:
-        return FLOATS[dtype]
-    return "Q8_0" if name in (EMBEDDING, HEAD) else quantized.upper()
+def _kind(name: str, shape: Sequence[int], kind: str) -> str:
+    """The type of a tensor in GGUF's words, where kernels are of that kind."""
+    if kind not in FLOATS and name in (EMBEDDING, HEAD):
+        kind = "q8_0"
+    is_cut = kind in FLOATS or shape[-1] % BLOCK == 0
+    return kind.upper() if is_kernel(name) and is_cut else "F32"
 
 
 def _sinks(config: MistralConfig) -> dict[str, Float[np.ndarray, "N"]]:
@@ -131,8 +125,7 @@ def _sinks(config: MistralConfig) -> dict[str, Float[np.ndarray, "N"]]:
 def _add_model(gguf: Any, writer: Any, source: Source, kind: str) -> None:
     """Writes the fields of the model's shape."""
     config = source.config
-    floats = {dtype.name: f"MOSTLY_{name}" for dtype, name in FLOATS.items()}
-    file_type = (floats | {"float32": "ALL_F32"}).get(kind, f"MOSTLY_{kind.upper()}")
+    file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind.upper()}"
     writer.add_type("model")
     writer.add_name(source.path.resolve().name.removesuffix(".gguf"))
     writer.add_file_type(gguf.LlamaFileType[file_type])
