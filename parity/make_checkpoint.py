@@ -16,11 +16,11 @@ from lechat_jax.cli import flags
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.config.layout import is_norm
 from lechat_jax.errors import BadInput
+from lechat_jax.formats.names import Format, shapes
+from lechat_jax.formats.source import Source
+from lechat_jax.formats.stores import Store, Stored
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.convert.command import DTYPES, Convert, Dtype, check_destination, convert
-from parity.convert.files.stores import Store, Stored
-from parity.convert.names import Format, shapes
-from parity.convert.source import Source
 
 POOL = 1 << 22  # numbers drawn; each weight is cut from them, starting somewhere else
 

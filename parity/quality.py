@@ -41,7 +41,7 @@ class Quality:
     """The flags of `python -m parity.quality`.
 
     Attributes:
-        dir: Folder of the reference: a training run, or unquantised weights in lechat's format.
+        dir: Reference: a training run, or unquantised weights of any format.
         quantize: How the reference is quantised to be compared with itself; by default int8.
         against: Folder of weights to compare with the reference instead.
         data: Text whose held-out tenth is read, as for training; by default that of the run, or

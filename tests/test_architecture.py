@@ -24,7 +24,7 @@ PACKAGES = ("lechat_jax", "lechat_torch", "parity")
 LETTERS = set("BTSDNKGHFVELW")
 STANDARD_LIBRARY_ONLY = {
     *("lechat_jax.config", "lechat_jax.errors", "lechat_jax.shell", "lechat_jax.files.paths"),
-    *("parity.convert.names", "parity.architectures"),
+    *("lechat_jax.formats.names", "parity.architectures"),
 }
 
 # Tests of lechat_jax run where parity is not installed; some then skip, by `pytest.importorskip`.
@@ -35,7 +35,7 @@ LOADED_WHEN_ASKED_FOR = {"lechat_jax", "lechat_jax.model"}  # what they name, no
 # The law: what each folder of a package, or file beside the folders, may import of the same
 # package. From the ground up, so that no arrow goes up; two words with a dot are one file.
 ANYONE = {"errors", "shell"}
-STORED = "config devices files model quantize tokenizer"
+STORED = "config devices files formats model quantize tokenizer"
 MAY_IMPORT = {
     "lechat_jax": {
         "__main__": "cli",
@@ -48,6 +48,7 @@ MAY_IMPORT = {
         "cli": "devices files",
         "tokenizer": "files",
         "quantize": "config",
+        "formats": "config files quantize tokenizer",
         "data": "files tokenizer",
         "model": "config devices ops data.rows",
         "checkpoint": f"{STORED} ops",
@@ -209,8 +210,8 @@ ENDS = {"SCALE", "ZERO", "ORDER", "LORA_A", "LORA_B", "LORA_SCALE"}
 # Whose regular expressions have such words too, and are of the keys of another program's files.
 PATTERNS_OF_OTHERS = {
     "lechat_jax.checkpoint.peft": "PEFT's lora_A and lora_B",
-    "parity.convert.configs.vision": "the language model within Mistral3ForConditionalGeneration",
-    "parity.convert.files.first_mixtral": "the gate of Mixtral's first release",
+    "lechat_jax.formats.configs.vision": "the language model in Mistral3ForConditionalGeneration",
+    "parity.convert.first_mixtral": "the gate of Mixtral's first release",
 }
 
 
@@ -342,7 +343,7 @@ PLANTED = [
     (keeps_to_the_law, "lechat_jax.model.mask", "from lechat_jax.data.corpus import Corpus"),
     (keeps_to_the_law, "lechat_jax.checkpoint.run", "from lechat_jax.cli import flags"),
     (keeps_to_the_law, "lechat_jax.new", "from lechat_jax.config import MistralConfig"),
-    (keeps_to_the_law, "parity.convert.source", "def f():\n    from parity.check import run"),
+    (keeps_to_the_law, "parity.convert.write", "def f():\n    from parity.check import run"),
     (imports_only_what_the_house_allows, "lechat_jax.model", "import torch"),
     (imports_only_what_the_house_allows, "lechat_jax.model", "def f():\n    import torch.nn"),
     (imports_only_what_the_house_allows, "lechat_jax.model", "from transformers import AutoModel"),

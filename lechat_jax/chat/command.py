@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 
 from lechat_jax.chat.slash_commands import Commands
-from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import PrefillProgress, Visible, note
 from lechat_jax.cli.signals import Stop
@@ -22,7 +21,6 @@ from lechat_jax.errors import BadInput
 from lechat_jax.files.text import stdin_encoding
 from lechat_jax.generate.dialogue import Dialogue
 from lechat_jax.generate.options import GenerationOptions
-from lechat_jax.tokenizer.tokenizer import preferred
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 
 ENDS = {"SIGTERM": 143, "SIGHUP": 129}  # signals that end it, and what a shell makes of them
@@ -71,8 +69,8 @@ def _check(options: ChatConfig) -> None:
     options.check()
     if options.max_tokens < 1:
         raise BadInput(f"--max-tokens must be at least 1, not {options.max_tokens}")
-    trained = SavedModel.open(options.folder)
-    if preferred(options.folder.iterdir()) is None:
+    trained = options.saved
+    if not trained.has_tokenizer:
         raise BadInput(no_tokenizer(options.folder, "there is no chat"))
     if trained.run and not trained.run.config["train"].get("chat"):
         note(

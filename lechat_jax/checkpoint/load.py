@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from lechat_jax.checkpoint.safetensors import TensorFiles
 from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config.layout import is_adapter, is_part
@@ -148,7 +147,7 @@ def _shapes(trained: SavedModel, dtype: DTypeLike | None, quantize: Format | Non
         }
     how = trained.form(quantize)
     shapes = weight_shapes(trained.config, how)
-    stored = TensorFiles.open(trained.folder) if trained.run is None and dtype is None else {}
+    stored = trained.stored.store.tensors if trained.stored and dtype is None else {}
 
     def described(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if how and how.is_fixed(name):

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from lechat_jax.checkpoint.safetensors import TensorFiles, write_tensors
 from lechat_jax.checkpoint.weights import FLOATS
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import (
@@ -37,6 +36,7 @@ from lechat_jax.config.layout import (
     row_of,
 )
 from lechat_jax.errors import BadInput
+from lechat_jax.files.safetensors import TensorFiles, write_tensors
 from lechat_jax.files.safetensors_header import TensorInfo, parse_json
 from lechat_jax.model.adapters import Adapters, in_short
 

@@ -1,4 +1,4 @@
-"""A saved model: a training run's folder, or weights in lechat's format."""
+"""A saved model: a training run's folder, or weights of any format."""
 
 import dataclasses
 import hashlib
@@ -9,71 +9,85 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from lechat_jax.checkpoint.folder import kind_of, read_config, stored_format
 from lechat_jax.checkpoint.run import CONFIG, Run
-from lechat_jax.checkpoint.safetensors import TensorFiles
+from lechat_jax.checkpoint.stored_weights import StoredWeights
 from lechat_jax.checkpoint.weights import load_weights, weight_shapes, weights_bytes
 from lechat_jax.config import MistralConfig
 from lechat_jax.devices.mesh import Placing, described, shardings
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
+from lechat_jax.formats.folder import kind_of
+from lechat_jax.formats.hub import located
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.binding import Weights
 from lechat_jax.quantize.scheme import Form, Format, quantize_weights, scheme_for
-from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.tokenizer.tokenizer import Tokenizer, preferred
 from lechat_jax.tokenizer.vocabulary import ends
 
 
 class Loaded(NamedTuple):
-    """Loaded weights of a model, and the manifest that identifies them.
+    """Loaded weights of a model.
 
     Attributes:
         weights: the weights, on the default device or sharded over a mesh.
-        manifest: the SHA256SUMS that they were verified against.
+        step: of a run's checkpoint, its step.
         refused: a sentence for each newer checkpoint that is damaged.
     """
 
     weights: Weights
-    manifest: Path
+    step: int | None = None
     refused: tuple[str, ...] = ()
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the manifest, and so of every byte that was loaded."""
-        return _sha256(self.manifest)
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """A saved model's folder: config, tokenizer and format at once, weights on request.
+    """A saved model: config, tokenizer and format at once, weights on request.
 
     Attributes:
-        folder: the folder.
+        folder: the folder, or the GGUF file.
         config: config of the model.
-        run: the training run; `None` for weights in lechat's format.
+        run: the training run; `None` for weights of any format.
+        stored: the weights; `None` for a run.
         adapters: LoRA adapters that the run trained; `None` if it trained all weights.
         moved: new folder of the adapters' base model, if it has moved.
     """
 
     folder: Path
     config: MistralConfig
-    run: Run | None
+    run: Run | None = None
+    stored: StoredWeights | None = None
     adapters: Adapters | None = None
     moved: Path | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> "SavedModel":
-        """Opens a training run, or weights in lechat's format.
+    def open(cls, path: Path | str) -> "SavedModel":
+        """Opens a training run, or weights of any format, also by their name on the Hub.
+
+        Args:
+            path: a folder, also of Hugging Face's or Mistral's; a GGUF file; or `org/name`.
 
         Raises:
-            BadInput: the folder is neither; for another format the message gives the conversion.
+            BadInput: there is no model that can be read.
         """
-        if kind_of(folder) == "weights":
-            return cls(folder, read_config(folder), None)
+        folder, _ = located(path)
+        if kind_of(folder) != "run":
+            stored = StoredWeights.open(folder)
+            return cls(folder, stored.config, stored=stored)
         run = Run.open(folder)
         fields = run.config
         adapters = Adapters.from_dict(fields["adapters"]) if fields.get("adapters") else None
-        return cls(folder, MistralConfig.from_dict(fields["model"]), run, adapters)
+        return cls(folder, MistralConfig.from_dict(fields["model"]), run, adapters=adapters)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder with the tokenizer's files, if there are any."""
+        return self.stored.tokenizer_folder if self.stored else self.folder
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer, which is not read."""
+        folder = self.tokenizer_folder
+        return folder.is_dir() and preferred(folder.iterdir()) is not None
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -82,16 +96,25 @@ class SavedModel:
         Raises:
             BadInput: the file is not a tokenizer, or another model's.
         """
-        return Tokenizer.beside(self.folder, self.config.vocab_size)
+        if not self.has_tokenizer:
+            return None
+        return Tokenizer.beside(self.tokenizer_folder, self.config.vocab_size)
 
     @property
     def eos_ids(self) -> set[int]:
-        """EOS ids in the folder's JSON files, beyond the tokenizer's own.
+        """EOS ids that the model's files name, beyond the tokenizer's own.
 
         Raises:
             BadInput: they are not ids.
         """
-        return set(ends(self.folder))
+        return set(self.stored.eos_ids if self.stored else ends(self.folder))
+
+    def sha256(self, step: int | None = None) -> str:
+        """SHA-256 that identifies the weights, of a run those of the checkpoint after a step."""
+        if self.stored:
+            return self.stored.sha256()
+        manifest = Run(self.folder).checkpoints / str(step) / MANIFEST
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()
 
     def not_trained_on(self, data: str | None, name: str, sha256: str) -> str:
         """A warning that a text is not the run's training data; empty if it is or if unknown.
@@ -120,7 +143,7 @@ class SavedModel:
         """
         if self.run is None or self.adapters is None:
             return self
-        folder = self.moved or Path(self.run.config["train"]["init_from"])
+        folder = self.moved or self.run.config["train"]["init_from"]
         try:
             return SavedModel.open(folder)
         except BadInput as error:
@@ -133,9 +156,9 @@ class SavedModel:
     @property
     def quantization(self) -> Form | None:
         """Quantization scheme on disk, or of the adapters' base in training; `None` for floats."""
-        if self.run is None:
-            return stored_format(self.folder)
-        if self.adapters is None:
+        if self.stored:
+            return self.stored.form
+        if self.run is None or self.adapters is None:
             return None
         quantize = self.run.config["train"].get("quantize")
         return self.base.quantization or scheme_for(quantize, self.config)
@@ -152,8 +175,8 @@ class SavedModel:
         if self.adapters is not None:
             return self.base.weights_bytes(dtype, self.of_base(quantize))
         how = self.form(quantize)
-        if self.run is None and how is None and dtype is None:
-            return sum(info.nbytes for info in TensorFiles.open(self.folder).values())
+        if self.stored and how is None and dtype is None:
+            return self.stored.nbytes
         wanted = weights_bytes(self.config, dtype or np.float32, how)
         return max(wanted, weights_bytes(self.config, np.float32)) if self.run else wanted
 
@@ -173,15 +196,15 @@ class SavedModel:
         Raises:
             BadInput: there is no good checkpoint, or as `load_weights`.
         """
-        if self.run is None:
+        if self.run is None or self.stored:
             shapes = weight_shapes(self.config, self.form(quantize))
             places = placing(mesh, shapes) if mesh else None
-            _, weights = load_weights(self.folder, dtype=dtype, quantize=quantize, shardings=places)
-            return Loaded(weights, self.folder / MANIFEST)
+            stored = self.stored or self.folder
+            return Loaded(load_weights(stored, dtype=dtype, quantize=quantize, shardings=places)[1])
         if self.adapters is not None:
             base, learned = self.load_base(dtype, quantize, mesh, placing), self.load_adapters()
             weights = base.weights | learned.weights | self.adapters.scales(self.config)
-            return Loaded(weights, learned.manifest, base.refused + learned.refused)
+            return Loaded(weights, learned.step, base.refused + learned.refused)
         from lechat_jax.checkpoint.training_state import (
             Checkpoints,  # Orbax takes 0.2 s, and only runs need it
         )
@@ -189,17 +212,16 @@ class SavedModel:
         form = scheme_for(quantize, self.config)
         template = {"model": described(mesh, weight_shapes(self.config), placing)}
         restored = Checkpoints(self.run.checkpoints).restore(template)
-        manifest = self.run.checkpoints / str(restored.step) / MANIFEST
         weights = restored.items["model"]
         if form is not None:
             try:
                 weights = quantize_weights(weights, form)
             except BadInput as error:
-                raise BadInput(f"{manifest.parent}: {error}") from None
+                raise BadInput(f"{self.run.checkpoints / str(restored.step)}: {error}") from None
         for name in weights:  # one by one, so that there are not two models in memory
             if dtype is not None and not (form and form.is_fixed(name)):
                 weights[name] = weights[name].astype(dtype)
-        return Loaded(weights, manifest, restored.refused)
+        return Loaded(weights, restored.step, restored.refused)
 
     def load_base(
         self,
@@ -214,23 +236,25 @@ class SavedModel:
             BadInput: they are not the weights of that training, or as `load`.
         """
         loaded = self.base.load(dtype, self.of_base(quantize), mesh, placing)
-        self.check_base(loaded.manifest)
+        self.check_base(loaded.step)
         return loaded
 
     def of_base(self, quantize: Format | None) -> Format | None:
         """Quantization scheme of the base: the requested one, else that of adapter training."""
         return quantize or (self.quantization.format if self.quantization else None)
 
-    def check_base(self, manifest: Path) -> None:
-        """Raises `BadInput` if the adapters were trained on base weights with another manifest."""
+    def check_base(self, step: int | None) -> None:
+        """Raises `BadInput` if the adapters were trained on other base weights than these.
+
+        Args:
+            step: of the checkpoint that was loaded, if the base is a run.
+        """
         if self.run is None or self.adapters is None:
             return
-        wanted = self.run.config["train"]["init_from_sha256"]
-        if _sha256(manifest) != wanted:
+        if self.base.sha256(step) != self.run.config["train"]["init_from_sha256"]:
             raise BadInput(
                 f"the adapters of {self.folder} were learned beside other weights than those that "
-                f"are in {self.base.folder} now (the SHA-256 of {manifest} was {wanted}); "
-                "restore them"
+                f"are in {self.base.folder} now (their SHA-256 differs); restore them"
             )
 
     def load_adapters(self) -> Loaded:
@@ -247,9 +271,4 @@ class SavedModel:
         described = adapters.described(self.config)
         learning = {name: described[name] for name in adapters.shapes(self.config)}
         restored = Checkpoints(run.checkpoints).restore({"model": learning})
-        manifest = run.checkpoints / str(restored.step) / MANIFEST
-        return Loaded(restored.items["model"], manifest, restored.refused)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        return Loaded(restored.items["model"], restored.step, restored.refused)

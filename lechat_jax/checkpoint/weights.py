@@ -25,14 +25,14 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
-from lechat_jax.checkpoint.folder import fault_of, read_config, stored_format
 from lechat_jax.checkpoint.run import CONFIG
-from lechat_jax.checkpoint.safetensors import TensorFiles, write_tensors
+from lechat_jax.checkpoint.stored_weights import StoredWeights
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import is_part
 from lechat_jax.devices.host_memory import host_empty
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST, sync, write_manifest
+from lechat_jax.files.safetensors import write_tensors
 from lechat_jax.model.binding import Weights, shapes_of
 from lechat_jax.quantize.scheme import QUANTIZATION, Form, Format, form_of, in_parts, scheme_for
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -46,14 +46,14 @@ Placement = Sharding | Mapping[str, Sharding] | Callable[[str], Sharding]
 
 
 def load_weights(
-    folder: Path,
+    path: Path | StoredWeights,
     *,
     dtype: DTypeLike | None = None,
     shardings: Placement | None = None,
     check: bool = True,
     quantize: Format | None = None,
 ) -> tuple[MistralConfig, Weights]:
-    """Loads a folder in lechat's format: the model's config, and its weights on their devices.
+    """Loads weights of any format: the model's config, and its weights on their devices.
 
     One tensor is in transit at a time, and pages of the file are released once read. A cast
     from 2 to 4 GB on a CPU took 1.00 models of memory and 1.7 s; reading all and then placing
@@ -66,12 +66,13 @@ def load_weights(
     aligned memory, and it casts on the way.
 
     Args:
-        folder: as `save_weights` or `python -m parity.convert` wrote it.
+        path: a folder of lechat's, Hugging Face's or Mistral's, a GGUF file, or what was opened
+            of them.
         dtype: dtype to cast to; by default each tensor stays as stored. Of a quantised model
             only the norms are cast.
         shardings: by default unsharded and uncommitted on the default device, like new arrays.
-        check: first verify SHA256SUMS, at 0.7 s per GB and core, a file per core. Otherwise only
-            damage of headers is noticed.
+        check: also verify SHA256SUMS, which lechat's format has, at 0.7 s per GB and core, a file
+            per core. Otherwise only damage of headers is noticed.
         quantize: quantise the kernels to int8 or int4 on the way, one at a time on the host, at
             1e9 weights per second. Kernels that are stored quantised stay as they are.
 
@@ -80,57 +81,56 @@ def load_weights(
             shape or dtype than the model's, all are named; or a number overflows the dtype, or
             the dtype is not enabled in JAX (float64).
     """
-    config = read_config(folder)
-    stored, wanted = stored_format(folder), scheme_for(quantize, config)
-    load = functools.partial(_load, folder, config, stored, dtype, shardings, wanted)
+    stored = path if isinstance(path, StoredWeights) else StoredWeights.open(path)
+    wanted = scheme_for(quantize, stored.config)
+    load = functools.partial(_load, stored, dtype, shardings, wanted)
     if not check:
-        return config, load()
+        return stored.config, load()
     with ThreadPoolExecutor(1) as thread:  # hashing keeps one core busy, and placing another
-        checked = thread.submit(fault_of, folder)
+        checked = thread.submit(stored.fault)
         try:
             weights = load()
         finally:  # what is damaged may also be why it could not be read
             if reason := checked.result():
                 raise BadInput(
-                    f"{folder} is not as it was saved: {reason}; copy or convert it again"
+                    f"{stored.path} is not as it was saved: {reason}; copy or convert it again"
                 )
-    return config, weights
+    return stored.config, weights
 
 
 def _load(
-    folder: Path,
-    config: MistralConfig,
-    stored: Form | None,
+    source: StoredWeights,
     dtype: DTypeLike | None,
     shardings: Placement | None,
     wanted: Form | None,
 ) -> Weights:
     """Loads the weights for `load_weights`, without verifying SHA256SUMS."""
-    files = TensorFiles.open(folder)
-    _check_fit(folder, weight_shapes(config, stored), files)
+    folder, stored, tensors = source.path, source.form, source.store.tensors
+    release = source.store.release
+    _check_fit(folder, weight_shapes(source.config, stored), tensors)
     weights: Weights = {}
 
     def place(name: str, view: Shaped[np.ndarray, "..."], dtype: np.dtype) -> None:
-        placed = _place(view, dtype, _sharding(shardings, name), files.release)
+        placed = _place(view, dtype, _sharding(shardings, name), release)
         weights[name] = jax.block_until_ready(placed)
 
-    for name in files:  # as they lie on the disk
-        view = files.read(name)
+    for name, tensor in tensors.items():  # as they lie on the disk
+        view = tensor.read()
         is_fixed = stored is not None and stored.is_fixed(name)
         if wanted and not stored and wanted.format_of(name):
-            parts = in_parts(wanted, name, view, f"{name} in {folder}", files.release)
+            parts = in_parts(wanted, name, view, tensor.where, release)
             for key, part in parts.items():
                 place(key, part, part.dtype)
         else:
-            target = np.dtype(view.dtype if dtype is None or is_fixed else dtype)
+            target = np.dtype(tensor.dtype if dtype is None or is_fixed else dtype)
             if jax.dtypes.canonicalize_dtype(target) != target:
-                raise BadInput(f"{name} in {folder} is {target}, which needs jax_enable_x64")
+                raise BadInput(f"{tensor.where} is {target}, which needs jax_enable_x64")
             try:
                 place(name, view, target)
             except FloatingPointError:
-                raise BadInput(f"{name} in {folder} has numbers too large for {target}") from None
-        files.release()
-    return {name: weights[name] for name in weight_shapes(config, stored or wanted)}
+                raise BadInput(f"{tensor.where} has numbers too large for {target}") from None
+        release()
+    return {name: weights[name] for name in weight_shapes(source.config, stored or wanted)}
 
 
 def save_weights(

@@ -47,7 +47,8 @@ class EvalConfig:
     """The flags of `python -m lechat_jax.eval`.
 
     Attributes:
-        dir: Folder of the model: a training run, or weights in lechat's format.
+        dir: Model: a training run, or a folder in lechat's, Hugging Face's or Mistral's format, a
+            GGUF file, or the name of a model on the Hugging Face Hub.
         data: Text to score, as in training: files, a folder or a dataset; of examples only the
             answers are scored. By default what the run was trained on.
         part: Whether all of the text is scored or the held-out tenth (held-out). By default all of

@@ -20,8 +20,8 @@ def write_manifest(whole: Path, known: Mapping[str, str] | None = None) -> None:
     """
     known = known or {}
     names = _files(whole)
-    digests = {**known, **_digests(whole, [name for name in names if name not in known])}
-    manifest = "".join(f"{digests[name]}  {name}\n" for name in names)
+    sums = {**known, **digests(whole, [name for name in names if name not in known])}
+    manifest = "".join(f"{sums[name]}  {name}\n" for name in names)
     (whole / MANIFEST).write_text(manifest, encoding="utf-8")
 
 
@@ -54,7 +54,7 @@ def fault(
         extra = [name for name in found if name not in listed]
         if strangers := [name for name in extra if is_read and is_read(name, listed)]:
             return f"{strangers[0]} is not in {MANIFEST}"
-        for name, digest in _digests(whole, set(found).difference(extra)).items():
+        for name, digest in digests(whole, set(found).difference(extra)).items():
             if digest != listed[name]:
                 return f"{name} is not what was saved (its SHA-256 differs)"
     except FileNotFoundError as error:
@@ -71,8 +71,8 @@ def _files(whole: Path) -> list[str]:
     return sorted(name for name in names if not LITTER.fullmatch(name))
 
 
-def _digests(whole: Path, names: Collection[str]) -> dict[str, str]:
-    """The SHA-256 of each file, in threads, since hashing releases Python's lock."""
+def digests(whole: Path, names: Collection[str]) -> dict[str, str]:
+    """The SHA-256 of each file of a folder, by name; in threads, as hashing frees Python's lock."""
 
     def digest(name: str) -> str:
         with (whole / name).open("rb") as file:

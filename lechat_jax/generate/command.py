@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     enable_compilation_cache()
     asked = _prompts(options)
     if any(isinstance(prompt, str) for prompt in asked):
-        check_tokenizer(options.folder)
+        check_tokenizer(options.saved)
     batch = min(options.batch, len(asked) * options.samples)
     generator = options.load(batch, PrefillProgress())
     rows = [ids for ids in map(generator.ids_of, asked) for _ in range(options.samples)]
@@ -95,10 +95,12 @@ def _check(options: GenerateConfig) -> None:
     check_writable(options.json)
 
 
-def check_tokenizer(folder: Path) -> None:
+def check_tokenizer(saved: SavedModel) -> None:
     """Raises `BadInput` for a model without a tokenizer, before its weights are loaded."""
-    if SavedModel.open(folder).tokenizer is None:
-        raise BadInput(f"{no_tokenizer(folder, 'a prompt cannot be read')}, or give --prompt-ids")
+    if saved.tokenizer is None:
+        raise BadInput(
+            f"{no_tokenizer(saved.folder, 'a prompt cannot be read')}, or give --prompt-ids"
+        )
 
 
 def _batches(

@@ -31,7 +31,7 @@ class Generator(LoadedModel):
     @classmethod
     def from_checkpoint(
         cls,
-        folder: Path | str,
+        folder: Path | str | SavedModel,
         *,
         context: int = CONTEXT,
         dtype: DTypeLike | None = None,
@@ -41,12 +41,16 @@ class Generator(LoadedModel):
         on_read: OnRead | None = None,
         mesh: Mesh | str | None = None,
     ) -> "Generator":
-        """Loads a training run's last good checkpoint, or weights in lechat's format.
+        """Loads a training run's last good checkpoint, or weights of any format.
+
+        Nothing is converted on the disk: files are mapped, and a tensor is put into lechat's shape
+        and dtype on its way to the device.
 
         Damaged checkpoints that are skipped are named on stderr.
 
         Args:
-            folder: of a run or of weights; for other formats the error names the converter.
+            folder: of a run, or of weights in lechat's, Hugging Face's or Mistral's format; a GGUF
+                file; the name of a model on the Hugging Face Hub; or what was opened of one.
             context: as for the class.
             dtype: compute dtype. By default as stored, but float32 on a CPU where that fits into
                 memory: batches and prefill are faster in it.
@@ -63,7 +67,7 @@ class Generator(LoadedModel):
                 weights do not fit into memory; or they are stored in several dtypes and `dtype`
                 is not given.
         """
-        trained = SavedModel.open(Path(folder))
+        trained = folder if isinstance(folder, SavedModel) else SavedModel.open(folder)
         tokenizer = trained.tokenizer
         mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
         if mesh:

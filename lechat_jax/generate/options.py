@@ -1,11 +1,13 @@
 """Flags of the commands that generate text: model, dtype, KV cache, speculation, sampling."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.continuation import stop_texts
 from lechat_jax.generate.continuous_batch import OnRead
@@ -20,8 +22,8 @@ class ModelOptions:
     """The flags that `generate`, `chat` and `serve` have in common.
 
     Attributes:
-        folder: Folder of a training run, such as runs/NAME, or of weights in lechat's format, as
-            written by python -m parity.convert.
+        folder: Folder of a training run, such as runs/NAME, or of weights in lechat's, Hugging
+            Face's or Mistral's format; a GGUF file; or the name of a model on the Hugging Face Hub.
         context: Maximum tokens, prompts and chat included, in the KV cache of layers without a
             sliding window. It is allocated at once, and generation stops there. Other models have
             no limit.
@@ -50,6 +52,11 @@ class ModelOptions:
         if self.speculate and self.draft < 1:
             raise BadInput(f"--draft must be at least 1 token, not {self.draft}")
 
+    @functools.cached_property
+    def saved(self) -> SavedModel:
+        """The model, opened and not loaded; raises `BadInput` if there is none."""
+        return SavedModel.open(self.folder)
+
     @property
     def n_drafted(self) -> int:
         """Tokens that prompt lookup guesses per step; 0 without --speculate."""
@@ -62,7 +69,7 @@ class ModelOptions:
             BadInput: the folder holds no usable model; see `Generator.from_checkpoint`.
         """
         return Generator.from_checkpoint(
-            self.folder,
+            self.saved,
             context=self.context,
             dtype=self.dtype,
             quantize=self.quantize,

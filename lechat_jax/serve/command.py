@@ -16,13 +16,11 @@ from collections.abc import Sequence
 import tyro
 
 import lechat_jax
-from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import note
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.options import ModelOptions
-from lechat_jax.tokenizer.tokenizer import preferred
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names under which only this machine is reached
@@ -75,8 +73,7 @@ class ServeConfig(ModelOptions):
                 "the API key must be of ASCII characters without blanks, since others do not "
                 "reach a server in the same form from every client"
             )
-        SavedModel.open(self.folder)
-        if preferred(self.folder.iterdir()) is None:
+        if not self.saved.has_tokenizer:
             raise BadInput(no_tokenizer(self.folder, "nothing can be served"))
         if self.host not in LOOPBACK and not self.key:
             note(f"warning: whoever reaches {self.host} can use it, since there is no --api-key")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from lechat_jax.tokenizer.vocabulary import beside
+from lechat_jax.tokenizer.vocabulary import GENERATION, beside
 from lechat_jax.train.memory_plan import (
     REMEDY,
     check_memory,
@@ -224,13 +225,16 @@ def _begin_run(run: Run, start: Start, dataset: Dataset, loaded: Loaded | None) 
     options = start.options
     run.begin()
     start.tokenizer.save(run.folder)
-    for path in beside(start.source.folder) if start.source else []:
-        shutil.copyfile(path, run.folder / path.name)
+    if start.source:
+        for path in beside(start.source.tokenizer_folder):
+            shutil.copyfile(path, run.folder / path.name)
+        if (eos_ids := start.source.eos_ids) and not (run.folder / GENERATION).exists():
+            run.write(GENERATION, json.dumps({"eos_token_id": sorted(eos_ids)}) + "\n")
     found: dict[str, Any] = options.shape(platform())._asdict()
     found |= {"corpus": dataset.name, "corpus_bytes": dataset.n_bytes}
     found |= {"corpus_sha256": dataset.sha256, "chat": dataset.chat}
-    if loaded:
-        found |= {"init_from_sha256": loaded.sha256}
+    if loaded and start.source:
+        found |= {"init_from_sha256": start.source.base.sha256(loaded.step)}
     fields = {"model": start.model.to_dict(), "train": options.to_dict() | found}
     if start.learning:
         fields["adapters"] = start.learning.adapters.to_dict()

@@ -142,7 +142,7 @@ def resumed(run: Run, asked: TrainConfig) -> Start:
         raise BadInput(
             f"{run.folder} has all its weights and needs no others to go on; leave out --init-from"
         )
-    trained = dataclasses.replace(trained, moved=asked.init_from and asked.init_from.absolute())
+    trained = dataclasses.replace(trained, moved=asked.init_from and _absolute(asked.init_from))
     tokenizer = trained.tokenizer
     if tokenizer is None:
         raise BadInput(f"{run.folder} has no tokenizer any more; put the run's own back into it")
@@ -157,8 +157,13 @@ def resumed(run: Run, asked: TrainConfig) -> Start:
 
 def _located(options: TrainConfig) -> TrainConfig:
     """The options with absolute paths, so that the run can be resumed from any folder."""
-    init_from = options.init_from and options.init_from.absolute()
+    init_from = options.init_from and _absolute(options.init_from)
     return dataclasses.replace(options, data=located(options.data), init_from=init_from)
+
+
+def _absolute(path: Path) -> Path:
+    """The absolute path of what is there; the name of a model on the Hub as it is."""
+    return path.absolute() if path.exists() else path
 
 
 def trainable_adapters(options: TrainConfig, config: MistralConfig) -> TrainableAdapters | None:

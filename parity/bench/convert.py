@@ -16,10 +16,10 @@ from rich.console import Console
 
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import sync
+from lechat_jax.formats.names import Format
 from parity import make_checkpoint
 from parity.bench.work import Work, cell
 from parity.convert import command as convert
-from parity.convert.names import Format
 from parity.measure import interleaved, resident, wait_until_idle
 from parity.report import Report, Row, TableText
 

@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float, Int
 
 from lechat_jax.config.layout import in_layer, layer_of, stacked
+from lechat_jax.formats import names
+from lechat_jax.formats.source import Source
 from parity.check.oracles.interface import Oracle, Stages
 from parity.check.oracles.lechat_jax import JaxOracle
 from parity.check.oracles.lechat_torch import TorchOracle
@@ -28,8 +30,6 @@ from parity.check.oracles.transformers import TransformersOracle
 from parity.check.probes import Model, Result, shortened
 from parity.check.tolerances import SLACK_OF_LONG_SUMS, relative
 from parity.check.verdict import Stage
-from parity.convert import names
-from parity.convert.source import Source
 
 Say = Callable[[str, int, int], None]
 # PyTorch computes with the layer's arrays themselves: nobody trains here.

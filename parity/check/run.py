@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lechat_jax.checkpoint.folder import fault_of
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
+from lechat_jax.formats.folder import fault_of
+from lechat_jax.formats.source import Source
 from parity.architectures import ARCHITECTURES, SMALL
 from parity.check.faults.diagnose import FORWARD, recognise
 from parity.check.faults.suite import CRITERIA, FAULTS, suite, suite_of_checkpoint
@@ -23,7 +24,6 @@ from parity.check.same_weights import rounded_as, same_weights
 from parity.check.verdict import Fault, FaultReport, Stage, Verdict
 from parity.check.whole_model import Comparison
 from parity.convert.open_source import open_source
-from parity.convert.source import Source
 from parity.measure import machine_line
 from parity.random_models import random_weights
 

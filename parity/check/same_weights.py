@@ -12,10 +12,10 @@ from jaxtyping import Shaped
 
 from lechat_jax.config.layout import layer_of, module_of, stacked
 from lechat_jax.errors import BadInput
+from lechat_jax.formats.source import Source
+from lechat_jax.formats.stores import Stored
 from parity.check.tolerances import relative
 from parity.check.verdict import Stage
-from parity.convert.files.stores import Stored
-from parity.convert.source import Source
 
 Say = Callable[[str, int, int], None]
 SLAB = 16 << 20  # bytes of a weight that are compared at once

@@ -13,6 +13,7 @@ import numpy as np
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.formats.configs.hugging_face import to_hugging_face
 from parity.check.oracles.interface import Dtype, Implementation, Oracle
 from parity.check.oracles.lechat_jax import JaxOracle
 from parity.check.oracles.lechat_torch import TorchOracle
@@ -20,7 +21,6 @@ from parity.check.oracles.transformers import TransformersOracle
 from parity.check.probes import PROBES, Answers, Inputs, Model, Probe, Result, padding, trajectory
 from parity.check.tolerances import EXACT, ROUNDINGS, SAME_ROUNDING, UNIT, flips, slack
 from parity.check.verdict import Stage
-from parity.convert.configs.hugging_face import to_hugging_face
 
 
 class Comparison:

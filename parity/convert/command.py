@@ -20,26 +20,27 @@ import tyro
 from jaxtyping import Shaped
 from rich.console import Console
 
-from lechat_jax.checkpoint.safetensors import Wanted, write_tensors
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Meter
 from lechat_jax.config.layout import kernel_of
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
 from lechat_jax.files.checksums import sync, write_manifest
-from lechat_jax.quantize.scheme import Form, in_parts, scheme_for
+from lechat_jax.files.safetensors import Wanted, write_tensors
+from lechat_jax.formats.layouts import to_format
+from lechat_jax.formats.names import STACKED, Format, names, parts, rows, shapes, tied_head
+from lechat_jax.formats.open_model import check_complete
+from lechat_jax.formats.source import Source
+from lechat_jax.quantize.scheme import Form, scheme_for
 from lechat_jax.quantize.scheme import Format as Quantization
 from lechat_jax.shell import command, quoted
 from lechat_jax.tokenizer.tokenizer import preferred
 from lechat_jax.tokenizer.vocabulary import control_ids, no_tokenizer
-from parity.convert.files.finite import is_finite
-from parity.convert.files.torch_files import write_pickle
-from parity.convert.gguf.write import Quantized, write_gguf
-from parity.convert.layouts import to_format
-from parity.convert.names import STACKED, Format, names, parts, rows, shapes, tied_head
-from parity.convert.open_source import check_complete, open_source
-from parity.convert.source import Source
+from parity.convert.finite import is_finite
+from parity.convert.open_source import open_source
+from parity.convert.torch_files import write_pickle
 from parity.convert.write import write_config, write_tokenizer
+from parity.convert.write_gguf import Quantized, write_gguf
 
 Dtype = Literal["keep", "bfloat16", "float16", "float32"]
 DTYPES: dict[Dtype, np.dtype] = {
@@ -228,7 +229,7 @@ def _write_weights(
         if key in waiting:
             return waiting.pop(key)
         if form and form.format_of(key):
-            waiting.update(_parts(source, key, form))
+            waiting.update(source.parts_of(key, form))
             source.release()
             return waiting.pop(key)
         array, row = source.read(ours[key]), table.get(ours[key])
@@ -306,13 +307,6 @@ def form_to_write(source: Source, options: Convert) -> Form | None:
     if stored and options.to == "lechat" and options.quantize in (None, stored.format):
         return None if options.dequantize else stored
     return scheme_for(cast("Quantization | None", options.quantize), source.config)
-
-
-def _parts(source: Source, name: str, form: Form) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The parts of a kernel: those that are stored, or what rounding makes of its numbers."""
-    if form is source.store.form and (found := source.stored_parts(name, form)):
-        return found
-    return in_parts(form, name, source.read(name), source.where(name))
 
 
 def _dtype(source: Source, options: Convert) -> np.dtype:

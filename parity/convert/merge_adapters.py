@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from lechat_jax.config import MistralConfig
+from lechat_jax.formats.layouts import from_format, to_format
+from lechat_jax.formats.names import rows
+from lechat_jax.formats.source import Source, format_of
+from lechat_jax.formats.stores import Stored
 from lechat_jax.quantize.scheme import Form, in_parts, numbers_of
-from parity.convert.files.stores import Stored
-from parity.convert.layouts import from_format, to_format
-from parity.convert.names import Format, rows
 
 
 class Product(NamedTuple):
@@ -47,24 +47,17 @@ def merged(kernel: Shaped[np.ndarray, "..."], added: Product) -> Float[np.ndarra
     return whole.reshape(kernel.shape)
 
 
-def with_products(
-    config: MistralConfig,
-    fmt: Format,
-    stored: Mapping[str, Stored],
-    products: Mapping[str, Product],
-    dtype: np.dtype | None = None,
-) -> dict[str, Stored]:
-    """The tensors of a checkpoint with the adapters merged into their kernels.
+def merge(source: Source, products: Mapping[str, Product], dtype: np.dtype | None = None) -> Source:
+    """A checkpoint with adapters merged into its kernels.
 
     A kernel is merged when it is read, in float32, rounded once, and is the only one in memory.
 
     Args:
-        config: of the model.
-        fmt: of the tensors, which they keep.
-        stored: by lechat's names.
+        source: the checkpoint, whose format the tensors keep.
         products: by the kernel's name.
         dtype: of the merged kernels; by default what they had.
     """
+    config, fmt = source.config, format_of(source.format)
     table = rows(config)
 
     def whole(name: str, one: Stored) -> Stored:
@@ -80,7 +73,9 @@ def with_products(
         where = f"{one.where}, merged with its adapter,"
         return dataclasses.replace(one, dtype=target, where=where, read=read, parts=None)
 
-    return {name: whole(name, one) for name, one in stored.items()}
+    stored = {name: whole(name, one) for name, one in source.stored.items()}
+    store = dataclasses.replace(source.store, form=None)
+    return dataclasses.replace(source, stored=stored, store=store)
 
 
 def rounded(stored: Mapping[str, Stored], form: Form) -> dict[str, Stored]:

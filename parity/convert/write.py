@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from lechat_jax.files.safetensors_header import parse_json
+from lechat_jax.formats.configs.hugging_face import to_hugging_face
+from lechat_jax.formats.configs.mistral import to_params
+from lechat_jax.formats.names import Format
+from lechat_jax.formats.open_model import POSITIONS
+from lechat_jax.formats.source import Source
 from lechat_jax.quantize.scheme import QUANTIZATION, Form
 from lechat_jax.tokenizer.tokenizer import Tokenizer, preferred
 from lechat_jax.tokenizer.vocabulary import GENERATION, SETTINGS
 from parity.convert.chat_template import chat_template
-from parity.convert.configs.hugging_face import to_hugging_face
-from parity.convert.configs.mistral import to_params
-from parity.convert.names import Format
-from parity.convert.open_source import POSITIONS
-from parity.convert.source import Source
 
 BOS, EOS = 1, 2  # of all of Mistral's tokenizers
 

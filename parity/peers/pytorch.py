@@ -10,8 +10,8 @@ from torch import nn
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from parity.convert import names
-from parity.convert.layouts import unstacked
+from lechat_jax.formats import names
+from lechat_jax.formats.layouts import unstacked
 from parity.measure import cores
 from parity.peers.fused_experts import Tensors, fuse
 

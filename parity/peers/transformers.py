@@ -11,7 +11,7 @@ from jaxtyping import Float
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lechat_jax.config import MistralConfig
-from parity.convert.configs.hugging_face import to_hugging_face
+from lechat_jax.formats.configs.hugging_face import to_hugging_face
 from parity.peers.pytorch import Weights, device, load_state, state_dict
 
 AttentionName = Literal["eager", "sdpa"]

@@ -116,7 +116,7 @@ def test_peft_divides_by_the_root_of_the_rank_that_a_map_has(
 
 
 def test_names_are_those_of_the_weights(small: MistralConfig) -> None:
-    names = pytest.importorskip("parity.convert.names")
+    names = pytest.importorskip("lechat_jax.formats.names")
     table = names.rows(small)
     for name in ADAPTERS.parts(small):
         assert f"{peft._theirs(name)}.weight" == table[f"{name}.kernel"].hf

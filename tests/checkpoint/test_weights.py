@@ -18,13 +18,13 @@ from jaxtyping import Shaped
 from safetensors.numpy import load_file, save_file
 
 from lechat_jax.checkpoint import weights as module
-from lechat_jax.checkpoint.folder import fault_of, kind_of
-from lechat_jax.checkpoint.safetensors import TensorFiles, write_tensors
 from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import load_weights, save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import write_manifest
+from lechat_jax.files.safetensors import TensorFiles, write_tensors
+from lechat_jax.formats.folder import fault_of, kind_of
 from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.quantize.scheme import Form, quantize_weights
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -132,7 +132,9 @@ def test_a_tensor_that_comes_in_pieces_is_whole(
 
 
 def test_double_precision_needs_to_be_enabled(folder: Path, weights: Weights) -> None:
-    with pytest.raises(BadInput, match=r"^\S+ in .*model is float64, which needs jax_enable_x64$"):
+    with pytest.raises(
+        BadInput, match=r"^\S+ in .*model.safetensors is float64, which needs jax_enable_x64$"
+    ):
         load_weights(folder, dtype="float64")
     with jax.enable_x64(True):
         _, loaded = load_weights(folder, dtype="float64")
@@ -183,7 +185,7 @@ def test_int8_is_saved_with_its_scales_and_the_config_says_so(
 def test_an_int8_folder_is_loaded_as_it_is(
     int8_folder: Path, config: MistralConfig, in_int8: Weights, quantize: Literal["int8"] | None
 ) -> None:
-    assert kind_of(int8_folder) == "weights"
+    assert kind_of(int8_folder) == "lechat"
     same, loaded = load_weights(int8_folder, quantize=quantize)
     assert same == config
     assert bits(loaded) == bits(in_int8)
@@ -360,7 +362,7 @@ PEAK = """
 import sys, threading, time
 from pathlib import Path
 import jax, numpy as np
-from lechat_jax.checkpoint.safetensors import TensorFiles
+from lechat_jax.files.safetensors import TensorFiles
 from lechat_jax.checkpoint.weights import load_weights
 
 def anonymous():
@@ -568,46 +570,34 @@ def folder_with(tmp_path: Path, name: str, files: dict[str, str]) -> Path:
     return folder
 
 
-def test_a_folder_is_a_run_or_weights(folder: Path, tmp_path: Path) -> None:
-    assert kind_of(folder) == "weights"
+def test_a_folder_is_a_run_or_has_weights(folder: Path, tmp_path: Path) -> None:
+    assert kind_of(folder) == "lechat"
     run = folder_with(tmp_path, "run", {"config.json": '{"model": {}, "train": {}}'})
     assert kind_of(run) == "run"
     with pytest.raises(BadInput, match="is a training run, whose weights are in its checkpoints"):
         load_weights(run)
 
 
-def test_another_format_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:
+def test_another_format_is_told_by_its_config_and_its_weights(tmp_path: Path) -> None:
     theirs = {"config.json": '{"model_type": "mistral", "hidden_size": 8}'}
-    own = {"params.json": '{"dim": 8}'}
-    for files, format_ in (
-        (theirs, "Hugging Face's"),
-        (theirs | own, "Hugging Face's"),
-        (own, "Mistral's"),
+    own, weights = {"params.json": '{"dim": 8}'}, {"model.safetensors": ""}
+    for files, kind in (
+        (theirs, "hf"),
+        (theirs | own, "mistral"),
+        (theirs | own | weights, "hf"),
+        (own | weights, "mistral"),
     ):
-        folder = folder_with(tmp_path, "7B v0.1", files)
-        with pytest.raises(BadInput) as error:
-            load_weights(folder)
-        assert str(error.value) == (
-            f"{folder} is in {format_} format, which is not read here; convert it with: "
-            f"python -m parity.convert '{folder}' '{folder}-lechat' --to lechat"
-        )
-
-
-def test_the_current_folder_has_a_name_to_convert_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = folder_with(tmp_path, "theirs", {"params.json": "{}"})
-    monkeypatch.chdir(folder)
-    with pytest.raises(BadInput, match=f"parity.convert {folder} {folder}-lechat --to lechat"):
-        kind_of(Path("."))
+        assert kind_of(folder_with(tmp_path, "7B v0.1", files)) == kind
+    (tmp_path / "model.gguf").touch()
+    assert kind_of(tmp_path / "model.gguf") == "gguf"
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, r"is not a training run and holds no weights of lechat's: its config\.json is miss"),
-        ({"config.json": "{}"}, r"lechat's: its config\.json describes no model$"),
-        ({"config.json": '{"model": {}}'}, r"describes no model$"),
+        ({}, r"holds no model: it is no training run, and has neither a config\.json of lecha"),
+        ({"config.json": "{}"}, r"nor Mistral's params\.json$"),
+        ({"config.json": '{"model": {}}'}, r"holds no model"),
         ({"config.json": "{"}, r"config\.json is not valid JSON"),
     ],
 )

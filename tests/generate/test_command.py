@@ -232,7 +232,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_text_needs_a_tokenizer_and_a_folder_a_model(mute: str, tmp_path: Path) -> None:
     for argv, message in (
         ([mute, "--prompt", "The"], "has no tokenizer of Mistral's, so a prompt cannot be read"),
-        ([str(tmp_path)], "is not a training run and holds no weights of lechat's"),
+        ([str(tmp_path)], "holds no model"),
     ):
         with pytest.raises(generate.BadInput, match=message):
             main(argv)

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Shaped
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.formats.layouts import unstacked
+from lechat_jax.formats.names import Format, names, shapes
 from parity.convert.command import main
-from parity.convert.layouts import unstacked
-from parity.convert.names import Format, names, shapes
 from parity.convert.open_source import open_source
 
 Weights = dict[str, Shaped[np.ndarray, "..."]]

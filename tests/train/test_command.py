@@ -483,8 +483,6 @@ def test_weights_that_cannot_be_trained_are_refused_and_nothing_is_written(
     save_weights(home / "mismatched", config, broken, source / "tokenizer.model.v1")
     shutil.copytree(source, home / "damaged")
     (home / "damaged" / "SHA256SUMS").write_text("")
-    (home / "theirs").mkdir()
-    (home / "theirs" / "config.json").write_text('{"model_type": "mistral"}')
     vocab = json.loads((source / "config.json").read_text())["vocab_size"]
     whole = dataclasses.replace(config, vocab_size=vocab)
     nan = weights_of(random_model(whole))
@@ -498,7 +496,6 @@ def test_weights_that_cannot_be_trained_are_refused_and_nothing_is_written(
         ("mismatched", [], f"{vocab} tokens and the model 97; use the tokenizer that the model"),
         ("damaged", [], "damaged is not as it was saved: config.json is not in SHA256SUMS"),
         ("nan", [], f"weights of {home / 'nan'} are not finite, norm.scale, and no training"),
-        ("theirs", [], f"parity.convert {home / 'theirs'} {home / 'theirs-lechat'} --to lechat"),
         ("nowhere", [], "nowhere is not there"),
     ):
         with pytest.raises(BadInput, match=re.escape(words)):

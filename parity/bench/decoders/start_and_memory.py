@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.errors import BadInput
+from lechat_jax.formats.names import Format
 from parity.bench import isolated
 from parity.bench.decoders.contestants import (
     SEED,
@@ -40,7 +41,6 @@ from parity.bench.decoders.lechat import (
     random_prompts,
 )
 from parity.convert import command as convert
-from parity.convert.names import Format
 from parity.measure import PeakMemory
 from parity.report import Row
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
-from lechat_jax.checkpoint.weights import read_config
 from lechat_jax.config import MistralConfig
+from lechat_jax.formats.folder import read_config
 from lechat_torch.cache import Cache as Rings
 from lechat_torch.cache import empty_cache
 from lechat_torch.generate import left_padded
@@ -91,7 +91,7 @@ class LechatTorch(_Steps):
     @classmethod
     def load(cls, folder: Path, dtype: str) -> "LechatTorch":
         """The model of a folder that `parity.convert --to torch` wrote."""
-        config = read_config(folder)
+        config, _ = read_config(folder)
         state = torch.load(folder / "model.pt", weights_only=True, map_location=device())
         wanted = getattr(torch, dtype)
         model = lechat_torch.empty(config)

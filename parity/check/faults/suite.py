@@ -16,6 +16,7 @@ from scipy.special import softmax
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import is_norm
+from lechat_jax.formats import names
 from parity.check.faults.code import CODE
 from parity.check.faults.experts import EXPERTS
 from parity.check.faults.plant import Planted
@@ -26,7 +27,6 @@ from parity.check.oracles.lechat_torch import TorchOracle
 from parity.check.probes import PROBES, Inputs, Model
 from parity.check.verdict import Fault, Stage
 from parity.check.whole_model import Comparison
-from parity.convert import names
 from parity.random_models import random_weights
 
 FAULTS: tuple[Planted, ...] = (*WEIGHTS, *CONFIG, *CODE, *POSITIONS, *EXPERTS)

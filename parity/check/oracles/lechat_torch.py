@@ -8,12 +8,12 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.formats import names
 from lechat_torch.cache import empty_cache
 from lechat_torch.generate import generate
 from lechat_torch.model import Mistral
 from parity.check.oracles.interface import Arrays, Dtype, Implementation, Text, pieces
 from parity.check.oracles.pytorch import Watched, to_numpy, torch_dtype
-from parity.convert import names
 from parity.peers import lechat_torch
 
 

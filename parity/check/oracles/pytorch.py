@@ -12,9 +12,9 @@ from jaxtyping import Int
 from torch import nn
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.formats import names
+from lechat_jax.formats.layouts import stacked_experts
 from parity.check.oracles.interface import AdamW, Arrays, Dtype, Gradients, Stages, Trajectory
-from parity.convert import names
-from parity.convert.layouts import stacked_experts
 from parity.peers.fused_experts import Tensors, split
 from parity.peers.pytorch import device, load_state, state_dict
 

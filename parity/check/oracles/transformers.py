@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.formats import names
 from parity.check.oracles.interface import Arrays, Dtype, Implementation, Text, pieces
 from parity.check.oracles.pytorch import Watched, to_numpy, torch_dtype
-from parity.convert import names
 from parity.peers.transformers import drawn
 
 

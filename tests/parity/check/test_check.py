@@ -17,6 +17,7 @@ pytest.importorskip("xformers", reason="the reference takes its masks from xform
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import Llama4Scaling, MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.formats.source import Source
 from parity.architectures import ARCHITECTURES
 from parity.check import probes, run, whole_model
 from parity.check import same_weights as against
@@ -28,7 +29,6 @@ from parity.check.same_weights import same_weights
 from parity.check.verdict import STAGES, Stage, Verdict
 from parity.check.whole_model import Comparison
 from parity.convert.open_source import open_source
-from parity.convert.source import Source
 from parity.random_models import random_weights
 
 Output = pytest.CaptureFixture[str]

@@ -14,6 +14,7 @@ pytest.importorskip("xformers", reason="the reference takes its masks from xform
 from jaxtyping import Array
 
 from lechat_jax.checkpoint.weights import save_weights
+from lechat_jax.formats.source import Source
 from lechat_jax.model import mistral
 from lechat_jax.model.rope import Rotations
 from parity.architectures import SMALL
@@ -21,7 +22,6 @@ from parity.check.faults.plant import in_code
 from parity.check.layer_by_layer import Part, Streamed
 from parity.check.verdict import Stage
 from parity.convert.open_source import open_source
-from parity.convert.source import Source
 from parity.random_models import random_weights
 
 CONFIG = dataclasses.replace(SMALL, n_layers=5)

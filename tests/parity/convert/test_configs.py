@@ -16,10 +16,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lechat_jax.config import PRESETS, Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
+from lechat_jax.formats.configs.hugging_face import from_hugging_face, to_hugging_face
+from lechat_jax.formats.configs.mistral import from_params, to_params
 from lechat_jax.model.rope import rotation
 from lechat_torch.rotary import rotations
-from parity.convert.configs.hugging_face import from_hugging_face, to_hugging_face
-from parity.convert.configs.mistral import from_params, to_params
 
 Fields = dict[str, Any]
 

@@ -21,17 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lechat_jax.checkpoint.run import Run
-from lechat_jax.checkpoint.safetensors import TensorFiles
 from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.checkpoint.weights import load_weights
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
+from lechat_jax.files.safetensors import TensorFiles
+from lechat_jax.formats.names import FORMATS, Format, names
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from parity.architectures import ARCHITECTURES, SMALL_MIXTURE
 from parity.convert import command as module
 from parity.convert.command import main
-from parity.convert.files.finite import is_finite
-from parity.convert.names import FORMATS, Format, names
+from parity.convert.finite import is_finite
 from parity.convert.open_source import open_source
 from parity.make_checkpoint import main as make
 from tests.parity.checkpoints import (

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lechat_jax.errors import BadInput
-from parity.convert.quantized.detect import take_quantization
+from lechat_jax.formats.quantized.detect import take_quantization
 from tests.parity.convert.test_fp8 import groups
 
 

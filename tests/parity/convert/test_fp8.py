@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from lechat_jax.checkpoint.weights import load_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.formats.names import names
 from lechat_jax.generate.generator import Generator
 from lechat_jax.quantize.scheme import quantized
 from parity.convert.command import main
-from parity.convert.names import names
 from parity.convert.open_source import open_source
 from tests.parity.checkpoints import random_weights, write_torch
 from tests.support.models import logits_of
@@ -131,6 +131,9 @@ def test_the_numbers_are_those_of_pytorch_in_every_type(
     src = tmp_path / "src"
     meant = write(src, tiny, WAYS[way])
     out = convert(src, tmp_path / "bf16")
+    _, direct = load_weights(src)
+    for key, weight in load_weights(out)[1].items():
+        np.testing.assert_array_equal(direct[key], weight, strict=True)
     said = capsys.readouterr().out
     kind = "int8 of compressed-tensors" if WAYS[way].dtype == torch.int8 else "FP8"
     assert f"{src} is {kind}: these are the numbers it stands for" in said

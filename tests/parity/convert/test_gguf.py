@@ -10,17 +10,19 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import sentencepiece
 
 from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import write_manifest
+from lechat_jax.formats import layouts
+from lechat_jax.formats.gguf import architecture
 from lechat_jax.model.binding import weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from parity.convert import command, layouts
+from parity.convert import command
 from parity.convert.chat_template import chat_template
-from parity.convert.gguf import architecture
 from parity.convert.open_source import open_source
 from tests.parity.checkpoints import random_weights, write_torch
 from tests.support import npm, tokenizers
@@ -73,6 +75,20 @@ def saved(folder: Path, config: MistralConfig, tokenizer: Path) -> Path:
     config = dataclasses.replace(config, vocab_size=max(size, config.vocab_size))
     save_weights(folder, config, weights_of(random_model(config)), tokenizer)
     return folder
+
+
+def test_a_tokenizer_that_gguf_cannot_say_is_refused(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(f"The square of {i} is {i * i}." for i in range(2000)),
+        model_prefix=str(tmp_path / "unigram"),
+        vocab_size=300,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    folder = saved(tmp_path / "lechat", PLAIN, tmp_path / "unigram.model")
+    with pytest.raises(BadInput, match="is not byte-pair encoding of the text as it is"):
+        command.main([str(folder), str(tmp_path / "x.gguf"), "--to", "gguf"])
+    assert not (tmp_path / "x.gguf").exists()
 
 
 def convert(src: Path, dst: Path, *flags: str) -> Path:

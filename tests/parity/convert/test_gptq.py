@@ -21,10 +21,10 @@ from safetensors.numpy import load_file, save_file
 from lechat_jax.checkpoint.weights import load_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.formats.names import names, parts, shapes
 from lechat_jax.generate.generator import Generator
 from parity.architectures import SMALL, SMALL_MIXTURE
 from parity.convert.command import main
-from parity.convert.names import names, parts, shapes
 from parity.convert.open_source import open_source
 from tests.parity.checkpoints import random_weights, write_torch
 from tests.support.models import logits_of
@@ -233,6 +233,9 @@ def test_a_packed_model_is_kept_as_it_is_and_stands_for_the_same_numbers(
     made = convert(src, tmp_path / "made")
     assert ("and stays so" in capsys.readouterr().out) == bool(form)
     assert json.loads((made / "config.json").read_text()).get("quantization") == form
+    _, direct = load_weights(src)
+    for name, array in load_weights(made)[1].items():
+        np.testing.assert_array_equal(direct[name], array, strict=True)
     plain = convert(src, tmp_path / "plain", "--dequantize", "--dtype", "float32")
     again = convert(made, tmp_path / "again", "--dtype", "float32") if form else plain
     for folder in (plain, again):

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.formats.configs.hugging_face import to_hugging_face
+from lechat_jax.formats.configs.mistral import to_params
+from lechat_jax.formats.names import Format, names, shapes
 from parity.convert.command import main
-from parity.convert.configs.hugging_face import to_hugging_face
-from parity.convert.configs.mistral import to_params
-from parity.convert.files.torch_files import _torch_dtype
-from parity.convert.names import Format, names, shapes
 from parity.convert.open_source import open_source
+from parity.convert.torch_files import _torch_dtype
 
 State = dict[str, torch.Tensor]
 Change = Callable[[Path], object]
@@ -141,7 +141,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         (put("config.json", b"[" * 100_000), "is not valid JSON"),
         (put("config.json", b"[]"), "is not a JSON object"),
         (put("config.json", b"\xff\xfe"), "is not valid JSON"),
-        (put("config.json", b"{}"), "holds no checkpoint"),
+        (put("config.json", b"{}"), "holds no model"),
         (put("model.safetensors", b"<!DOCTYPE html>"), "is a web page saved under this name"),
         (put("model.safetensors", b"version https://git-lfs.github.com/spec/v1"), "git-lfs"),
         (lambda f: weights_of(f).unlink(), r"has neither model\.safetensors nor"),
@@ -294,7 +294,7 @@ def test_a_file_that_cannot_be_read_is_named(hf: Path, monkeypatch: pytest.Monke
 def test_old_params_ask_for_the_base(pickled: Path, tiny: MistralConfig) -> None:
     fields = {key: value for key, value in to_params(tiny).items() if key != "rope_theta"}
     (pickled / "params.json").write_text(json.dumps(fields))
-    refused(pickled, r"params\.json does not say rope_theta.*pass --rope-theta 10000")
+    refused(pickled, r"params\.json does not say rope_theta.*with --rope-theta 10000")
     assert open_source(pickled, rope_theta=1e4).config == tiny
     out = pickled.parent / "out"
     assert main([str(pickled), str(out), "--to", "hf", "--rope-theta", "1e4"]) == 0
@@ -309,11 +309,11 @@ def test_old_params_ask_for_the_base(pickled: Path, tiny: MistralConfig) -> None
             lambda f: (f / "model-2.safetensors").touch(),
             r"model-2\.safetensors is not in SHA256SUMS",
         ),
-        (lambda f: (f / "config.json").write_text("{}"), "holds no checkpoint"),
+        (lambda f: (f / "config.json").write_text("{}"), "holds no model"),
         (edit_config(norm_eps=1e-6), r"config\.json is not what was saved"),
-        (edit_config(quantisation="int8"), r"config\.json: .*unknown fields: quantisation"),
+        (edit_config(quantisation="int8"), r"config\.json is not .*unknown fields: quantisation"),
         (edit_config(quantization="int4"), r"config\.json says quantization .int4., and only"),
-        (edit_config(dim=0), r"config\.json: dim must be positive"),
+        (edit_config(dim=0), r"config\.json is not .*dim must be positive"),
     ],
 )
 def test_a_folder_of_lechats_that_was_changed_is_refused(
@@ -337,7 +337,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, message in [
         ("nowhere", "nowhere is not there"),
-        ("file", "file is a file; name the folder it is in"),
-        ("empty", "empty holds no checkpoint"),
+        ("file", "file is a file; name its folder"),
+        ("empty", "empty holds no model"),
     ]:
         refused(tmp_path / name, message)

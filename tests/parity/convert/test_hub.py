@@ -16,14 +16,15 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import save_file
 
-from lechat_jax.checkpoint.safetensors import TensorFiles
+import lechat_jax as lechat
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.files.safetensors import TensorFiles
+from lechat_jax.formats.configs.hugging_face import to_hugging_face
+from lechat_jax.formats.configs.mistral import to_params
+from lechat_jax.formats.hub import is_name
+from lechat_jax.formats.names import Format, names, shapes
 from parity.convert.command import main
-from parity.convert.configs.hugging_face import to_hugging_face
-from parity.convert.configs.mistral import to_params
-from parity.convert.files.hub import is_name
-from parity.convert.names import Format, names, shapes
 from parity.convert.open_source import open_source
 
 NAME, COMMIT = "mistralai/Mistral-7B-v0.1", "0123456789abcdef0123456789abcdef01234567"
@@ -79,6 +80,22 @@ def test_only_one_copy_of_the_weights_is_downloaded(hub: list[Any]) -> None:
         "params.json",
         "tokenizer.json",
     ]
+
+
+def test_a_model_of_the_hub_is_loaded_by_its_name(hub: list[Any], tiny: MistralConfig) -> None:
+    model = lechat.load(NAME)
+    assert model.config == tiny
+    assert len(model.generate([1, 5], max_tokens=2).ids) == 2
+
+
+def test_a_name_whose_first_half_is_a_folder_here_is_a_path(
+    hub: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=r"^runs/mistyped is not there; runs is a folder here"):
+        lechat.load("runs/mistyped")
+    assert not hub
 
 
 def test_without_hugging_faces_files_mistrals_own_are_taken(

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from lechat_jax.checkpoint.safetensors import TensorFiles
 from lechat_jax.checkpoint.weights import load_weights, weight_shapes
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.files.safetensors import TensorFiles
+from lechat_jax.formats.names import FORMATS, Format
 from lechat_jax.quantize.scheme import Form, dequantize, quantized
 from parity.check.command import main as check
-from parity.convert.names import FORMATS, Format
 from tests.parity.checkpoints import (
     BF16,
     Weights,

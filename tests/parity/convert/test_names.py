@@ -11,10 +11,10 @@ from jaxtyping import Float
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.formats.layouts import from_format, to_format
+from lechat_jax.formats.names import FORMATS, Format, Tensor, match, names, rows, shapes, tied_head
 from lechat_jax.model.binding import shapes_of
 from lechat_torch import model as lechat_torch
-from parity.convert.layouts import from_format, to_format
-from parity.convert.names import FORMATS, Format, Tensor, match, names, rows, shapes, tied_head
 
 
 @pytest.mark.parametrize("tied", [False, True])

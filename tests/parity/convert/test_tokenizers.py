@@ -18,6 +18,7 @@ from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.eval import command as evaluate
+from lechat_jax.formats.names import FORMATS, Format
 from lechat_jax.generate import command as generate
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
@@ -25,7 +26,6 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.transcripts import Transcripts
 from lechat_jax.train import command as train
 from parity.convert.chat_template import chat_template
-from parity.convert.names import FORMATS, Format
 from parity.convert.write import TOKENIZER_CONFIG
 from tests.parity.checkpoints import convert, random_weights, write_torch
 from tests.support.tokenizers import small_tekken

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from lechat_jax.checkpoint.weights import load_weights
 from lechat_jax.errors import BadInput
+from lechat_jax.formats.configs.hugging_face import to_hugging_face
 from parity.architectures import ARCHITECTURES
 from parity.check.oracles.lechat_jax import JaxOracle
 from parity.convert.command import main as convert
-from parity.convert.configs.hugging_face import to_hugging_face
 from parity.convert.open_source import open_source
 
 VISION = {

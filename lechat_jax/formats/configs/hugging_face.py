@@ -8,10 +8,10 @@ from typing import Any
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from parity.convert.configs import rope as rotary
-from parity.convert.configs.common import EXPERTS, WORDS, Fields, config_of, short, uniform
-from parity.convert.configs.rope import ORIGINAL
-from parity.convert.configs.vision import SEEING, text_fields
+from lechat_jax.formats.configs import rope as rotary
+from lechat_jax.formats.configs.common import EXPERTS, WORDS, Fields, config_of, short, uniform
+from lechat_jax.formats.configs.rope import ORIGINAL
+from lechat_jax.formats.configs.vision import SEEING, text_fields
 
 # What transformers' config classes take for what a config leaves out.
 ABSENT: dict[str, dict[str, Any]] = {

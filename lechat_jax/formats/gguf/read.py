@@ -11,9 +11,8 @@ from jaxtyping import Shaped
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import EMBEDDING, HEAD, TABLE
 from lechat_jax.errors import BadInput
-from parity.convert.configs.common import config_of, uniform
-from parity.convert.files.stores import Store, Stored
-from parity.convert.gguf.architecture import (
+from lechat_jax.formats.configs.common import config_of, uniform
+from lechat_jax.formats.gguf.architecture import (
     ARCHITECTURES,
     FLOATS,
     NO_SINK,
@@ -22,7 +21,8 @@ from parity.convert.gguf.architecture import (
     library,
     read_positions,
 )
-from parity.convert.gguf.vocabulary import tokenizer_files
+from lechat_jax.formats.gguf.vocabulary import tokenizer_files
+from lechat_jax.formats.stores import Store, Stored
 
 
 class Opened(NamedTuple):
@@ -161,4 +161,4 @@ def _store(gguf: Any, reader: Any, path: Path) -> Store:
             reader.data._mmap.madvise(mmap.MADV_DONTNEED)
 
     name = f"quantised ({', '.join(quantized)})" if quantized else None
-    return Store(tensors, release, quantization=name)
+    return Store(tensors, release, quantization=name, files=(path,))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lechat_jax.errors import BadInput
-from parity.convert.files.stores import Store, Stored
+from lechat_jax.formats.stores import Store, Stored
 
 SEEING = "mistral3"  # the model_type of transformers' Mistral3ForConditionalGeneration
 # In files the language model is named first; a live model of transformers 5 is "model" first.

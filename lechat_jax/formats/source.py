@@ -1,6 +1,7 @@
 """An open checkpoint of any format: its config and files, and tensors that are read one by one."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +11,10 @@ from jaxtyping import Shaped
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.quantize.scheme import Form
-from parity.convert.files.stores import Store, Stored
-from parity.convert.layouts import from_format
-from parity.convert.merge_adapters import Product, with_products
-from parity.convert.names import Format, parts, rows, shapes
+from lechat_jax.formats.layouts import from_format
+from lechat_jax.formats.names import Format, parts, rows, shapes
+from lechat_jax.formats.stores import Store, Stored
+from lechat_jax.quantize.scheme import Form, in_parts
 
 SourceFormat = Literal["hf", "mistral", "lechat", "torch", "gguf", "run"]
 
@@ -110,13 +110,33 @@ class Source:
             for key, (_, its_shape) in wanted.items()
         }
 
-    def merged(self, products: Mapping[str, Product], dtype: np.dtype | None = None) -> "Source":
-        """The model with adapters in its kernels, which are in `dtype` then, or as before."""
-        fmt = format_of(self.format)
-        stored = with_products(self.config, fmt, self.stored, products, dtype)
-        return dataclasses.replace(
-            self, stored=stored, store=dataclasses.replace(self.store, form=None)
-        )
+    def parts_of(self, name: str, form: Form) -> dict[str, Shaped[np.ndarray, "..."]]:
+        """The parts of a quantised kernel: those that are stored, or what rounding makes of it."""
+        stored = self.stored_parts(name, form) if form is self.store.form else None
+        return stored or in_parts(form, name, self.read(name), self.where(name))
+
+    @property
+    def in_lechats_form(self) -> Store:
+        """The tensors by lechat's names and in its shapes; of a quantised kernel, its parts.
+
+        The parts of a kernel are read together, and kept until the next one is.
+        """
+        form, sizes = self.store.form, shapes(self.config, "lechat")
+        read_parts = functools.lru_cache(1)(self.parts_of)
+        tensors: dict[str, Stored] = {}
+        for name in self.names:
+            where = self.where(name)
+            parts = form.parts(name, sizes[name]) if form else {}
+            for key, (dtype, shape) in parts.items():
+
+                def read(name: str = name, key: str = key) -> Shaped[np.ndarray, "..."]:
+                    return read_parts(name, form)[key]
+
+                tensors[key] = Stored(dtype, shape, where, read)
+            if not parts:
+                dtype, read_it = self.stored_of(name).dtype, functools.partial(self.read, name)
+                tensors[name] = Stored(dtype, sizes[name], where, read_it)
+        return dataclasses.replace(self.store, tensors=tensors)
 
     def where(self, name: str) -> str:
         """The key and the file of a weight, for messages."""

@@ -15,11 +15,11 @@ from jaxtyping import Float32, Int, Int32, Shaped, UInt8
 
 from lechat_jax.config.layout import ORDER, SCALE, ZERO
 from lechat_jax.errors import BadInput
+from lechat_jax.formats.quantized.fp8 import WEIGHT, float_type
+from lechat_jax.formats.stores import Store, Stored
 from lechat_jax.quantize.int4 import pack
 from lechat_jax.quantize.int8 import pieces
 from lechat_jax.quantize.scheme import LEAST_GROUP, Form
-from parity.convert.files.stores import Store, Stored
-from parity.convert.quantized.fp8 import WEIGHT, float_type
 
 Words = Int32[np.ndarray, "rows columns"]
 # Where in a word of AWQ's its eight outputs are.

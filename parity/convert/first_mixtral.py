@@ -7,23 +7,18 @@ has is transposed. Mistral's own program has since split them, which is done her
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from lechat_jax.files.safetensors_header import check_inside
-from parity.convert.files.stores import Store, Stored
-from parity.convert.files.torch_files import pickle_store
+from lechat_jax.formats.stores import Store, Stored
+from parity.convert.torch_files import pickle_store
 
 KEY = re.compile(r"(layers\.\d+)\.block_sparse_moe\.(?:(w[123])|gate\.weight)")
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The files of such a release in the folder, if it is one."""
-    return sorted(folder.glob("consolidated.[0-9][0-9].pt"))
-
-
-def read(files: list[Path], config: MistralConfig) -> Store:
+def read(files: Sequence[Path], config: MistralConfig) -> Store:
     """The tensors of all files, under the names that Mistral's files have today.
 
     Raises:
@@ -31,7 +26,6 @@ def read(files: list[Path], config: MistralConfig) -> Store:
     """
     found: dict[str, Stored] = {}
     for path in files:
-        check_inside(path.parent, path)
         found |= pickle_store(path).tensors
     tensors: dict[str, Stored] = {}
     for key, one in found.items():

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lechat_jax.errors import BadInput
-from parity.convert.files.stores import Store
-from parity.convert.quantized.fp8 import Block, scaled_store
-from parity.convert.quantized.gptq import LAYOUTS, packed_store
+from lechat_jax.formats.quantized.fp8 import Block, scaled_store
+from lechat_jax.formats.quantized.gptq import LAYOUTS, packed_store
+from lechat_jax.formats.stores import Store
 
 Fields = Mapping[str, Any]
 INSTEAD = "convert the model that it was made from"

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from lechat_jax.checkpoint.safetensors import OnSlab, Read, Wanted, in_pieces
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import EMBEDDING, HEAD, is_kernel
-from parity.convert.configs.hugging_face import positions_of
-from parity.convert.gguf.architecture import (
+from lechat_jax.files.safetensors import OnSlab, Read, Wanted, in_pieces
+from lechat_jax.formats.configs.hugging_face import positions_of
+from lechat_jax.formats.gguf.architecture import (
     FLOATS,
     NO_SINK,
     SINKS,
@@ -22,10 +22,10 @@ from parity.convert.gguf.architecture import (
     architecture,
     library,
 )
-from parity.convert.gguf.vocabulary import add_vocabulary
-from parity.convert.names import names
-from parity.convert.open_source import POSITIONS
-from parity.convert.source import Source
+from lechat_jax.formats.gguf.vocabulary import add_vocabulary
+from lechat_jax.formats.names import names
+from lechat_jax.formats.open_model import POSITIONS
+from lechat_jax.formats.source import Source
 from parity.convert.write import chat_template_in, control_ids_of, write_tokenizer
 
 Quantized = Literal["q8_0", "q5_0", "q4_0"]

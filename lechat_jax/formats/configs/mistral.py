@@ -11,8 +11,8 @@ from typing import Any
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.mistral import PARTS
 from lechat_jax.errors import BadInput
-from parity.convert.configs import rope as rotary
-from parity.convert.configs.common import EXPERTS, WORDS, Fields, config_of, short, uniform
+from lechat_jax.formats.configs import rope as rotary
+from lechat_jax.formats.configs.common import EXPERTS, WORDS, Fields, config_of, short, uniform
 
 MOE = {"n_experts": "num_experts", "n_experts_per_token": "num_experts_per_tok"}
 # What says nothing about the arithmetic, or only this.
@@ -56,8 +56,9 @@ def from_params(fields: Fields, where: object, rope_theta: float | None) -> Mist
     theta = fields.get("rope_theta")
     if theta is None and rope_theta is None:
         raise BadInput(
-            f"{where} does not say rope_theta, on which releases differ; pass "
-            "--rope-theta 10000 for Mistral-7B v0.1, --rope-theta 1000000 for v0.2 and later"
+            f"{where} does not say rope_theta, on which releases differ; convert it by python -m "
+            "parity.convert with --rope-theta 10000 for Mistral-7B v0.1, or 1000000 for v0.2 and "
+            "later"
         )
     if None not in (theta, rope_theta) and theta != rope_theta:
         raise BadInput(f"{where} has rope_theta {short(theta)}; leave out --rope-theta")

@@ -15,9 +15,9 @@ from jaxtyping import Shaped
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-from lechat_jax.checkpoint import safetensors
-from lechat_jax.checkpoint.safetensors import TensorFiles, write_tensors
 from lechat_jax.errors import BadInput
+from lechat_jax.files import safetensors
+from lechat_jax.files.safetensors import TensorFiles, write_tensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 Arrays = dict[str, Shaped[np.ndarray, "..."]]

@@ -5,15 +5,16 @@ where the kind of file permits, as a view of it.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Shaped
 
-from lechat_jax.checkpoint.safetensors import TensorFiles
 from lechat_jax.config.layout import is_part
 from lechat_jax.errors import BadInput
+from lechat_jax.files.safetensors import TensorFiles
 from lechat_jax.quantize.scheme import Form, Parts, numbers_of
 
 
@@ -36,6 +37,11 @@ class Stored:
     read: Callable[[], Shaped[np.ndarray, "..."]]
     parts: Callable[[], Parts] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclasses.dataclass(frozen=True)
 class Store:
@@ -49,6 +55,7 @@ class Store:
             for; in words, for messages.
         form: of lechat's, that all kernels which have `parts` have.
         notes: sentences for the user about what of the files is not in the tensors.
+        files: that hold the tensors.
     """
 
     tensors: Mapping[str, Stored]
@@ -57,6 +64,7 @@ class Store:
     quantization: str | None = None
     form: Form | None = None
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 def safetensors_store(folder: Path, stem: str) -> Store:
@@ -72,7 +80,7 @@ def safetensors_store(folder: Path, stem: str) -> Store:
         )
         for key, info in files.items()
     }
-    return Store(tensors, files.release, files.metadata)
+    return Store(tensors, files.release, files.metadata, files=files.paths)
 
 
 def array_store(where: object, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> Store:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
-from parity.convert.configs.common import Fields, short
+from lechat_jax.formats.configs.common import Fields, short
 
 PLAIN = {"rope_type", "type", "rope_theta"}
 ORIGINAL = "original_max_position_embeddings"
@@ -128,7 +128,7 @@ def _length(rope: Fields, factor: float, where: object) -> float:
         mscales = (_number(rope, key, where) for key in ("mscale", "mscale_all_dim"))
         over, under = map(of, mscales)
         return over / under
-    return of(1)
+    return of(1.0)
 
 
 def _growth(rope: Fields) -> dict[str, Any] | None:

@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from lechat_jax.checkpoint.safetensors import OnSlab, Read, Wanted, in_pieces, write_piece
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import sync
-from parity.convert.files.stores import Store, Stored
+from lechat_jax.files.safetensors import OnSlab, Read, Wanted, in_pieces, write_piece
+from lechat_jax.formats.stores import Store, Stored
 
 
 def pickle_store(path: Path) -> Store:

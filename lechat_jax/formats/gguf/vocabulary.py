@@ -12,9 +12,9 @@ from typing import Any
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import write_atomic
 from lechat_jax.files.paths import cache_home
+from lechat_jax.formats.gguf.architecture import library
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
-from parity.convert.gguf.architecture import library
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens, as of ggml
 # How tekken cuts a text into words.
@@ -40,6 +40,8 @@ def add_vocabulary(
     tokenizer = Tokenizer.beside(folder, vocab_size)
     if tokenizer is None:
         raise BadInput(no_tokenizer(folder, "no other program could use the model"))
+    if tokenizer.path.suffix != ".json":
+        _check_like_mistrals(tokenizer.path)
     with tempfile.TemporaryDirectory(prefix="lechat-") as alone:
         tokenizer.save(Path(alone))
         own = gguf.vocab.MistralVocab(Path(alone))
@@ -66,6 +68,22 @@ def add_vocabulary(
     writer.add_unk_token_id(own.unk_id)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
+
+
+def _check_like_mistrals(path: Path) -> None:
+    """Raises `BadInput` for a SentencePiece model that cuts or changes texts in another way.
+
+    GGUF has fields for byte-pair encoding of a text as it is, and llama.cpp would do just that.
+    """
+    proto = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # made when imported
+    model = proto.ModelProto.FromString(path.read_bytes())
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    is_changed = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
+    if trainer.model_type != trainer.BPE or is_changed:
+        raise BadInput(
+            f"{path} is not byte-pair encoding of the text as it is, which Mistral's tokenizers "
+            "are; GGUF cannot say it"
+        )
 
 
 def tokenizer_files(fields: Mapping[str, Any]) -> tuple[Path, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from lechat_jax.errors import BadInput
-from parity.convert.files.stores import Store, Stored
+from lechat_jax.formats.stores import Store, Stored
 
 WEIGHT = ".weight"
 SCALES = (".weight_scale_inv", ".weight_scale", ".qscale_weight")

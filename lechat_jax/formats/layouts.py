@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lechat_jax.config import MistralConfig
-from parity.convert.names import INTERLEAVED, Format, Tensor, parts, rows, shape
+from lechat_jax.formats.names import INTERLEAVED, Format, Tensor, parts, rows, shape
 
 
 def to_format(

@@ -33,6 +33,34 @@ def is_name(text: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text))
 
 
+def located(path: Path | str, revision: str | None = None) -> tuple[Path, dict[str, str]]:
+    """The folder or file of a path, or of a model's name on the Hub, which is downloaded.
+
+    A name whose first half is a folder here is taken for a path.
+
+    Args:
+        path: a path, or the name `org/name`.
+        revision: of the model on the Hub: a branch, a tag or a commit.
+
+    Returns:
+        Where it is, and of a model of the Hub its name and commit as metadata.
+
+    Raises:
+        BadInput: as `download` says, or there is a revision for a path.
+    """
+    here = Path(path)
+    if is_name(str(path)) and not here.exists():
+        if not here.parent.is_dir():
+            return download(str(path), revision)
+        raise BadInput(
+            f"{path} is not there; {here.parent} is a folder here, so that no model of that name "
+            "is looked for on the Hugging Face Hub"
+        )
+    if revision is not None:
+        raise BadInput(f"--revision is for models of the Hub, and {path} is a path")
+    return here, {}
+
+
 def download(name: str, revision: str | None) -> tuple[Path, dict[str, str]]:
     """Downloads a model: its folder in the Hub's cache, and its name and commit as metadata.
 

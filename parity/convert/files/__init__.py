@@ -1,1 +1,0 @@
-"""Where the tensors of other formats lie: safetensors, torch.save, the Hub."""
