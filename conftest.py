@@ -15,6 +15,7 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # programs that a test starts stay offline too
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would ask Google
 if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker, which would wait for PyTorch's
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads as long as those wait for a core
 

@@ -63,4 +63,4 @@ def test_an_unknown_verb_is_one_sentence_and_exit_code_2(
     with pytest.raises(SystemExit) as ended:
         console.main()
     assert ended.value.code == 2
-    assert "convert, check, bench, quality, not 'serv'" in capsys.readouterr().err
+    assert "convert, push, check, bench, quality, not 'serv'" in capsys.readouterr().err

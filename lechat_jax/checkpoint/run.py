@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 from lechat_jax.devices.processes import is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder, disk_errors, write_atomic
+from lechat_jax.files.buckets import BucketSync, exists, fetch, uri_of, working_folder
 from lechat_jax.files.lock import LOCK, Lock
 from lechat_jax.shell import command
 
@@ -40,10 +42,11 @@ class Run:
 
     Attributes:
         trackers: experiment trackers that get the logged metrics as well.
+        bucket: keeps a copy in a bucket, if the run lives there.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, bucket: BucketSync | None = None) -> None:
+        self.folder, self.bucket = folder, bucket
         self.trackers: list[Callable[[Sequence[Mapping[str, Any]]], None]] = []
         self._lock: Lock | None = None
         self.checkpoints = folder / "checkpoints"
@@ -122,12 +125,50 @@ class Run:
         self.release()
 
     @classmethod
+    def new(cls, folder: Path) -> "Run":
+        """A run whose folder does not exist yet, here or in a bucket (gs:// or s3://).
+
+        Raises:
+            BadInput: the bucket has such a run already, or cannot be read.
+        """
+        uri = uri_of(folder)
+        if uri is None:
+            return cls(folder)
+        if exists(f"{uri}/{CONFIG}"):
+            raise BadInput(
+                f"{uri} holds a run already; continue it with: "
+                f"{command('lechat_jax.train', resume=uri)}, or name another folder with --out"
+            )
+        local = working_folder(uri)
+        shutil.rmtree(local, ignore_errors=True)  # of one that was killed before it was there
+        return cls(local, BucketSync(local, uri))
+
+    @property
+    def address(self) -> str:
+        """Where the run is to be found: its URI in a bucket, or its folder."""
+        return self.bucket.uri if self.bucket else str(self.folder)
+
+    def publish(self, wait: bool = False) -> None:
+        """Brings the copy in a bucket up to date, if there is one; in the background, or now.
+
+        Raises:
+            BadInput: it cannot be, and that is waited for.
+        """
+        if self.bucket and is_first():
+            self.bucket.finish() if wait else self.bucket.start()
+
+    @classmethod
     def open(cls, folder: Path) -> "Run":
-        """Opens an existing run.
+        """Opens an existing run; one in a bucket is fetched, and goes on being there.
 
         Raises:
             BadInput: the folder is not a run.
         """
+        if uri := uri_of(folder):
+            local = fetch(uri)
+            run = cls.open(local)
+            run.bucket = BucketSync(local, uri, is_fetched=True)
+            return run
         if not os.path.isfile(folder / CONFIG):
             raise BadInput(f"{folder} is not a training run: it has no {CONFIG}")
         return cls(folder)

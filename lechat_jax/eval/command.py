@@ -1,4 +1,7 @@
-"""Perplexity of a text under a model: python -m lechat_jax.eval DIR --data FILE.
+"""Perplexity of a text under a model, or tasks of lm-evaluation-harness.
+
+    python -m lechat_jax.eval DIR --data FILE
+    python -m lechat_jax.eval DIR --tasks hellaswag,arc_easy
 
 Each document is read on its own, in windows that overlap: of a long one, every token is scored
 once, with at least `--block` minus `--stride` tokens before it. BOS is given, and what is only
@@ -10,7 +13,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,12 +37,15 @@ from lechat_jax.devices.mesh import ROWS, check_divides, make_mesh, shardings
 from lechat_jax.errors import BadInput
 from lechat_jax.eval.score import Score, Validator
 from lechat_jax.files.atomic import check_writable, write_atomic
+from lechat_jax.generate.generator import Generator
 from lechat_jax.model.scoring import Forward
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 
 ANY = 1 << 40  # tokens of a row that holds any example
+OF_TEXT = ("data", "part", "stride", "tokens", "minutes", "mesh")
+OF_TASKS = ("include_path", "fewshot", "limit", "chat_template", "batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +59,15 @@ class EvalConfig:
             answers are scored. By default what the run was trained on.
         part: Whether all of the text is scored or the held-out tenth (held-out). By default all of
             --data, and the held-out part of what the run was trained on.
-        block: Upper limit of tokens in a window.
+        tasks: Tasks of lm-evaluation-harness instead of a text, with commas between them, such as
+            hellaswag,arc_easy (extra lm-eval).
+        include_path: Folder with tasks of your own (YAML) for --tasks.
+        fewshot: Examples before each question of --tasks. By default as many as a task says.
+        limit: Upper limit of questions of each of --tasks, for a try. By default all.
+        chat_template: Ask the questions of --tasks as a conversation.
+        batch: Rows that --tasks are scored or answered in at a time.
+        block: Upper limit of tokens in a window; of --tasks those of a question with its answer,
+            longer ones are cut at the left. By default 1024, and 4096 for --tasks.
         stride: Tokens between the starts of two windows of a long document; fewer give each token
             more context, and take longer. By default half of --block.
         dtype: Type to compute in, float32 or bfloat16. By default as stored, but float32 on a CPU
@@ -73,7 +87,13 @@ class EvalConfig:
     dir: tyro.conf.Positional[Path]
     data: str | None = None
     part: Literal["all", "held-out"] | None = None
-    block: int = 1024
+    tasks: str | None = None
+    include_path: Path | None = None
+    fewshot: int | None = None
+    limit: int | None = None
+    chat_template: bool = False
+    batch: int = 8
+    block: int | None = None
     stride: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     quantize: Format | None = None
@@ -83,17 +103,30 @@ class EvalConfig:
     json: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.block < 1:
-            raise BadInput(f"--block must be at least 1, not {self.block}")
-        if self.stride is not None and not 1 <= self.stride <= self.block:
+        for name, least in {"block": 1, "batch": 1, "limit": 1, "fewshot": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise BadInput(f"--{name} must be at least {least}, not {value}")
+        if self.stride is not None and not 1 <= self.stride <= self.window:
             raise BadInput(
-                f"--stride must be from 1 to the {self.block} of --block, not {self.stride}"
+                f"--stride must be from 1 to the {self.window} of --block, not {self.stride}"
             )
         if self.tokens is not None and self.tokens < 1:
             raise BadInput(f"--tokens must be at least 1, not {self.tokens}")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise BadInput(f"--minutes must be a finite number above 0, not {self.minutes}")
+        of_other = OF_TEXT if self.tasks else OF_TASKS
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        if given := [name for name in of_other if getattr(self, name) != usual[name]]:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            of = "a text, and --tasks have their own" if self.tasks else "--tasks"
+            raise BadInput(f"{names}: that is of {of}; leave it out")
         check_writable(self.json)
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window at most."""
+        return self.block or (1024 if self.tasks is None else 4096)
 
 
 class Text(NamedTuple):
@@ -218,9 +251,9 @@ def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
     text = load_text(options, trained, display)
     for note in text.notes:
         display.say(f"note: {note}")
-    stride = options.stride or -(-options.block // 2)
-    pieces = windows(text.documents, options.block, stride)
-    packed = Packed(pieces, min(options.block, int(pieces.lengths.max()) - 1), batch=1, seed=0)
+    stride = options.stride or -(-options.window // 2)
+    pieces = windows(text.documents, options.window, stride)
+    packed = Packed(pieces, min(options.window, int(pieces.lengths.max()) - 1), batch=1, seed=0)
     display.wait("loading weights")
     mesh = make_mesh(options.mesh) if options.mesh else None
     if mesh:
@@ -275,11 +308,50 @@ def _figures(
         "loss": score.loss,
         "perplexity": math.exp(min(score.loss, 700)),
         "bits_per_byte": score.bits_per_byte,
-        "block": options.block,
+        "block": options.window,
         "stride": stride,
         "dtype": dtype,
         "notes": [*text.notes],
     }
+
+
+def run_tasks(options: EvalConfig, display: Display) -> dict[str, Any]:
+    """Runs tasks of lm-evaluation-harness; returns its results.
+
+    Raises:
+        BadInput: it is not installed, or the model or a task cannot be used.
+    """
+    try:
+        from lechat_jax.eval.harness import HarnessModel, evaluate
+    except ModuleNotFoundError as error:
+        raise BadInput(
+            f"{error.name} is not installed: pip install 'lechat-jax[lm-eval]'"
+        ) from error
+    saved = SavedModel.open(options.dir)
+    display.wait("loading weights")
+    model = Generator.from_checkpoint(
+        saved, context=options.window, dtype=options.dtype, quantize=options.quantize
+    )
+    began = time.perf_counter()
+
+    def progress(what: str, done: int, of: int) -> None:
+        nonlocal began
+        began = began if done else time.perf_counter()
+        rate = done / (time.perf_counter() - began + 1e-9)
+        left = f" · {clock((of - done) / rate)} left · {rate:,.1f} requests/s" if done else ""
+        display.work(f"{what}, request", done, of, left)
+
+    folder = saved.tokenizer_folder
+    harness = HarnessModel(model, folder, options.window, options.batch, progress)
+    asked = (options.tasks or "").split(",")
+    return evaluate(
+        harness,
+        [name.strip() for name in asked if name.strip()],
+        options.include_path,
+        options.fewshot,
+        options.limit,
+        options.chat_template,
+    ) | {"folder": str(options.dir), "block": options.window}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -287,7 +359,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = flags.parse(EvalConfig, "lechat_jax.eval", __doc__ or "", argv)
     enable_compilation_cache()
     with Display(None) as display:
-        found = measure(options, display)
+        found = run_tasks(options, display) if options.tasks else measure(options, display)
+    if options.tasks:
+        print(found["table"])
+    else:
+        _print(found)
+    if options.json:
+        write_atomic(options.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        print(f"report: {options.json}")
+    return 0
+
+
+def _print(found: Mapping[str, Any]) -> None:
+    """Prints the figures of a text."""
     n, of = found["tokens"], found["of_tokens"]
     part = f"{n:,} tokens" if n == of else f"{n:,} of {of:,} tokens, evenly spread (--tokens {n})"
     print(
@@ -297,7 +381,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"documents: {found['documents']:,}, each on its own, in windows of {found['block']:,} "
         f"tokens every {found['stride']:,}"
     )
-    if options.json:
-        write_atomic(options.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
-        print(f"report: {options.json}")
-    return 0

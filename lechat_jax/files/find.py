@@ -1,7 +1,4 @@
-"""Resolves a path, folder or glob to files, and lists which files of a folder are skipped and why.
-
-Standard library only.
-"""
+"""Resolves a path, folder, glob or URI to files; lists which of a folder are skipped and why."""
 
 import contextlib
 import glob
@@ -12,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lechat_jax.errors import BadInput
+from lechat_jax.files.buckets import fetch, uri_of
 from lechat_jax.files.text import NotText, plain_name
 
 _DATASET_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[A-Za-z0-9_-][\w.-]*", re.ASCII)
@@ -45,7 +43,8 @@ def find_files(data: str) -> FileList | None:
     Raises:
         BadInput: no file matches.
     """
-    path = os.path.expanduser(data)
+    uri = uri_of(data)
+    path = str(fetch(uri)) if uri else os.path.expanduser(data)
     if os.path.isdir(path):
         return _below(Path(path))
     if os.path.exists(path):

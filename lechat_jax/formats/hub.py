@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lechat_jax.errors import BadInput
+from lechat_jax.files.buckets import fetch, uri_of
 
 SMALL = [  # read first, to see what the repository is
     "config.json",
@@ -36,10 +37,11 @@ def is_name(text: str) -> bool:
 def located(path: Path | str, revision: str | None = None) -> tuple[Path, dict[str, str]]:
     """The folder or file of a path, or of a model's name on the Hub, which is downloaded.
 
-    A name whose first half is a folder here is taken for a path.
+    A name whose first half is a folder here is taken for a path. What is in a bucket, gs:// or
+    s3://, is fetched.
 
     Args:
-        path: a path, or the name `org/name`.
+        path: a path, a URI, or the name `org/name`.
         revision: of the model on the Hub: a branch, a tag or a commit.
 
     Returns:
@@ -49,6 +51,8 @@ def located(path: Path | str, revision: str | None = None) -> tuple[Path, dict[s
         BadInput: as `download` says, or there is a revision for a path.
     """
     here = Path(path)
+    if uri := uri_of(path):
+        return fetch(uri), {}
     if is_name(str(path)) and not here.exists():
         if not here.parent.is_dir():
             return download(str(path), revision)

@@ -14,7 +14,7 @@ from lechat_jax.devices.mesh import ROWS, keeps_its_type, sum_over_rows
 from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.moe import Load, imbalance
 from lechat_jax.ops.attention_backend import Backend
-from lechat_jax.ops.cross_entropy import cross_entropy, usual_chunk
+from lechat_jax.ops.cross_entropy import cross_entropy, target_scores, usual_chunk
 from lechat_jax.ops.remat import Remat
 
 
@@ -110,3 +110,23 @@ def score(
     """Total nats of the counted targets, each conditioned on its document before it."""
     share = counted.astype(jnp.float32)
     return total_nats(config, options, weights, inputs, targets, share, documents)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def token_scores(
+    config: MistralConfig,
+    options: Forward,
+    weights: Weights,
+    inputs: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Log-probability of each target in nats, and whether greedy decoding would take it.
+
+    Each row is a text of its own, whose end may be padding: nothing before it sees that.
+    """
+    model = bind(config, {name: _cast(name, leaf, options) for name, leaf in weights.items()})
+    hidden = model.hidden(inputs, options.backend).reshape(-1, config.dim)
+    chunk = options.chunk or usual_chunk(config.dim)
+    scores = target_scores(hidden, model.head.matrix(), targets.reshape(-1), chunk)
+    log_probs, is_greedy = (leaf.reshape(inputs.shape) for leaf in scores)
+    return log_probs, is_greedy

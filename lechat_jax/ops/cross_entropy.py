@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.devices.platform import platform
 
@@ -30,6 +30,30 @@ def cross_entropy(
     start = jnp.zeros((), rows[2].dtype)
     nats, _ = jax.lax.scan(lambda nats, row: (nats + _nats(head, *row)[0], None), start, rows)
     return nats
+
+
+def target_scores(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " T"],
+    chunk: int,
+) -> tuple[Float[Array, " T"], Bool[Array, " T"]]:
+    """Log-probability of each target in nats, and whether it is what greedy decoding takes.
+
+    The logits of `chunk` tokens are in memory at a time, at least float32.
+    """
+
+    def scores(row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        h, target, weight = row
+        logits = jnp.einsum("TD,VD->TV", h, head, preferred_element_type=weight.dtype)
+        hit = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+        return hit - jax.nn.logsumexp(logits, axis=1), logits.argmax(axis=1) == target
+
+    T = len(targets)
+    log_probs, is_greedy = jax.lax.map(
+        scores, _chunks(hidden, targets, jnp.ones(T, hidden.dtype), chunk)
+    )
+    return log_probs.reshape(-1)[:T], is_greedy.reshape(-1)[:T]
 
 
 def _chunks(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, ...]:

@@ -25,6 +25,8 @@ FILES = re.compile(r"tekken\.json|tokenizer\.model(?:\.v(\d+)(?:m(\d+))?)?")
 # is padded to a multiple of some power of two. From v1 to v3 it is 768.
 PADDING = 512
 
+CONTROL = re.compile(r"(</?s>|\[/?[A-Z_]+\])")  # how control tokens are spelled in chat templates
+
 
 def preferred(paths: Iterable[Path]) -> Path | None:
     """Chooses the tokenizer file among these by Mistral's file names; `None` if there is none.
@@ -156,6 +158,31 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise BadInput(f"character {error.start} of the text is not Unicode") from error
         return self._encode(text, self.codec.encode)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Encodes what a chat template made: the control tokens spelled in it become their ids.
+
+        What is behind one is encoded as behind an added token.
+
+        >>> Tokenizer.mistral_v1().encode_rendered("<s>a</s>")
+        [1, 264, 2]
+        """
+        ids: list[int] = []
+        text_so_far = ""
+        for part in CONTROL.split(text):
+            id_ = self.control_id(part) if CONTROL.fullmatch(part) else None
+            if id_ is None:
+                text_so_far += part
+                continue
+            ids += [*self._behind(ids, text_so_far), id_]
+            text_so_far = ""
+        return [*ids, *self._behind(ids, text_so_far)]
+
+    def _behind(self, ids: Sequence[int], text: str) -> list[int]:
+        """The ids of a text behind these, the last of which, if there is any, is no text."""
+        if not text:
+            return []
+        return self.encode(text) if self.starts_anew or not ids else self.encode_after(text)
 
     def encode_after(self, text: str) -> list[int]:
         """Encodes a text that continues another one.

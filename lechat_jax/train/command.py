@@ -85,6 +85,7 @@ def _trained(options: TrainConfig, began: float) -> Run:
                 finish(trainer)
             else:
                 pause(trainer, stop.received)
+            run.publish(wait=True)
         except Diverged as error:
             display.say(f"stopped: {error}", style="red")
             raise
@@ -254,9 +255,9 @@ def finish(trainer: Trainer) -> None:
         scored = trainer.events.validate_all(stop)
         curve = job.run.draw()
     if job.dataset.chat:
-        more = command("lechat_jax.chat", job.run.folder)
+        more = command("lechat_jax.chat", job.run.address)
     else:
-        more = command("lechat_jax.generate", job.run.folder, prompt=job.dataset.opening)
+        more = command("lechat_jax.generate", job.run.address, prompt=job.dataset.opening)
     job.display.say(
         f"{scored}\n"
         f"trained on {training.seen:,} tokens in {training.step} steps, lately "
@@ -277,7 +278,7 @@ def pause(trainer: Trainer, signal: str) -> None:
     training.keep_adapter()
     trainer.job.display.say(
         f"stopped by {signal or 'a signal to another process'} after step {training.step}, saved; "
-        f"continue with\n  {command('lechat_jax.train', resume=run.folder)}"
+        f"continue with\n  {command('lechat_jax.train', resume=run.address)}"
     )
 
 

@@ -105,7 +105,7 @@ class TrainConfig:
             (router_aux_loss_coef of a Mixtral's config). Reported losses exclude it.
         seed: Random seed of the initial weights, the order of the text and the samples.
         name: Name of the run, whose folder is runs/NAME. By default the preset, date and time.
-        out: Folder of the run, instead of runs/NAME.
+        out: Folder of the run, instead of runs/NAME; also in a bucket (gs:// or s3://).
         resume: Folder of a run to continue, bit for bit, from its last good checkpoint. The run's
             own options apply. If its text was moved, --data says where it is now, and --init-from
             where the weights are beside which it learns adapters.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -21,6 +22,7 @@ from lechat_jax.config.layout import MAPS
 from lechat_jax.devices.platform import platform
 from lechat_jax.devices.processes import from_first
 from lechat_jax.errors import BadInput
+from lechat_jax.files.buckets import uri_of
 from lechat_jax.files.find import located
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.binding import Weights
@@ -92,7 +94,13 @@ def run_of(asked: TrainConfig) -> Run:
     """
     if asked.resume is None:
         name = asked.name or f"{asked.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return Run(Path(from_first(lambda: str(asked.out or Path("runs") / name))))
+        folder = Path(from_first(lambda: str(asked.out or Path("runs") / name)))
+        if uri_of(folder) and jax.process_count() > 1:
+            raise BadInput(
+                "several processes write one run together, each its own part, so --out is a folder "
+                "on a disk that they share; copy it into the bucket in the end"
+            )
+        return Run.new(folder)
     if flags := asked.contradictions():
         raise BadInput(f"--resume goes on with the run's own options; leave out {', '.join(flags)}")
     return Run.open(asked.resume)

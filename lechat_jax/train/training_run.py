@@ -178,6 +178,7 @@ class TrainingRun:
         if not all_finite(self.state.weights):
             raise Diverged(f"weights are not finite after step {self.step}; {self.advice()}")
         self.checkpoints.save(self.step, _items(self.state), {"tokens": self.seen})
+        self.job.run.publish()
         self.schedule.start_the_clock()
 
     def keep_adapter(self) -> Path | None:

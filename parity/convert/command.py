@@ -9,6 +9,8 @@ import dataclasses
 import itertools
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +27,7 @@ from lechat_jax.cli.display import Meter
 from lechat_jax.config.layout import kernel_of
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
+from lechat_jax.files.buckets import BucketSync, exists, uri_of
 from lechat_jax.files.checksums import sync, write_manifest
 from lechat_jax.files.safetensors import Wanted, write_tensors
 from lechat_jax.formats.layouts import to_format
@@ -57,9 +60,9 @@ class Convert:
     """The flags of `python -m parity.convert`.
 
     Attributes:
-        src: Folder of a checkpoint or a training run, a GGUF file, or the name of a model on the
-            Hub.
-        dst: Folder to make; of GGUF the file, NAME.gguf.
+        src: Folder of a checkpoint or a training run, a GGUF file, either in a bucket (gs:// or
+            s3://), or the name of a model on the Hub.
+        dst: Folder to make, here or in a bucket (gs:// or s3://); of GGUF the file, NAME.gguf.
         to: Format to write: lechat's, Hugging Face's (hf), Mistral's own (mistral), a state dict
             of lechat_torch (torch), or a file for llama.cpp, Ollama and LM Studio (gguf).
         rope_theta: Base of the rotary frequencies, for a params.json that does not say it.
@@ -113,6 +116,15 @@ class Convert:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help`."""
     options = flags.parse(Convert, "parity.convert", __doc__ or "", argv)
+    if uri := uri_of(options.dst):
+        _to_bucket(options, uri)
+    else:
+        _converted(options)
+    return 0
+
+
+def _converted(options: Convert) -> None:
+    """Converts, and tells what was written."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     check_destination(options)
     source = open_source(
@@ -139,7 +151,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{options.src}: {note}")
     for line in _what_next(source, options):
         print(line)
-    return 0
+
+
+def _to_bucket(options: Convert, uri: str) -> None:
+    """Converts into a folder that is deleted again once it is in the bucket, its manifest last."""
+    if options.overwrite:
+        raise BadInput(f"{uri} is in a bucket, where nothing is replaced; name another folder")
+    if exists(uri):
+        raise BadInput(f"{uri} exists; name another folder")
+    with tempfile.TemporaryDirectory(prefix="lechat-") as folder:
+        parent, _, name = uri.rpartition("/")
+        _converted(dataclasses.replace(options, dst=Path(folder) / name))
+        print(f"uploading to {uri}", file=sys.stderr, flush=True)
+        BucketSync(Path(folder), parent).finish()
+        print(f"{uri}: uploaded")
 
 
 def _what_next(source: Source, options: Convert) -> Iterator[str]:

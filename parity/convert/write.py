@@ -14,9 +14,9 @@ from lechat_jax.formats.names import Format
 from lechat_jax.formats.open_model import POSITIONS
 from lechat_jax.formats.source import Source
 from lechat_jax.quantize.scheme import QUANTIZATION, Form
+from lechat_jax.tokenizer.jinja_template import chat_template
 from lechat_jax.tokenizer.tokenizer import Tokenizer, preferred
 from lechat_jax.tokenizer.vocabulary import GENERATION, SETTINGS
-from parity.convert.chat_template import chat_template
 
 BOS, EOS = 1, 2  # of all of Mistral's tokenizers
 
@@ -90,21 +90,6 @@ def write_tokenizer(folder: Path, fmt: Format, source: Source) -> None:
 def _has_template(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether a chat template is among the tokenizer's files."""
     return bool(settings.get("chat_template")) or any(folder.glob("chat_template.*"))
-
-
-def chat_template_in(folder: Path) -> str | None:
-    """The Jinja chat template among a tokenizer's files, if there is one.
-
-    Of several with names, as old settings list them, the one that is called default.
-    """
-    jinja, settings = folder / "chat_template.jinja", folder / SETTINGS
-    if jinja.exists():
-        return jinja.read_text(encoding="utf-8")
-    said = parse_json(settings.read_bytes(), settings) if settings.exists() else {}
-    found = said.get("chat_template")
-    if isinstance(found, list):
-        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
-    return found if isinstance(found, str) else None
 
 
 def _write_generation(folder: Path, fmt: Format, source: Source) -> None:

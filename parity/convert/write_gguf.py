@@ -26,7 +26,8 @@ from lechat_jax.formats.gguf.vocabulary import add_vocabulary
 from lechat_jax.formats.names import names
 from lechat_jax.formats.open_model import POSITIONS
 from lechat_jax.formats.source import Source
-from parity.convert.write import chat_template_in, control_ids_of, write_tokenizer
+from lechat_jax.tokenizer.jinja_template import chat_template_in
+from parity.convert.write import control_ids_of, write_tokenizer
 
 Quantized = Literal["q8_0", "q5_0", "q4_0"]
 BLOCK = 32  # numbers that share a scale

@@ -15,14 +15,15 @@ import sentencepiece
 from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
+from lechat_jax.config.layout import EMBEDDING
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import write_manifest
 from lechat_jax.formats import layouts
 from lechat_jax.formats.gguf import architecture
 from lechat_jax.model.binding import weights_of
+from lechat_jax.tokenizer.jinja_template import chat_template
 from lechat_jax.tokenizer.tokenizer import Tokenizer
-from parity.convert import command
-from parity.convert.chat_template import chat_template
+from parity.convert import command, write_gguf
 from parity.convert.open_source import open_source
 from tests.parity.checkpoints import random_weights, write_torch
 from tests.support import npm, tokenizers
@@ -126,6 +127,44 @@ def test_llama_cpp_computes_the_same_probabilities(
     path = convert(model, tmp_path / "model.gguf")
     found = np.array(of_llama(path, "probabilities", IDS))
     np.testing.assert_allclose(found, probabilities(model), rtol=0, atol=5e-4)
+
+
+# Of K-quants' blocks of 256 numbers, where their scales are, which must not be infinite.
+K_QUANTS = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+
+
+@pytest.mark.node
+@pytest.mark.parametrize("kind", K_QUANTS)
+def test_k_quants_are_the_numbers_that_llama_cpp_reads(
+    kind: str,
+    taught: Path,
+    tmp_path: Path,
+    of_llama: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of random bytes as an embedding, whose rows llama.cpp takes without rounding a product."""
+    quantize, kind_of, random = gguf.quants.quantize, write_gguf._kind, np.random.default_rng(0)
+
+    def some(numbers: np.ndarray, asked: gguf.GGMLQuantizationType) -> np.ndarray:
+        if asked.name != kind:
+            return quantize(numbers, asked)
+        _, size = gguf.GGML_QUANT_SIZES[asked]
+        blocks = random.integers(0, 256, (len(numbers), size), np.uint8)
+        for at in K_QUANTS[kind]:
+            scales = (random.random(len(blocks)) / 5000 + 1e-4).astype(np.float16)
+            blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+        return blocks
+
+    def kinds(name: str, shape: Any, of_kernels: str) -> str:
+        return kind if name == EMBEDDING else kind_of(name, shape, of_kernels)
+
+    monkeypatch.setattr(gguf.quants, "quantize", some)
+    monkeypatch.setattr(write_gguf, "_kind", kinds)
+    model = saved(tmp_path / "model", like(dim=256, n_layers=1), taught)
+    path = convert(model, tmp_path / "model.gguf")
+    found = np.array(of_llama(path, "probabilities", IDS))
+    np.testing.assert_allclose(found, probabilities(path), rtol=0, atol=5e-4)
+    assert np.abs(found - probabilities(model)).max() > 0.01
 
 
 @pytest.mark.node

@@ -22,10 +22,10 @@ from lechat_jax.formats.names import FORMATS, Format
 from lechat_jax.generate import command as generate
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
+from lechat_jax.tokenizer.jinja_template import chat_template
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.transcripts import Transcripts
 from lechat_jax.train import command as train
-from parity.convert.chat_template import chat_template
 from parity.convert.write import TOKENIZER_CONFIG
 from tests.parity.checkpoints import convert, random_weights, write_torch
 from tests.support.tokenizers import small_tekken

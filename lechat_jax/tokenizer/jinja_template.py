@@ -4,6 +4,11 @@ mistral-common writes conversations down for training (see `lechat_jax.tokenizer
 and a base model has no template. Of tekken transformers has its own, from mistral-common as well.
 """
 
+from pathlib import Path
+
+from lechat_jax.files.safetensors_header import parse_json
+from lechat_jax.tokenizer.vocabulary import SETTINGS
+
 # Where the system prompt goes: into the first question, into the last one, or before all.
 FIRST, LAST, BEFORE = "loop.first", "loop.index0 == last.index", "false"
 OF_VERSION = {"v1": FIRST, "v2": LAST, "v3": LAST, "v7": BEFORE}
@@ -53,3 +58,18 @@ def chat_template(version: str, starts_anew: bool = True) -> str:
     filled = TEMPLATE.replace("BEFORE", str(version == "v7").lower())
     filled = filled.replace("HERE", OF_VERSION[version]).replace("GAP", gap)
     return filled.replace("QUESTION", question).replace("ANSWER", answer)
+
+
+def chat_template_in(folder: Path) -> str | None:
+    """The Jinja chat template among a tokenizer's files, if there is one.
+
+    Of several with names, as old settings list them, the one that is called default.
+    """
+    jinja, settings = folder / "chat_template.jinja", folder / SETTINGS
+    if jinja.exists():
+        return jinja.read_text(encoding="utf-8")
+    said = parse_json(settings.read_bytes(), settings) if settings.exists() else {}
+    found = said.get("chat_template")
+    if isinstance(found, list):
+        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
