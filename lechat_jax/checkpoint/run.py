@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,10 +26,20 @@ import numpy as np
 from lechat_jax.devices.processes import is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder, disk_errors, write_atomic
-from lechat_jax.files.buckets import BucketSync, exists, fetch, uri_of, working_folder
+from lechat_jax.files.buckets import (
+    BucketSync,
+    exists,
+    fetch,
+    names_in,
+    read_file,
+    uri_of,
+    working_folder,
+)
+from lechat_jax.files.checksums import MANIFEST
 from lechat_jax.files.lock import LOCK, Lock
 from lechat_jax.shell import command
 
+CHECKPOINTS = "checkpoints"
 CONFIG, METRICS, CURVE = "config.json", "metrics.jsonl", "loss.png"
 RECIPE = "config.yaml"
 CUT = 20  # of the steps, the first one of so many does not decide how high the picture is
@@ -49,7 +60,7 @@ class Run:
         self.folder, self.bucket = folder, bucket
         self.trackers: list[Callable[[Sequence[Mapping[str, Any]]], None]] = []
         self._lock: Lock | None = None
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints = folder / CHECKPOINTS
         self.samples = folder / "samples"
 
     @classmethod
@@ -165,9 +176,10 @@ class Run:
             BadInput: the folder is not a run.
         """
         if uri := uri_of(folder):
-            local = fetch(uri)
-            run = cls.open(local)
-            run.bucket = BucketSync(local, uri, is_fetched=True)
+            local = working_folder(uri)
+            is_ahead = _is_ahead(local, uri)
+            run = cls.open(local if is_ahead else fetch(uri))
+            run.bucket = BucketSync(local, uri, is_fetched=not is_ahead)
             return run
         if not os.path.isfile(folder / CONFIG):
             raise BadInput(f"{folder} is not a training run: it has no {CONFIG}")
@@ -290,3 +302,19 @@ class Run:
         figure.savefig(content, format="png")
         write_atomic(path, content.getvalue(), self._remedy)
         return path
+
+
+def _is_ahead(folder: Path, uri: str) -> bool:
+    """Whether the cache has a later checkpoint of the run in a bucket than the bucket itself.
+
+    So it is where a run was killed before that was uploaded. Another run of that name is told by
+    its config.
+    """
+    here = [int(path.parent.name) for path in (folder / CHECKPOINTS).glob(f"[0-9]*/{MANIFEST}")]
+    own = folder / CONFIG
+    if not here or not own.is_file():
+        return False
+    form = re.compile(rf"{CHECKPOINTS}/(\d+)/{MANIFEST}")
+    there = [int(found[1]) for name in names_in(uri) if (found := form.fullmatch(name))]
+    is_same = exists(f"{uri}/{CONFIG}") and read_file(f"{uri}/{CONFIG}") == own.read_bytes()
+    return is_same and max(here) > max(there, default=-1)

@@ -22,6 +22,7 @@ from lechat_jax.files.paths import cache_home
 
 URI = re.compile(r"(gs|s3):/{1,2}([^/].*)")  # `Path` leaves one slash of two
 LISTING = ".listing.json"
+PARTIAL = ".partial"  # of a file or checkpoint that is being written
 LAST = (MANIFEST, "config.json", "params.json")  # what vouches for a folder, first of all it
 KNOWN = ("etag", "ETag", "generation", "md5Hash", "mtime", "LastModified", "updated")
 EXTRAS = {"gs": "gcs", "s3": "s3"}
@@ -40,6 +41,8 @@ def uri_of(path: Path | str) -> str | None:
 def fetch(uri: str) -> Path:
     """Downloads a file or folder of a bucket into the cache, but for what is there already.
 
+    What else was in that folder of the cache is deleted.
+
     Raises:
         BadInput: there is nothing there, or it cannot be read, or the extra is not installed.
     """
@@ -48,7 +51,7 @@ def fetch(uri: str) -> Path:
         found = {path: info for path, info in fs.find(root, detail=True).items() if info["size"]}
         if not found:
             raise BadInput(f"{uri} is not there")
-        here = _cached(uri)
+        here = working_folder(uri)
         before = _listing(here)
         now = {}
         for path, info in sorted(found.items()):
@@ -57,8 +60,9 @@ def fetch(uri: str) -> Path:
             local = here / name if path != root else here.parent / name
             if before.get(name) != now[name] or not local.is_file():
                 _download(fs, path, local)
-        for gone in before.keys() - now:
-            (here / gone).unlink(missing_ok=True)
+        for path in here.rglob("*"):
+            if path.is_file() and path.relative_to(here).as_posix() not in now:
+                path.unlink()
         write_atomic(here.parent / LISTING, json.dumps(now))
         return here
 
@@ -70,9 +74,26 @@ def exists(uri: str) -> bool:
         return bool(fs.exists(root))
 
 
+def names_in(uri: str) -> set[str]:
+    """Names of the files of a folder, below it; raises `BadInput` if it cannot be read."""
+    with _errors(uri):
+        fs, root = _opened(uri)
+        return {path[len(root) :].lstrip("/") for path in fs.find(root)}
+
+
+def read_file(uri: str) -> bytes:
+    """The content of a small file; raises `BadInput` if it cannot be read."""
+    with _errors(uri):
+        fs, path = _opened(uri)
+        return fs.cat_file(path)
+
+
 def working_folder(uri: str) -> Path:
-    """The local folder whose `BucketSync` is at this URI."""
-    return _cached(uri)
+    """Where a file or folder of that URI lies in the cache, fetched or to be uploaded."""
+    digest = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    folder = cache_home() / "buckets" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / uri.rpartition("/")[2]
 
 
 class BucketSync:
@@ -132,17 +153,17 @@ class BucketSync:
             files = self._files()
             changed = [name for name in files if self._sent.get(name) != files[name]]
             for name in sorted(changed, key=_rank):
-                with contextlib.suppress(FileNotFoundError):  # a checkpoint that was pruned since
+                try:
                     fs.put_file(str(self.folder / name), f"{root}/{name}")
                     self._sent[name] = files[name]
+                except FileNotFoundError:
+                    if (self.folder / name).exists():  # else a checkpoint that was pruned since
+                        raise
             gone = [name for name in self._sent if name not in files]
             for name in sorted(gone, key=_rank, reverse=True):
                 with contextlib.suppress(FileNotFoundError):
                     fs.rm_file(f"{root}/{name}")
                 del self._sent[name]
-
-
-PARTIAL = ".partial"  # of a checkpoint that is being written
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -157,14 +178,6 @@ def _opened(uri: str) -> tuple[Any, str]:
 
     fs, root = fsspec.url_to_fs(uri, use_listings_cache=False)
     return fs, str(root).rstrip("/")
-
-
-def _cached(uri: str) -> Path:
-    """Where a file or folder of that URI lies in the cache."""
-    digest = hashlib.sha256(uri.encode()).hexdigest()[:16]
-    folder = cache_home() / "buckets" / digest
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / uri.rpartition("/")[2]
 
 
 def _listing(here: Path) -> dict[str, list[Any]]:

@@ -21,6 +21,7 @@ pytest.importorskip("moto.server", reason="it stands for Amazon")
 import fsspec
 
 import lechat_jax as lechat
+from lechat_jax.checkpoint.run import Run
 from lechat_jax.checkpoint.weights import load_weights, save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
@@ -155,6 +156,38 @@ def test_a_run_in_a_bucket_is_the_run_of_a_folder_and_goes_on_from_there(
     monkeypatch.setenv("LECHAT_CACHE", str(tmp_path / "a third"))
     for name, array in lechat.load(f"{bucket}/run").weights.items():
         np.testing.assert_array_equal(array, lechat.load(tmp_path / "run").weights[name])
+
+
+def test_what_was_not_uploaded_yet_is_not_lost_where_it_was_made(
+    bucket: str, tmp_path: Path
+) -> None:
+    """And what is in the bucket counts elsewhere, or if another run is there now."""
+    for folder, steps in ((tmp_path / "uploaded", (2,)), (working_folder(bucket), (2, 4))):
+        for step in steps:
+            (folder / "checkpoints" / str(step)).mkdir(parents=True)
+            (folder / "checkpoints" / str(step) / "SHA256SUMS").write_text(str(step))
+        (folder / "config.json").write_text('{"model": {}, "train": {}}')
+    BucketSync(tmp_path / "uploaded", bucket).finish()
+    run = Run.open(Path(bucket))
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["2", "4"]
+    run.publish(wait=True)
+    assert "checkpoints/4/SHA256SUMS" in files_at(bucket)
+    (tmp_path / "uploaded" / "config.json").write_text('{"model": {}, "train": {"seed": 1}}')
+    fs, root = fsspec.url_to_fs(bucket, use_listings_cache=False)
+    fs.rm(root, recursive=True)
+    BucketSync(tmp_path / "uploaded", bucket).finish()
+    found = [path.parent.name for path in Run.open(Path(bucket)).checkpoints.glob("*/SHA256SUMS")]
+    assert found == ["2"]
+
+
+def test_a_bucket_that_is_not_there_is_told_and_not_passed_over(
+    bucket: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    nowhere = f"{bucket.partition(':')[0]}://no-such-bucket/run"
+    with pytest.raises(BadInput, match=f"{nowhere} .*; everything is in {tmp_path / 'run'}"):
+        BucketSync(tmp_path / "run", nowhere).finish()
 
 
 def test_a_folder_without_its_manifest_is_none_and_the_last_whole_one_stays(
