@@ -69,7 +69,7 @@ IN_PYTHON = {
 }
 # Of these the flags alone are read: they take minutes and have tests of their own.
 ONLY_READ = ("lechat_jax.train --mesh", "lechat_jax.serve", "parity.convert DIR", "parity.bench")
-ONLY_READ += ("lechat_jax.eval --tasks", "gs://BUCKET/runs/a")
+ONLY_READ += ("lechat_jax.eval --tasks", "gs://BUCKET/runs/a", "parity.push")
 RUNS_OF_CHECK = ("parity.check --weights-only", "parity.check --markdown")  # the others are read
 ELSEWHERE = {"--worker", "--index-url", "--logdir"}  # flags of other programs
 
