@@ -13,9 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from jaxtyping import Bool, Float
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
@@ -110,7 +110,9 @@ class HarnessModel(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """A conversation as the text that the model reads."""
-        environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(  # a template comes from anywhere
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _refuse
         return environment.from_string(self._template).render(
             messages=chat_history,
@@ -132,7 +134,7 @@ class HarnessModel(TemplateLM):
             log_probs, is_greedy = self._scores([rows[i] for i in part])
             for i, own, greedy in zip(part, log_probs, is_greedy, strict=True):
                 end = len(rows[i]) - 1
-                scored = slice(end - len(requests[i][2]), end)
+                scored = slice(max(0, end - len(requests[i][2])), end)
                 found[i] = float(own[scored].sum()), bool(greedy[scored].all())
         return found
 
