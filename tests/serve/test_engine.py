@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import psutil
 import pytest
 
 from lechat_jax.errors import BadInput
@@ -352,6 +353,21 @@ def test_of_many_requests_a_third_leave(model: LoadedModel, n: int) -> None:
         for ticket, listener in zip(tickets, listeners, strict=True):
             assert listener.done.is_set() or ticket.is_cancelled
         assert submit(engine, golden).answer() == right
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_a_thousand_requests(model: LoadedModel) -> None:
+    """After the first hundred, of which as of all others a third leaves before the end."""
+    sizes = []
+    with Engine(model, 4, max_queue=100, prefix_bytes=2**18) as engine:
+        for _ in range(10):
+            for i, request in enumerate(requests(100, model.config.vocab_size)):
+                (ticket,) = engine.enqueue([request], [lambda update: None])
+                if i % 3 == 0:
+                    ticket.cancel()
+            settle(engine)
+            sizes.append(psutil.Process().memory_info().rss)
+    assert max(sizes) < 1.05 * sizes[0]
 
 
 @pytest.mark.parametrize("temperature", [0, 1.5])
