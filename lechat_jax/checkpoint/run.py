@@ -54,11 +54,13 @@ class Run:
     Attributes:
         trackers: experiment trackers that get the logged metrics as well.
         bucket: keeps a copy in a bucket, if the run lives there.
+        closing: what is to be done when this process lets the run go.
     """
 
     def __init__(self, folder: Path, bucket: BucketSync | None = None) -> None:
         self.folder, self.bucket = folder, bucket
         self.trackers: list[Callable[[Sequence[Mapping[str, Any]]], None]] = []
+        self.closing = contextlib.ExitStack()
         self._lock: Lock | None = None
         self.checkpoints = folder / CHECKPOINTS
         self.samples = folder / "samples"
@@ -100,7 +102,8 @@ class Run:
             )
 
     def release(self) -> None:
-        """Releases the lock on the run."""
+        """Releases the lock on the run, and ends what watches it."""
+        self.closing.close()
         if self._lock:
             self._lock.release()
             self._lock = None

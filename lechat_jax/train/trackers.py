@@ -72,9 +72,16 @@ def track_in_wandb(run: Run, project: str) -> None:
 def profile_steps(run: Run, n: int) -> None:
     """Traces `n` steps with JAX's profiler, in the run's folder `profile`, for XProf and Perfetto.
 
-    They are those after the first two calls of the device, or as many as the run still has.
+    They are those after the first two calls of the device, or as many as the run still has; where
+    it ends or is stopped before, the trace ends then.
     """
     calls, end, is_over = 0, math.inf, False
+
+    def stop() -> None:
+        nonlocal is_over
+        if calls >= WARM_UP and not is_over:
+            jax.profiler.stop_trace()
+        is_over = True
 
     def trace(rows: Sequence[Mapping[str, Any]]) -> None:
         nonlocal calls, end, is_over
@@ -85,7 +92,7 @@ def profile_steps(run: Run, n: int) -> None:
             jax.profiler.start_trace(str(run.folder / "profile"), create_perfetto_trace=True)
             end = step + n
         elif calls > WARM_UP and step >= min(end, run.config["train"].get("steps") or math.inf):
-            jax.profiler.stop_trace()
-            is_over = True
+            stop()
 
     run.trackers.append(trace)
+    run.closing.callback(stop)

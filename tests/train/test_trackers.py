@@ -131,6 +131,21 @@ def test_steps_after_the_first_two_calls_are_traced(
     assert seen == [("start", 2), ("stop", last)]
 
 
+def test_a_run_that_is_stopped_keeps_the_trace_so_far(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda *_, **__: seen.append("start"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: seen.append("stop"))
+    run.config = {"model": {"dim": 40}, "train": {"steps": 9}}
+    profile_steps(run, 5)
+    for step in (1, 2, 3):
+        run.log([{"step": step, "time_s": 0.0, "tokens": 8, "train/loss": 4.0}])
+    run.release()
+    run.release()
+    assert seen == ["start", "stop"]
+
+
 def test_a_trace_is_one_that_xprof_and_perfetto_read(run: Run) -> None:
     profile_steps(run, 1)
     for step in (1, 2, 3):
