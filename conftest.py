@@ -4,6 +4,7 @@ At the root and not in `tests`, because the doctests in the packages are tests a
 """
 
 import gc
+import importlib.util
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -56,6 +57,9 @@ hypothesis.settings.register_profile(
     "lechat-ci", hypothesis.settings.get_profile("lechat"), derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile("lechat-ci" if os.environ.get("CI") else "lechat")
+
+# What cannot be imported without an extra that the tests do without.
+collect_ignore = [] if importlib.util.find_spec("lm_eval") else ["lechat_jax/eval/harness.py"]
 
 GIGABYTE = 1_000_000_000
 LOOPBACK = ("127.", "::1", "localhost")

@@ -131,6 +131,7 @@ print("\\n" + json.dumps([found[name] for name in names]))
 """
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_folder_elsewhere_spares_another_process_all_compiling(
     tmp_path: Path,
 ) -> None:

@@ -318,7 +318,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path, tiny: MistralConfig) -> Non
     with pytest.raises(BadInput, match=r"nowhere is not there"):
         Generator.from_checkpoint(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "dim": 1}))
-    with pytest.raises(BadInput, match=rf"convert {tmp_path} {tmp_path}-lechat --to lechat$"):
+    with pytest.raises(BadInput, match=r"config\.json lacks hidden_size, num_hidden_layers"):
         Generator.from_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model": tiny.to_dict(), "train": {}}))
     with pytest.raises(BadInput, match="there is no checkpoint"):

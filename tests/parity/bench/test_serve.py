@@ -223,6 +223,7 @@ def test_bad_flags_are_refused(flags: list[str], message: str) -> None:
         command.main(["serve", *flags])
 
 
+@pytest.mark.slow
 def test_a_small_model_is_served_and_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -120,6 +120,11 @@ def test_text_ends_and_scores_are_those_of_lechats_own_folder(
     assert said[2] == said[3]
 
 
+@pytest.mark.parametrize(
+    "model",
+    ["mistral", *(pytest.param(fmt, marks=pytest.mark.slow) for fmt in ("hf", "gguf"))],
+    indirect=True,
+)
 def test_adapters_are_learned_beside_it_and_know_it_again(
     model: Path, taught: Path, tmp_path: Path
 ) -> None:
