@@ -607,22 +607,29 @@ def test_a_screen_reader_gets_an_answer_once_and_whole(page: Page, server: FakeS
     expect(page.locator("[aria-live=polite]")).to_be_empty()  # no second copy for a search to find
 
 
-def is_dark(page: Page) -> bool:
-    color = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
-    return sum(map(int, re.findall(r"\d+", color))) < 3 * 128
+def expect_dark(page: Page, dark: bool) -> None:
+    """Waits until the page is dark, or light: the media feature reaches it a moment later."""
+    page.wait_for_function(
+        """dark => {
+          const color = getComputedStyle(document.body).backgroundColor
+          const [red, green, blue] = color.match(/\\d+/g).map(Number)
+          return (red + green + blue < 3 * 128) === dark
+        }""",
+        arg=dark,
+    )
 
 
 def test_it_is_as_dark_as_the_system_until_somebody_chooses(page: Page) -> None:
     toggle = page.get_by_role("button", name="Dark mode")
-    assert not is_dark(page)
+    expect_dark(page, False)
     page.emulate_media(color_scheme="dark")
-    assert is_dark(page)
+    expect_dark(page, True)
     expect(toggle).to_have_attribute("aria-pressed", "true")
     toggle.click()
-    assert not is_dark(page)
+    expect_dark(page, False)
     expect(toggle).to_have_attribute("aria-pressed", "false")
     page.reload()
-    assert not is_dark(page)
+    expect_dark(page, False)
 
 
 def contrast(page: Page, selector: str) -> float:
