@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+import yaml
 from rich.console import Console
 
 from lechat_jax.checkpoint.run import HELD_OUT, Run
@@ -111,16 +112,17 @@ def _folder(options: Push) -> Iterator[Path]:
 
 def card(options: Push, source: Source) -> str:
     """The model card: what the model is, how it was trained and measured, how to run it."""
-    run = Run(Path(options.src)) if source.format == "run" else None
+    run = Run(source.path) if source.format == "run" else None
     train = run.config["train"] if run else {}
     fields = {
         "library_name": "transformers" if options.to == "hf" else "gguf",
         "pipeline_tag": "text-generation",
         "license": options.license,
         "base_model": source.metadata.get("source") or _name_of(train.get("init_from")),
+        "tags": ["mistral", "lechat"],
     }
-    lines = ["---", *(f"{key}: {value}" for key, value in fields.items() if value)]
-    lines += ["tags:", "- mistral", "- lechat", "---", "", f"# {options.name}", ""]
+    said = yaml.safe_dump({key: value for key, value in fields.items() if value}, sort_keys=False)
+    lines = [f"---\n{said}---", "", f"# {options.name}", ""]
     lines += [_what_it_is(source), ""]
     if run:
         lines += ["## How it was trained", "", *_table(_trained(run, train)), ""]
@@ -142,14 +144,14 @@ def _what_it_is(source: Source) -> str:
 
 
 def _trained(run: Run, train: dict[str, Any]) -> dict[str, Any]:
-    """How a run was trained, in the words of its flags."""
+    """How a run was trained, in the words of its flags; of paths only the last name."""
     last: dict[str, Any] = {}
     for row in run.metrics():
         last |= row
     said = {
-        "text": train.get("corpus"),
+        "text": Path(train.get("corpus", "")).name,
         "its SHA-256": train.get("corpus_sha256"),
-        "started from": train.get("init_from"),
+        "started from": _name_of(train.get("init_from")) or Path(train.get("init_from") or "").name,
         "LoRA rank": train.get("lora_rank"),
         "tokens": f"{last['tokens']:,}" if "tokens" in last else None,
         "steps": f"{last['step']:,}" if "step" in last else None,

@@ -14,8 +14,6 @@ import contextlib
 import io
 import json
 import os
-import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,21 +24,12 @@ import numpy as np
 from lechat_jax.devices.processes import is_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder, disk_errors, write_atomic
-from lechat_jax.files.buckets import (
-    BucketSync,
-    exists,
-    fetch,
-    names_in,
-    read_file,
-    uri_of,
-    working_folder,
-)
-from lechat_jax.files.checksums import MANIFEST
+from lechat_jax.files.buckets import BucketSync
 from lechat_jax.files.lock import LOCK, Lock
+from lechat_jax.formats.folder import CONFIG
 from lechat_jax.shell import command
 
-CHECKPOINTS = "checkpoints"
-CONFIG, METRICS, CURVE = "config.json", "metrics.jsonl", "loss.png"
+CHECKPOINTS, METRICS, CURVE = "checkpoints", "metrics.jsonl", "loss.png"
 RECIPE = "config.yaml"
 CUT = 20  # of the steps, the first one of so many does not decide how high the picture is
 HELD_OUT = "val/held_out"  # beside the last score, which is of as many of these tokens as it says
@@ -61,6 +50,8 @@ class Run:
         self.folder, self.bucket = folder, bucket
         self.trackers: list[Callable[[Sequence[Mapping[str, Any]]], None]] = []
         self.closing = contextlib.ExitStack()
+        if bucket and is_first():
+            self.closing.callback(bucket.finish)
         self._lock: Lock | None = None
         self.checkpoints = folder / CHECKPOINTS
         self.samples = folder / "samples"
@@ -102,11 +93,17 @@ class Run:
             )
 
     def release(self) -> None:
-        """Releases the lock on the run, and ends what watches it."""
-        self.closing.close()
-        if self._lock:
-            self._lock.release()
-            self._lock = None
+        """Ends what watches the run, uploads what is left to upload, and releases the lock.
+
+        Raises:
+            BadInput: the bucket cannot be brought up to date.
+        """
+        try:
+            self.closing.close()
+        finally:
+            if self._lock:
+                self._lock.release()
+                self._lock = None
 
     @staticmethod
     def check_new(folder: Path, n_bytes: int = 0) -> None:
@@ -138,52 +135,23 @@ class Run:
                 folder.rmdir()
         self.release()
 
-    @classmethod
-    def new(cls, folder: Path) -> "Run":
-        """A run whose folder does not exist yet, here or in a bucket (gs:// or s3://).
-
-        Raises:
-            BadInput: the bucket has such a run already, or cannot be read.
-        """
-        uri = uri_of(folder)
-        if uri is None:
-            return cls(folder)
-        if exists(f"{uri}/{CONFIG}"):
-            raise BadInput(
-                f"{uri} holds a run already; continue it with: "
-                f"{command('lechat_jax.train', resume=uri)}, or name another folder with --out"
-            )
-        local = working_folder(uri)
-        shutil.rmtree(local, ignore_errors=True)  # of one that was killed before it was there
-        return cls(local, BucketSync(local, uri))
-
     @property
     def address(self) -> str:
         """Where the run is to be found: its URI in a bucket, or its folder."""
         return self.bucket.uri if self.bucket else str(self.folder)
 
-    def publish(self, wait: bool = False) -> None:
-        """Brings the copy in a bucket up to date, if there is one; in the background, or now.
-
-        Raises:
-            BadInput: it cannot be, and that is waited for.
-        """
+    def publish(self) -> None:
+        """Begins to bring the copy in a bucket up to date, if there is one; `release` ends that."""
         if self.bucket and is_first():
-            self.bucket.finish() if wait else self.bucket.start()
+            self.bucket.start()
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
-        """Opens an existing run; one in a bucket is fetched, and goes on being there.
+        """Opens an existing run.
 
         Raises:
             BadInput: the folder is not a run.
         """
-        if uri := uri_of(folder):
-            local = working_folder(uri)
-            is_ahead = _is_ahead(local, uri)
-            run = cls.open(local if is_ahead else fetch(uri))
-            run.bucket = BucketSync(local, uri, is_fetched=not is_ahead)
-            return run
         if not os.path.isfile(folder / CONFIG):
             raise BadInput(f"{folder} is not a training run: it has no {CONFIG}")
         return cls(folder)
@@ -305,19 +273,3 @@ class Run:
         figure.savefig(content, format="png")
         write_atomic(path, content.getvalue(), self._remedy)
         return path
-
-
-def _is_ahead(folder: Path, uri: str) -> bool:
-    """Whether the cache has a later checkpoint of the run in a bucket than the bucket itself.
-
-    So it is where a run was killed before that was uploaded. Another run of that name is told by
-    its config.
-    """
-    here = [int(path.parent.name) for path in (folder / CHECKPOINTS).glob(f"[0-9]*/{MANIFEST}")]
-    own = folder / CONFIG
-    if not here or not own.is_file():
-        return False
-    form = re.compile(rf"{CHECKPOINTS}/(\d+)/{MANIFEST}")
-    there = [int(found[1]) for name in names_in(uri) if (found := form.fullmatch(name))]
-    is_same = exists(f"{uri}/{CONFIG}") and read_file(f"{uri}/{CONFIG}") == own.read_bytes()
-    return is_same and max(here) > max(there, default=-1)

@@ -9,15 +9,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from lechat_jax.checkpoint.run import CONFIG, Run
+from lechat_jax.checkpoint.run import Run
 from lechat_jax.checkpoint.stored_weights import StoredWeights
 from lechat_jax.checkpoint.weights import load_weights, weight_shapes, weights_bytes
 from lechat_jax.config import MistralConfig
 from lechat_jax.devices.mesh import Placing, described, shardings
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST
-from lechat_jax.formats.folder import kind_of
-from lechat_jax.formats.hub import located
+from lechat_jax.formats.folder import CONFIG, kind_of
+from lechat_jax.formats.hub import local_model
 from lechat_jax.model.adapters import Adapters
 from lechat_jax.model.binding import Weights
 from lechat_jax.quantize.scheme import Form, Format, quantize_weights, scheme_for
@@ -69,7 +69,7 @@ class SavedModel:
         Raises:
             BadInput: there is no model that can be read.
         """
-        folder, _ = located(path)
+        folder, _ = local_model(path)
         if kind_of(folder) != "run":
             stored = StoredWeights.open(folder)
             return cls(folder, stored.config, stored=stored)
@@ -196,11 +196,11 @@ class SavedModel:
         Raises:
             BadInput: there is no good checkpoint, or as `load_weights`.
         """
-        if self.run is None or self.stored:
+        if self.stored:
             shapes = weight_shapes(self.config, self.form(quantize))
             places = placing(mesh, shapes) if mesh else None
-            stored = self.stored or self.folder
-            return Loaded(load_weights(stored, dtype=dtype, quantize=quantize, shardings=places)[1])
+            _, weights = load_weights(self.stored, dtype=dtype, quantize=quantize, shardings=places)
+            return Loaded(weights)
         if self.adapters is not None:
             base, learned = self.load_base(dtype, quantize, mesh, placing), self.load_adapters()
             weights = base.weights | learned.weights | self.adapters.scales(self.config)
@@ -209,15 +209,15 @@ class SavedModel:
             Checkpoints,  # Orbax takes 0.2 s, and only runs need it
         )
 
-        form = scheme_for(quantize, self.config)
+        form, checkpoints = scheme_for(quantize, self.config), Run(self.folder).checkpoints
         template = {"model": described(mesh, weight_shapes(self.config), placing)}
-        restored = Checkpoints(self.run.checkpoints).restore(template)
+        restored = Checkpoints(checkpoints).restore(template)
         weights = restored.items["model"]
         if form is not None:
             try:
                 weights = quantize_weights(weights, form)
             except BadInput as error:
-                raise BadInput(f"{self.run.checkpoints / str(restored.step)}: {error}") from None
+                raise BadInput(f"{checkpoints / str(restored.step)}: {error}") from None
         for name in weights:  # one by one, so that there are not two models in memory
             if dtype is not None and not (form and form.is_fixed(name)):
                 weights[name] = weights[name].astype(dtype)

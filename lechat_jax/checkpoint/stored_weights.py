@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-import numpy as np
-
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST, digests
@@ -86,8 +84,3 @@ class StoredWeights:
     def nbytes(self) -> int:
         """Bytes of all tensors as they are read."""
         return sum(tensor.nbytes for tensor in self.store.tensors.values())
-
-    def dtype_of(self, name: str) -> np.dtype | None:
-        """The dtype of a tensor; `None` if there is none of that name."""
-        tensor = self.store.tensors.get(name)
-        return tensor and tensor.dtype

@@ -25,7 +25,6 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
-from lechat_jax.checkpoint.run import CONFIG
 from lechat_jax.checkpoint.stored_weights import StoredWeights
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import is_part
@@ -33,6 +32,7 @@ from lechat_jax.devices.host_memory import host_empty
 from lechat_jax.errors import BadInput
 from lechat_jax.files.checksums import MANIFEST, sync, write_manifest
 from lechat_jax.files.safetensors import write_tensors
+from lechat_jax.formats.folder import CONFIG
 from lechat_jax.model.binding import Weights, shapes_of
 from lechat_jax.quantize.scheme import QUANTIZATION, Form, Format, form_of, in_parts, scheme_for
 from lechat_jax.tokenizer.tokenizer import Tokenizer

@@ -44,7 +44,7 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 
 ANY = 1 << 40  # tokens of a row that holds any example
-OF_TEXT = ("data", "part", "stride", "tokens", "minutes", "mesh")
+OF_TEXT = ("data", "part", "stride", "tokens", "minutes")
 OF_TASKS = ("include_path", "fewshot", "limit", "chat_template", "batch")
 
 
@@ -54,7 +54,8 @@ class EvalConfig:
 
     Attributes:
         dir: Model: a training run, or a folder in lechat's, Hugging Face's or Mistral's format, a
-            GGUF file, or the name of a model on the Hugging Face Hub.
+            GGUF file, either in a bucket (gs:// or s3://), or the name of a model on the Hugging
+            Face Hub.
         data: Text to score, as in training: files, a folder or a dataset; of examples only the
             answers are scored. By default what the run was trained on.
         part: Whether all of the text is scored or the held-out tenth (held-out). By default all of
@@ -115,6 +116,10 @@ class EvalConfig:
             raise BadInput(f"--tokens must be at least 1, not {self.tokens}")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise BadInput(f"--minutes must be a finite number above 0, not {self.minutes}")
+        if self.tasks is not None and not self.task_names:
+            raise BadInput("--tasks names no task; say some, with commas between them")
+        if self.tasks and self.mesh:
+            raise BadInput("--tasks runs on one device; leave out --mesh")
         of_other = OF_TEXT if self.tasks else OF_TASKS
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         if given := [name for name in of_other if getattr(self, name) != usual[name]]:
@@ -124,9 +129,14 @@ class EvalConfig:
         check_writable(self.json)
 
     @property
+    def task_names(self) -> list[str]:
+        """The tasks of --tasks."""
+        return [name for part in (self.tasks or "").split(",") if (name := part.strip())]
+
+    @property
     def window(self) -> int:
         """Tokens of a window at most."""
-        return self.block or (1024 if self.tasks is None else 4096)
+        return self.block or (4096 if self.tasks else 1024)
 
 
 class Text(NamedTuple):
@@ -343,10 +353,9 @@ def run_tasks(options: EvalConfig, display: Display) -> dict[str, Any]:
 
     folder = saved.tokenizer_folder
     harness = HarnessModel(model, folder, options.window, options.batch, progress)
-    asked = (options.tasks or "").split(",")
     return evaluate(
         harness,
-        [name.strip() for name in asked if name.strip()],
+        options.task_names,
         options.include_path,
         options.fewshot,
         options.limit,

@@ -38,10 +38,20 @@ def uri_of(path: Path | str) -> str | None:
     return f"{found[1]}://{found[2].rstrip('/')}" if found else None
 
 
-def fetch(uri: str) -> Path:
-    """Downloads a file or folder of a bucket into the cache, but for what is there already.
+def local_copy(path: Path | str) -> Path:
+    """The path itself; of a URI, where the cache has what was fetched."""
+    uri = uri_of(path)
+    return fetch(uri) if uri else Path(path)
 
-    What else was in that folder of the cache is deleted.
+
+def fetch(uri: str, into: Path | None = None) -> Path:
+    """Downloads a file or folder of a bucket, but for what is there already; returns where it is.
+
+    What else was in that local folder is deleted, locks and other hidden files excepted.
+
+    Args:
+        uri: of the file or folder.
+        into: the local folder; by default one in the cache.
 
     Raises:
         BadInput: there is nothing there, or it cannot be read, or the extra is not installed.
@@ -51,7 +61,7 @@ def fetch(uri: str) -> Path:
         found = {path: info for path, info in fs.find(root, detail=True).items() if info["size"]}
         if not found:
             raise BadInput(f"{uri} is not there")
-        here = working_folder(uri)
+        here = into or _in_cache("buckets", uri)
         before = _listing(here)
         now = {}
         for path, info in sorted(found.items()):
@@ -61,7 +71,8 @@ def fetch(uri: str) -> Path:
             if before.get(name) != now[name] or not local.is_file():
                 _download(fs, path, local)
         for path in here.rglob("*"):
-            if path.is_file() and path.relative_to(here).as_posix() not in now:
+            name = path.relative_to(here).as_posix()
+            if path.is_file() and name not in now and not LITTER.fullmatch(name):
                 path.unlink()
         write_atomic(here.parent / LISTING, json.dumps(now))
         return here
@@ -89,9 +100,14 @@ def read_file(uri: str) -> bytes:
 
 
 def working_folder(uri: str) -> Path:
-    """Where a file or folder of that URI lies in the cache, fetched or to be uploaded."""
+    """The local folder of a run that is trained into a bucket; what is only read lies elsewhere."""
+    return _in_cache("runs", uri)
+
+
+def _in_cache(kind: str, uri: str) -> Path:
+    """The place of a URI in the cache, under its own name."""
     digest = hashlib.sha256(uri.encode()).hexdigest()[:16]
-    folder = cache_home() / "buckets" / digest
+    folder = cache_home() / kind / digest
     folder.mkdir(parents=True, exist_ok=True)
     return folder / uri.rpartition("/")[2]
 
@@ -149,9 +165,12 @@ class BucketSync:
 
     def _update(self) -> None:
         with _errors(self.uri):
-            fs, root = _opened(self.uri)
             files = self._files()
             changed = [name for name in files if self._sent.get(name) != files[name]]
+            gone = [name for name in self._sent if name not in files]
+            if not changed and not gone:
+                return
+            fs, root = _opened(self.uri)
             for name in sorted(changed, key=_rank):
                 try:
                     fs.put_file(str(self.folder / name), f"{root}/{name}")
@@ -159,7 +178,6 @@ class BucketSync:
                 except FileNotFoundError:
                     if (self.folder / name).exists():  # else a checkpoint that was pruned since
                         raise
-            gone = [name for name in self._sent if name not in files]
             for name in sorted(gone, key=_rank, reverse=True):
                 with contextlib.suppress(FileNotFoundError):
                     fs.rm_file(f"{root}/{name}")

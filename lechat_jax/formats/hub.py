@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lechat_jax.errors import BadInput
-from lechat_jax.files.buckets import fetch, uri_of
+from lechat_jax.files.buckets import local_copy, uri_of
 
 SMALL = [  # read first, to see what the repository is
     "config.json",
@@ -34,7 +34,7 @@ def is_name(text: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text))
 
 
-def located(path: Path | str, revision: str | None = None) -> tuple[Path, dict[str, str]]:
+def local_model(path: Path | str, revision: str | None = None) -> tuple[Path, dict[str, str]]:
     """The folder or file of a path, or of a model's name on the Hub, which is downloaded.
 
     A name whose first half is a folder here is taken for a path. What is in a bucket, gs:// or
@@ -51,8 +51,8 @@ def located(path: Path | str, revision: str | None = None) -> tuple[Path, dict[s
         BadInput: as `download` says, or there is a revision for a path.
     """
     here = Path(path)
-    if uri := uri_of(path):
-        return fetch(uri), {}
+    if uri_of(path):
+        return local_copy(path), {}
     if is_name(str(path)) and not here.exists():
         if not here.parent.is_dir():
             return download(str(path), revision)

@@ -23,7 +23,8 @@ class ModelOptions:
 
     Attributes:
         folder: Folder of a training run, such as runs/NAME, or of weights in lechat's, Hugging
-            Face's or Mistral's format; a GGUF file; or the name of a model on the Hugging Face Hub.
+            Face's or Mistral's format; a GGUF file; either in a bucket (gs:// or s3://); or the
+            name of a model on the Hugging Face Hub.
         context: Maximum tokens, prompts and chat included, in the KV cache of layers without a
             sliding window. It is allocated at once, and generation stops there. Other models have
             no limit.

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lechat_jax.config import MistralConfig
 from lechat_jax.devices.mesh import ROWS, keeps_its_type, sum_over_rows
 from lechat_jax.model.binding import Weights, bind
+from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.moe import Load, imbalance
 from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.ops.cross_entropy import cross_entropy, target_scores, usual_chunk
@@ -72,7 +73,7 @@ def _nats(
     documents: Array | None,
 ) -> Array:
     """`total_nats` of the rows of one device."""
-    model = bind(config, {name: _cast(name, leaf, options) for name, leaf in weights.items()})
+    model = _bound(config, options, weights)
     hidden, load = model.routed(inputs, options.backend, documents=documents, remat=options.remat)
     head = model.head.matrix()
     hidden = hidden.reshape(-1, config.dim)
@@ -93,8 +94,13 @@ def _share_of_imbalance(options: Forward, load: Load) -> Float[Array, ""]:
     return imbalance(load) / n_devices
 
 
-def _cast(name: str, leaf: Array, options: Forward) -> Array:
-    return leaf if keeps_its_type(name, leaf) else leaf.astype(options.dtype)
+def _bound(config: MistralConfig, options: Forward, weights: Weights) -> Mistral:
+    """The model with its weights in the dtype of the options, but for those that are quantised."""
+
+    def cast(name: str, leaf: Array) -> Array:
+        return leaf if keeps_its_type(name, leaf) else leaf.astype(options.dtype)
+
+    return bind(config, {name: cast(name, leaf) for name, leaf in weights.items()})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -124,7 +130,7 @@ def token_scores(
 
     Each row is a text of its own, whose end may be padding: nothing before it sees that.
     """
-    model = bind(config, {name: _cast(name, leaf, options) for name, leaf in weights.items()})
+    model = _bound(config, options, weights)
     hidden = model.hidden(inputs, options.backend).reshape(-1, config.dim)
     chunk = options.chunk or usual_chunk(config.dim)
     scores = target_scores(hidden, model.head.matrix(), targets.reshape(-1), chunk)

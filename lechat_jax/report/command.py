@@ -14,6 +14,7 @@ from lechat_jax.checkpoint.run import Run
 from lechat_jax.cli import flags
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_atomic
+from lechat_jax.files.buckets import local_copy
 from lechat_jax.report.page import Summary, page
 
 
@@ -38,7 +39,7 @@ class Report:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command `report`; returns the exit code."""
     options = flags.parse(Report, "lechat_jax.report", __doc__ or "", argv)
-    summaries = [Summary.of(Run.open(folder)) for folder in options.runs]
+    summaries = [Summary.of(Run.open(local_copy(folder))) for folder in options.runs]
     write_atomic(options.out, page(summaries))
     print(f"{options.out}: {', '.join(one.name for one in summaries)}")
     return 0

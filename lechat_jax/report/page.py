@@ -6,7 +6,7 @@ import io
 import itertools
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,7 @@ class Summary:
     def figures(self) -> dict[str, str]:
         """The final figures, as they are shown."""
         rates = [row["train/tokens_per_sec"] for row in self.rows if "train/tokens_per_sec" in row]
+        bits, seconds = self.last("val/bpb"), self.last("time_s")
         losses = self.curve("train/loss")[1]
         tail = losses[-max(1, len(losses) // SMOOTHED) :]
         return {
@@ -87,32 +88,35 @@ class Summary:
             "steps": f"{self.rows[-1]['step']:,}" if self.rows else "0",
             "tokens": f"{self.rows[-1]['tokens']:,}" if self.rows else "0",
             "training loss (nats per token)": f"{tail.mean():.4f}" if len(tail) else "",
-            "held-out bits per byte": _shown(self.last("val/bpb"), "{:.4f}"),
+            "held-out bits per byte": "" if bits is None else f"{bits:.4f}",
             "tokens/s (median)": f"{statistics.median(rates):,.0f}" if rates else "",
-            "minutes": _shown(self.last("time_s"), "{:.1f}", lambda seconds: seconds / 60),
+            "minutes": "" if seconds is None else f"{seconds / 60:.1f}",
         }
-
-
-def _shown(
-    value: float | None, form: str, change: Callable[[float], float] = lambda value: value
-) -> str:
-    return "" if value is None else form.format(change(value))
 
 
 def page(runs: Sequence[Summary]) -> str:
     """The HTML of the comparison, complete in itself."""
     names = [html.escape(run.name) for run in runs]
+    several = [run.figures for run in runs]
+    figures = {key: [each[key] for each in several] for key in several[0]}
+    differing, common = options_of(runs)
+    if len(runs) > 1:
+        options = [
+            "<h2>Options that differ</h2>",
+            _table(names, differing) if differing else "<p>None.</p>",
+        ]
+    else:
+        options = []
     body = [
         f"<h1>{' · '.join(names)}</h1>",
-        _table("", names, _side_by_side(run.figures for run in runs)),
+        _table(names, figures),
         "<div class=side>",
         _drawn(runs, "train/loss", "training loss (nats per token)", SMOOTHED),
         _drawn(runs, "val/bpb", "held-out text (bits per byte)", None),
         "</div>",
-        "<h2>Options that differ</h2>" if len(runs) > 1 else "",
-        _options(runs, names, are_alike=False) if len(runs) > 1 else "",
-        f"<details><summary>{'Options in common' if len(runs) > 1 else 'Options'}</summary>",
-        _options(runs[:1], names[:1] if len(runs) == 1 else [""], are_alike=True, among=runs),
+        *options,
+        "<details><summary>Options in common</summary>",
+        _table([""], {key: [value] for key, value in common.items()}),
         "</details>",
         "<h2>Samples</h2>",
         "<div class=side>",
@@ -121,36 +125,30 @@ def page(runs: Sequence[Summary]) -> str:
     ]
     title = f"<title>{' · '.join(names)}</title>"
     head = f'<!doctype html>\n<html lang=en>\n<meta charset="utf-8">\n{title}\n'
-    return f"{head}<style>{STYLE}</style>\n" + "\n".join(filter(None, body)) + "\n</html>\n"
+    return f"{head}<style>{STYLE}</style>\n" + "\n".join(body) + "\n</html>\n"
 
 
-def _side_by_side(columns: Iterable[dict[str, str]]) -> dict[str, list[str]]:
-    """Dictionaries of the same keys as rows: what each of them has of a key."""
-    several = list(columns)
-    return {key: [column[key] for column in several] for key in several[0]}
+def options_of(runs: Sequence[Summary]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Options in which the runs differ, with each one's value, and those that all of them share."""
+    differing, common = {}, {}
+    for part in RECORDED:
+        for key in dict.fromkeys(key for run in runs for key in run.config[part]):
+            values = [str(run.config[part].get(key)) for run in runs]
+            if len(set(values)) > 1:
+                differing[f"{part}.{key}"] = values
+            else:
+                common[f"{part}.{key}"] = values[0]
+    return differing, common
 
 
-def _table(corner: str, names: Sequence[str], rows: dict[str, list[str]]) -> str:
+def _table(names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     """A table with a column for each run; cells are escaped, names are already."""
-    header = "".join(f"<th>{name}" for name in (corner, *names))
+    header = "".join(f"<th>{name}" for name in ("", *names))
     lines = (
         f"<tr><th>{html.escape(key)}" + "".join(f"<td>{html.escape(cell)}" for cell in cells)
         for key, cells in rows.items()
     )
     return f"<table><tr>{header}\n" + "\n".join(lines) + "</table>"
-
-
-def _options(
-    runs: Sequence[Summary], names: Sequence[str], are_alike: bool, among: Sequence[Summary] = ()
-) -> str:
-    """The options of some runs: those that all of `among`, or of these, have in common, or not."""
-    found: dict[str, list[str]] = {}
-    for part in RECORDED:
-        for key in dict.fromkeys(key for run in among or runs for key in run.config[part]):
-            values = [str(run.config[part].get(key)) for run in among or runs]
-            if (len(set(values)) == 1) == are_alike:
-                found[f"{part}.{key}"] = values[: len(runs)]
-    return _table("", names, found) if found else "<p>None.</p>"
 
 
 def _samples(run: Summary, name: str) -> str:

@@ -85,7 +85,6 @@ def _trained(options: TrainConfig, began: float) -> Run:
                 finish(trainer)
             else:
                 pause(trainer, stop.received)
-            run.publish(wait=True)
         except Diverged as error:
             display.say(f"stopped: {error}", style="red")
             raise

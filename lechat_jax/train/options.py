@@ -63,8 +63,8 @@ class TrainConfig:
         n_experts_per_token: Experts that a router chooses for each token (top-k), instead of the
             preset's.
         init_from: Weights to start from, instead of random ones: a run, or a folder in lechat's,
-            Hugging Face's or Mistral's format, a GGUF file, or the name of a model on the Hugging
-            Face Hub. The model and the tokenizer are its own.
+            Hugging Face's or Mistral's format, a GGUF file, either in a bucket (gs:// or s3://), or
+            the name of a model on the Hugging Face Hub. The model and the tokenizer are its own.
         lora_rank: Train LoRA adapters of this rank beside the weights of --init-from, which stay as
             they are and where they are: the run holds the adapters alone. By default all weights
             are trained.

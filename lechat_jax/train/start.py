@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lechat_jax.checkpoint.bucket_run import new_run, run_to_resume
 from lechat_jax.checkpoint.load import shapes_to_compute
 from lechat_jax.checkpoint.peft import read_adapter
 from lechat_jax.checkpoint.run import Run
@@ -92,18 +93,17 @@ def run_of(asked: TrainConfig) -> Run:
     Raises:
         BadInput: there is no such run, or it could not honour the flags beside --resume.
     """
+    if uri_of(asked.resume or asked.out or "") and jax.process_count() > 1:
+        raise BadInput(
+            "several processes write one run together, each its own part, so its folder is on a "
+            "disk that they share; copy it into the bucket in the end"
+        )
     if asked.resume is None:
         name = asked.name or f"{asked.model_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = Path(from_first(lambda: str(asked.out or Path("runs") / name)))
-        if uri_of(folder) and jax.process_count() > 1:
-            raise BadInput(
-                "several processes write one run together, each its own part, so --out is a folder "
-                "on a disk that they share; copy it into the bucket in the end"
-            )
-        return Run.new(folder)
+        return new_run(Path(from_first(lambda: str(asked.out or Path("runs") / name))))
     if flags := asked.contradictions():
         raise BadInput(f"--resume goes on with the run's own options; leave out {', '.join(flags)}")
-    return Run.open(asked.resume)
+    return run_to_resume(asked.resume)
 
 
 def started(asked: TrainConfig) -> Start:

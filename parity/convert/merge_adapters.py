@@ -47,7 +47,9 @@ def merged(kernel: Shaped[np.ndarray, "..."], added: Product) -> Float[np.ndarra
     return whole.reshape(kernel.shape)
 
 
-def merge(source: Source, products: Mapping[str, Product], dtype: np.dtype | None = None) -> Source:
+def with_adapters(
+    source: Source, products: Mapping[str, Product], dtype: np.dtype | None = None
+) -> Source:
     """A checkpoint with adapters merged into its kernels.
 
     A kernel is merged when it is read, in float32, rounded once, and is the only one in memory.

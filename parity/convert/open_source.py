@@ -12,14 +12,14 @@ from lechat_jax.checkpoint.run import Run
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.formats.folder import kind_of
-from lechat_jax.formats.hub import located
+from lechat_jax.formats.hub import local_model
 from lechat_jax.formats.names import shapes
 from lechat_jax.formats.open_model import open_model, tokenizer_of
 from lechat_jax.formats.source import Source
 from lechat_jax.formats.stores import Store, array_store
 from lechat_jax.tokenizer.vocabulary import control_ids
 from parity.convert import first_mixtral
-from parity.convert.merge_adapters import Product, merge, rounded
+from parity.convert.merge_adapters import Product, rounded, with_adapters
 from parity.convert.torch_files import pickle_store
 
 
@@ -50,7 +50,7 @@ def open_source(
         BadInput: there is nothing there that can be read, or it is damaged, or its config
             and its weights do not fit.
     """
-    here, metadata = located(path, revision)
+    here, metadata = local_model(path, revision)
     try:
         if here.is_dir() and kind_of(here) == "run":
             source = _run(here, dtype)
@@ -63,7 +63,7 @@ def open_source(
                 read_pickles=_read_pickles,
             )
         if adapter is not None:
-            source = merge(source, _read_products(adapter, source.config), dtype)
+            source = with_adapters(source, _read_products(adapter, source.config), dtype)
     except OSError as error:
         raise BadInput(f"{error.filename or path} cannot be read: {error.strerror}") from error
     if source.quantization and not dequantize:
@@ -134,7 +134,7 @@ def _adapted(folder: Path, dtype: np.dtype | None) -> Source:
     if trained.quantization and not base.quantization:  # they learned beside what that makes of it
         base = dataclasses.replace(base, stored=rounded(base.stored, trained.quantization))
     arrays = {name: np.asarray(leaf) for name, leaf in learned.weights.items()}
-    merged = merge(base, _products(trained.adapters, arrays, base.config), dtype)
+    merged = with_adapters(base, _products(trained.adapters, arrays, base.config), dtype)
     return dataclasses.replace(
         merged,
         format="run",

@@ -21,7 +21,7 @@ pytest.importorskip("moto.server", reason="it stands for Amazon")
 import fsspec
 
 import lechat_jax as lechat
-from lechat_jax.checkpoint.run import Run
+from lechat_jax.checkpoint.bucket_run import run_to_resume
 from lechat_jax.checkpoint.weights import load_weights, save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
@@ -168,16 +168,49 @@ def test_what_was_not_uploaded_yet_is_not_lost_where_it_was_made(
             (folder / "checkpoints" / str(step) / "SHA256SUMS").write_text(str(step))
         (folder / "config.json").write_text('{"model": {}, "train": {}}')
     BucketSync(tmp_path / "uploaded", bucket).finish()
-    run = Run.open(Path(bucket))
+    run = run_to_resume(Path(bucket))
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["2", "4"]
-    run.publish(wait=True)
+    run.release()
     assert "checkpoints/4/SHA256SUMS" in files_at(bucket)
     (tmp_path / "uploaded" / "config.json").write_text('{"model": {}, "train": {"seed": 1}}')
     fs, root = fsspec.url_to_fs(bucket, use_listings_cache=False)
     fs.rm(root, recursive=True)
     BucketSync(tmp_path / "uploaded", bucket).finish()
-    found = [path.parent.name for path in Run.open(Path(bucket)).checkpoints.glob("*/SHA256SUMS")]
+    found = [
+        path.parent.name for path in run_to_resume(Path(bucket)).checkpoints.glob("*/SHA256SUMS")
+    ]
     assert found == ["2"]
+
+
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # gcsfs does
+def test_a_file_that_is_uploaded_in_parts_is_the_file(bucket: str, tmp_path: Path) -> None:
+    content = np.random.default_rng(0).bytes(12_000_000)
+    (tmp_path / "large.bin").write_bytes(content)
+    BucketSync(tmp_path, bucket).finish()
+    assert files_at(bucket) == {"large.bin": content}
+
+
+def test_reading_a_run_leaves_the_folder_that_it_is_trained_in(bucket: str, tmp_path: Path) -> None:
+    """And no second process of this machine trains, fetches or deletes what another one has."""
+    for folder in (tmp_path / "uploaded", working_folder(bucket)):
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model": {}, "train": {}}')
+    (working_folder(bucket) / "not-uploaded-yet").write_text("x")
+    BucketSync(tmp_path / "uploaded", bucket).finish()
+    assert fetch(bucket) != working_folder(bucket)
+    assert (working_folder(bucket) / "not-uploaded-yet").exists()
+    holding = "from pathlib import Path; from lechat_jax.checkpoint.run import Run; import sys; "
+    holding += "run = Run(Path(sys.argv[1])); run.hold(); print('held', flush=True); input()"
+    command = [sys.executable, "-c", holding, str(working_folder(bucket))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(BadInput, match="is being trained by process"):
+            run_to_resume(Path(bucket))
+        other.communicate(b"\n")
+    assert (working_folder(bucket) / "not-uploaded-yet").exists()
+    run_to_resume(Path(bucket))
+    assert not (working_folder(bucket) / "not-uploaded-yet").exists()
 
 
 def test_a_bucket_that_is_not_there_is_told_and_not_passed_over(

@@ -129,7 +129,8 @@ def test_a_run_is_published_with_how_it_was_trained_and_measured(
         (folder / name).write_bytes(content)
     for name, array in lechat.load(run).weights.items():
         np.testing.assert_array_equal(load_weights(folder)[1][name], array)
-    assert lechat.load(folder).generate("The square", max_tokens=2).text is not None
+    said = [lechat.load(path).generate("The square", max_tokens=8).ids for path in (run, folder)]
+    assert said[0] == said[1]
     fields, text = front_matter(hub.files)
     assert fields["license"] == "apache-2.0"
     assert fields["library_name"] == "transformers"
@@ -137,7 +138,8 @@ def test_a_run_is_published_with_how_it_was_trained_and_measured(
     last = next(row for row in reversed(scores) if "val/bpb" in row)
     assert f"{last['val/bpb']:.4f} bits per byte" in text
     assert "| steps | 2 |" in text
-    assert "squares.txt" in text
+    assert "| text | squares.txt |" in text
+    assert str(run.parent) not in text  # nobody is told where it lay
 
 
 def test_a_model_is_published_as_a_file_for_llama_cpp(

@@ -23,22 +23,11 @@ from lechat_jax.quantize.scheme import Format
 from lechat_jax.train.command import main as train
 from parity.convert.command import main as convert
 from tests.support import tokenizers
-from tests.support.models import TINY_MIXTURE, random_model
+from tests.support.models import TINY, TINY_MIXTURE, random_model
 
 SHORT = "--batch 2 --block 16 --max-tokens 4 --lora-rank 2".split()
 FORMATS = ("hf", "mistral", "gguf")
-TAUGHT = MistralConfig(
-    dim=32,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=8,
-    hidden_dim=48,
-    vocab_size=300,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    sliding_window=8,
-)
+TAUGHT = dataclasses.replace(TINY, n_layers=2, vocab_size=300)
 
 
 def saved(folder: Path, config: MistralConfig, fmt: str, tokenizer: Path, seed: int = 0) -> Path:
