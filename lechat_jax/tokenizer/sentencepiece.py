@@ -1,7 +1,9 @@
 """Mistral's SentencePiece tokenizers, versions 1 to 7: BPE with byte fallback."""
 
 import codecs
+import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,12 @@ from jaxtyping import Int32
 
 from lechat_jax.errors import BadInput
 
-LONG_TEXT = 32_768  # characters given to one thread at a time, ends of lines permitting
+SPACE = "\u2581"  # how SentencePiece writes a space in its pieces
+MOST_WORDS = 1 << 19  # in the cache, some 100 MB; rarer ones are encoded each time
+LONGEST_WORD = 64  # characters of a word that is kept
+_WORD = re.compile(r" *[^ \n]+|\n| +")
+# What normalisation other than the identity would change: spaces, a ligature, a combining accent.
+_PROBE = " a  b\t\u00a0\ufb01e\u0301\u3000A "
 
 # The control piece that each version added. mistral-common goes by the file's name instead,
 # but Hugging Face's `tokenizer.model` has no version in it.
@@ -53,6 +60,11 @@ class SentencePiece:
         marked = (v for v, mark in MARKS.items() if pieces.is_control(pieces.piece_to_id(mark)))
         self.version = next(marked, "v1")
 
+    @functools.cached_property
+    def _words(self) -> "_Words | None":
+        """The cache of words; `None` where the ids of a text are not those of its words."""
+        return _Words(self._pieces) if _is_cut_at_words(self._pieces) else None
+
     @property
     def file_name(self) -> str:
         """Mistral's file name for this version; v7m1 differs from v7 only for images."""
@@ -72,21 +84,17 @@ class SentencePiece:
     def encode_batch(
         self, texts: Sequence[str], num_threads: int
     ) -> list[Int32[np.ndarray, "..."]]:
-        """The ids of each text.
-
-        Long texts are split for the threads before a newline: it is a byte piece, which no merge
-        crosses. The space that SentencePiece puts before each part is dropped again.
-        """
-        parts = [_parts(text) for text in texts]
-        flat = [part for group in parts for part in group]
-        threads = num_threads or os.cpu_count() or 1
-        encoded = iter(self._pieces.encode(flat, num_threads=threads))
-        prefix = len(self.encode("\n")) - 1
+        """The ids of each text, word by word from a cache, or in threads where words do not do."""
+        words = self._words
+        if words is None or any(SPACE in text for text in texts):
+            threads = num_threads or os.cpu_count() or 1
+            found = self._pieces.encode([*texts], num_threads=threads)
+            return [np.array(ids, np.int32) for ids in found]
         return [
-            np.concatenate(
-                [np.array(next(encoded)[prefix * (i > 0) :], np.int32) for i in range(len(group))]
-            )
-            for group in parts
+            np.frombuffer(b"".join(map(words.__getitem__, _WORD.findall(f" {text}"))), np.int32)
+            if text
+            else np.zeros(0, np.int32)
+            for text in texts
         ]
 
     def decode(self, ids: list[int]) -> str:
@@ -114,15 +122,28 @@ class SentencePiece:
         return self._pieces.is_control(id_)
 
 
-def _parts(text: str) -> list[str]:
-    """Splits a text before newlines into parts of about `LONG_TEXT` characters."""
-    parts, start = [], 0
-    while len(text) - start > LONG_TEXT:
-        end = text.rfind("\n", start + 1, start + LONG_TEXT)
-        if end < 0:
-            end = text.find("\n", start + LONG_TEXT)
-        if end < 0:
-            break
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
+def _is_cut_at_words(pieces: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether the ids of a text are those of its words, each with the spaces before it, in a row.
+
+    So it is where no piece spans two words or holds an end of line, since then no merge does, and
+    where the text is not changed before. It holds for all of Mistral's tokenizers.
+    """
+    spelled = (pieces.id_to_piece(id_) for id_ in range(pieces.vocab_size()))
+    if any(re.search(f"[ \n]|[^{SPACE}]{SPACE}", piece) for piece in spelled):
+        return False
+    return pieces.normalize(_PROBE) == f" {_PROBE}".replace(" ", SPACE)
+
+
+class _Words(dict[str, bytes]):
+    """Cache of the ids of words, as the bytes of int32, filled when a word is first asked for."""
+
+    def __init__(self, pieces: sentencepiece.SentencePieceProcessor) -> None:
+        self._pieces, self._before = pieces, len(pieces.encode("\n"))
+
+    def __missing__(self, word: str) -> bytes:
+        # Behind a byte, which nothing merges with, there is no space that SentencePiece adds.
+        ids = self._pieces.encode(f"\n{word}")[self._before :]
+        found = np.array(ids, np.int32).tobytes()
+        if len(self) < MOST_WORDS and len(word) <= LONGEST_WORD:
+            self[word] = found
+        return found

@@ -59,17 +59,21 @@ def small_tekken(path: Path, version: str) -> Path:
     return path
 
 
-def taught(folder: Path) -> Path:
-    """A SentencePiece model of some 300 ids, as Mistral's are: BPE of the text as it is."""
+def taught(folder: Path, **options: Any) -> Path:
+    """A SentencePiece model of some 300 ids, as Mistral's are: BPE of the text as it is.
+
+    `options` of the trainer make it another one.
+    """
+    usual: dict[str, Any] = {"normalization_rule_name": "identity"}
+    usual |= {"remove_extra_whitespaces": False}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(f"The square of {i} is {i * i}." for i in range(2000)),
         model_prefix=str(folder / "taught"),
         vocab_size=300,
         model_type="bpe",
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
         byte_fallback=True,
         hard_vocab_limit=False,
         minloglevel=2,
+        **usual | options,
     )
     return folder / "taught.model"
