@@ -7,11 +7,10 @@ import numpy as np
 
 from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli.display import Display
-from lechat_jax.data.batches import load_tokens
-from lechat_jax.data.corpus import load_corpus
 from lechat_jax.data.held_out import BLOCK, HeldOut
 from lechat_jax.data.rows import Rows
 from lechat_jax.data.sources import form_of
+from lechat_jax.data.tokens import load_tokens
 from lechat_jax.errors import BadInput
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
@@ -61,12 +60,9 @@ def held_out(trained: SavedModel, data: str | None, n_tokens: int, display: Disp
             f"{named} holds examples and no text; name a text with --data, or measure with: "
             f"{command('lechat_jax.eval', trained.folder, data=named)}"
         )
-    corpus = load_corpus(named)
-    tokens = load_tokens(
-        corpus, tokenizer, on_progress=lambda done, of: display.work("tokenising, byte", done, of)
-    )
+    tokens = load_tokens(named, tokenizer, on_progress=display.counter("tokenising"))
     held = HeldOut.of_text(tokens, tokenizer, block, interim=n_rows)
     rows = Rows(held.rows.tokens[held.subset], np.asarray(held.rows.counted)[held.subset])
-    notes = [*corpus.notes, trained.not_trained_on(data, corpus.name, corpus.sha256)]
+    notes = [tokens.note, trained.not_trained_on(data, tokens.name, tokens.sha256)]
     note = "; ".join(filter(None, notes))
-    return Text(rows, held.bytes_of(held.subset), corpus.name, note)
+    return Text(rows, held.bytes_of(held.subset), tokens.name, note)

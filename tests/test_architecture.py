@@ -342,7 +342,7 @@ def test_every_module_keeps_the_rule(rule: Rule) -> None:
 PLANTED = [
     (keeps_to_the_law, "lechat_jax.model.cache", "from lechat_jax.train.step import score"),
     (keeps_to_the_law, "lechat_jax.model.cache", "import lechat_jax.checkpoint.run"),
-    (keeps_to_the_law, "lechat_jax.model.mask", "from lechat_jax.data.corpus import Corpus"),
+    (keeps_to_the_law, "lechat_jax.model.mask", "from lechat_jax.data.tokens import Tokens"),
     (keeps_to_the_law, "lechat_jax.checkpoint.run", "from lechat_jax.cli import flags"),
     (keeps_to_the_law, "lechat_jax.new", "from lechat_jax.config import MistralConfig"),
     (keeps_to_the_law, "parity.convert.write", "def f():\n    from parity.check import run"),

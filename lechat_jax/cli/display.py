@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from typing import IO, Any, cast
 
 from rich.console import Console
@@ -201,6 +202,16 @@ class Display:
         elif done == total or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             self.say(f"{what} {status}")
+
+    def counter(self, what: str) -> Callable[[int, int], None]:
+        """A function that shows the progress of a task beside training, with rate and time left."""
+        began = time.monotonic()
+
+        def show(done: int, total: int) -> None:
+            rate = max(done, 1) / max(time.monotonic() - began, 1e-9)
+            self.work(what, done, total, f" · {rate:,.0f}/s · {clock((total - done) / rate)} left")
+
+        return show
 
     def _move(self, what: str, done: int, total: int | None, status: str) -> None:
         """Updates the bar, with as many leading parts of the status as fit beside it."""

@@ -1,59 +1,14 @@
-"""Text corpus, split into training text and a held-out tenth. Standard library only."""
+"""Train/validation split of text: which documents or blocks are held out. Standard library only."""
 
-import dataclasses
-import hashlib
 import itertools
 from collections.abc import Sequence
 
-from lechat_jax.data.sources import find_texts
-from lechat_jax.errors import BadInput
+from lechat_jax.data.sources import Document
 
 EVERY = 10  # every tenth document or block is validation
+ENOUGH = 8_000_000  # bytes of validation text, which more documents are not held out for
 BLOCK = 4096  # characters; about 4 KiB of English
 FEWEST_BLOCKS = 20  # of a short text, so that two of them are validation
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """A document, or a piece of one.
-
-    Attributes:
-        text: the text, never empty.
-        ends: whether its end is the document's end, so that EOS follows.
-    """
-
-    text: str
-    ends: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """A corpus of text, split into training and held-out documents.
-
-    Attributes:
-        name: name of the text, for display.
-        train: training pieces.
-        val: held-out pieces, spread over all of the text.
-        n_bytes: UTF-8 bytes of all of the text.
-        sha256: digest of all of the text in order, without separators: that of `sha256sum` for
-            a text file, or for the sorted text files of a folder through `cat`.
-        n_files: number of files; 0 if there are none.
-        notes: messages to the user, a sentence each.
-    """
-
-    name: str
-    train: tuple[Document, ...]
-    val: tuple[Document, ...]
-    n_bytes: int
-    sha256: str
-    n_files: int = 0
-    notes: tuple[str, ...] = ()
-
-    @property
-    def size(self) -> str:
-        """Number of files, documents and bytes, in words."""
-        n = sum(piece.ends for piece in (*self.train, *self.val))
-        return in_words(self.n_files, n, "document", self.n_bytes)
 
 
 def in_words(n_files: int, n: int, what: str, n_bytes: int) -> str:
@@ -66,49 +21,16 @@ def in_words(n_files: int, n: int, what: str, n_bytes: int) -> str:
     return ", ".join([*counted[not n_files :], f"{n_bytes:,} bytes"])
 
 
-def load_corpus(data: str | None) -> Corpus:
-    """Loads the text that `data` names (see `sources.find_texts`) and splits it by `split`.
+def split_few(texts: Sequence[str]) -> list[tuple[Document, bool]]:
+    """Train/validation split of fewer than ten texts: pieces in order, each with if it is held out.
 
-    Empty documents are dropped.
+    They are cut into blocks of about 4 KiB, at the end of a line or else of a word, and every
+    tenth block is held out; training blocks between two of those stay one piece. A short text has
+    smaller blocks, 20 or more.
 
-    Raises:
-        BadInput: there is no such text, or it is unreadable, not UTF-8, or empty.
-    """
-    found = find_texts(data)
-    texts = [text for text in found.documents if text]
-    if not any(text.strip() for text in texts):
-        raise BadInput(f"{found.name} is empty; give --data a text to learn from")
-    digest, n_bytes = hashlib.sha256(), 0
-    for text in texts:
-        raw = text.encode()
-        digest.update(raw)
-        n_bytes += len(raw)
-    pieces = split(texts)
-    return Corpus(
-        name=found.name,
-        train=tuple(piece for piece, held_out in pieces if not held_out),
-        val=tuple(piece for piece, held_out in pieces if held_out),
-        n_bytes=n_bytes,
-        sha256=digest.hexdigest(),
-        n_files=found.n_files,
-        notes=found.notes,
-    )
-
-
-def split(texts: Sequence[str]) -> list[tuple[Document, bool]]:
-    """Train/validation split of texts: their pieces in order, each with whether it is held out.
-
-    Of ten documents or more, every tenth is held out, and with it all duplicates: a scored
-    text is never trained on. Fewer documents are cut into blocks of about 4 KiB, at the end
-    of a line or else of a word, and every tenth block is held out; training blocks between
-    two of those stay one piece. A short text has smaller blocks, 20 or more.
-
-    >>> [(piece.text, held) for piece, held in split(["a b c d e f g h i j k l"])]
+    >>> [(piece.text, held) for piece, held in split_few(["a b c d e f g h i j k l"])]
     [('a b c d e f g h i ', False), ('j ', True), ('k l', False)]
     """
-    if len(texts) >= EVERY:
-        held = set(texts[EVERY - 1 :: EVERY])
-        return [(Document(text), text in held) for text in texts]
     pieces, counter = [], itertools.count(1)
     for blocks in _blocks(texts):
         flagged = [(block, next(counter) % EVERY == 0) for block in blocks]
@@ -117,6 +39,15 @@ def split(texts: Sequence[str]) -> list[tuple[Document, bool]]:
             text = "".join(block for block, _ in run)
             pieces.append((Document(text, ends=i == len(runs) - 1), held))
     return pieces
+
+
+def held_out_every(n_documents: int, n_bytes: int) -> int:
+    """Of how many documents one is held out: of ten, and of more where a tenth is a lot of text.
+
+    >>> held_out_every(1000, 5_000_000), held_out_every(10_000_000, 10_000_000_000)
+    (10, 1250)
+    """
+    return min(n_documents, max(EVERY, -(-n_bytes // ENOUGH)))
 
 
 def _blocks(texts: Sequence[str]) -> list[list[str]]:

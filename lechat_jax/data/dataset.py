@@ -6,13 +6,13 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer
 
-from lechat_jax.data.batches import Batches, Progress, Tokens, load_tokens
-from lechat_jax.data.corpus import load_corpus
+from lechat_jax.data.batches import Batches
 from lechat_jax.data.examples import Examples, load_examples
 from lechat_jax.data.held_out import INTERIM_ROWS, HeldOut, interim_rows
 from lechat_jax.data.packing import Documents, Packed
 from lechat_jax.data.rows import Rows, described_rows
 from lechat_jax.data.sources import form_of
+from lechat_jax.data.tokens import ALONE, Hosts, Progress, Tokens, load_tokens
 from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
@@ -145,6 +145,7 @@ def open_dataset(
     packing: Packing,
     on_progress: Progress,
     on_shape: Callable[[Rows], None] = lambda _: None,
+    hosts: Hosts = ALONE,
 ) -> Dataset:
     """Loads the dataset that `data` names: text or fine-tuning examples.
 
@@ -152,8 +153,9 @@ def open_dataset(
 
     Args:
         on_shape: called before tokenising with `jax.ShapeDtypeStruct`s of the rows of a step,
-            [B, block + 1], as to compile for them meanwhile; of text only once it was read, since
-            most of what cannot be used is found by then.
+            [B, block + 1], as to compile for them meanwhile; of text only once the first of it was
+            read, since most of what cannot be used is found by then.
+        hosts: the processes of a multi-host run, which share the work where they share the cache.
 
     Raises:
         BadInput: there is no such data, or it cannot be used.
@@ -162,9 +164,11 @@ def open_dataset(
         on_shape(described_rows((batch, block + 1), is_packed=True))
         examples = load_examples(data, form, tokenizer, block, on_progress)
         return ExampleDataset(examples, tokenizer, block, batch, seed, packing != "off")
-    corpus = load_corpus(data)
-    on_shape(described_rows((batch, block + 1), packing == "on"))
-    tokens = load_tokens(corpus, tokenizer, on_progress=on_progress)
+
+    def on_first() -> None:
+        on_shape(described_rows((batch, block + 1), packing == "on"))
+
+    tokens = load_tokens(data, tokenizer, None, on_progress, on_first, hosts)
     return TextDataset(tokens, tokenizer, block, batch, seed, packing == "on")
 
 

@@ -6,7 +6,7 @@ All but prompts with completions become chat messages. Standard library only.
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from lechat_jax.files.jsonl import parsed
+from lechat_jax.files.records import parsed
 
 Form = Literal["messages", "completion"]
 Messages = list[dict[str, Any]]

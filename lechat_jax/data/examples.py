@@ -15,20 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
-from lechat_jax.data.batches import dtype_of
 from lechat_jax.data.corpus import EVERY, in_words
 from lechat_jax.data.dialects import FIELDS, Form, conversation, form_of_fields, unknown_fields
 from lechat_jax.data.packing import Documents
-from lechat_jax.data.parallel_encoding import CHUNK, answer_bytes, pages
+from lechat_jax.data.parallel_encoding import CHUNK, answer_bytes, dtype_of, pages
 from lechat_jax.data.sources import first_record, load_dataset
 from lechat_jax.data.token_cache import Arrays, kept
 from lechat_jax.errors import BadInput
 from lechat_jax.files.find import LeftOut, NoRecords, find_files
-from lechat_jax.files.jsonl import Complaints, Record, holds_records, json_records
-from lechat_jax.files.text import plain_name, read_bytes
+from lechat_jax.files.records import Complaints, Record, holds_records, records_of
+from lechat_jax.files.text import plain_name, read_blocks
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
-FORMAT = 1  # of what is cached; a new number makes every cache anew
+FORMAT = 2  # of what is cached; a new number makes every cache anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,19 +166,19 @@ def _source(data: str, form: Form) -> Source:
                 raise BadInput(
                     f"{file} is no .jsonl file, and others here hold examples; name those"
                 )
-            left.add("no examples", file)
+            left.add("no examples", file.name)
             continue
         with left.unless_fit(file):
             first = first_record(file)
             if first and form_of_fields(first.fields) is None and "text" not in first.fields:
                 raise NoRecords(f"{file}, {first.where}, {unknown_fields(first.fields)}")
             files.append(file)
-            raw = read_bytes(file)
-            digest.update(raw)
-            n_bytes += len(raw)
+            for block in read_blocks(file):
+                digest.update(block)
+                n_bytes += len(block)
 
     def records(complaints: Complaints) -> Iterator[Record]:
-        return (r for f in files for r in json_records(f, complaints, named=len(files) > 1))
+        return (r for f in files for r in records_of(f, complaints, named=len(files) > 1))
 
     note = "; ".join(left.notes(data))
     return Source(records, len(files), n_bytes, digest.hexdigest(), note)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
-from lechat_jax.data.batches import Tokens
 from lechat_jax.data.rows import Rows
+from lechat_jax.data.tokens import Tokens
 from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 

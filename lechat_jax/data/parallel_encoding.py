@@ -1,36 +1,42 @@
-"""Parallel tokenisation of fine-tuning examples in several processes.
+"""Parallel tokenisation of texts and fine-tuning examples in several processes.
 
-A conversation takes Mistral's template a millisecond or two of Python, which holds the GIL, so
-threads would not help. The processes import no JAX, which would take longer than most files do.
+Looking words up, and Mistral's template, which takes a conversation a millisecond or two, are
+Python, which holds the GIL, so threads would not help. The processes import no JAX, which would
+take longer than most files do.
 """
 
 import contextlib
+import hashlib
+import importlib
 import os
 import pickle
 import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Integer
 
 from lechat_jax.data.dialects import Form, conversation
 from lechat_jax.errors import BadInput
-from lechat_jax.files.jsonl import half_pair
+from lechat_jax.files.records import half_pair
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.tokenizer.transcripts import Transcripts, Unusable
 
+Kind = Form | Literal["text"]
 Fields = dict[str, Any]
 Ids = Integer[np.ndarray, " ids"]
 
 CHUNK = 250  # examples that a process writes between two reports of progress
 FEWEST = 4  # chunks for which a process is worth the second that it takes to start
 MOST = 16  # processes, each of which holds a tokenizer
+AHEAD = 2  # chunks that are read ahead for each process
 
 
 class Example(NamedTuple):
@@ -76,10 +82,9 @@ def pages(
         BadInput: a process died, as when memory runs out.
     """
     chunks = [[*records[i : i + CHUNK]] for i in range(0, len(records), CHUNK)]
-    n = min(MOST, _cores(), len(chunks) // FEWEST)
     done = 0
-    with _several(n, form, tokenizer) if n > 1 else _alone(form, tokenizer) as write_each:
-        for chunk, page in zip(chunks, write_each(chunks), strict=True):
+    with workers(form, tokenizer, min(MOST, cores(), len(chunks) // FEWEST)) as work_each:
+        for chunk, page in zip(chunks, work_each(chunks), strict=True):
             done += len(chunk)
             on_progress(done, len(records))
             yield page
@@ -146,99 +151,163 @@ def write_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> Exam
     return Example([*given, *said], [False] * len(given) + [True] * len(said))
 
 
-WriteEach = Callable[[list[list[Fields]]], Iterator[Page]]
+Chunk = list[Any]
+WorkEach = Callable[[Iterable[Chunk]], Iterator[Any]]
 
 
 @contextlib.contextmanager
-def _alone(form: Form, tokenizer: Tokenizer) -> Iterator[WriteEach]:
-    """Tokenises in this process."""
-    write = writer(form, tokenizer)
-    yield lambda chunks: (page(write, tokenizer, chunk) for chunk in chunks)
+def workers(kind: Kind, tokenizer: Tokenizer, n: int) -> Iterator[WorkEach]:
+    """Context manager that gives a function that tokenises chunks, in order, in `n` processes.
 
+    Of one process it is this one. Only a few chunks are read ahead of what was tokenised, so that
+    any number of them fits into memory.
+    """
+    if n <= 1:
+        work = worker(kind, tokenizer)
+        yield lambda chunks: map(work, chunks)
+        return
+    idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
 
-@contextlib.contextmanager
-def _several(n: int, form: Form, tokenizer: Tokenizer) -> Iterator[WriteEach]:
-    """Tokenises in `n` processes, each with a thread here that waits for it."""
-    idle: queue.SimpleQueue[_Scribe] = queue.SimpleQueue()
-
-    def write(chunk: list[Fields]) -> Page:
-        scribe = idle.get()
+    def work_on(chunk: Chunk) -> Any:
+        process = idle.get()
         try:
-            return scribe.write(chunk)
+            return process.work(chunk)
         finally:
-            idle.put(scribe)
+            idle.put(process)
 
     with contextlib.ExitStack() as stack:
         for _ in range(n):
-            idle.put(stack.enter_context(_Scribe(form, tokenizer.path)))
+            process = stack.enter_context(_Process())
+            process.send((kind, tokenizer.path.absolute(), tokenizer.vocabulary))
+            idle.put(process)
         threads = ThreadPoolExecutor(n)
         stack.callback(threads.shutdown, cancel_futures=True)
-        yield lambda chunks: threads.map(write, chunks)
+
+        def work_each(chunks: Iterable[Chunk]) -> Iterator[Any]:
+            waiting = deque[Future[Any]]()
+            for chunk in chunks:
+                waiting.append(threads.submit(work_on, chunk))
+                if len(waiting) > AHEAD * n:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+        yield work_each
 
 
-class _Scribe:
-    """A worker process that tokenises the chunks it is sent."""
+def worker(kind: Kind, tokenizer: Tokenizer) -> Callable[[Chunk], Any]:
+    """A function that tokenises a chunk: `page` of records, or `encode_texts`."""
+    if kind == "text":
+        return lambda chunk: encode_texts(tokenizer, chunk)
+    write = writer(kind, tokenizer)
+    return lambda chunk: page(write, tokenizer, chunk)
 
-    def __init__(self, form: Form, tokenizer: Path) -> None:
+
+class Encoded(NamedTuple):
+    """Tokenised texts, concatenated.
+
+    Attributes:
+        hashes: hash of each text, by which duplicates are found.
+        lengths: number of tokens of each text.
+        n_bytes: UTF-8 bytes of each text.
+        ids: token ids of all texts, in the smallest dtype: BOS, those of a text, EOS.
+    """
+
+    hashes: Integer[np.ndarray, " texts"]
+    lengths: Integer[np.ndarray, " texts"]
+    n_bytes: Integer[np.ndarray, " texts"]
+    ids: Ids
+
+
+def encode_texts(tokenizer: Tokenizer, chunk: Sequence[tuple[str, bool]]) -> Encoded:
+    """Tokenises texts, each given with whether it ends a document and EOS follows."""
+    bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
+    encoded = tokenizer.encode_batch([text for text, _ in chunk])
+    each = [(bos, ids, eos[: int(ends)]) for ids, (_, ends) in zip(encoded, chunk, strict=True)]
+    parts = [part for parts in each for part in parts]
+    raw = [text.encode() for text, _ in chunk]
+    hashes = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in raw)
+    return Encoded(
+        np.frombuffer(hashes, np.uint64),
+        np.array([sum(map(len, parts)) for parts in each], np.uint32),
+        np.array([*map(len, raw)], np.uint32),
+        np.concatenate(parts, dtype=dtype_of(tokenizer), casting="unsafe"),
+    )
+
+
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest unsigned dtype that holds the token ids."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+class _Process:
+    """A worker process that tokenises the chunks it is sent, after what it is to tokenise with."""
+
+    def __init__(self) -> None:
         here = str(Path(__file__).parents[2])
         paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "lechat_jax.data.parallel_encoding",
-                form,
-                str(tokenizer.absolute()),
-            ],
+            [sys.executable, "-m", "lechat_jax.data.parallel_encoding"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": paths},
         )
 
-    def __enter__(self) -> "_Scribe":
+    def __enter__(self) -> "_Process":
         return self
 
     def __exit__(self, *args: object) -> None:
         self._process.kill()  # it has nothing to lose
         self._process.communicate()
 
-    def write(self, chunk: list[Fields]) -> Page:
-        """Sends a chunk to the process and waits for its page."""
-        assert self._process.stdin
+    def work(self, chunk: Chunk) -> Any:
+        """Sends a chunk to the process and waits for its result."""
         assert self._process.stdout
+        self.send(chunk)
         try:
-            pickle.dump(chunk, self._process.stdin)
+            return pickle.load(self._process.stdout)
+        except EOFError as error:
+            raise self._has_ended() from error
+
+    def send(self, what: Any) -> None:
+        """Sends the process anything that can be pickled."""
+        assert self._process.stdin
+        try:
+            pickle.dump(what, self._process.stdin)
             self._process.stdin.flush()
-            return Page(*pickle.load(self._process.stdout))
-        except (EOFError, OSError) as error:
-            raise BadInput(
-                f"a process that wrote examples down ended with code {self._process.wait()} "
-                "before they were done; is there too little memory?"
-            ) from error
+        except OSError as error:
+            raise self._has_ended() from error
+
+    def _has_ended(self) -> BadInput:
+        return BadInput(
+            f"a process that tokenised ended with code {self._process.wait()} before all was done; "
+            "is there too little memory?"
+        )
 
 
-def _cores() -> int:
+def cores() -> int:
     """Number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _serve(form: Form, path: Path) -> None:
+def _serve() -> None:
     """Worker loop: tokenises chunks from stdin until its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for whatever a library prints
-    tokenizer = Tokenizer.from_file(path)
-    write = writer(form, tokenizer)
+    kind, path, vocabulary = pickle.load(sys.stdin.buffer)
+    work = worker(kind, Tokenizer(path, vocabulary))
     while True:
         try:
             chunk = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        pickle.dump(tuple(page(write, tokenizer, chunk)), answers)
+        pickle.dump(work(chunk), answers)
         answers.flush()
 
 
 if __name__ == "__main__":
-    _serve("messages" if sys.argv[1] == "messages" else "completion", Path(sys.argv[2]))
+    # By its name, so that what is sent back is of the module that reads it.
+    importlib.import_module("lechat_jax.data.parallel_encoding")._serve()

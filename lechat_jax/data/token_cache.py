@@ -5,19 +5,17 @@ import json
 import operator
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Integer
 
 from lechat_jax.files.paths import cache_home
 
 HEADER = 256  # bytes of JSON and spaces before the arrays, so that these are aligned
 
 Arrays = dict[str, np.ndarray]
-Streams = tuple[Integer[np.ndarray, " train"], Integer[np.ndarray, " val"]]
 
 
 class DamagedCache(Exception):
@@ -64,31 +62,40 @@ def kept(
         arrays = make()
         try:
             if path:
-                write_arrays(path, arrays)
+                write_arrays(path, {name: [array] for name, array in arrays.items()})
                 arrays = read_arrays(path, types) or arrays
         except (DamagedCache, OSError) as error:
             notes.append(f"the tokens could not be kept for the next run ({error})")
     return Kept(arrays, cached, "; ".join(notes))
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays to one file, after a header with their digest, atomically.
+def write_arrays(path: Path, arrays: Mapping[str, Iterable[np.ndarray]]) -> None:
+    """Writes arrays, each in one or more parts, to one file, after a header, atomically.
 
-    Readers see the old file or the new one, even with several writers.
+    The parts are written as they come, so that all of an array need never be in memory. Readers
+    see the old file or the new one, even with several writers.
 
     Raises:
         OSError: the folder cannot be created or written to.
     """
-    sizes = {name: len(array) for name, array in arrays.items()}
-    header = json.dumps(sizes | {"sha256": _sha256(arrays)}).encode()
-    assert len(header) <= HEADER
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".tokens-")
     try:
         with open(handle, "wb") as file:
+            file.write(bytes(HEADER))
+            sizes, types, digest = dict[str, int](), dict[str, np.dtype](), hashlib.sha256()
+            for name, parts in arrays.items():
+                sizes[name] = 0
+                for part in parts:
+                    sizes[name] += len(part)
+                    types[name] = part.dtype
+                    digest.update(part.data)
+                    file.write(part.data)
+            digest.update(_described(sizes, types))
+            header = json.dumps(sizes | {"sha256": digest.hexdigest()}).encode()
+            assert len(header) <= HEADER
+            file.seek(0)
             file.write(header.ljust(HEADER))
-            for array in arrays.values():
-                file.write(array.data)
         os.replace(beside, path)
     finally:
         Path(beside).unlink(missing_ok=True)
@@ -116,32 +123,19 @@ def read_arrays(path: Path, types: Mapping[str, np.dtype]) -> Arrays | None:
         raise DamagedCache(f"{path}: unreadable header") from error
     if size != expected or min(lengths.values()) < 0:
         raise DamagedCache(f"{path}: {size} bytes instead of {expected}")
-    found, at = {}, HEADER
+    found, at, digest = {}, HEADER, hashlib.sha256()
     whole = np.memmap(path, np.uint8, mode="r")
     for name, n in lengths.items():
         end = at + n * types[name].itemsize
         found[name] = whole[at:end].view(types[name])
         at = end
-    if _sha256(found) != sha256:
+    digest.update(whole[HEADER:].data)
+    digest.update(_described(lengths, types))
+    if digest.hexdigest() != sha256:
         raise DamagedCache(f"{path}: wrong checksum")
     return found
 
 
-def write_streams(path: Path, streams: Streams) -> None:
-    """Writes the two token streams of a corpus; see `write_arrays`."""
-    write_arrays(path, dict(zip(("train", "val"), streams, strict=True)))
-
-
-def read_streams(path: Path, dtype: np.dtype) -> Streams | None:
-    """Reads the two token streams of a corpus; see `read_arrays`."""
-    found = read_arrays(path, {"train": dtype, "val": dtype})
-    return (found["train"], found["val"]) if found else None
-
-
-def _sha256(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of the arrays and their lengths."""
-    shapes = " ".join(f"{len(array)} {array.dtype}" for array in arrays.values())
-    digest = hashlib.sha256(f"{shapes}\n".encode())
-    for array in arrays.values():
-        digest.update(array.data)
-    return digest.hexdigest()
+def _described(lengths: Mapping[str, int], types: Mapping[str, np.dtype]) -> bytes:
+    """The lengths and dtypes of arrays, for their digest."""
+    return " ".join(f"{n} {types[name]}" for name, n in lengths.items()).encode()

@@ -26,12 +26,11 @@ from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
-from lechat_jax.data.batches import load_tokens
-from lechat_jax.data.corpus import load_corpus
 from lechat_jax.data.examples import load_examples
 from lechat_jax.data.held_out import HeldOut, decoded_bytes
 from lechat_jax.data.packing import Documents, Packed
-from lechat_jax.data.sources import find_texts, form_of
+from lechat_jax.data.sources import form_of, load_texts
+from lechat_jax.data.tokens import load_tokens
 from lechat_jax.devices.compile_cache import enable_compilation_cache
 from lechat_jax.devices.mesh import ROWS, check_divides, make_mesh, shardings
 from lechat_jax.errors import BadInput
@@ -196,9 +195,7 @@ def load_text(options: EvalConfig, trained: SavedModel, display: Display) -> Tex
     data = options.data if options.data is not None else asked
     part = options.part or ("all" if options.data is not None else "held-out")
 
-    def progress(done: int, of: int) -> None:
-        display.work("tokenising", done, of)
-
+    progress = display.counter("tokenising")
     if data is not None and (form := form_of(data)):
         examples = load_examples(data, form, tokenizer, ANY, progress)
         notes = _notes(examples.note)
@@ -210,7 +207,7 @@ def load_text(options: EvalConfig, trained: SavedModel, display: Display) -> Tex
             data, both, sum(examples.train_bytes) + sum(examples.val_bytes), notes, tokenizer
         )
     if part == "held-out":
-        tokens = load_tokens(load_corpus(data), tokenizer, on_progress=progress)
+        tokens = load_tokens(data, tokenizer, on_progress=progress)
         documents = Documents.of_stream(tokens.val, tokenizer.bos_id, ANY)
         changed = trained.not_trained_on(options.data, tokens.name, tokens.sha256)
         notes = _notes(tokens.note, changed)
@@ -224,8 +221,8 @@ def _notes(*sentences: str) -> tuple[str, ...]:
 
 def _whole(data: str | None, tokenizer: Tokenizer) -> Text:
     """Encodes all of the text that `data` names."""
-    found = find_texts(data)
-    texts = [text for text in found.documents if text]
+    found = load_texts(data)
+    texts = found.documents
     if not texts:
         raise BadInput(f"{found.name} is empty; give --data a text to score")
     ends = [tokenizer.bos_id], [tokenizer.eos_id]

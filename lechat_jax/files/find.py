@@ -16,7 +16,7 @@ _DATASET_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*/[A-Za-z0-9_-][\w.-]*", re.ASCII)
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*$", re.ASCII)  # .txt, but not the .1 of a version
 _GLOB_CHARACTERS = re.compile(r"[*?[]")
 # Names of files that are meant to be text: in a folder they are read, or else refused.
-_MEANT = (".txt", ".md", ".rst", ".jsonl", ".ndjson")
+_MEANT = (".txt", ".md", ".rst", ".jsonl", ".ndjson", ".parquet")
 
 
 class NoRecords(NotText):
@@ -92,16 +92,22 @@ def _below(top: Path) -> FileList:
 
 
 class LeftOut:
-    """The files of a folder that are skipped, by reason."""
+    """The files of a folder that are skipped, by reason.
+
+    Attributes:
+        n_read: number of files that are not skipped.
+        why: names of the skipped files by reason, as JSON can hold them.
+    """
 
     def __init__(self, found: FileList) -> None:
         self.n_read = 0
-        self._found = found
-        self._why: dict[str, list[Path]] = {"hidden": found.hidden} if found.hidden else {}
+        self._in_folder = found.in_folder
+        hidden = [file.name for file in found.hidden]
+        self.why: dict[str, list[str]] = {"hidden": hidden} if hidden else {}
 
-    def add(self, why: str, file: Path) -> None:
-        """Records a skipped file and the reason."""
-        self._why.setdefault(why, []).append(file)
+    def add(self, why: str, *names: str) -> None:
+        """Records skipped files and the reason."""
+        self.why.setdefault(why, []).extend(names)
 
     @contextlib.contextmanager
     def unless_fit(self, file: Path) -> Iterator[None]:
@@ -109,22 +115,22 @@ class LeftOut:
         try:
             yield
         except NoRecords:
-            if not self._found.in_folder:
+            if not self._in_folder:
                 raise
-            self.add("without examples or texts", file)
+            self.add("without examples or texts", file.name)
         except NotText:
-            if not self._found.in_folder or plain_name(file).endswith(_MEANT):
+            if not self._in_folder or is_meant(file):
                 raise
-            self.add("no UTF-8 text", file)
+            self.add("no UTF-8 text", file.name)
         else:
             self.n_read += 1
 
     def summary(self) -> str:
         """The skipped files by reason, as the end of a sentence; empty if none was skipped."""
         parts = []
-        for why, files in self._why.items():
-            names = ", ".join(file.name for file in files[:3])
-            parts.append(f"{len(files)} {why} ({names}{', …' if len(files) > 3 else ''})")
+        for why, names in self.why.items():
+            some = ", ".join(names[:3])
+            parts.append(f"{len(names)} {why} ({some}{', …' if len(names) > 3 else ''})")
         return f"; left out: {', '.join(parts)}" if parts else ""
 
     def notes(self, data: str) -> tuple[str, ...]:
@@ -132,3 +138,8 @@ class LeftOut:
         skipped = self.summary()
         files = "1 file" if self.n_read == 1 else f"{self.n_read:,} files"
         return (f"read {files} below {data}{skipped}",) if skipped else ()
+
+
+def is_meant(file: Path) -> bool:
+    """Whether a file's name says that it is text, so that it is read or refused, never skipped."""
+    return plain_name(file).endswith(_MEANT)

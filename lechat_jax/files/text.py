@@ -6,16 +6,17 @@ knows is known to all. Standard library only; the library `zstandard` is importe
 
 import bz2
 import codecs
-import gzip
 import importlib
 import io
+import itertools
 import lzma
 import re
 import shlex
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from lechat_jax.errors import BadInput
 
@@ -27,7 +28,10 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+BLOCK = 1 << 16  # bytes that are read at a time, of which a decompressor may make a lot
 _LINE = re.compile(r"[^\r\n]+")
+
+OnRead = Callable[[int], None]
 
 
 class NotText(BadInput):
@@ -48,17 +52,37 @@ def read_text(file: Path, numbered: bool = False) -> str:
         NotText: it is not in one of these encodings, or not compressed as its name says.
         BadInput: the file cannot be read.
     """
-    return decoded(_decompressed(read_bytes(file), file), str(file), numbered)
+    return "".join(stream_text(file, numbered))
 
 
-def read_bytes(file: Path) -> bytes:
-    """Reads the bytes of a file as stored.
+def stream_text(
+    file: Path, numbered: bool = False, on_read: OnRead = lambda n_bytes: None
+) -> Iterator[str]:
+    """Reads a text file as `read_text` does, a piece at a time, so that any size fits into memory.
+
+    Args:
+        file: its path.
+        numbered: whether the error message names the line.
+        on_read: called with the number of stored bytes that were read since the last call.
+
+    Raises:
+        NotText: it is not in one of these encodings, or not compressed as its name says.
+        BadInput: the file cannot be read.
+    """
+    return _decoded(_decompressed(read_blocks(file, on_read), file), str(file), numbered)
+
+
+def read_blocks(file: Path, on_read: OnRead = lambda n_bytes: None) -> Iterator[bytes]:
+    """Reads the bytes of a file as stored, in blocks.
 
     Raises:
         BadInput: the file cannot be read, or is a folder.
     """
     try:
-        return file.read_bytes()
+        with file.open("rb") as stored:
+            while block := stored.read(BLOCK):
+                on_read(len(block))
+                yield block
     except IsADirectoryError as error:
         raise BadInput(f"{file} is a folder, where a file is needed") from error
     except OSError as error:
@@ -73,37 +97,46 @@ def read_stdin() -> str:
     """
     if not isinstance(sys.stdin, io.TextIOWrapper):
         return sys.stdin.read()
-    return decoded(sys.stdin.buffer.read(), "stdin")
+    return "".join(_decoded([sys.stdin.buffer.read()], "stdin"))
 
 
-def decoded(raw: bytes, name: str, numbered: bool = False) -> str:
+def _decoded(blocks: Iterable[bytes], name: str, numbered: bool = False) -> Iterator[str]:
     r"""Decodes bytes to text by their byte order mark, which is dropped; see `read_text`.
 
-    >>> decoded("caf\u00e9".encode("utf-16"), "a.txt"), decoded(b"\xef\xbb\xbfcaf", "b.txt")
-    ('café', 'caf')
+    >>> "".join(_decoded(["caf\u00e9".encode("utf-16")], "a.txt"))
+    'café'
 
     Raises:
         NotText: they are not text; the message gives `name` and the place.
     """
-    mark = next((mark for mark in MARKS if raw.startswith(mark)), b"")
+    blocks, beginning = iter(blocks), b""
+    while len(beginning) < 4 and (block := next(blocks, b"")):
+        beginning += block
+    mark = next((mark for mark in MARKS if beginning.startswith(mark)), b"")
     encoding = MARKS.get(mark, "utf-8")
-    try:
-        text = raw[len(mark) :].decode(encoding)
-    except UnicodeDecodeError as error:
-        start = len(mark) + error.start
-        where = f"line {raw[:start].count(10) + 1}, " if numbered else ""
-        raise NotText(
-            f"{name} is not {encoding.upper()[:6].rstrip('-')} text: {where}byte {start} cannot "
-            f"be decoded; save it as UTF-8 (if it is Latin-1: iconv -f latin1 -t utf-8 "
-            f"{shlex.quote(name)} > NEW), or name only text files"
-        ) from error
-    if (zero := text.find("\0")) >= 0:
-        byte = len(mark) + len(text[:zero].encode(encoding))
-        raise NotText(
-            f"{name} is no text: byte {byte} is zero; if it is UTF-16 without a byte order mark: "
-            f"iconv -f utf-16le -t utf-8 {shlex.quote(name)} > NEW"
-        )
-    return text
+    decoder = codecs.getincrementaldecoder(encoding)()
+    fed, n_lines = len(mark), 1
+    for block in itertools.chain([beginning[fed:]], blocks, [b""]):
+        start = fed - len(decoder.getstate()[0])  # byte that the text of this block begins at
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            n_lines += error.object[: error.start].count(10)
+            where = f"line {n_lines}, " if numbered else ""
+            raise NotText(
+                f"{name} is not {encoding.upper()[:6].rstrip('-')} text: {where}byte "
+                f"{start + error.start} cannot be decoded; save it as UTF-8 (if it is Latin-1: "
+                f"iconv -f latin1 -t utf-8 {shlex.quote(name)} > NEW), or name only text files"
+            ) from error
+        if (zero := text.find("\0")) >= 0:
+            raise NotText(
+                f"{name} is no text: byte {start + len(text[:zero].encode(encoding))} is zero; if "
+                "it is UTF-16 without a byte order mark: "
+                f"iconv -f utf-16le -t utf-8 {shlex.quote(name)} > NEW"
+            )
+        fed += len(block)
+        n_lines += text.count("\n") if numbered else 0
+        yield text
 
 
 def stdin_encoding() -> str | None:
@@ -122,22 +155,39 @@ def encoding_of(beginning: bytes) -> str:
     return "utf-8-sig" if found.startswith("utf-8") else found[:6]
 
 
-def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    r"""The non-blank lines of a text, each with its number, from 1.
+def lines_of(pieces: Iterable[str]) -> Iterator[tuple[int, str]]:
+    r"""The non-blank lines of a text that comes in pieces, each with its number, from 1.
 
     Lines end in LF, CR LF or CR only: Python's `splitlines` also splits at U+2028, which JSON
     strings may hold.
 
-    >>> list(lines_of("a\r\n\nb\u2028c\rd"))
+    >>> list(lines_of(["a\r\n\nb\u2028", "c\rd"]))
     [(1, 'a'), (3, 'b\u2028c'), (4, 'd')]
     """
-    number, end = 1, 0
+    number, rest = 1, []
+    for piece in pieces:
+        cut = piece.rfind("\n") + 1  # not behind a CR, since an LF may follow
+        if cut:
+            number = yield from _numbered("".join([*rest, piece[:cut]]), number)
+            rest = []
+        rest.append(piece[cut:])
+    yield from _numbered("".join(rest), number)
+
+
+def _numbered(text: str, number: int) -> Generator[tuple[int, str], None, int]:
+    """The non-blank lines of a text whose first has this number; returns the number after it."""
+    end = 0
     for found in _LINE.finditer(text):
-        between = text[end : found.start()]
-        number += between.count("\n") + between.count("\r") - between.count("\r\n")
+        number += _ends(text[end : found.start()])
         end = found.end()
         if not found[0].isspace():
             yield number, found[0]
+    return number + _ends(text[end:])
+
+
+def _ends(between: str) -> int:
+    """Number of ends of lines in a text of these alone."""
+    return between.count("\n") + between.count("\r") - between.count("\r\n")
 
 
 def plain_name(file: Path) -> str:
@@ -150,48 +200,57 @@ def plain_name(file: Path) -> str:
     return name.removesuffix(next((end for end in _PACKED if name.endswith(end)), ""))
 
 
-def _decompressed(raw: bytes, file: Path) -> bytes:
-    unpack = _PACKED.get(file.suffix.lower())
-    if unpack is None:
-        return raw
+def _decompressed(blocks: Iterator[bytes], file: Path) -> Iterator[bytes]:
+    """The content of a file whose suffix names its compression, else its bytes as stored."""
+    compression = _PACKED.get(file.suffix.lower())
+    if compression is None:
+        yield from blocks
+        return
+    make, error_of_library = compression(file)
     try:
-        return unpack(raw, file)
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        yield from _unpacked(blocks, make)
+    except (OSError, EOFError, ValueError, error_of_library) as error:
         raise NotText(
             f"{file} is not whole, or not compressed as its name says: {error}"
         ) from error
 
 
-def _zstd(raw: bytes, file: Path) -> bytes:
-    """Decompresses Zstandard: by Python 3.14's own module, or the library `zstandard`."""
+def _unpacked(blocks: Iterable[bytes], make: Callable[[], Any]) -> Iterator[bytes]:
+    """Decompresses one or several streams (gzip members, Zstandard frames) behind each other."""
+    stream = None
+    for block in blocks:
+        rest = block
+        while rest:
+            stream = stream or make()
+            yield stream.decompress(rest)
+            if not stream.eof:
+                break
+            rest, stream = stream.unused_data.lstrip(b"\0"), None  # gzip and xz are padded with 0
+    if stream:
+        raise EOFError("it ends too early")
+
+
+def _zstd(file: Path) -> tuple[Callable[[], Any], type[Exception]]:
+    """Zstandard by Python 3.14's own module, or the library `zstandard`."""
     try:
         library = importlib.import_module("compression.zstd")
-        make = library.ZstdDecompressor
+        return library.ZstdDecompressor, library.ZstdError
     except ImportError:
-        try:
-            library = importlib.import_module("zstandard")
-        except ImportError:
-            raise BadInput(
-                f"{file} needs a library to be read: pip install zstandard (or decompress it: "
-                f"zstd -d {shlex.quote(str(file))})"
-            ) from None
-        make = library.ZstdDecompressor().decompressobj
-    frames = []
+        pass
     try:
-        while raw:
-            frame = make()
-            frames.append(frame.decompress(raw))
-            if not frame.eof:
-                raise EOFError("it ends within a frame")
-            raw = frame.unused_data
-    except library.ZstdError as error:
-        raise OSError(str(error)) from error
-    return b"".join(frames)
+        library = importlib.import_module("zstandard")
+    except ImportError:
+        raise BadInput(
+            f"{file} needs a library to be read: pip install zstandard (or decompress it: "
+            f"zstd -d {shlex.quote(str(file))})"
+        ) from None
+    return library.ZstdDecompressor().decompressobj, library.ZstdError
 
 
-_PACKED: dict[str, Callable[[bytes, Path], bytes]] = {
-    ".gz": lambda raw, file: gzip.decompress(raw),
-    ".bz2": lambda raw, file: bz2.decompress(raw),
-    ".xz": lambda raw, file: lzma.decompress(raw),
+# What makes a decompressor of one stream, and its error, by suffix.
+_PACKED: dict[str, Callable[[Path], tuple[Callable[[], Any], type[Exception]]]] = {
+    ".gz": lambda file: (lambda: zlib.decompressobj(31), zlib.error),  # 31: with gzip's header
+    ".bz2": lambda file: (bz2.BZ2Decompressor, OSError),
+    ".xz": lambda file: (lzma.LZMADecompressor, lzma.LZMAError),
     ".zst": _zstd,
 }

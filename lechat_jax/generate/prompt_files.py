@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lechat_jax.errors import BadInput
-from lechat_jax.files.jsonl import Complaints, holds_records, json_records
+from lechat_jax.files.records import Complaints, holds_records, records_of
 from lechat_jax.files.text import read_stdin, read_text
 
 Prompt = str | list[int]
@@ -14,7 +14,7 @@ Prompt = str | list[int]
 def read_prompts(path: Path) -> list[Prompt]:
     """Reads a prompt file, in order: texts or token ids; `-` is stdin.
 
-    In a JSON file (see `json_records`) each object has `prompt`, a text, or `ids`. In any other
+    In a JSON file (see `records_of`) each object has `prompt`, a text, or `ids`. In any other
     file each line is a text and an empty line an empty text: prompt i is line i, so that samples
     can be matched.
 
@@ -29,7 +29,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         prompts += _lines(read_text(path))
     else:
         complaints = Complaints(str(path))
-        for record in json_records(path, complaints):
+        for record in records_of(path, complaints):
             if (prompt := _prompt(record.fields)) is None:
                 complaints.add(record.where, "has no text in `prompt`, nor integers in `ids`")
             else:

@@ -62,6 +62,7 @@ class Tokenizer:
         version: Mistral's version, such as "v3", which decides the chat template.
         file_name: Mistral's file name for this version.
         vocab_size: number of ids V.
+        vocabulary: the ids beyond those of the file; `None` if there are none.
         starts_anew: whether the text after an added token is encoded like a text of its own.
         bos_id: id that starts a document.
         eos_id: id that ends a document.
@@ -69,7 +70,7 @@ class Tokenizer:
         broken: Python's error handler that decodes invalid bytes to U+FFFD.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, vocabulary: Vocabulary | None = None) -> None:
         try:
             self._content = path.read_bytes()
         except OSError as error:
@@ -90,6 +91,9 @@ class Tokenizer:
         self._added: dict[int, str] = {}  # text of each id beyond the tokenizer's
         self._ids: dict[str, int] = {}
         self._cut = re.compile("(?!)")
+        self.vocabulary: Vocabulary | None = None
+        if vocabulary:
+            self._grow(vocabulary)
 
     @classmethod
     def mistral_v1(cls) -> "Tokenizer":
@@ -301,6 +305,7 @@ class Tokenizer:
 
     def _grow(self, vocabulary: Vocabulary) -> None:
         """Extends the tokenizer by the model's added tokens and padding ids."""
+        self.vocabulary = vocabulary
         self.vocab_size, self.starts_anew = vocabulary.size, vocabulary.starts_anew
         self._added = {i: text for i, text in vocabulary.added.items() if not self.is_own(i)}
         if self._added:

@@ -15,7 +15,7 @@ from mistral_common.protocol.instruct.validator import ValidationMode, get_valid
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from lechat_jax.files.jsonl import half_pair, without_nulls
+from lechat_jax.files.records import half_pair, without_nulls
 from lechat_jax.tokenizer.chat_template import KINDS, base_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 

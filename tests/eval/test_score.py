@@ -15,8 +15,8 @@ import pytest
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.data import held_out as held_out_rows
-from lechat_jax.data.batches import Tokens
 from lechat_jax.data.held_out import HeldOut
+from lechat_jax.data.tokens import Tokens
 from lechat_jax.devices.mesh import ROWS, make_mesh, settled
 from lechat_jax.eval.score import Score, Validator
 from lechat_jax.model.binding import Weights, bind, shapes_of

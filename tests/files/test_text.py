@@ -89,7 +89,10 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 def test_lines_end_as_they_do_on_any_system() -> None:
     expected = [(1, "a"), (2, "b"), (4, "c\u2028\x0b\x85d"), (5, "e")]
     for end in ("\n", "\r\n", "\r"):
-        assert list(lines_of(end.join(["a", "b", " ", "c\u2028\x0b\x85d", "e", ""]))) == expected
+        text = end.join(["a", "b", " ", "c\u2028\x0b\x85d", "e", ""])
+        for size in (1, 2, 3, 100):
+            pieces = [text[i : i + size] for i in range(0, len(text), size)]
+            assert list(lines_of(pieces)) == expected
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])

@@ -23,8 +23,8 @@ from lechat_jax.cli.display import Display
 from lechat_jax.cli.signals import Stop
 from lechat_jax.config import MistralConfig
 from lechat_jax.data import held_out
-from lechat_jax.data.batches import Batches, load_tokens
-from lechat_jax.data.corpus import load_corpus
+from lechat_jax.data.batches import Batches
+from lechat_jax.data.tokens import load_tokens
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.generator import Generator
 from lechat_jax.model.binding import weights_of
@@ -400,7 +400,7 @@ def first_loss(source: Path, text: Path) -> float:
     """Nats a token of the weights on the first batch, from the model's logits."""
     made = Generator.from_checkpoint(source)
     assert made.tokenizer is not None
-    stream = load_tokens(load_corpus(str(text)), made.tokenizer).train
+    stream = load_tokens(str(text), made.tokenizer).train
     starts = Batches(len(stream), 16, 2, seed=0).starts(0)
     rows = np.stack([stream[start : start + 17] for start in starts]).astype(np.int32)
     z = np.asarray(logits_of(made.config, made.weights, rows[:, :-1]), np.float64)

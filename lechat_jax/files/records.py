@@ -1,17 +1,18 @@
-"""JSON and JSON Lines records, and rows of datasets, with all their errors in one message.
+"""Records of JSON, JSON Lines and Parquet files, with all their errors in one message.
 
-Standard library only.
+Standard library only; the library `pyarrow` is imported for a `.parquet`.
 """
 
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lechat_jax.errors import BadInput
-from lechat_jax.files.text import lines_of, plain_name, read_text
+from lechat_jax.files.parquet import parquet_rows
+from lechat_jax.files.text import OnRead, lines_of, plain_name, stream_text
 
 QUOTED = 5  # complaints that a message quotes; the others are counted
 DEEPEST = 100  # levels of a record, with room for what pydantic and json need on each
@@ -67,20 +68,43 @@ def _in_order(complaint: tuple[str, str]) -> list[str | int]:
 
 
 def holds_records(file: Path) -> bool:
-    """Whether a file is JSON by its suffix (.jsonl, .ndjson, .json, any case, or compressed)."""
-    return plain_name(file).endswith((".jsonl", ".ndjson", ".json"))
+    """Whether a file is JSON (also compressed) or Parquet by its suffix, in any case."""
+    return is_parquet(file) or plain_name(file).endswith((".jsonl", ".ndjson", ".json"))
 
 
-def json_records(file: Path, complaints: Complaints, named: bool = False) -> Iterator[Record]:
-    """The JSON objects of a file: JSON Lines, one array, or objects that span several lines.
+def is_parquet(file: Path) -> bool:
+    """Whether a file is Parquet by its suffix."""
+    return file.suffix.lower() == ".parquet"
 
-    All three occur under each suffix that `holds_records` knows, so the content decides. What is
-    not an object is added to `complaints`. With `named`, a record's place has the file's name.
+
+def records_of(
+    file: Path,
+    complaints: Complaints,
+    named: bool = False,
+    fields: Sequence[str] | None = None,
+    on_read: OnRead = lambda n_bytes: None,
+) -> Iterator[Record]:
+    """The records of a file, read as they are asked for: rows of Parquet, or JSON objects.
+
+    JSON is JSON Lines, one array, or objects that span several lines. All three occur under each
+    suffix that `holds_records` knows, so the content decides; only JSON Lines are read a piece at
+    a time. What is not an object is added to `complaints`.
+
+    Args:
+        file: its path.
+        complaints: takes what is wrong with a record.
+        named: whether a record's place has the file's name.
+        fields: the columns that are needed, of Parquet, which reads no others; by default all.
+        on_read: called with the number of stored bytes that were read since the last call.
 
     Raises:
         BadInput: the file cannot be read.
     """
-    for place, value in _values(read_text(file, numbered=True)):
+    if is_parquet(file):
+        values = parquet_rows(file, fields, on_read)
+    else:
+        values = _values(stream_text(file, numbered=True, on_read=on_read))
+    for place, value in values:
         where = f"{file}, {place}" if named else place
         if isinstance(value, dict):
             yield Record(where, value)
@@ -121,9 +145,17 @@ def without_nulls(value: Any, depth: int = DEEPEST) -> Any:
     return value
 
 
-def _values(text: str) -> Iterator[tuple[str, Any]]:
+def _values(pieces: Iterator[str]) -> Iterator[tuple[str, Any]]:
     """Each value and its place; a `ValueError` in place of a value that is not JSON."""
-    lines = lines_of(text)
+    kept: list[str] | None = []
+
+    def remembered() -> Iterator[str]:
+        for piece in pieces:
+            if kept is not None:
+                kept.append(piece)
+            yield piece
+
+    lines = lines_of(remembered())
     opening, second = next(lines, None), next(lines, None)
     if opening is None:
         return
@@ -132,6 +164,7 @@ def _values(text: str) -> Iterator[tuple[str, Any]]:
         yield from _entries(first)
         return
     if isinstance(first, json.JSONDecodeError):
+        text = "".join([*kept, *pieces])
         whole = [*_stream(text)]
         end = whole[-1][1]
         if isinstance(end, list) and len(whole) == 1:
@@ -143,6 +176,9 @@ def _values(text: str) -> Iterator[tuple[str, Any]]:
         if first.pos >= len(opening[1].rstrip()):  # values take several lines, as far as they go
             yield whole[-1]
             return
+        lines = lines_of([text])
+        opening, second = next(lines), next(lines, None)
+    kept = None  # JSON Lines, of which each is read and forgotten
     yield f"line {opening[0]}", first
     for number, line in itertools.chain([second] if second else [], lines):
         yield f"line {number}", parsed(line)
