@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from lechat_jax.devices.host_memory import give_back_memory
 
 Key = TypeVar("Key", bound=Hashable)
 
+SAMPLE_SECONDS = 0.02  # between two looks at the memory
 READS = 5  # of the array whose reading is timed; the best counts
 
 
@@ -82,11 +84,43 @@ class PeakMemory:
             self.bytes = max(0, peak - self._before)
 
 
-def resident(key: str) -> int | None:
-    """A line of `/proc/self/status`, such as VmRSS, in bytes; `None` if the system has none."""
+class PeakAnonymous:
+    """Peak anonymous memory (RssAnon) of the process and its children: what is no view of a file.
+
+    `bytes` is all of it, what was loaded before included, and `None` where the system does not
+    say (only Linux does).
+    """
+
+    def __init__(self) -> None:
+        self.bytes: int | None = None
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakAnonymous":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while (now := resident("RssAnon")) is not None:
+            own = (resident("RssAnon", child.pid) or 0 for child in process.children())
+            self.bytes = max(self.bytes or 0, now + sum(own))
+            if self._is_over.wait(SAMPLE_SECONDS):
+                return
+
+
+def resident(key: str, process: int | str = "self") -> int | None:
+    """A line of `/proc/self/status`, such as VmRSS, in bytes; `None` if the system has none.
+
+    `process` may be the id of another one.
+    """
     try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:  # only Linux has it
+        status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    except OSError:  # only Linux has it, of processes that have not ended
         return None
     found = re.search(rf"^{key}:\s*(\d+) kB", status, re.MULTILINE)
     return 1024 * int(found[1]) if found else None

@@ -46,6 +46,7 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 FORMAT = 3  # of the streams and of the cache file; a new number makes every cache anew
 GROUP = 1 << 20  # characters that a process tokenises at a time
 SHARD = 1 << 26  # characters of a shard, and stored bytes of files that are tokenised together
+FEW_BYTES = 1 << 24  # stored, which one process has tokenised before others have started
 ATTEMPTS = 5
 BYTES = np.dtype(np.uint8)
 
@@ -320,7 +321,7 @@ class _Maker:
             nonlocal done
             done += n_bytes
 
-        n = min(MOST, cores()) if size > SHARD else 1
+        n = min(MOST, cores()) if size > FEW_BYTES else 1
         with workers("text", self._tokenizer, n) as work_each:
             for unit in missing:
                 reading = TextStream(self._source, on_read)

@@ -4,6 +4,7 @@ import codecs
 import functools
 import os
 import re
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lechat_jax.errors import BadInput
 SPACE = "\u2581"  # how SentencePiece writes a space in its pieces
 MOST_WORDS = 1 << 19  # in the cache, some 100 MB; rarer ones are encoded each time
 LONGEST_WORD = 64  # characters of a word that is kept
-_WORD = re.compile(r" *[^ \n]+|\n| +")
+_WORD = re.compile(r" +[^ \n]*|\n[^ \n]*")
 # What normalisation other than the identity would change: spaces, a ligature, a combining accent.
 _PROBE = " a  b\t\u00a0\ufb01e\u0301\u3000A "
 
@@ -85,17 +86,11 @@ class SentencePiece:
         self, texts: Sequence[str], num_threads: int
     ) -> list[Int32[np.ndarray, "..."]]:
         """The ids of each text, word by word from a cache, or in threads where words do not do."""
-        words = self._words
-        if words is None or any(SPACE in text for text in texts):
+        if self._words is None or any(SPACE in text for text in texts):
             threads = num_threads or os.cpu_count() or 1
             found = self._pieces.encode([*texts], num_threads=threads)
             return [np.array(ids, np.int32) for ids in found]
-        return [
-            np.frombuffer(b"".join(map(words.__getitem__, _WORD.findall(f" {text}"))), np.int32)
-            if text
-            else np.zeros(0, np.int32)
-            for text in texts
-        ]
+        return [np.frombuffer(self._words.encode(text), np.int32) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids."""
@@ -135,15 +130,30 @@ def _is_cut_at_words(pieces: sentencepiece.SentencePieceProcessor) -> bool:
 
 
 class _Words(dict[str, bytes]):
-    """Cache of the ids of words, as the bytes of int32, filled when a word is first asked for."""
+    """The ids of a text, as the bytes of int32, from a cache of the ids of its words.
+
+    A word has one space before it, or begins with a space for each further one, or with the end of
+    line before it. What was not asked for before is added.
+    """
 
     def __init__(self, pieces: sentencepiece.SentencePieceProcessor) -> None:
         self._pieces, self._before = pieces, len(pieces.encode("\n"))
 
+    def encode(self, text: str) -> bytes:
+        """The ids of a text, before which SentencePiece puts a space."""
+        if not text:
+            return b""
+        if "  " in text or text[0] == " ":
+            words = [word.removeprefix(" ") for word in _WORD.findall(f" {text}")]
+        else:
+            words = text.replace("\n", " \n").split(" ")
+        return b"".join(map(self.__getitem__, words))
+
     def __missing__(self, word: str) -> bytes:
         # Behind a byte, which nothing merges with, there is no space that SentencePiece adds.
-        ids = self._pieces.encode(f"\n{word}")[self._before :]
-        found = np.array(ids, np.int32).tobytes()
+        space = "" if word[:1] == "\n" else " "
+        ids = self._pieces.encode(f"\n{space}{word}")[self._before :]
+        found = array("i", ids).tobytes()
         if len(self) < MOST_WORDS and len(word) <= LONGEST_WORD:
             self[word] = found
         return found

@@ -20,6 +20,7 @@ from parity.bench.decode import Decode
 from parity.bench.moe import Moe
 from parity.bench.prefill import Prefill
 from parity.bench.serve import Serve
+from parity.bench.tokenize import Tokenize
 from parity.bench.train import Train
 from parity.bench.work import Work
 
@@ -31,6 +32,7 @@ WORKS: dict[str, type[Work]] = {
     "prefill": Prefill,
     "moe": Moe,
     "serve": Serve,
+    "tokenize": Tokenize,
     "compiled": Compiled,
     "card": Card,
 }

@@ -7,7 +7,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +19,9 @@ from lechat_jax.formats.names import Format
 from parity import make_checkpoint
 from parity.bench.work import Work, cell
 from parity.convert import command as convert
-from parity.measure import interleaved, resident, wait_until_idle
+from parity.measure import PeakAnonymous, interleaved, wait_until_idle
 from parity.report import Report, Row, TableText
 
-SAMPLE_SECONDS = 0.02  # between two looks at the memory
 COPY = "copy"
 
 
@@ -138,33 +136,6 @@ def copy(src: Path, dst: Path) -> None:
     for path in sorted(src.iterdir()):
         shutil.copyfile(path, dst / path.name)
         sync(dst / path.name)
-
-
-class PeakAnonymous:
-    """Peak anonymous memory (RssAnon) of the process within it: what is no view of a file.
-
-    `bytes` is all of the process, what was loaded before included, and `None` where the
-    system does not say (only Linux does).
-    """
-
-    def __init__(self) -> None:
-        self.bytes: int | None = None
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "PeakAnonymous":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while (now := resident("RssAnon")) is not None:
-            self.bytes = max(self.bytes or 0, now)
-            if self._is_over.wait(SAMPLE_SECONDS):
-                return
 
 
 @contextlib.contextmanager

@@ -245,6 +245,7 @@ def test_several_processes_make_what_one_does(
     file = str(jsonl(tmp_path / "a.jsonl", TEXTS))
     one = load_tokens(file, TOKENIZER, tmp_path / "one")
     monkeypatch.setattr(tokens, "cores", lambda: 3)
+    monkeypatch.setattr(tokens, "FEW_BYTES", 0)
     assert same(load_tokens(file, TOKENIZER, tmp_path / "three"), one)
 
 
@@ -301,7 +302,7 @@ def test_a_killed_process_goes_on_from_its_last_shard(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from lechat_jax.data import tokens; "
         "from lechat_jax.tokenizer.tokenizer import Tokenizer; "
-        "tokens.GROUP, tokens.SHARD, tokens.cores = 400, 2000, lambda: 2; "
+        "tokens.GROUP, tokens.SHARD, tokens.FEW_BYTES = 400, 2000, 0; "
         "made = tokens.load_tokens(sys.argv[1], Tokenizer.mistral_v1(), Path(sys.argv[2])); "
         "print(len(made.train), made.sha256)"
     )

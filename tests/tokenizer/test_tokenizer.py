@@ -149,7 +149,7 @@ def test_rare_and_long_words_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(tokenizer.codec, spm.SentencePiece)
     text = "one unimaginable two three four five one"
     assert tokenizer.encode_batch([text])[0].tolist() == tokenizer.encode(text)
-    assert list(tokenizer.codec._words or ()) == [" one", " two", " three"]
+    assert list(tokenizer.codec._words or ()) == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 
 from lechat_jax.errors import BadInput
 from parity.bench.command import main
-from parity.bench.convert import PeakAnonymous, row
+from parity.bench.convert import row
+from parity.measure import PeakAnonymous
 
 FLAGS = "--preset lechat-15m --layers 1 --repetitions 2 --read-gb 0.001".split()
 
