@@ -2,7 +2,6 @@
 
 import gc
 import importlib.metadata
-import os
 import platform
 import re
 import threading
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
+from lechat_jax.data.parallel_encoding import cores
 from lechat_jax.devices.host_memory import give_back_memory
 
 Key = TypeVar("Key", bound=Hashable)
@@ -168,11 +168,6 @@ def _best(task: Callable[[], object]) -> float:
         task()
         times.append(time.perf_counter() - began)
     return min(times[1:])
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_line() -> str:

@@ -262,7 +262,8 @@ class _Maker:
             hosts: the processes of the run, which must all call this.
         """
         if hosts.count > 1 and not found and not self.few:
-            self._make(self._units[hosts.index :: hosts.count])
+            with _disk_errors(self._path.parent):
+                self._make(self._units[hosts.index :: hosts.count])
         hosts.anywhere(False)  # waits until all have made their parts
         is_shared = all(unit.text.exists() for unit in self._units)
         if not found and (hosts.index == 0 or not is_shared):

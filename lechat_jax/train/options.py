@@ -38,8 +38,9 @@ class TrainConfig:
     Attributes:
         config: YAML file whose keys stand for these flags; flags beside it win. Every run writes
             one, config.yaml, which starts such a run again. By default none.
-        data: Text to train on: a file, all text below a folder, a 'glob/*.txt', JSON records with
-            "text" (.jsonl, .ndjson or .json), or a Hugging Face dataset id. Or examples, of which
+        data: Text to train on, larger than memory too: a file, all text below a folder, a
+            'glob/*.txt', records with "text" (.jsonl, .ndjson, .json or .parquet), or a Hugging
+            Face dataset id. Or examples, of which
             the answers are learned: records or a dataset with "messages" (a chat),
             "conversations" (ShareGPT), "instruction" and "output" (Alpaca), or "prompt" and
             "completion". Files may be .gz, .bz2, .xz or .zst. By default the English prose of the

@@ -9,10 +9,10 @@ from jaxtyping import Shaped
 from torch import nn
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.data.parallel_encoding import cores
 from lechat_jax.errors import BadInput
 from lechat_jax.formats import names
 from lechat_jax.formats.layouts import unstacked
-from parity.measure import cores
 from parity.peers.fused_experts import Tensors, fuse
 
 Weights = Mapping[str, Shaped[np.ndarray, "..."]] | Mapping[str, Shaped[jax.Array, "..."]]
