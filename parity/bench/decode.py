@@ -46,8 +46,9 @@ SHORT = 256  # most tokens of a prompt that is read in full: of --speculate and 
 class Decode(Generation):
     """Tokens a second, one after the other, beside the speed at which memory is read.
 
-    lechat, its PyTorch reference and transformers' Mistral in the fastest of its ways continue
-    the same prompts with the same random weights, greedily, in turn: A B A B. Memory is read in
+    lechat, its PyTorch reference, transformers' Mistral in the fastest of its ways and, where it is
+    named, llama.cpp continue the same prompts with the same random weights, greedily, in turn: A B
+    A B. Memory is read in
     each turn as well, and a share of it is that of the same turn.
     """
 
@@ -186,7 +187,7 @@ NOTES = [
     "share: of the speed at which memory is read, in the same turn, for the weights without the "
     "embedding table and the keys and values of the window",
     "ratio: to transformers in the same type, or to its fastest where it has none, in the same "
-    "turn",
+    "turn; to llama.cpp: in the same type, its q8_0 and q4_0 for int8 and int4",
 ]
 
 
@@ -258,10 +259,12 @@ def figures(rows: list[Row]) -> TableText:
                 cell("{:.3g}", details["bytes_per_step"], 1e9),
                 cell("{:.0%}", details["share_of_read"]),
                 cell("{:.2f}", details.get("ratio")),
+                cell("{:.2f}", details.get("ratio_to_llama_cpp")),
                 cell("{:.2f} GB", row.peak_bytes, 1e9),
                 "" if cold is None else f"{cold:.1f} / {warm:.1f}",
                 row.note,
             ]
         )
-    header = "decoding,type,batch,context,tokens/s,GB a step,share,ratio,peak memory".split(",")
+    header = "decoding,type,batch,context,tokens/s,GB a step,share,ratio".split(",")
+    header += ["to llama.cpp", "peak memory"]
     return TableText([*header, "first token cold / warm (s)", "note"], lines)

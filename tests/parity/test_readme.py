@@ -383,7 +383,7 @@ def test_figures_of_the_readme_and_their_commands_are_in_the_benchmarks() -> Non
     benchmarks = " ".join(text_of("BENCHMARKS.md").replace("\\\n", " ").split())
     table = text_of("README.md").partition("| | figure | command |")[2].partition("\n## ")[0]
     rows = [line.split("|")[1:-1] for line in table.splitlines()[2:] if line.startswith("|")]
-    assert len(rows) == 9
+    assert len(rows) == 10
     for what, figure, command in rows:
         for number in re.findall(r"\d[\d,.]*\d|\d", what + figure):
             assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d])", benchmarks), number

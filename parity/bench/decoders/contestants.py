@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, cast
 
@@ -26,6 +27,7 @@ from parity.bench.decoders.lechat import (
     Lechat,
     random_weights,
 )
+from parity.bench.decoders.llama_cpp import LlamaCpp
 from parity.bench.work import Work
 from parity.peers.installed import need
 from parity.report import Report, Row
@@ -41,12 +43,12 @@ class Contestant(NamedTuple):
 
 
 def contestants(impls: Sequence[Impl], dtypes: Sequence[DtypeName]) -> list[Contestant]:
-    """Each implementation in each dtype, but int8 and int4 for lechat alone: others have none."""
+    """Each implementation in each dtype, but int8 and int4 for those alone that have them."""
     return [
         Contestant(impl, dtype)
         for dtype in dict.fromkeys(dtypes)
         for impl in dict.fromkeys(impls)
-        if dtype not in QUANTIZED or impl == "lechat_jax"
+        if dtype not in QUANTIZED or impl in ("lechat_jax", "llama.cpp")
     ]
 
 
@@ -58,16 +60,21 @@ def contestant_of(row: Row) -> Contestant:
 def compare(rows: Sequence[Row], key: str) -> None:
     """Adds to each row the ratio of its speed to transformers', the median over the repetitions.
 
-    To that of the same type, and to the fastest where transformers was not measured in it.
-    `key` names the speeds in the details, one for each repetition.
+    To that of the same type, and to the fastest where transformers was not measured in it; and to
+    llama.cpp's of the same type. `key` names the speeds in the details, one for each repetition.
     """
     theirs = {row.dtype: row for row in rows if row.impl == "transformers"}
     fastest = max(theirs.values(), key=lambda row: row.tokens_per_s or 0, default=None)
+    others = {row.dtype: row for row in rows if row.impl == "llama.cpp"}
     for row in rows:
-        peer = theirs.get(row.dtype, fastest)
-        if peer:
-            pairs = zip(row.details[key], peer.details[key], strict=True)
-            row.details["ratio"] = statistics.median(a / b for a, b in pairs)
+        peers = {
+            "ratio": theirs.get(row.dtype, fastest),
+            "ratio_to_llama_cpp": others.get(row.dtype),
+        }
+        for name, peer in peers.items():
+            if peer:
+                pairs = zip(row.details[key], peer.details[key], strict=True)
+                row.details[name] = statistics.median(a / b for a, b in pairs)
 
 
 def torch_decoders() -> ModuleType:
@@ -80,10 +87,13 @@ class Models:
 
     Attributes:
         config: of all of them.
+
+    Args:
+        packages: folder in which npm has installed llama.cpp.
     """
 
-    def __init__(self, config: MistralConfig) -> None:
-        self.config = config
+    def __init__(self, config: MistralConfig, packages: Path = Path()) -> None:
+        self.config, self._packages = config, packages
         self._weights: dict[str, Weights] = {}
         self._decoders: dict[Contestant, Decoder] = {}
 
@@ -112,10 +122,19 @@ class Models:
             BadInput: it has no model of such a shape.
         """
         if who not in self._decoders:
-            is_peer = who.impl != "lechat_jax"
-            make = torch_decoders().DECODERS[who.impl].around if is_peer else Lechat
-            self._decoders[who] = make(self.config, self.weights(who.dtype))
+            self._decoders[who] = self._made(who)
         return self._decoders[who]
+
+    def _made(self, who: Contestant) -> Decoder:
+        match who.impl:
+            case "lechat_jax":
+                return Lechat(self.config, self.weights(who.dtype))
+            case "llama.cpp":
+                wide = self.weights("float32")  # which its own program quantises
+                return LlamaCpp.around(self.config, wide, who.dtype, self._packages)
+            case _:
+                make = torch_decoders().DECODERS[who.impl].around
+                return make(self.config, self.weights(who.dtype))
 
     def bytes_a_step(self, dtype: DtypeName, batch: int, context: int) -> int:
         """Bytes of memory that a decode step must read, however it is made: a token of each row.
@@ -158,11 +177,13 @@ class Generation(Work):
     batch: tuple[int, ...] = (1,)
     """Prompts at once; several sizes are measured one after the other."""
     dtype: tuple[DtypeName, ...] = ("float32",)
-    """Types of the weights. int8 and int4 are lechat's alone."""
+    """Types of the weights. int8 and int4 are lechat's, and q8_0 and q4_0 llama.cpp's, alone."""
     impl: tuple[Impl, ...] = IMPLS
-    """Implementations to measure."""
+    """Implementations to measure; llama.cpp by node-llama-cpp of npm."""
     repetitions: int = 5
     """Times that each is measured; the median counts."""
+    packages: Path = Path()
+    """Folder in which npm has installed node-llama-cpp, for llama.cpp; by default this one."""
     memory: bool = False
     """Measure also the peak memory of each, in a process of its own that loads the weights."""
 
@@ -170,7 +191,8 @@ class Generation(Work):
         super().__post_init__()
         if not self.contestants:
             raise BadInput(
-                "int8 and int4 are lechat's alone: name it in --impl, or another --dtype"
+                "int8 and int4 are lechat's and llama.cpp's alone: name one of them in --impl, or "
+                "another --dtype"
             )
 
     @property
@@ -184,7 +206,7 @@ class Generation(Work):
         Raises:
             BadInput: there is no such preset, or a package is missing.
         """
-        models = Models(preset(self.preset))
+        models = Models(preset(self.preset), self.packages)
         packages = {"lechat_torch": ["torch"], "transformers": ["torch", "transformers"]}
         needed = [name for impl in self.impl for name in packages.get(impl, [])]
         need(*needed, instead="--impl lechat_jax")

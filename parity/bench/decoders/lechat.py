@@ -29,9 +29,9 @@ from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import Weights, bind
 from parity.measure import device_peak
 
-Impl = Literal["lechat_jax", "lechat_torch", "transformers"]
+Impl = Literal["lechat_jax", "lechat_torch", "transformers", "llama.cpp"]
 DtypeName = Literal["float32", "bfloat16", "int8", "int4"]
-QUANTIZED: tuple[DtypeName, ...] = ("int8", "int4")  # of lechat alone
+QUANTIZED: tuple[DtypeName, ...] = ("int8", "int4")  # of lechat and llama.cpp alone
 IMPLS: tuple[Impl, ...] = ("lechat_jax", "lechat_torch", "transformers")
 
 GREEDY = Sampling(temperature=0.0)

@@ -78,8 +78,13 @@ class Folders:
 
 
 def with_memory(folders: Folders, row: Row, tokens: int, skip: int = 0) -> Row:
-    """The row with the peak memory of an isolated process, and its ratio to the weights' bytes."""
+    """The row with the peak memory of an isolated process, and its ratio to the weights' bytes.
+
+    llama.cpp has no Python process that could tell.
+    """
     who = contestant_of(row)
+    if who.impl == "llama.cpp":
+        return row
     peak = peak_bytes(folders, who, row.batch, row.context, tokens, skip)
     own = folders.weight_bytes(who.dtype)
     details = {"weight_bytes": own, "peak_over_weights": peak / own if peak else None}

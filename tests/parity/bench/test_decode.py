@@ -18,11 +18,20 @@ from parity.bench.card import Card, Process
 from parity.bench.command import main
 from parity.bench.decode import agreement
 from parity.bench.decoders import start_and_memory
-from parity.bench.decoders.contestants import Contestant, Models, compare, contestants, tail
+from parity.bench.decoders.contestants import (
+    SEED,
+    Contestant,
+    Models,
+    compare,
+    contestants,
+    tail,
+)
 from parity.bench.decoders.lechat import IMPLS, Decoder, DtypeName, Impl, random_prompts
+from parity.bench.decoders.llama_cpp import PACKAGES
 from parity.bench.decoders.start_and_memory import Folders, first_tokens, peak_bytes
 from parity.bench.decoders.torch import LechatTorch, Mode, Transformers, settle
 from parity.report import Row
+from tests.support import npm
 
 Bench = Callable[..., dict[str, Any]]
 
@@ -89,6 +98,29 @@ def test_what_is_skipped_of_a_context_leaves_the_rest_where_it_was(
         texts.append([ids[:20] for ids in decoder.ids])
     assert texts[0] == texts[1]
     assert len({*texts[0][0], *texts[0][1]}) > 5  # no two models agree on that by chance
+
+
+@pytest.mark.node
+def test_llama_cpp_decodes_the_same(tiny: MistralConfig, pytestconfig: pytest.Config) -> None:
+    packages = npm.packages(pytestconfig, *PACKAGES)
+    config = dataclasses.replace(tiny, vocab_size=32000, dim=64, hidden_dim=96)
+    models = Models(config, packages)
+    prompts = random_prompts(config, 2, 30, SEED)
+    decoders = [models.decoder(Contestant(impl, "float32")) for impl in ("lechat_jax", "llama.cpp")]
+    for _ in range(2):  # the second time from nothing again
+        for decoder in decoders:
+            decoder.start(prompts, 20)
+            assert decoder.advance(15) >= 15
+        assert agreement(*decoders) >= 16
+
+
+def test_what_llama_cpp_lacks_is_told(tiny: MistralConfig, tmp_path: Path) -> None:
+    models = Models(dataclasses.replace(tiny, vocab_size=32000), tmp_path)
+    who = Contestant("llama.cpp", "float32")
+    with pytest.raises(BadInput, match=r"runs in Node\.js|npm install --prefix .* node-llama-cpp"):
+        models.decoder(who)
+    with pytest.raises(BadInput, match="none has 97 ids"):
+        Models(tiny, tmp_path).decoder(who)
 
 
 def test_a_model_without_windows_is_given_all_of_the_context(tiny: MistralConfig) -> None:
@@ -329,11 +361,17 @@ def test_the_most_important_comes_first_on_a_card() -> None:
         ("decode --read-gb 0", "--read-gb must be more than 0"),
         ("decode --speculate 99", "--speculate must be from 0"),
         ("decode --speculate 2 --impl transformers", "name it in --impl"),
-        ("decode --dtype int8 --impl transformers", "int8 and int4 are lechat's alone"),
+        (
+            "decode --dtype int8 --impl transformers",
+            "int8 and int4 are lechat's and llama.cpp's alone",
+        ),
         ("decode --plot /nowhere/at/all/x.png", "there is no folder /nowhere/at/all"),
         ("decode --preset lechat-15b", "unknown preset 'lechat-15b'"),
         ("prefill --tokens 0", "--tokens must be at least 1"),
-        ("prefill --dtype int8 --impl lechat_torch", "int8 and int4 are lechat's alone"),
+        (
+            "prefill --dtype int8 --impl lechat_torch",
+            "int8 and int4 are lechat's and llama.cpp's alone",
+        ),
         ("card --minutes 0", "--minutes must be more than 0"),
         ("card --rows 0", "--rows must be at least 1"),
         ("card --preset lechat-15b", "unknown preset 'lechat-15b'"),
