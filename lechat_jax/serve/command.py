@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hosts = LOOPBACK if options.host in LOOPBACK else ()
         access = Access(options.key, frozenset(hosts), options.allow_origin)
         app = Api(engine, requests).app(access)
+        listening.listen()  # now, so that whoever reads the address can connect
         where = f"http://{options.host}:{listening.getsockname()[1]}"
         note(f"{name} at {where} after {time.perf_counter() - began:.1f} s; Ctrl-C ends it")
         return asyncio.run(serve(app, engine, listening, options.grace))
