@@ -11,7 +11,6 @@ import importlib
 import os
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 from collections import deque
@@ -251,6 +250,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": paths},
+            start_new_session=True,  # Ctrl-C is for the process that started this one
         )
 
     def __enter__(self) -> "_Process":
@@ -266,7 +266,7 @@ class _Process:
         self.send(chunk)
         try:
             return pickle.load(self._process.stdout)
-        except EOFError as error:
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
             raise self._has_ended() from error
 
     def send(self, what: Any) -> None:
@@ -294,7 +294,6 @@ def cores() -> int:
 
 def _serve() -> None:
     """Worker loop: tokenises chunks from stdin until its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for whatever a library prints
     kind, path, vocabulary = pickle.load(sys.stdin.buffer)
@@ -302,10 +301,10 @@ def _serve() -> None:
     while True:
         try:
             chunk = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        pickle.dump(work(chunk), answers)
-        answers.flush()
+            pickle.dump(work(chunk), answers)
+            answers.flush()
+        except (EOFError, BrokenPipeError):  # the process that started this one has ended
+            os._exit(0)
 
 
 if __name__ == "__main__":

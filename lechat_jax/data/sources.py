@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lechat_jax.data.dialects import Form, form_of_fields, unknown_fields
+from lechat_jax.data.dialects import FIELDS, Form, form_of_fields, unknown_fields
 from lechat_jax.errors import BadInput
 from lechat_jax.files.find import FileList, LeftOut, NoRecords, find_files, is_meant
 from lechat_jax.files.records import Complaints, Record, half_pair, holds_records, records_of
 from lechat_jax.files.text import OnRead, plain_name, stream_text
 
-LONGEST = 1 << 22  # characters of a document that is read in one piece
+LONGEST = 1 << 22  # characters of the pieces that a document of 1.5 times as many is read in
 # Folders of Python's library without prose: tests, tables, other people's packages.
 _NOT_PROSE = {"__pycache__", "dist-packages", "encodings", "idlelib", "lib2to3", "pydoc_data"}
 _NOT_PROSE |= {"site-packages", "test", "tests"}
@@ -232,7 +232,7 @@ def first_record(file: Path) -> Record | None:
     Raises:
         BadInput: the file cannot be read.
     """
-    return next(records_of(file, Complaints("")), None)
+    return next(records_of(file, Complaints(""), fields=[*FIELDS, "text"]), None)
 
 
 def _text_file(path: Path, in_folder: bool = False) -> TextFile:
@@ -266,12 +266,16 @@ def _in_pieces(parts: Iterable[str]) -> Iterator[Document]:
     for part in parts:
         held.append(part)
         n += len(part)
-        while n > LONGEST:
-            text = "".join(held)
-            places = (text.rfind(end, LONGEST // 2, LONGEST) + 1 for end in ("\n", " "))
-            cut = next(filter(None, places), LONGEST)
-            yield Document(text[:cut], ends=False)
-            held, n = [text[cut:]], n - cut
+        if n <= LONGEST * 3 // 2:
+            continue
+        text, start = "".join(held), 0
+        while len(text) - start > LONGEST * 3 // 2:
+            within = start + LONGEST // 2, start + LONGEST
+            places = (text.rfind(end, *within) + 1 for end in ("\n", " "))
+            cut = next(filter(None, places), start + LONGEST)
+            yield Document(text[start:cut], ends=False)
+            start = cut
+        held, n = [text[start:]], len(text) - start
     yield Document("".join(held))
 
 

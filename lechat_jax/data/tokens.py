@@ -12,6 +12,7 @@ import itertools
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -48,6 +49,7 @@ GROUP = 1 << 20  # characters that a process tokenises at a time
 SHARD = 1 << 26  # characters of a shard, and stored bytes of files that are tokenised together
 FEW_BYTES = 1 << 24  # stored, which one process has tokenised before others have started
 ATTEMPTS = 5
+WEEK = 7 * 24 * 3600  # seconds for which what an interrupted start has left is kept
 BYTES = np.dtype(np.uint8)
 
 Item = TypeVar("Item")
@@ -72,8 +74,8 @@ class Tokens:
         n_bytes: UTF-8 bytes of the text, both parts.
         sha256: digest of all of the text in order, without separators: that of `sha256sum` for a
             text file, or for the sorted text files of a folder through `cat`. Of several files
-            with more than 64 MiB in all, the digest of the digest of each, in hexadecimal, a line
-            each.
+            in more than one group of 64 MiB, as stored, the digest of the digest of each, in
+            hexadecimal, a line each.
         cached: whether the tokens came from the cache.
         note: a message to the user on the text or the cache, or empty.
     """
@@ -167,7 +169,7 @@ def load_tokens(
         n_bytes=facts["n_bytes"],
         sha256=facts["sha256"],
         cached=cached,
-        note="; ".join([*facts["notes"], *notes]),
+        note="; ".join([*notes_of(source, map(tuple, facts["skipped"])), *notes]),
     )
 
 
@@ -231,6 +233,19 @@ class _Unit(NamedTuple):
         """The file of a shard."""
         return self.folder / f"{number:05}"
 
+    def read(self, path: Path, types: Mapping[str, np.dtype]) -> Arrays:
+        """Reads a file of the unit, which is no longer done where it is missing or damaged.
+
+        Raises:
+            FileNotFoundError: it is missing, or was damaged and is deleted.
+        """
+        with contextlib.suppress(DamagedCache):
+            if found := read_arrays(path, types):
+                return found
+        for each in (self.text, path):
+            each.unlink(missing_ok=True)
+        raise FileNotFoundError(path)
+
 
 class _Maker:
     """Makes the cache file of a text, from shards of token ids in folders beside it.
@@ -253,6 +268,11 @@ class _Maker:
         reading = TextStream(source)
         first = [*itertools.islice(reading.documents(source.files), EVERY)]
         self.few = (first, reading) if len(first) < EVERY else None
+        pipes = (file.path for file in source.files if file.path and not file.path.is_file())
+        if not self.few and (pipe := next(pipes, None)):
+            raise BadInput(
+                f"{pipe} is no file; a text of that size is read twice, so write it to one"
+            )
 
     def made_together(self, found: _Streams | None, hosts: Hosts) -> _Streams:
         """The streams: this host's part of the shards is made first, then what is missing here.
@@ -277,22 +297,17 @@ class _Maker:
         Another process may do the same at the same time, and delete the shards when it is done.
         """
         for _ in range(ATTEMPTS):
-            with contextlib.suppress(DamagedCache):
+            with contextlib.suppress(DamagedCache, OSError):
                 if found := _read(self._path, self._tokenizer):
+                    for unit in self._units:
+                        shutil.rmtree(unit.folder, ignore_errors=True)
                     return found
-            try:
-                with _disk_errors(self._path.parent):
-                    if self.few:
-                        self._write_few(*self.few)
-                    else:
-                        self._make(self._units)
-                        self._join()
-            except FileNotFoundError:
-                continue
-            except DamagedCache:
-                pass
-            for unit in self._units:
-                shutil.rmtree(unit.folder, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError), _disk_errors(self._path.parent):
+                if self.few:
+                    self._write_few(*self.few)
+                else:
+                    self._make(self._units)
+                    self._join()
         raise BadInput(f"what is written below {self._path.parent} does not stay as it is")
 
     def _write_few(self, documents: Sequence[Document], reading: TextStream) -> None:
@@ -315,25 +330,25 @@ class _Maker:
 
     def _make(self, units: Sequence[_Unit]) -> None:
         """Makes what is missing of the shards of some units."""
+        _sweep(self._path.parent)
         missing = [unit for unit in units if not unit.text.exists()]
-        size, done = sum(unit.size for unit in missing), 0
+        size, done, finished = sum(unit.size for unit in missing), 0, 0
 
         def on_read(n_bytes: int) -> None:
             nonlocal done
             done += n_bytes
+
+        def tell() -> None:
+            self._on_progress(done, size)
 
         n = min(MOST, cores()) if size > FEW_BYTES else 1
         with workers("text", self._tokenizer, n) as work_each:
             for unit in missing:
                 reading = TextStream(self._source, on_read)
                 groups = _grouped(reading.documents(unit.files), _n_characters, GROUP)
-                try:
-                    n_shards = self._make_shards(
-                        unit, groups, work_each, lambda: self._on_progress(done, size)
-                    )
-                except BadInput:  # the text must change, and its shards with it
-                    shutil.rmtree(unit.folder, ignore_errors=True)
-                    raise
+                n_shards = self._make_shards(unit, groups, work_each, tell)
+                done = finished = finished + unit.size  # those of skipped files among it
+                tell()
                 facts = _facts_of_unit(reading, n_shards, reading.n_documents)
                 write_arrays(unit.text, {"facts": [_as_bytes(facts)]})
 
@@ -365,12 +380,12 @@ class _Maker:
 
     def _join(self) -> None:
         """Writes the streams from all shards, without their text ever being in memory."""
-        units = [_facts_in(_whole(unit.text, {"facts": BYTES})) for unit in self._units]
+        units = [_facts_in(unit.read(unit.text, {"facts": BYTES})) for unit in self._units]
         facts = _facts_of(self._source, units)
         types = {"hashes": np.dtype(np.uint64), "lengths": np.dtype(np.uint32)}
         types |= {"n_bytes": np.dtype(np.uint32), "ids": self._dtype}
         shards = [
-            Encoded(**_whole(unit.shard(number), types))
+            Encoded(**unit.read(unit.shard(number), types))
             for unit, known in zip(self._units, units, strict=True)
             for number in range(known["n_shards"])
         ]
@@ -426,9 +441,10 @@ def _facts_of(source: TextSource, units: Sequence[Mapping[str, Any]]) -> dict[st
     """What is known of a text from its units, as JSON types.
 
     Raises:
-        BadInput: there is nothing but white space.
+        BadInput: there is nothing, or nothing but white space.
     """
-    notes = notes_of(source, [(unit["n_read"], unit["skipped"]) for unit in units])
+    skipped = [(unit["n_read"], unit["skipped"]) for unit in units]
+    notes_of(source, skipped)
     if all(unit["is_blank"] for unit in units):
         raise BadInput(f"{source.name} is empty; give --data a text to learn from")
     sha256 = units[0]["sha256"]
@@ -440,7 +456,7 @@ def _facts_of(source: TextSource, units: Sequence[Mapping[str, Any]]) -> dict[st
         "n_documents": sum(unit["n_documents"] for unit in units),
         "n_bytes": sum(unit["n_bytes"] for unit in units),
         "sha256": sha256,
-        "notes": notes,
+        "skipped": skipped,
     }
 
 
@@ -452,11 +468,12 @@ def _facts_in(arrays: Arrays) -> dict[str, Any]:
     return json.loads(arrays["facts"].tobytes())
 
 
-def _whole(path: Path, types: Mapping[str, np.dtype]) -> Arrays:
-    """The arrays of a file that was there, or `FileNotFoundError`."""
-    if (found := read_arrays(path, types)) is None:
-        raise FileNotFoundError(path)
-    return found
+def _sweep(folder: Path) -> None:
+    """Deletes what starts have left that were killed and never made again."""
+    for path in [*folder.glob("*.shards"), *folder.glob(".tokens-*")]:
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > WEEK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager
@@ -468,9 +485,8 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise BadInput(
-            f"the tokens cannot be written below {folder}: {error.strerror or error}; what was "
-            "done is kept there, and the next start goes on from it (LECHAT_CACHE names another "
-            "folder)"
+            f"the tokens cannot be written below {folder}: {error.strerror or error}; the next "
+            "start goes on from what is kept there (LECHAT_CACHE names another folder)"
         ) from error
 
 

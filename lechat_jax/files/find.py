@@ -87,7 +87,7 @@ def _below(top: Path) -> FileList:
         hidden += [Path(folder, name) for name in sorted([*folders, *names]) if name[0] == "."]
         folders[:] = [name for name in folders if name[0] != "."]
         shown = [Path(folder, name) for name in names if name[0] != "."]
-        files += [file for file in shown if file.is_file() or file.is_symlink()]
+        files += [file for file in shown if file.is_file() or not file.exists()]
     return FileList(sorted(files), sorted(hidden), True)
 
 

@@ -48,3 +48,5 @@ def parquet_rows(
         if getattr(error, "errno", None):
             raise BadInput(f"cannot read {file}: {error}") from error
         raise NotText(f"{file} is no Parquet file, or not whole: {error}") from error
+    except (ValueError, OverflowError) as error:  # what Arrow holds and Python does not
+        raise BadInput(f"{file} holds a value that cannot be read: {error}") from error

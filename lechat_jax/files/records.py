@@ -201,6 +201,9 @@ def _stream(text: str) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             yield f"line {error.lineno}", ValueError(f"{error.msg} (column {error.colno})")
             return
+        except ValueError as error:  # a number of more digits than Python reads
+            yield f"line {line}", error
+            return
         yield f"line {line}", value
         line += text.count("\n", found.start(), at)
 

@@ -216,16 +216,21 @@ def _decompressed(blocks: Iterator[bytes], file: Path) -> Iterator[bytes]:
 
 
 def _unpacked(blocks: Iterable[bytes], make: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompresses one or several streams (gzip members, Zstandard frames) behind each other."""
-    stream = None
+    """Decompresses one or several streams (gzip members, Zstandard frames) behind each other.
+
+    Gives no empty block, which some decompressors make until they have read enough.
+    """
+    stream, padding = None, b""
     for block in blocks:
-        rest = block
+        rest = block if stream else block.lstrip(padding)
         while rest:
             stream = stream or make()
-            yield stream.decompress(rest)
+            if made := stream.decompress(rest):
+                yield made
             if not stream.eof:
                 break
-            rest, stream = stream.unused_data.lstrip(b"\0"), None  # gzip and xz are padded with 0
+            padding = b"\0"  # which may follow a stream of gzip and xz
+            rest, stream = stream.unused_data.lstrip(padding), None
     if stream:
         raise EOFError("it ends too early")
 

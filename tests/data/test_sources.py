@@ -123,6 +123,14 @@ def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes that are files")
+def test_pipes_of_a_folder_are_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt")
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "b.txt")
+    assert load_texts(str(tmp_path)).n_files == 1
+
+
 def test_a_glob_without_a_match_is_refused(tmp_path: Path) -> None:
     assert complaint(tmp_path / "*.txt") == f"no file matches {tmp_path}/*.txt"
 
@@ -168,6 +176,7 @@ def test_each_line_of_json_is_a_document(tmp_path: Path) -> None:
     [
         ('{"text": "cut', "is not JSON"),
         ("plain words", "is not JSON"),
+        ("1" * 5000, "is not JSON"),
         ("[" * 100_000, "is not JSON"),
         ('["text"]', "is not a JSON object"),
         ('{"content": "x"}', "has no text in its `text` field"),
@@ -213,6 +222,7 @@ def test_records_are_read_however_they_are_laid_out(
         ),
         ('["a", {"text": "b"}]', "entry 1, is not a JSON object"),
         ('[\n {"text": "a"}\n {"text": "b"}]', "line 3, is not JSON: "),
+        ('{"text": "a",\n"id": ' + "1" * 5000 + "}", "line 1, is not JSON: Exceeds the limit"),
         ("[\n" * 100_000, "line 1, is not JSON: it is nested too deeply"),
         ("3", "line 1, is not a JSON object"),
     ],

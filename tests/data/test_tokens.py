@@ -1,5 +1,6 @@
 """Text that is tokenised once, in shards, whatever its size; what is scored is never learned."""
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -61,6 +63,11 @@ def jsonl(path: Path, texts: Sequence[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(packed(raw.encode()))
     return path
+
+
+def write_quietly(pipe: Path, text: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        pipe.write_text(text)
 
 
 def documents(stream: np.ndarray) -> list[str]:
@@ -153,7 +160,8 @@ def test_a_long_document_comes_in_pieces(text: str, longest: int, size: int) -> 
         patch.setattr(sources, "LONGEST", longest)
         pieces = [*sources._in_pieces(parts)]
     assert "".join(piece.text for piece in pieces) == text
-    assert all(len(piece.text) <= longest for piece in pieces)
+    assert all(len(piece.text) <= longest * 3 // 2 for piece in pieces)
+    assert all(len(piece.text) >= longest // 2 for piece in pieces[len(pieces) == 1 :])
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert sources.joined(pieces) == [text]
 
@@ -329,13 +337,17 @@ def test_a_bad_line_costs_only_the_shards_of_its_file(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with pytest.raises(BadInput, match=r"b\.jsonl, line 31, has no text in its `text` field"):
         load_tokens(str(tmp_path / "*.jsonl"), TOKENIZER, cache)
-    kept = [*cache.glob("*.shards")]
-    assert len(kept) == 1, "those of the file before it"
+    assert len([*cache.glob("*.shards")]) == 2, "of the file before it, and what was good of it"
     jsonl(tmp_path / "b.jsonl", [f"b {text}" for text in TEXTS[:30]])
     seen: list[tuple[int, int]] = []
     load_tokens(str(tmp_path / "*.jsonl"), TOKENIZER, cache, lambda *at: seen.append(at))
     sizes = [(tmp_path / f"{name}.jsonl").stat().st_size for name in "bc"]
     assert seen[-1] == (sum(sizes), sum(sizes)), "the first file is not read again"
+    (left,) = cache.glob("*.shards")
+    os.utime(left, (0, 0))
+    jsonl(tmp_path / "c.jsonl", [f"other {text}" for text in TEXTS[:30]])
+    load_tokens(str(tmp_path / "*.jsonl"), TOKENIZER, cache)
+    assert not [*cache.glob("*.shards")], "what was never gone on with is deleted after a week"
 
 
 @pytest.mark.usefixtures("small")
@@ -513,6 +525,84 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert same(load_tokens(text, TOKENIZER, cache), expected)
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["00002", "text"])
+def test_a_shard_that_is_lost_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    file, cache = str(jsonl(tmp_path / "a.jsonl", TEXTS)), tmp_path / "cache"
+    join, n_lost = tokens._Maker._join, 0
+
+    def losing(self: tokens._Maker) -> None:
+        nonlocal n_lost
+        if not n_lost:
+            n_lost += 1
+            (cache / self._units[0].folder / name).unlink()
+        join(self)
+
+    monkeypatch.setattr(tokens._Maker, "_join", losing)
+    found = load_tokens(file, TOKENIZER, cache)
+    assert n_lost == 1
+    assert same(found, load_tokens(file, TOKENIZER, tmp_path / "other"))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_start_that_another_one_overtakes_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, cache = str(jsonl(tmp_path / "a.jsonl", TEXTS)), tmp_path / "cache"
+    write, others = tokens.write_arrays, list[Tokens]()
+
+    def overtaken(path: Path, arrays: dict[str, Sequence[np.ndarray]]) -> None:
+        write(path, arrays)
+        if path.name == "00002" and not others:
+            monkeypatch.setattr(tokens, "write_arrays", write)
+            others.append(load_tokens(file, TOKENIZER, cache))
+
+    monkeypatch.setattr(tokens, "write_arrays", overtaken)
+    assert same(load_tokens(file, TOKENIZER, cache), others[0])
+    assert [path.suffix for path in cache.iterdir()] == [".tokens"]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_killed_worker_costs_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, cache = str(jsonl(tmp_path / "a.jsonl", TEXTS)), tmp_path / "cache"
+    monkeypatch.setattr(tokens, "cores", lambda: 2)
+    monkeypatch.setattr(tokens, "FEW_BYTES", 0)
+    write = tokens.write_arrays
+
+    def killing(path: Path, arrays: dict[str, Sequence[np.ndarray]]) -> None:
+        write(path, arrays)
+        if path.name == "00003":
+            for child in psutil.Process().children():
+                child.kill()
+
+    monkeypatch.setattr(tokens, "write_arrays", killing)
+    with pytest.raises(BadInput, match="a process that tokenised ended with code -9"):
+        load_tokens(file, TOKENIZER, cache)
+    assert len([*cache.glob("*.shards/0*")]) == 4
+    monkeypatch.setattr(tokens, "write_arrays", write)
+    assert same(
+        load_tokens(file, TOKENIZER, cache), load_tokens(file, TOKENIZER, tmp_path / "other")
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes that are files")
+def test_a_pipe_is_read_if_once_is_enough(tmp_path: Path) -> None:
+    pipe, text = tmp_path / "pipe", "A line of a text.\n" * 3000
+    os.mkfifo(pipe)
+    for n, says in ((1, ""), (12, "is no file; a text of that size is read twice")):
+        content = text * n
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sources, "LONGEST", len(text))
+            threading.Thread(target=write_quietly, args=(pipe, content), daemon=True).start()
+            if says:
+                with pytest.raises(BadInput, match=says):
+                    load_tokens(str(pipe), TOKENIZER, tmp_path / "cache")
+            else:
+                assert load_tokens(str(pipe), TOKENIZER, tmp_path / "cache").n_bytes == len(content)
+
+
 def test_a_folder_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path) -> None:
     text = str(jsonl(tmp_path / "a.jsonl", TEXTS))
     (tmp_path / "file").touch()
@@ -563,7 +653,7 @@ def test_a_full_disk_is_told_and_what_was_done_is_kept(
         write(path, arrays)
 
     monkeypatch.setattr(tokens, "write_arrays", filling)
-    with pytest.raises(BadInput, match="No space left on device; what was done is kept there"):
+    with pytest.raises(BadInput, match="No space left on device; the next start goes on from what"):
         load_tokens(file, TOKENIZER, cache)
     assert len([*cache.glob("*.shards/0*")]) == 4
     left = 1000
@@ -589,6 +679,13 @@ def test_the_rows_of_parquet_are_documents(tmp_path: Path) -> None:
     assert load_texts(str(tmp_path / "a.parquet")).documents == ["one", "two"]
 
 
+def test_columns_that_nobody_needs_are_not_read(tmp_path: Path) -> None:
+    far = pa.array([2**62, 0], pa.timestamp("us"))  # which Python has no date for
+    pq.write_table(pa.table({"text": ["one", "two"], "when": far}), tmp_path / "a.parquet")
+    assert sources.form_of(str(tmp_path / "a.parquet")) is None
+    assert load_texts(str(tmp_path / "a.parquet")).documents == ["one", "two"]
+
+
 def test_parquet_that_holds_no_text_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table({"story": ["x"]}), file)
@@ -596,6 +693,9 @@ def test_parquet_that_holds_no_text_is_refused(tmp_path: Path) -> None:
         load_texts(str(file))
     pq.write_table(pa.table({"text": ["x", None]}), file)
     with pytest.raises(BadInput, match=r"a\.parquet, row 1, has no text in its `text` field"):
+        load_texts(str(file))
+    pq.write_table(pa.table({"text": pa.array([b"ok", b"\xff"]).view(pa.string())}), file)
+    with pytest.raises(BadInput, match=r"a\.parquet holds a value that cannot be read"):
         load_texts(str(file))
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(BadInput, match="is no Parquet file, or not whole"):

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,20 @@ def test_a_compressed_file_is_the_text_in_it(
     for broken in (whole[:-3], b"plain text"):
         with pytest.raises(BadInput, match="is not whole, or not compressed as its name says"):
             read_text(written(file, broken))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".zst", zstandard.compress)],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_large_file_is_read_whatever_a_block_gives(
+    tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes], encoding: str
+) -> None:
+    rng = random.Random(0)  # characters that hardly compress, so that a block may give nothing
+    text = "".join(chr(rng.randint(0x4E00, 0x9FFF)) for _ in range(400_000))
+    raw = compress(b"") + compress(text.encode(encoding)) + bytes(200_000 * (suffix == ".gz"))
+    assert read_text(written(tmp_path / f"a.txt{suffix}", raw)) == text
 
 
 def test_a_missing_decompressor_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
