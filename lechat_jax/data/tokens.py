@@ -332,14 +332,17 @@ class _Maker:
         """Makes what is missing of the shards of some units."""
         _sweep(self._path.parent)
         missing = [unit for unit in units if not unit.text.exists()]
-        size, done, finished = sum(unit.size for unit in missing), 0, 0
+        size, done, told, finished = sum(unit.size for unit in missing), 0, 0, 0
 
         def on_read(n_bytes: int) -> None:
             nonlocal done
             done += n_bytes
 
         def tell() -> None:
-            self._on_progress(done, size)
+            nonlocal told
+            if done > told:
+                told = done
+                self._on_progress(done, size)
 
         n = min(MOST, cores()) if size > FEW_BYTES else 1
         with workers("text", self._tokenizer, n) as work_each:
