@@ -203,13 +203,17 @@ class Display:
             self._last = time.monotonic()
             self.say(f"{what} {status}")
 
-    def counter(self, what: str) -> Callable[[int, int], None]:
-        """A function that shows the progress of a task beside training, with rate and time left."""
+    def counter(self, what: str, each: int = 1, unit: str = "") -> Callable[[int, int], None]:
+        """A function that shows the progress of a task beside training, with rate and time left.
+
+        The rate counts `each` of the unit for one that is done.
+        """
         began = time.monotonic()
 
         def show(done: int, total: int) -> None:
             rate = max(done, 1) / max(time.monotonic() - began, 1e-9)
-            self.work(what, done, total, f" · {rate:,.0f}/s · {clock((total - done) / rate)} left")
+            left = clock((total - done) / rate)
+            self.work(what, done, total, f" · {left} left · {each * rate:,.0f}{unit}/s")
 
         return show
 

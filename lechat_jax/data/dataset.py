@@ -12,7 +12,8 @@ from lechat_jax.data.held_out import INTERIM_ROWS, HeldOut, interim_rows
 from lechat_jax.data.packing import Documents, Packed
 from lechat_jax.data.rows import Rows, described_rows
 from lechat_jax.data.sources import form_of
-from lechat_jax.data.tokens import ALONE, Hosts, Progress, Tokens, load_tokens
+from lechat_jax.data.token_shards import ALONE, Processes, Progress
+from lechat_jax.data.tokens import Tokens, load_tokens
 from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
@@ -145,7 +146,7 @@ def open_dataset(
     packing: Packing,
     on_progress: Progress,
     on_shape: Callable[[Rows], None] = lambda _: None,
-    hosts: Hosts = ALONE,
+    processes: Processes = ALONE,
 ) -> Dataset:
     """Loads the dataset that `data` names: text or fine-tuning examples.
 
@@ -155,7 +156,7 @@ def open_dataset(
         on_shape: called before tokenising with `jax.ShapeDtypeStruct`s of the rows of a step,
             [B, block + 1], as to compile for them meanwhile; of text only once the first of it was
             read, since most of what cannot be used is found by then.
-        hosts: the processes of a multi-host run, which share the work where they share the cache.
+        processes: those of a multi-host run, which share the work where they share the cache.
 
     Raises:
         BadInput: there is no such data, or it cannot be used.
@@ -168,7 +169,7 @@ def open_dataset(
     def on_first() -> None:
         on_shape(described_rows((batch, block + 1), packing == "on"))
 
-    tokens = load_tokens(data, tokenizer, None, on_progress, on_first, hosts)
+    tokens = load_tokens(data, tokenizer, None, on_progress, on_first, processes)
     return TextDataset(tokens, tokenizer, block, batch, seed, packing == "on")
 
 

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
-from lechat_jax.data.corpus import EVERY, in_words
 from lechat_jax.data.dialects import FIELDS, Form, conversation, form_of_fields, unknown_fields
 from lechat_jax.data.packing import Documents
 from lechat_jax.data.parallel_encoding import CHUNK, answer_bytes, dtype_of, pages
-from lechat_jax.data.sources import first_record, load_dataset
+from lechat_jax.data.sources import first_record, in_words, load_dataset
+from lechat_jax.data.split import EVERY
 from lechat_jax.data.token_cache import Arrays, kept
 from lechat_jax.errors import BadInput
 from lechat_jax.files.find import LeftOut, NoRecords, find_files
@@ -159,7 +159,7 @@ def _source(data: str, form: Form) -> Source:
             n_bytes += len(raw)
         return Source(lambda complaints: _rows(data), 0, n_bytes, digest.hexdigest())
     files: list[Path] = []
-    left = LeftOut(found)
+    left = LeftOut(found.in_folder, [file.name for file in found.hidden])
     for file in found.files:
         if not holds_records(file):
             if not found.in_folder or plain_name(file).endswith(".txt"):

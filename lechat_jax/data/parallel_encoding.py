@@ -194,10 +194,10 @@ def workers(kind: Kind, tokenizer: Tokenizer, n: int) -> Iterator[WorkEach]:
         yield work_each
 
 
-def worker(kind: Kind, tokenizer: Tokenizer) -> Callable[[Chunk], Any]:
-    """A function that tokenises a chunk: `page` of records, or `encode_texts`."""
+def worker(kind: Kind, tokenizer: Tokenizer, num_threads: int = 0) -> Callable[[Chunk], Any]:
+    """A function that tokenises a chunk: `page` of records, or `encode_texts` on some threads."""
     if kind == "text":
-        return lambda chunk: encode_texts(tokenizer, chunk)
+        return lambda chunk: encode_texts(tokenizer, chunk, num_threads)
     write = writer(kind, tokenizer)
     return lambda chunk: page(write, tokenizer, chunk)
 
@@ -218,10 +218,12 @@ class Encoded(NamedTuple):
     ids: Ids
 
 
-def encode_texts(tokenizer: Tokenizer, chunk: Sequence[tuple[str, bool]]) -> Encoded:
+def encode_texts(
+    tokenizer: Tokenizer, chunk: Sequence[tuple[str, bool]], num_threads: int = 0
+) -> Encoded:
     """Tokenises texts, each given with whether it ends a document and EOS follows."""
     bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
-    encoded = tokenizer.encode_batch([text for text, _ in chunk])
+    encoded = tokenizer.encode_batch([text for text, _ in chunk], num_threads)
     each = [(bos, ids, eos[: int(ends)]) for ids, (_, ends) in zip(encoded, chunk, strict=True)]
     parts = [part for parts in each for part in parts]
     raw = [text.encode() for text, _ in chunk]
@@ -297,7 +299,7 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for whatever a library prints
     kind, path, vocabulary = pickle.load(sys.stdin.buffer)
-    work = worker(kind, Tokenizer(path, vocabulary))
+    work = worker(kind, Tokenizer(path, vocabulary), num_threads=1)
     while True:
         try:
             chunk = pickle.load(sys.stdin.buffer)

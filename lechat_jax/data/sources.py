@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 from lechat_jax.data.dialects import FIELDS, Form, form_of_fields, unknown_fields
 from lechat_jax.errors import BadInput
-from lechat_jax.files.find import FileList, LeftOut, NoRecords, find_files, is_meant
+from lechat_jax.files.find import LeftOut, NoRecords, find_files, is_meant
 from lechat_jax.files.records import Complaints, Record, half_pair, holds_records, records_of
 from lechat_jax.files.text import OnRead, plain_name, stream_text
 
-LONGEST = 1 << 22  # characters of the pieces that a document of 1.5 times as many is read in
+LONGEST = 1 << 22  # characters of a piece, in which a document of half as many more is read
 # Folders of Python's library without prose: tests, tables, other people's packages.
 _NOT_PROSE = {"__pycache__", "dist-packages", "encodings", "idlelib", "lib2to3", "pydoc_data"}
 _NOT_PROSE |= {"site-packages", "test", "tests"}
@@ -65,12 +65,14 @@ class TextSource(NamedTuple):
     Attributes:
         name: name of the source, for display.
         files: its files, in order.
-        listing: what a path, folder or glob resolved to, for what is skipped.
+        in_folder: whether they are all files of a folder, of which what is no text is skipped.
+        hidden: names of the folder's hidden files, which are skipped.
     """
 
     name: str
     files: Sequence[TextFile]
-    listing: FileList = FileList([], [], False)
+    in_folder: bool = False
+    hidden: Sequence[str] = ()
 
 
 class TextStream:
@@ -86,7 +88,7 @@ class TextStream:
     """
 
     def __init__(self, source: TextSource, on_read: OnRead = lambda n_bytes: None) -> None:
-        self.left = LeftOut(FileList([], [], source.listing.in_folder))
+        self.left = LeftOut(source.in_folder)
         self.sha256, self.digests = hashlib.sha256(), list[str]()
         self.n_bytes, self.n_documents, self.is_blank = 0, 0, True
         self._on_read = on_read
@@ -131,7 +133,8 @@ def open_texts(data: str | None) -> TextSource:
     found = find_files(data)
     if found is None:
         return _dataset_texts(data)
-    return TextSource(data, [_text_file(file, found.in_folder) for file in found.files], found)
+    files = [_text_file(file, found.in_folder) for file in found.files]
+    return TextSource(data, files, found.in_folder, [file.name for file in found.hidden])
 
 
 class Texts(NamedTuple):
@@ -175,6 +178,16 @@ def joined(pieces: Iterable[Document]) -> list[str]:
     return texts
 
 
+def in_words(n_files: int, n: int, what: str, n_bytes: int) -> str:
+    """Formats the size of training data: files, documents or examples, bytes.
+
+    >>> in_words(1, 1200, "document", 345678), in_words(0, 1, "document", 9)
+    ('1 file, 1,200 documents, 345,678 bytes', '1 document, 9 bytes')
+    """
+    counted = [f"{k:,} {noun}{'' if k == 1 else 's'}" for k, noun in ((n_files, "file"), (n, what))]
+    return ", ".join([*counted[not n_files :], f"{n_bytes:,} bytes"])
+
+
 def notes_of(
     source: TextSource, parts: Iterable[tuple[int, Mapping[str, Sequence[str]]]]
 ) -> tuple[str, ...]:
@@ -187,12 +200,12 @@ def notes_of(
     Raises:
         BadInput: nothing of the folder could be read.
     """
-    left = LeftOut(source.listing)
+    left = LeftOut(source.in_folder, source.hidden)
     for n_read, skipped in parts:
         left.n_read += n_read
         for why, names in skipped.items():
             left.add(why, *names)
-    if source.listing.in_folder and not left.n_read:
+    if source.in_folder and not left.n_read:
         raise BadInput(f"there is no text to read below the folder {source.name}{left.summary()}")
     return left.notes(source.name)
 
@@ -210,7 +223,7 @@ def form_of(data: str | None) -> Form | None:
     found = find_files(data)
     if found is None:
         return _form_of_dataset(data)
-    left = LeftOut(found)
+    left = LeftOut(found.in_folder)
     for file in filter(holds_records, found.files):
         with left.unless_fit(file):
             first = first_record(file)

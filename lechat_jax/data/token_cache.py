@@ -36,27 +36,52 @@ class Kept(NamedTuple):
     note: str
 
 
-def kept(
-    key: str, types: Mapping[str, np.dtype], make: Callable[[], Arrays], folder: Path | None = None
-) -> Kept:
-    """Reads the arrays of a key from the cache, or computes and stores them.
+class Lookup(NamedTuple):
+    """What the cache has of a key.
 
-    If the cache cannot be written, the arrays stay in memory and `note` says so.
+    Attributes:
+        path: the key's file; `None` where there is no cache folder.
+        arrays: its arrays, memory-mapped; `None` if it is not there, or damaged.
+        notes: messages on the cache.
+    """
+
+    path: Path | None
+    arrays: Arrays | None
+    notes: list[str]
+
+
+def look_up(key: str, types: Mapping[str, np.dtype], folder: Path | None = None) -> Lookup:
+    """Reads the arrays of a key from the cache.
 
     Args:
         key: digest of all that the arrays depend on.
         types: dtype of each array, widest first.
-        make: computes the arrays.
         folder: cache folder; by default `tokens` below `cache_home()`.
     """
-    arrays, path, notes = None, None, []
+    path = None
     try:
         path = (folder or cache_home() / "tokens") / f"{key}.tokens"
-        arrays = read_arrays(path, types)
+        return Lookup(path, read_arrays(path, types), [])
     except DamagedCache as error:
-        notes.append(f"the cached tokens were damaged ({error}) and have been made again")
+        note = f"the cached tokens were damaged ({error}) and have been made again"
     except OSError as error:
-        notes.append(f"no cached tokens could be read ({error})")
+        note = f"no cached tokens could be read ({error})"
+    return Lookup(path, None, [note])
+
+
+def not_kept(error: Exception) -> str:
+    """A message on a cache that cannot be written."""
+    return f"the tokens could not be kept for the next run ({error})"
+
+
+def kept(
+    key: str, types: Mapping[str, np.dtype], make: Callable[[], Arrays], folder: Path | None = None
+) -> Kept:
+    """Reads the arrays of a key from the cache, see `look_up`, or computes and stores them.
+
+    If the cache cannot be written, the arrays stay in memory and `note` says so.
+    """
+    path, arrays, notes = look_up(key, types, folder)
     cached = arrays is not None
     if arrays is None:
         arrays = make()
@@ -65,7 +90,7 @@ def kept(
                 write_arrays(path, {name: [array] for name, array in arrays.items()})
                 arrays = read_arrays(path, types) or arrays
         except (DamagedCache, OSError) as error:
-            notes.append(f"the tokens could not be kept for the next run ({error})")
+            notes.append(not_kept(error))
     return Kept(arrays, cached, "; ".join(notes))
 
 

@@ -279,7 +279,7 @@ def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
     with Stop() as stop:
         score = validator.full(
             weights,
-            _shown(display, packed.block, began),
+            display.counter("scoring, row", packed.block, " tokens"),
             options.tokens,
             lambda: bool(stop.received) or time.perf_counter() > end,
         )
@@ -290,17 +290,6 @@ def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
         "quantization": trained.quantization or options.quantize,
         "device": jax.devices()[0].device_kind,
     }
-
-
-def _shown(display: Display, block: int, began: float) -> Any:
-    """Progress of scoring, with rate and time left."""
-
-    def show(done: int, of: int) -> None:
-        rate = done / (time.perf_counter() - began)
-        left = clock((of - done) / rate)
-        display.work("scoring, row", done, of, f" · {left} left · {rate * block:,.0f} tokens/s")
-
-    return show
 
 
 def _figures(

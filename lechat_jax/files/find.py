@@ -4,7 +4,7 @@ import contextlib
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,11 +99,10 @@ class LeftOut:
         why: names of the skipped files by reason, as JSON can hold them.
     """
 
-    def __init__(self, found: FileList) -> None:
+    def __init__(self, in_folder: bool, hidden: Sequence[str] = ()) -> None:
         self.n_read = 0
-        self._in_folder = found.in_folder
-        hidden = [file.name for file in found.hidden]
-        self.why: dict[str, list[str]] = {"hidden": hidden} if hidden else {}
+        self._in_folder = in_folder
+        self.why: dict[str, list[str]] = {"hidden": [*hidden]} if hidden else {}
 
     def add(self, why: str, *names: str) -> None:
         """Records skipped files and the reason."""

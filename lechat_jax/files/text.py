@@ -115,14 +115,14 @@ def _decoded(blocks: Iterable[bytes], name: str, numbered: bool = False) -> Iter
     mark = next((mark for mark in MARKS if beginning.startswith(mark)), b"")
     encoding = MARKS.get(mark, "utf-8")
     decoder = codecs.getincrementaldecoder(encoding)()
-    fed, n_lines = len(mark), 1
+    fed, n_lines, last = len(mark), 1, ""
     for block in itertools.chain([beginning[fed:]], blocks, [b""]):
         start = fed - len(decoder.getstate()[0])  # byte that the text of this block begins at
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            n_lines += error.object[: error.start].count(10)
-            where = f"line {n_lines}, " if numbered else ""
+            before = n_lines + _ends(error.object[: error.start].decode(encoding))
+            where = f"line {before}, " if numbered else ""
             raise NotText(
                 f"{name} is not {encoding.upper()[:6].rstrip('-')} text: {where}byte "
                 f"{start + error.start} cannot be decoded; save it as UTF-8 (if it is Latin-1: "
@@ -135,7 +135,8 @@ def _decoded(blocks: Iterable[bytes], name: str, numbered: bool = False) -> Iter
                 f"iconv -f utf-16le -t utf-8 {shlex.quote(name)} > NEW"
             )
         fed += len(block)
-        n_lines += text.count("\n") if numbered else 0
+        n_lines += _ends(last + text) - _ends(last) if numbered else 0  # CR LF is one
+        last = text[-1:]
         yield text
 
 

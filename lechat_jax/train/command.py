@@ -22,7 +22,7 @@ from lechat_jax.cli.display import Display, clock
 from lechat_jax.cli.signals import Stop
 from lechat_jax.data.dataset import Dataset, open_dataset
 from lechat_jax.data.rows import Rows
-from lechat_jax.data.tokens import Hosts
+from lechat_jax.data.token_shards import Processes
 from lechat_jax.devices import processes
 from lechat_jax.devices.compile_ahead import Compilation
 from lechat_jax.devices.compile_cache import enable_compilation_cache
@@ -127,7 +127,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
         options.packing,
         display.counter("tokenising"),
         compile_step,
-        Hosts(jax.process_index(), jax.process_count(), processes.anywhere),
+        Processes(jax.process_index(), jax.process_count(), processes.anywhere),
     )
     display.say(f"text:  {dataset.name}, {dataset.size}, SHA-256 {dataset.sha256}")
     for note in dataset.notes:

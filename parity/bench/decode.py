@@ -48,8 +48,7 @@ class Decode(Generation):
 
     lechat, its PyTorch reference, transformers' Mistral in the fastest of its ways and, where it is
     named, llama.cpp continue the same prompts with the same random weights, greedily, in turn: A B
-    A B. Memory is read in
-    each turn as well, and a share of it is that of the same turn.
+    A B. Memory is read in each turn as well, and a share of it is that of the same turn.
     """
 
     context: tuple[int, ...] = (100,)

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from lechat_jax.errors import BadInput
-from lechat_jax.files.text import encoding_of, lines_of, plain_name, read_stdin, read_text
+from lechat_jax.files.text import BLOCK, encoding_of, lines_of, plain_name, read_stdin, read_text
 
 TEXT = "na\u00efve \u6f22\u5b57 \U0001f600\r\nand\u2028more\n"
 
@@ -85,6 +85,9 @@ def test_a_missing_decompressor_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     [
         (b"ab\ncaf\xe9\n", "is not UTF-8 text: line 2, byte 6 cannot be decoded"),
         (b"\xff\xfeH\0i", "is not UTF-16 text: line 1, byte 4 cannot be decoded"),
+        (b"a\rb\r\nc\xe9", "is not UTF-8 text: line 3, byte 6 cannot be decoded"),
+        (b"a" * (BLOCK - 1) + b"\r\nc\xe9", f"is not UTF-8 text: line 2, byte {BLOCK + 2} cannot"),
+        ("\ufeff\u010a\n\u010a".encode("utf-16-le") + b"\0", "is not UTF-16 text: line 2, byte 8"),
         ("Hi".encode("utf-16-le"), "is no text: byte 1 is zero; if it is UTF-16 without a byte"),
         (b"\xef\xbb\xbfab\0", "is no text: byte 5 is zero"),
     ],

@@ -130,8 +130,10 @@ class Models:
             case "lechat_jax":
                 return Lechat(self.config, self.weights(who.dtype))
             case "llama.cpp":
-                wide = self.weights("float32")  # which its own program quantises
-                return LlamaCpp.around(self.config, wide, who.dtype, self._packages)
+                # The numbers that lechat's are made of: writing the GGUF quantises them.
+                given = self.wide if who.dtype in QUANTIZED else who.dtype
+                weights = self.weights(given)
+                return LlamaCpp.around(self.config, weights, who.dtype, self._packages)
             case _:
                 make = torch_decoders().DECODERS[who.impl].around
                 return make(self.config, self.weights(who.dtype))

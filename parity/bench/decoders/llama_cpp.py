@@ -55,7 +55,7 @@ class LlamaCpp:
     def around(
         cls, config: MistralConfig, weights: Weights, dtype: DtypeName, packages: Path
     ) -> "LlamaCpp":
-        """A decoder of these float32 weights, written as a GGUF in that type.
+        """A decoder of these weights, written as a GGUF in that type.
 
         Raises:
             BadInput: there is no Node.js or package, or GGUF has no such model, or one whose ids

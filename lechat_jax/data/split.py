@@ -11,16 +11,6 @@ BLOCK = 4096  # characters; about 4 KiB of English
 FEWEST_BLOCKS = 20  # of a short text, so that two of them are validation
 
 
-def in_words(n_files: int, n: int, what: str, n_bytes: int) -> str:
-    """Formats the size of training data: files, documents or examples, bytes.
-
-    >>> in_words(1, 1200, "document", 345678), in_words(0, 1, "document", 9)
-    ('1 file, 1,200 documents, 345,678 bytes', '1 document, 9 bytes')
-    """
-    counted = [f"{k:,} {noun}{'' if k == 1 else 's'}" for k, noun in ((n_files, "file"), (n, what))]
-    return ", ".join([*counted[not n_files :], f"{n_bytes:,} bytes"])
-
-
 def split_few(texts: Sequence[str]) -> list[tuple[Document, bool]]:
     """Train/validation split of fewer than ten texts: pieces in order, each with if it is held out.
 
