@@ -256,11 +256,11 @@ class ShardedTokens:
         on_progress: Callable[[], None],
     ) -> int:
         """Tokenises groups of documents, but for those of shards that are there; counts shards."""
-        for number in itertools.count():
-            if (first := next(groups, None)) is None:
-                return number
-            shard = _up_to_a_shard(itertools.chain([first], groups))
-            if unit.shard(number).exists():
+        number = 0
+        while (first := next(groups, None)) is not None:
+            shard, path = _up_to_a_shard(itertools.chain([first], groups)), unit.shard(number)
+            number += 1
+            if path.exists():
                 for _ in shard:
                     on_progress()
                 continue
@@ -268,11 +268,9 @@ class ShardedTokens:
             for encoded in work_each(shard):
                 parts.append(encoded)
                 on_progress()
-            names = Encoded._fields
-            write_arrays(
-                unit.shard(number), dict(zip(names, zip(*parts, strict=True), strict=True))
-            )
-        raise AssertionError
+            columns = zip(*parts, strict=True)
+            write_arrays(path, dict(zip(Encoded._fields, columns, strict=True)))
+        return number
 
     def _join(self) -> None:
         """Writes the streams from all shards, without their text ever being in memory."""
