@@ -34,6 +34,7 @@ class Dataset(Protocol):
         n_bytes: bytes of the data.
         sha256: digest of the data.
         notes: messages to the user, a sentence each.
+        ids: token ids of the training part.
         reader: the batches of each step, and the rows of an epoch.
         opening: default prompt of the samples.
         chat: whether the data are conversations.
@@ -44,6 +45,7 @@ class Dataset(Protocol):
     n_bytes: int
     sha256: str
     notes: list[str]
+    ids: Integer[np.ndarray, " ids"]
     reader: Reader
     opening: str
     chat: bool
@@ -78,6 +80,7 @@ class TextDataset:
             documents = Documents.of_stream(tokens.train, tokenizer.bos_id, block)
             self._packed = Packed(documents, block, batch, seed)
             self.notes.append(_packing_note(self._packed))
+        self.ids = tokens.train
         self._windows = Batches(len(tokens.train), block, batch, seed)
         self.reader: Reader = self._packed or self._windows
         self.opening = " ".join(tokenizer.decode(tokens.val[1:33]).split()[:6])
@@ -113,6 +116,7 @@ class ExampleDataset:
         self.n_bytes, self.sha256 = examples.n_bytes, examples.sha256
         self.opening, self.chat = examples.opening, examples.form == "messages"
         self._examples, self._tokenizer = examples, tokenizer
+        self.ids = examples.train.ids
         reader = Packed(examples.train, block, batch, seed, together=packed)
         self.reader: Reader = reader
         self.rows = reader.rows

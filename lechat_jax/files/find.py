@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,19 @@ def find_files(data: str) -> FileList | None:
         f"there is no file or folder {data!r}; --data takes a text file, a folder, a glob "
         "or a Hugging Face dataset id (owner/name)"
     )
+
+
+def stored_bytes(data: str | None) -> float:
+    """Bytes of the files that `data` names, as stored; infinity for a Hugging Face dataset.
+
+    >>> stored_bytes(None), stored_bytes("owner/dataset")
+    (0.0, inf)
+
+    Raises:
+        BadInput: no file matches.
+    """
+    found = find_files(data) if data else FileList([], [], False)
+    return float(sum(file.stat().st_size for file in found.files)) if found else math.inf
 
 
 def located(data: str | None) -> str | None:

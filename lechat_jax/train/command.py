@@ -47,6 +47,7 @@ from lechat_jax.train.options import MOVABLE, TrainConfig
 from lechat_jax.train.schedule import elapsed, process_start
 from lechat_jax.train.start import Start, load_base, resumed, run_of, started
 from lechat_jax.train.step import described_call, jitted_steps
+from lechat_jax.train.tied_ids import TiedIds
 from lechat_jax.train.trackers import profile_steps, track_in_tensorboard, track_in_wandb
 from lechat_jax.train.trainer import Trainer, described_rows_of_a_call
 from lechat_jax.train.training_run import Diverged, Job, TrainingRun, step_options
@@ -111,12 +112,19 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
     if mesh:
         check_divides(mesh, config, shape.batch // options.accumulate)
     _check_room(start, run, is_new, mesh, display)
-    compilation, step = Compilation(), step_options(options, mesh)
+    compilation, shapes = Compilation(), list[Rows]()
 
-    def compile_step(batch: Rows) -> None:
-        rows = described_rows_of_a_call(batch, mesh)
-        call = described_call(config, step, *start.parts, rows)
+    def compile_step(batch: Rows, tied: TiedIds) -> None:
+        rows, step = described_rows_of_a_call(batch, mesh), step_options(options, mesh, tied.n_tied)
+        learning, frozen = start.parts
+        learning = jax.eval_shape(tied.narrowed, learning)
+        call = described_call(tied.narrow_config(config), step, learning, frozen, rows)
         compilation.start(jitted_steps(step), *call)
+
+    def see_shape(batch: Rows) -> None:
+        shapes.append(batch)
+        if options.unused_ids != "tied":
+            compile_step(batch, TiedIds.none(config.vocab_size))
 
     dataset = open_dataset(
         options.data,
@@ -126,7 +134,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
         options.seed,
         options.packing,
         display.counter("tokenising"),
-        compile_step,
+        see_shape,
         Processes(jax.process_index(), jax.process_count(), processes.anywhere),
     )
     display.say(f"text:  {dataset.name}, {dataset.size}, SHA-256 {dataset.sha256}")
@@ -138,6 +146,10 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             f"the text is not the one that {asked.resume} was started on (SHA-256 {known}); "
             "restore it or say with --data where it is, or start a new run"
         )
+    tied = TiedIds.none(config.vocab_size)
+    if options.unused_ids == "tied":
+        tied = TiedIds.unused_in(dataset.ids, config.vocab_size)
+        compile_step(shapes[0], tied)
     with running_out(REMEDY):
         source = start.source
         loaded = load_base(source, options, shape.dtype, mesh, display) if source else None
@@ -152,7 +164,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             track_in_wandb(run, options.wandb)
         if options.profile:
             profile_steps(run, options.profile)
-        job = Job(run, config, options, dataset, tokenizer, display, began, mesh)
+        job = Job(run, config, options, dataset, tied, tokenizer, display, began, mesh)
         training = TrainingRun(job)
         trainer = Trainer(training, compilation)
         weights = loaded.weights if loaded else None
@@ -161,7 +173,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             weights = start.learning.first(config, options.seed)
         display.say(
             f"model: {options.model_name}, {config.n_params:,} parameters, "
-            f"window {config.sliding_window or 'full'}\n"
+            f"window {config.sliding_window or 'full'}{_tying(tied)}\n"
             f"step:  {shape.batch} x {shape.block} tokens, {shape.dtype} on {_devices(mesh)}\n"
             f"run:   {run.folder}, {options.keep} checkpoints of "
             f"{checkpoint_bytes(training.step_options, start.parts) / 1e9:.2f} GB"
@@ -204,6 +216,13 @@ def _forgotten_if_it_fails(run: Run, tokenizer: Tokenizer) -> Iterator[None]:
         if not Checkpoints(run.checkpoints).steps() and not has_learned:
             run.forget(tokenizer.file_name, *(path.name for path in beside(run.folder)))
         raise
+
+
+def _tying(tied: TiedIds) -> str:
+    """Description of the tied ids, if there are any."""
+    if not tied.n_tied:
+        return ""
+    return f"; {tied.n_tied:,} of {len(tied.has_own):,} ids, which the text lacks, share a row"
 
 
 def _devices(mesh: Mesh | None) -> str:

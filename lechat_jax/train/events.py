@@ -18,7 +18,8 @@ class Events:
     def __init__(self, training: TrainingRun) -> None:
         self.training, self.job = training, training.job
         held_out = self.job.dataset.held_out()
-        self.validator = Validator(self.job.config, training.step_options, held_out)
+        held_out = held_out._replace(rows=self.job.tied.renumbered(held_out.rows))
+        self.validator = Validator(training.config, training.step_options, held_out)
         self.samples = Samples(self.job)
 
     def do_those_due(self) -> None:
@@ -39,7 +40,7 @@ class Events:
 
     def sample(self) -> None:
         """Samples from the current weights."""
-        self.samples.take(self.training.step, self.training.weights)
+        self.samples.take(self.training.step, self.training.whole(self.training.weights))
 
     def validate(self) -> None:
         """Validates on a fixed part of the held-out rows, and estimates the time of all of them."""

@@ -7,11 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 from lechat_jax.config import MistralConfig, preset
 from lechat_jax.errors import BadInput
+from lechat_jax.files.find import stored_bytes
 from lechat_jax.files.paths import fault_of_name
 from lechat_jax.ops.remat import Remat
 from lechat_jax.quantize.scheme import Format
 
 DEFAULT_PRESET = "lechat-15m"
+LITTLE_TEXT = 64e6  # stored bytes; more has most ids, and is tokenised while the step is compiled
 MODEL = "dim n_layers n_heads n_kv_heads head_dim hidden_dim sliding_window".split()
 MODEL += ["n_experts", "n_experts_per_token"]
 SAMPLING = {"prompt", "max_tokens", "temperature", "top_p"}  # may change when a run resumes
@@ -91,6 +93,9 @@ class TrainConfig:
             another: auto for examples alone, on for text too, off for one example a row. Text that
             is not packed is read as one stream.
         block: Tokens in a row. By default 128 on a CPU and 256 on a GPU or TPU.
+        unused_ids: Rows of token ids that the text never has, in the embedding and the head: tied,
+            so that all of them share one while training, which computes the same function in less
+            time; or separate. By default tied for random weights and text files of up to 64 MB.
         optimizer: Optimiser of the matrices, muon or adamw. By default muon for random weights, and
             adamw for those of --init-from and for adapters.
         learning_rate: Learning rate, as a multiple of the usual peak rates: muon's were measured
@@ -171,6 +176,7 @@ class TrainConfig:
     accumulate: int = 1
     packing: Literal["auto", "on", "off"] = "auto"
     block: int | None = None
+    unused_ids: Literal["tied", "separate"] | None = None
     optimizer: Literal["muon", "adamw"] | None = None
     learning_rate: float = 1.0
     weight_decay: float = 0.0
@@ -237,6 +243,11 @@ class TrainConfig:
         if given and given != HOSTS:
             missing = ", ".join(sorted(_flag(name) for name in HOSTS - given))
             raise BadInput(f"--coordinator, --num-processes, --process-id: {missing} is missing")
+        if self.unused_ids == "tied" and self.init_from:
+            raise BadInput(
+                "--unused-ids tied gives the ids one row, and those of --init-from have each its "
+                "own; leave it out"
+            )
         if self.seed >= 2**32:
             raise BadInput(f"--seed must be below 2**32, not {self.seed}")
 
@@ -278,6 +289,13 @@ class TrainConfig:
     def usual_optimizer(self) -> Literal["muon", "adamw"]:
         """The one asked for, or the usual one."""
         return self.optimizer or ("adamw" if self.init_from else "muon")
+
+    @property
+    def usual_unused_ids(self) -> Literal["tied", "separate"]:
+        """The one asked for, or the usual one: little text has few of the ids."""
+        if self.unused_ids or self.init_from:
+            return self.unused_ids or "separate"
+        return "tied" if stored_bytes(self.data) <= LITTLE_TEXT else "separate"
 
     @property
     def start(self) -> Literal["random", "trained", "adapters"]:
@@ -328,7 +346,7 @@ class TrainConfig:
     def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
         """The options that `to_dict` wrote; other keys are not looked at."""
         known = {field.name for field in dataclasses.fields(cls)}
-        kept = {k: v for k, v in fields.items() if k in known}
+        kept = {"unused_ids": "separate"} | {k: v for k, v in fields.items() if k in known}
         for name in ("prompt", "lora_targets"):
             kept[name] = tuple(kept.get(name, ()))
         for name in ("config", "init_from", "lora_from", "out", "resume"):

@@ -133,7 +133,9 @@ def started(asked: TrainConfig) -> Start:
                 f"leave out {', '.join(flags)}"
             )
     learning = trainable_adapters(options, model)
-    options = dataclasses.replace(options, optimizer=options.usual_optimizer)
+    options = dataclasses.replace(
+        options, optimizer=options.usual_optimizer, unused_ids=options.usual_unused_ids
+    )
     return Start(options, model, tokenizer, source, learning)
 
 

@@ -21,6 +21,7 @@ from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.scoring import Forward, total_nats
 from lechat_jax.ops.remat import KEPT_ON_A_CPU
 from lechat_jax.train.optimizer import MUON, Optimizer, RateSchedule, Rule, warmup_then_cooldown
+from lechat_jax.train.tied_ids import TiedIds
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -51,11 +52,14 @@ class StepOptions(Forward):
     accumulate: int = 1
 
 
-def init_state(config: MistralConfig, options: StepOptions, seed: int) -> TrainState:
-    """Initial training state with random weights, drawn from `seed`."""
+def init_state(
+    config: MistralConfig, options: StepOptions, seed: int, tied: TiedIds | None = None
+) -> TrainState:
+    """Initial training state with random weights, drawn from `seed`, of `tied` ids one row."""
 
     def draw() -> Weights:
-        return weights_of(Mistral(config, rngs=nnx.Rngs(seed)))
+        weights = weights_of(Mistral(config, rngs=nnx.Rngs(seed)))
+        return tied.narrowed(weights) if tied else weights
 
     return state_of(create_sharded(options.mesh, draw), options)
 

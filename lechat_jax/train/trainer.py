@@ -62,7 +62,7 @@ class Trainer:
         self.events = Events(training)
         self.reader = self.job.dataset.reader
         dtype, mesh = training.step_options.dtype, self.job.mesh
-        self.speed = Speed(self.job.config, self.reader.block, dtype, mesh)
+        self.speed = Speed(training.config, self.reader.block, dtype, mesh)
         self.own_rows = own_rows(mesh, self.reader.batch)
         self.calls = steps_of_a_call()
         self.ahead = 0 if platform() == "cpu" or jax.process_count() > 1 else 1
@@ -130,7 +130,7 @@ class Trainer:
         training = self.training
         n = min(self.calls, training.schedule.steps_after(self.sent))
         training.state, losses = train_steps(
-            self.job.config,
+            training.config,
             training.step_options,
             training.state,
             training.frozen,
@@ -145,6 +145,7 @@ class Trainer:
     def rows_to_send(self) -> Rows:
         """Rows of the next steps to dispatch."""
         rows = self.job.dataset.rows(self.sent, self.calls, self.own_rows)
+        rows = self.job.tied.renumbered(rows)
         mesh, batch = self.job.mesh, self.reader.batch
         return jax.tree.map(lambda leaf: placed(mesh, ROWS_OF_A_CALL, leaf, batch), rows)
 

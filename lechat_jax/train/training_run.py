@@ -18,7 +18,7 @@ from lechat_jax.checkpoint.training_state import Checkpoints
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.dataset import Dataset
-from lechat_jax.devices.mesh import described, placed, settled
+from lechat_jax.devices.mesh import create_sharded, described, placed, settled
 from lechat_jax.devices.platform import platform
 from lechat_jax.devices.processes import from_first, is_first
 from lechat_jax.errors import BadInput
@@ -30,6 +30,7 @@ from lechat_jax.train.optimizer import usual_rule
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.schedule import Schedule, elapsed
 from lechat_jax.train.step import StepOptions, TrainState, all_finite, init_state, state_of
+from lechat_jax.train.tied_ids import TiedIds
 
 WORTH_SAYING = 0.05  # of the steps
 
@@ -46,6 +47,7 @@ class Job(NamedTuple):
         config: of the model.
         options: as resolved.
         dataset: the dataset.
+        tied: ids that share a row, since its training text has none of them.
         tokenizer: of the model.
         display: shows its progress.
         began: the time of its start, in seconds of the epoch, from which its minutes count.
@@ -56,14 +58,15 @@ class Job(NamedTuple):
     config: MistralConfig
     options: TrainConfig
     dataset: Dataset
+    tied: TiedIds
     tokenizer: Tokenizer
     display: Display
     began: float
     mesh: Mesh | None = None
 
 
-def step_options(options: TrainConfig, mesh: Mesh | None) -> StepOptions:
-    """Static arguments of a run's compiled steps."""
+def step_options(options: TrainConfig, mesh: Mesh | None, n_tied: int = 0) -> StepOptions:
+    """Static arguments of a run's compiled steps, with the number of tied ids."""
     return StepOptions(
         dtype=options.shape(platform()).dtype,
         learning_rate=options.learning_rate,
@@ -72,6 +75,7 @@ def step_options(options: TrainConfig, mesh: Mesh | None) -> StepOptions:
         router_aux_loss=options.router_aux_loss,
         rule=usual_rule(options.usual_optimizer, options.start, options.weight_decay),
         mesh=mesh,
+        n_tied=max(1, n_tied),
     )
 
 
@@ -79,6 +83,7 @@ class TrainingRun:
     """A training run between two steps: weights, optimizer state, step number and schedule.
 
     Attributes:
+        config: of the model that the steps compute, with a row for all tied ids.
         state: weights that learn, and optimiser; there after `begin` or `restore`.
         step: optimiser steps taken.
         frozen: weights of the base model, where adapters learn beside them.
@@ -90,7 +95,8 @@ class TrainingRun:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.step_options = step_options(job.options, job.mesh)
+        self.config = job.tied.narrow_config(job.config)
+        self.step_options = step_options(job.options, job.mesh, job.tied.n_tied)
         self.checkpoints = Checkpoints(job.run.checkpoints, job.options.keep)
         self.frozen: Weights = {}
         self.adapters: Adapters | None = None
@@ -111,8 +117,13 @@ class TrainingRun:
 
     @property
     def weights(self) -> Weights:
-        """All weights of the model, trainable and frozen."""
+        """Weights of `config`, trainable and frozen."""
         return self.frozen | self.state.weights
+
+    def whole(self, weights: Weights) -> Weights:
+        """Weights of the whole model, with a row for each id."""
+        tied = self.job.tied
+        return create_sharded(self.job.mesh, tied.widened, weights) if tied.n_tied else weights
 
     def freeze(self, weights: Weights, adapters: Adapters) -> None:
         """Sets the frozen base weights; only the adapters are trained."""
@@ -139,12 +150,15 @@ class TrainingRun:
         run, display, mesh = self.job.run, self.job.display, self.job.mesh
         if from_first(self.checkpoints.steps):
             # Shapes alone: drawing weights to throw them away takes seconds, and a second model.
-            shapes = described(mesh, _items(jax.eval_shape(self._drawn)))
+            shapes = described(mesh, jax.eval_shape(lambda: self._items(self._drawn())))
             restored = self.checkpoints.restore(shapes)
             for sentence in restored.refused:
                 display.say(f"warning: {sentence}", style="yellow")
+            weights = restored.items["model"]
+            if self.job.tied.n_tied:
+                weights = create_sharded(mesh, self.job.tied.narrowed, weights)
             self.state = TrainState(
-                restored.items["model"],
+                weights,
                 restored.items["optimizer"],
                 placed(mesh, "", np.array(restored.step, np.int32)),
             )
@@ -167,7 +181,7 @@ class TrainingRun:
         seed = self.job.options.seed
         if self.adapters:
             return state_of(self.adapters.draw(self.job.config, seed), self.step_options)
-        return init_state(self.job.config, self.step_options, seed)
+        return init_state(self.job.config, self.step_options, seed, self.job.tied)
 
     def save(self) -> None:
         """Saves a checkpoint of this step.
@@ -177,7 +191,7 @@ class TrainingRun:
         """
         if not all_finite(self.state.weights):
             raise Diverged(f"weights are not finite after step {self.step}; {self.advice()}")
-        self.checkpoints.save(self.step, _items(self.state), {"tokens": self.seen})
+        self.checkpoints.save(self.step, self._items(self.state), {"tokens": self.seen})
         self.job.run.publish()
         self.schedule.start_the_clock()
 
@@ -251,7 +265,6 @@ class TrainingRun:
                 f"--init-from {run.folder}"
             )
 
-
-def _items(state: TrainState) -> dict[str, Any]:
-    """Contents of a checkpoint; data order and learning rate follow from its step number."""
-    return {"model": state.weights, "optimizer": state.optimizer}
+    def _items(self, state: TrainState) -> dict[str, Any]:
+        """Contents of a checkpoint; data order and learning rate follow from its step number."""
+        return {"model": self.whole(state.weights), "optimizer": state.optimizer}

@@ -21,6 +21,7 @@ from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.flops import peak_flops
 from lechat_jax.train.options import Dtype
+from lechat_jax.train.tied_ids import TiedIds
 from parity.bench import isolated
 from parity.bench.learners.lechat import (
     FOREVER,
@@ -67,6 +68,9 @@ class Train(Work):
     many tokens as --batch rows of the first."""
     window: int | None = None
     """Sliding window: keys that a query sees, itself included. By default the preset's."""
+    unused_ids: Literal["tied", "separate"] = "tied"
+    """Rows of token ids that the text never has: tied, so that they start equal and lechat keeps
+    one, as its main job does, or separate, as of a text that has all ids."""
     dtype: Dtype = "float32"
     """Type of activations and matrix products; weights stay float32."""
     seed: int = 0
@@ -157,8 +161,11 @@ class Train(Work):
         tokens = load_tokens(self.data, tokenizer)
         console.print(f"text: {tokens.name}, {tokens.n_bytes:,} bytes, SHA-256 {tokens.sha256}")
         report = self.report()
-        weights = initial_weights(config, self.seed)
-        setups = [self.setup(config, tokens, block, weights) for block in self.block]
+        tied = TiedIds.none(config.vocab_size)
+        if self.unused_ids == "tied":
+            tied = TiedIds.unused_in(tokens.train, config.vocab_size)
+        weights = initial_weights(config, self.seed, tied)
+        setups = [self.setup(config, tokens, block, weights, tied) for block in self.block]
         peak = peak_flops(self.dtype)
         with cold_torch_compiler():
             runners = [r for setup in setups for r in self.start(setup, peer, report, console)]
@@ -216,6 +223,7 @@ class Train(Work):
         tokens: Tokens,
         block: int,
         weights: dict[str, Float[np.ndarray, "..."]],
+        tied: TiedIds,
     ) -> Setup:
         """The training setup of all learners, in rows of that length."""
         rows = self.batch * self.block[0] // block
@@ -225,6 +233,7 @@ class Train(Work):
             tokens.train,
             self.seed,
             weights,
+            tied,
             self.steps_per_call,
             self.dtype,
         )

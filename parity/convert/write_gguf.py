@@ -31,6 +31,9 @@ from parity.convert.write import control_ids_of, write_tokenizer
 
 Quantized = Literal["q8_0", "q5_0", "q4_0"]
 BLOCK = 32  # numbers that share a scale
+LONG_ROW = (
+    4096  # numbers that the library quantises at once, a multiple of BLOCK; short ones are slow
+)
 
 
 def write_gguf(
@@ -93,11 +96,11 @@ def write_gguf(
         (file,) = writer.fout
         for key, dtype_read, shape in infos:
             writer.write_padding(file, file.tell())
-            block, _ = gguf.GGML_QUANT_SIZES[kinds[key]]
             for piece in in_pieces(key, read(key), dtype_read, shape):
                 on_slab(key, piece)
-                numbers = piece.astype(np.float32, copy=False).reshape(-1, block)
-                gguf.quants.quantize(numbers, kinds[key]).tofile(file)
+                numbers = piece.astype(np.float32, copy=False)
+                rows = numbers.reshape(-1, math.gcd(numbers.size, LONG_ROW))
+                gguf.quants.quantize(rows, kinds[key]).tofile(file)
                 on_bytes(piece.nbytes)
         for sink in sinks.values():
             writer.write_padding(file, file.tell())

@@ -22,6 +22,7 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import samples
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.samples import Samples
+from lechat_jax.train.tied_ids import TiedIds
 from lechat_jax.train.training_run import Job
 from tests.support.models import random_model
 
@@ -49,7 +50,8 @@ def sampled(config: MistralConfig, tmp_path: Path) -> Sampled:
         with Display(9, Console(file=told, soft_wrap=True, highlight=False)) as display:
             run = Run.create(tmp_path / "run")
             options = TrainConfig(max_tokens=4, **asked)
-            job = Job(run, config, options, dataset, tokenizer, display, began=0.0)
+            tied = TiedIds.none(config.vocab_size)
+            job = Job(run, config, options, dataset, tied, tokenizer, display, began=0.0)
             Samples(job).take(2, weights_of(random_model(config)))
         return told.getvalue()
 

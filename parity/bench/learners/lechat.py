@@ -23,6 +23,7 @@ from lechat_jax.model.scoring import score
 from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.train.options import Dtype
 from lechat_jax.train.step import StepOptions, gradient, state_of, train_steps
+from lechat_jax.train.tied_ids import TiedIds
 from parity.measure import device_peak
 
 FOREVER = np.iinfo(np.int32).max  # steps in a run whose length is not known yet
@@ -41,6 +42,7 @@ class Setup(NamedTuple):
         stream: the training tokens.
         seed: of the initial weights, which are the same for all.
         weights: those, by lechat's names, in memory of their own.
+        tied: ids whose rows start equal, of which lechat keeps one.
         steps_per_call: at most this many are asked for at a time.
         dtype: of activations and products; the weights that are learned stay float32.
     """
@@ -50,6 +52,7 @@ class Setup(NamedTuple):
     stream: Integer[np.ndarray, " train"]
     seed: int
     weights: dict[str, Float[np.ndarray, "..."]]
+    tied: TiedIds
     steps_per_call: int
     dtype: Dtype = "float32"
 
@@ -63,9 +66,11 @@ class Setup(NamedTuple):
         return self.batches.rows(self.stream, first_step, n).tokens.astype(np.int64)
 
 
-def initial_weights(config: MistralConfig, seed: int) -> dict[str, Float[np.ndarray, "..."]]:
+def initial_weights(
+    config: MistralConfig, seed: int, tied: TiedIds
+) -> dict[str, Float[np.ndarray, "..."]]:
     """Random weights that lechat draws from a seed, as arrays that no step will overwrite."""
-    weights = weights_of(Mistral(config, rngs=nnx.Rngs(seed)))
+    weights = tied.widened(tied.narrowed(weights_of(Mistral(config, rngs=nnx.Rngs(seed)))))
     return {name: np.array(leaf) for name, leaf in weights.items()}
 
 
@@ -73,10 +78,12 @@ class Learner(Protocol):
     """A model in training, behind one interface for all implementations.
 
     Attributes:
+        config: of the model that it computes.
         step: steps taken.
         note: what a reader of its figures should know, or nothing.
     """
 
+    config: MistralConfig
     step: int
     note: str
 
@@ -105,23 +112,22 @@ class Lechat:
     """
 
     def __init__(self, setup: Setup, backend: Backend | None = None) -> None:
-        self.setup = setup
-        self.options = StepOptions(dtype=setup.dtype, backend=backend)
+        self.setup, self.config = setup, setup.tied.narrow_config(setup.config)
+        n_tied = max(1, setup.tied.n_tied)
+        self.options = StepOptions(dtype=setup.dtype, backend=backend, n_tied=n_tied)
         weights = {name: jnp.array(leaf) for name, leaf in setup.weights.items()}
-        self.state = state_of(weights, self.options)
+        self.state = state_of(setup.tied.narrowed(weights), self.options)
         self.step = 0
         self.note = "its own optimiser, as in the main job" + _attention(backend)
 
     def advance(self, n: int, total: int) -> list[float]:
         """See `Learner.advance`."""
-        setup = self.setup
-        rows = setup.batches.rows(setup.stream, self.step, setup.steps_per_call)
         self.state, losses = train_steps(
-            setup.config,
+            self.config,
             self.options,
             self.state,
             {},
-            rows,
+            self.rows(),
             jnp.int32(n),
             jnp.int32(total),
         )
@@ -135,9 +141,15 @@ class Lechat:
         counted: Bool[np.ndarray, "B T"],
     ) -> float:
         """See `Learner.nats`."""
-        inputs, targets = inputs.astype(np.int32), targets.astype(np.int32)
+        inputs, targets = (self.setup.tied.row_of_id[ids] for ids in (inputs, targets))
         weights = self.current_weights()
-        return float(score(self.setup.config, self.options, weights, inputs, targets, counted))
+        return float(score(self.config, self.options, weights, inputs, targets, counted))
+
+    def rows(self) -> Rows:
+        """The rows of the next call, as many as one can take."""
+        setup = self.setup
+        rows = setup.batches.rows(setup.stream, self.step, setup.steps_per_call)
+        return setup.tied.renumbered(rows)
 
     def current_weights(self) -> Weights:
         """The weights after the steps so far."""
@@ -184,11 +196,10 @@ class LechatAdamW(Lechat):
 
     def advance(self, n: int, total: int) -> list[float]:
         """See `Learner.advance`."""
-        setup = self.setup
-        rows = setup.batches.rows(setup.stream, self.step, setup.steps_per_call).tokens
+        rows = self.rows().tokens
         run = jnp.array([self.step, n, total], jnp.int32)
         self.weights, self.moments, losses = _adamw_steps(
-            setup.config, self.options, self.adamw, self.weights, self.moments, rows, run
+            self.config, self.options, self.adamw, self.weights, self.moments, rows, run
         )
         self.step += n
         return np.asarray(losses)[:n].tolist()

@@ -124,10 +124,10 @@ class Runner:
 
     def mfu(self, peak: float | None) -> float | None:
         """Model FLOPs utilisation (MFU), the share of a device's `peak` FLOP/s, if it is known."""
-        if not self.times or not peak:
+        if not self.times or not peak or not self.learner:
             return None
-        config, block = self.setup.config, self.setup.batches.block
-        return self.tokens_per_s * flops_per_token(config, block) / peak
+        needed = flops_per_token(self.learner.config, self.setup.batches.block)
+        return self.tokens_per_s * needed / peak
 
 
 def bits_per_byte(learner: Learner, held_out: HeldOut) -> float:

@@ -35,7 +35,7 @@ class TorchLearner:
     def __init__(
         self, setup: Setup, adamw: AdamW, model: nn.Module, logits: Logits, compiled: bool = False
     ) -> None:
-        self.setup, self.adamw = setup, adamw
+        self.setup, self.adamw, self.config = setup, adamw, setup.config
         self.model, self.logits, self.device = model, logits, device()
         self.optimizer = torch.optim.AdamW(
             [

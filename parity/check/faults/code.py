@@ -137,9 +137,9 @@ def _norm_after(block: Any, x: Array, rotary: Any, mix: Any, memory: Any) -> tup
 
 def _last_token_dropped(right: Callable) -> Callable:
     def cross_entropy(
-        hidden: Array, head: Array, targets: Array, weights: Array, chunk: int
+        hidden: Array, head: Array, targets: Array, weights: Array, *static: int
     ) -> Array:
-        return right(hidden, head, targets, weights.at[-1].set(0), chunk)
+        return right(hidden, head, targets, weights.at[-1].set(0), *static)
 
     return cross_entropy
 
@@ -157,11 +157,12 @@ def _gradient_of_one_chunk(right: Callable) -> Callable:
     """The loss is right, and the head learns from its first chunk of tokens alone."""
 
     def cross_entropy(
-        hidden: Array, head: Array, targets: Array, weights: Array, chunk: int
+        hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, *static: int
     ) -> Array:
         still = jax.lax.stop_gradient(head)
-        first = right(hidden[:chunk], head, targets[:chunk], weights[:chunk], chunk)
-        return first + right(hidden[chunk:], still, targets[chunk:], weights[chunk:], chunk)
+        first = right(hidden[:chunk], head, targets[:chunk], weights[:chunk], chunk, *static)
+        others = hidden[chunk:], still, targets[chunk:], weights[chunk:]
+        return first + right(*others, chunk, *static)
 
     return cross_entropy
 
