@@ -45,6 +45,12 @@ MINISTRAL_3 = SEVEN | {
     },
     "llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 16384},
 }
+MINISTRAL_3_3B = MINISTRAL_3 | {
+    "dim": 3072,
+    "n_layers": 26,
+    "hidden_dim": 9216,
+    "tied_embeddings": True,
+}
 EIGHT_K = {"original_max_position_embeddings": 8192}
 DEVSTRAL_SMALL_2 = SMALL | {
     "yarn": MINISTRAL_3["yarn"] | EIGHT_K | {"factor": 48},
@@ -145,8 +151,7 @@ RELEASES: dict[str, Fields] = {
     },
     # https://huggingface.co/mistralai/Ministral-3-3B-Base-2512/blob/main/config.json; of this
     # and all below, the text part.
-    "ministral-3-3b-2512": MINISTRAL_3
-    | {"dim": 3072, "n_layers": 26, "hidden_dim": 9216, "tied_embeddings": True},
+    "ministral-3-3b-2512": MINISTRAL_3_3B,
     # https://huggingface.co/mistralai/Ministral-3-8B-Base-2512/blob/main/config.json
     "ministral-3-8b-2512": MINISTRAL_3 | {"n_layers": 34},
     # https://huggingface.co/mistralai/Ministral-3-14B-Base-2512/blob/main/config.json
@@ -156,14 +161,26 @@ RELEASES: dict[str, Fields] = {
     "devstral-small-2-24b-2512": DEVSTRAL_SMALL_2,
     # https://huggingface.co/mistralai/Devstral-2-123B-Instruct-2512/blob/main/config.json
     "devstral-2-123b-2512": DEVSTRAL_2,
+    # https://huggingface.co/mistralai/Mistral-Medium-3.5-128B/blob/main/params.json
+    "mistral-medium-3.5-128b": DEVSTRAL_2,
+    # https://huggingface.co/mistralai/Shieldstral-1.0-3B/blob/main/config.json: yes or no to a
+    # policy in the prompt.
+    "shieldstral-1.0-3b": MINISTRAL_3_3B,
+    # https://huggingface.co/mistralai/Voxtral-Mini-3B-2507/blob/main/config.json
+    "voxtral-mini-3b-2507": SEVEN
+    | FULL
+    | {"dim": 3072, "n_layers": 30, "hidden_dim": 8192, "vocab_size": 131072, "rope_theta": 1e8},
+    # https://huggingface.co/nvidia/Mistral-NeMo-Minitron-8B-Base/blob/main/config.json
+    "mistral-nemo-minitron-8b": NEMO | {"dim": 4096, "hidden_dim": 11520},
 }
 
 # What no copy of the release's own config was at hand for. The number of weights follows from
-# the other fields and is the published one; these fields it does not show.
+# the other fields; these fields it does not show, or nobody has published it.
 UNVERIFIED: dict[str, tuple[str, ...]] = {
-    "codestral-22b": ("rope_theta", "norm_eps", "sliding_window"),
-    "mistral-small-22b-2409": ("rope_theta", "norm_eps", "sliding_window"),
-    "ministral-8b-2410": ("rope_theta", "norm_eps"),
+    "ministral-8b-2410": ("sliding_window",),
+    "mistral-medium-3.5-128b": ("hidden_dim", "vocab_size", "rope_theta", "norm_eps", "yarn"),
+    "shieldstral-1.0-3b": ("dim", "n_layers", "hidden_dim", "yarn", "llama_4_scaling"),
+    "voxtral-mini-3b-2507": ("n_heads",),
 }
 
 PRESETS: dict[str, MistralConfig] = {

@@ -52,7 +52,9 @@ class TrainConfig:
             mathstral-7b, mistral-nemo-12b-2407, codestral-22b, mistral-small-22b-2409,
             mistral-small-24b-2501, mistral-small-24b-2503, mistral-large-2407, mistral-large-2411,
             ministral-8b-2410, ministral-3-3b-2512, ministral-3-8b-2512, ministral-3-14b-2512,
-            devstral-small-2-24b-2512 or devstral-2-123b-2512. By default lechat-15m.
+            devstral-small-2-24b-2512, devstral-2-123b-2512, mistral-medium-3.5-128b,
+            shieldstral-1.0-3b, voxtral-mini-3b-2507 or mistral-nemo-minitron-8b. By default
+            lechat-15m.
         dim: Model width, instead of the preset's.
         n_layers: Number of layers, instead of the preset's.
         n_heads: Query heads, instead of the preset's; a multiple of the key-value heads.
