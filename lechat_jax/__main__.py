@@ -11,6 +11,7 @@ VERBS = {
     "chat": ("lechat_jax.chat.command", "talk with a model by its chat template"),
     "serve": ("lechat_jax.serve.command", "answer requests of OpenAI's API, and a chat page"),
     "eval": ("lechat_jax.eval.command", "perplexity of a text under a model, tasks of lm-eval"),
+    "embed": ("lechat_jax.embed.command", "vectors of texts, to compare or to search them"),
     "report": ("lechat_jax.report.command", "compare training runs in one HTML page"),
     "convert": ("parity.convert.command", "move weights between PyTorch's formats and lechat's"),
     "push": ("parity.push", "publish a model on the Hugging Face Hub"),

@@ -54,6 +54,7 @@ MAY_IMPORT = {
         "checkpoint": f"{STORED} ops",
         "generate": f"{STORED} checkpoint ops cli",
         "eval": f"{STORED} checkpoint ops cli data generate",
+        "embed": f"{STORED} checkpoint ops cli data",
         "report": "config files checkpoint cli",
         "chat": f"{STORED} checkpoint ops cli generate",
         "serve": f"{STORED} checkpoint ops cli generate",

@@ -126,11 +126,12 @@ def dense_attention(
     v: Keys,
     window: int | None,
     documents: Int[Array, "B T"] | None = None,
+    is_causal: bool = True,
 ) -> Queries:
-    """Causal window attention over a whole sequence, with all T * T scores in memory."""
+    """Window attention over a whole sequence, with all T * T scores in memory."""
     positions = jnp.arange(q.shape[1])[None]
     both = None if documents is None else Documents(documents, documents)
-    return attend(q, k, v, window_mask(positions, positions, window, both))
+    return attend(q, k, v, window_mask(positions, positions, window, both, is_causal))
 
 
 def banded_attention(
@@ -219,15 +220,19 @@ def training_attention(
     window: int | None,
     backend: Backend | None = None,
     documents: Int[Array, "B T"] | None = None,
+    is_causal: bool = True,
 ) -> Queries:
-    """Causal window attention over whole sequences, by the kernel that `backend` names.
+    """Window attention over whole sequences, by the kernel that `backend` names.
 
     `None` takes the best for the platform and the shapes. Where cuDNN turns out not to
-    work, XLA does it, and a warning says why. Without `documents` a sequence is one.
+    work, XLA does it, and a warning says why. Without `documents` a sequence is one. What is
+    not causal is computed densely.
 
     Raises:
         BadInput: the named kernel cannot compute these shapes.
     """
+    if not is_causal:
+        return dense_attention(q, k, v, window, documents, is_causal)
     T, H = q.shape[1], q.shape[3]
     packed = documents is not None
     if backend is None:

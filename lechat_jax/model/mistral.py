@@ -132,6 +132,7 @@ class Mistral(nnx.Module):
         first_position: int = 0,
         documents: Int[Array, "B T"] | None = None,
         remat: Remat = "none",
+        is_causal: bool = True,
     ) -> Float[Array, "B T D"]:
         """Final hidden states of whole sequences, which the head reads.
 
@@ -139,9 +140,10 @@ class Mistral(nnx.Module):
         sequences start at `first_position`, and nothing before it is seen. With `documents`,
         a number for each token, a sequence is several documents, none of which sees another:
         what is read of each is what would be read of it alone. `remat` says what of a layer
-        a backward pass finds, and what it makes again.
+        a backward pass finds, and what it makes again. Without `is_causal` each position sees
+        those after it too, as embeddings have it.
         """
-        return self.routed(tokens, backend, first_position, documents, remat)[0]
+        return self.routed(tokens, backend, first_position, documents, remat, is_causal)[0]
 
     def routed(
         self,
@@ -150,6 +152,7 @@ class Mistral(nnx.Module):
         first_position: int = 0,
         documents: Int[Array, "B T"] | None = None,
         remat: Remat = "none",
+        is_causal: bool = True,
     ) -> tuple[Float[Array, "B T D"], Load | None]:
         """`hidden`, and the summed load of the experts of all layers, if there are any."""
         x = self.embed.rows(tokens)
@@ -157,7 +160,8 @@ class Mistral(nnx.Module):
         rotary = rotations(first_position + place, self.config, x.dtype)
 
         def layer(window: Window) -> Callable[[Block, Array], tuple[Array, Load | None]]:
-            mix = functools.partial(_mix_whole, window=window, backend=backend, documents=documents)
+            how = {"window": window, "backend": backend, "documents": documents}
+            mix = functools.partial(_mix_whole, **how, is_causal=is_causal)
             return recomputing(functools.partial(_applied, rotary=rotary, mix=mix), remat)
 
         windows = self.config.windows
@@ -218,8 +222,9 @@ def _mix_whole(
     window: int | None,
     backend: Backend | None,
     documents: Array | None,
+    is_causal: bool,
 ) -> tuple[Array, None]:
-    return training_attention(q, k, v, window, backend, documents), memory
+    return training_attention(q, k, v, window, backend, documents, is_causal), memory
 
 
 @functools.partial(jax.jit, static_argnums=0)  # traced once for all layers

@@ -40,7 +40,7 @@ class Events:
 
     def sample(self) -> None:
         """Samples from the current weights."""
-        self.samples.take(self.training.step, self.training.whole(self.training.weights))
+        self.samples.take(self.training.step, self.training.with_all_ids(self.training.weights))
 
     def validate(self) -> None:
         """Validates on a fixed part of the held-out rows, and estimates the time of all of them."""

@@ -120,7 +120,7 @@ class TrainingRun:
         """Weights of `config`, trainable and frozen."""
         return self.frozen | self.state.weights
 
-    def whole(self, weights: Weights) -> Weights:
+    def with_all_ids(self, weights: Weights) -> Weights:
         """Weights of the whole model, with a row for each id."""
         tied = self.job.tied
         return create_sharded(self.job.mesh, tied.widened, weights) if tied.n_tied else weights
@@ -267,4 +267,4 @@ class TrainingRun:
 
     def _items(self, state: TrainState) -> dict[str, Any]:
         """Contents of a checkpoint; data order and learning rate follow from its step number."""
-        return {"model": self.whole(state.weights), "optimizer": state.optimizer}
+        return {"model": self.with_all_ids(state.weights), "optimizer": state.optimizer}

@@ -1,5 +1,6 @@
-"""Ids that a text never has share one row: the function, its gradient and its training are those
-of whole tables whose unused rows start equal.
+"""Ids that a text never has share one row of the tables, and nothing else changes.
+
+Loss, gradient and training are those of whole tables whose unused rows start equal.
 """
 
 import dataclasses
