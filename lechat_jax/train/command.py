@@ -47,7 +47,7 @@ from lechat_jax.train.options import MOVABLE, TrainConfig
 from lechat_jax.train.schedule import elapsed, process_start
 from lechat_jax.train.start import Start, load_base, resumed, run_of, started
 from lechat_jax.train.step import described_call, jitted_steps
-from lechat_jax.train.tied_ids import TiedIds
+from lechat_jax.train.tied_ids import TiedIds, count_ids
 from lechat_jax.train.trackers import profile_steps, track_in_tensorboard, track_in_wandb
 from lechat_jax.train.trainer import Trainer, described_rows_of_a_call
 from lechat_jax.train.training_run import Diverged, Job, TrainingRun, step_options
@@ -146,9 +146,9 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             f"the text is not the one that {asked.resume} was started on (SHA-256 {known}); "
             "restore it or say with --data where it is, or start a new run"
         )
-    tied = TiedIds.none(config.vocab_size)
+    counts, tied = count_ids(dataset.ids, config.vocab_size), TiedIds.none(config.vocab_size)
     if options.unused_ids == "tied":
-        tied = TiedIds.unused_in(dataset.ids, config.vocab_size)
+        tied = TiedIds.unused(counts)
         compile_step(shapes[0], tied)
     with running_out(REMEDY):
         source = start.source
@@ -164,7 +164,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             track_in_wandb(run, options.wandb)
         if options.profile:
             profile_steps(run, options.profile)
-        job = Job(run, config, options, dataset, tied, tokenizer, display, began, mesh)
+        job = Job(run, config, options, dataset, counts, tied, tokenizer, display, began, mesh)
         training = TrainingRun(job)
         trainer = Trainer(training, compilation)
         weights = loaded.weights if loaded else None

@@ -21,8 +21,8 @@ from optax.contrib import MuonDimensionNumbers, MuonState, muon
 from lechat_jax.config import layout
 from lechat_jax.devices.platform import platform
 from lechat_jax.model.binding import Weights
+from lechat_jax.train.options import BETA1
 
-NEWTON_SCHULZ = 5  # steps of Muon's orthogonalisation
 WARMUP_STEPS = 10
 COOLDOWN = 0.6  # the last part of the run in which the rate falls to zero, as a fraction
 
@@ -50,24 +50,38 @@ class Rule(NamedTuple):
         matrices: Muon, or AdamW as all the rest.
         rates: of each group of weights.
         weight_decay: part of a matrix that is taken off in a step, as a multiple of the rate.
+        beta1: decay of Adam's first moment, in a step.
+        muon_steps: Newton-Schulz steps by which Muon makes a matrix orthogonal.
+        muon_momentum: decay of Muon's momentum in a step.
     """
 
     matrices: Kind = "muon"
     rates: Rates = Rates()
     weight_decay: float = 0.0
+    beta1: float = BETA1["muon"]
+    muon_steps: int = 4
+    muon_momentum: float = 0.9
 
 
 MUON = Rule()
 
 
-def usual_rule(kind: Kind, start: Start, weight_decay: float = 0.0) -> Rule:
+def usual_rule(
+    kind: Kind,
+    start: Start,
+    weight_decay: float = 0.0,
+    beta1: float | None = None,
+    muon_steps: int = MUON.muon_steps,
+    muon_momentum: float = MUON.muon_momentum,
+) -> Rule:
     """The optimiser of that kind, with its usual rates for weights that are so far.
 
     >>> usual_rule("adamw", "adapters").rates.matrix
     0.0002
     """
     rates = Rates() if kind == "muon" else Rates(*[ADAMW[start]] * len(Rates()))
-    return Rule(kind, rates, weight_decay)
+    beta1 = BETA1[kind] if beta1 is None else beta1
+    return Rule(kind, rates, weight_decay, beta1, muon_steps, muon_momentum)
 
 
 def axes_of(name: str) -> MuonDimensionNumbers:
@@ -145,18 +159,20 @@ class Optimizer:
         def adam(rate: float, decay: float = 0.0) -> optax.GradientTransformation:
             # The small epsilon matters: most rows of the tables have no gradient in most steps.
             if not decay:
-                return optax.adam(rate, b1=0.9, b2=0.95, eps=1e-10)
-            return optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=decay)
+                return optax.adam(rate, b1=rule.beta1, b2=0.95, eps=1e-10)
+            return optax.adamw(rate, b1=rule.beta1, b2=0.95, eps=1e-10, weight_decay=decay)
 
         matrices = {
             "muon": muon(
                 rates.matrix,
-                ns_steps=NEWTON_SCHULZ,
+                ns_steps=rule.muon_steps,
+                beta=rule.muon_momentum,
                 weight_decay=decay,
                 muon_weight_dimension_numbers=axes,
             ),
             "adamw": adam(rates.matrix, decay),
         }
+        self._muon_steps = rule.muon_steps
         self._stack, self._unstack = (
             (stack_blocks, unstack_blocks) if rule.matrices == "muon" else (dict, dict)
         )
@@ -178,7 +194,7 @@ class Optimizer:
         self, grads: Weights, state: optax.OptState, weights: Weights
     ) -> tuple[Weights, optax.OptState]:
         """Updates to add to the weights at the full rate, and the next optimizer state."""
-        state = _with_coefficients(state, lambda one: jnp.broadcast_to(one, (NEWTON_SCHULZ, 3)))
+        state = _with_coefficients(state, lambda one: jnp.broadcast_to(one, (self._muon_steps, 3)))
         updates, state = self._inner.update(self._stack(grads), state, self._stack(weights))
         return self._unstack(cast(Weights, updates)), _with_coefficients(state, lambda all: all[0])
 

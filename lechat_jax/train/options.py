@@ -12,6 +12,7 @@ from lechat_jax.files.paths import fault_of_name
 from lechat_jax.ops.remat import Remat
 from lechat_jax.quantize.scheme import Format
 
+BETA1 = {"muon": 0.8, "adamw": 0.9}  # usual decay of Adam's first moment, by the optimiser
 DEFAULT_PRESET = "lechat-15m"
 LITTLE_TEXT = 64e6  # stored bytes; more has most ids, and is tokenised while the step is compiled
 MODEL = "dim n_layers n_heads n_kv_heads head_dim hidden_dim sliding_window".split()
@@ -88,7 +89,7 @@ class TrainConfig:
         steps: Number of training steps, instead of --minutes; for a resumed run, that many more.
         max_epochs: Upper limit of epochs, which are passes over the training text, in --minutes.
             More would overfit, so a fast machine stops before its minutes are over.
-        batch: Rows in a batch. By default 8 on a CPU and 256 on a GPU or TPU.
+        batch: Rows in a batch. By default 12 on a CPU and 256 on a GPU or TPU.
         accumulate: Gradient accumulation: micro-batches per step, one after the other, with the
             activations of one in memory. Divides --batch.
         packing: Sequence packing: whether a row holds several documents, none of which attends to
@@ -103,6 +104,11 @@ class TrainConfig:
         learning_rate: Learning rate, as a multiple of the usual peak rates: muon's were measured
             for the default; adamw's are 3e-3 for random weights, 2e-5 for those of --init-from
             and 2e-4 for adapters.
+        beta1: Decay of Adam's first moment in a step, for tables and norms beside muon, or for all
+            weights with adamw. By default 0.8 beside muon and 0.9 with adamw.
+        muon_steps: Newton-Schulz steps by which muon makes the change of a matrix orthogonal. More
+            are more exact and take longer.
+        muon_momentum: Decay of muon's momentum in a step.
         weight_decay: Decoupled weight decay of matrices, as a multiple of the learning rate.
         dtype: Type of activations and matrix products, float32 or bfloat16; weights and optimiser
             stay float32. By default bfloat16 on a GPU or TPU and float32 on a CPU.
@@ -181,6 +187,9 @@ class TrainConfig:
     unused_ids: Literal["tied", "separate"] | None = None
     optimizer: Literal["muon", "adamw"] | None = None
     learning_rate: float = 1.0
+    beta1: float | None = None
+    muon_steps: int = 4
+    muon_momentum: float = 0.9
     weight_decay: float = 0.0
     dtype: Dtype | None = None
     remat: Remat = "none"
@@ -211,6 +220,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least = {"steps": 1, "batch": 1, "accumulate": 1, "block": 2, "seed": 0, "max_tokens": 1}
+        at_least |= {"muon_steps": 1}
         at_least |= {
             "eval_tokens": 1,
             "keep": 1,
@@ -226,6 +236,11 @@ class TrainConfig:
         for name in ("minutes", "max_epochs", "learning_rate", "eval_minutes"):
             if not 0 < (1 if (value := getattr(self, name)) is None else value) < math.inf:
                 raise BadInput(f"{_flag(name)} must be a finite number above 0, not {value}")
+        for name in ("beta1", "muon_momentum"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise BadInput(
+                    f"{_flag(name)} must be 0 or more and below 1, not {getattr(self, name)}"
+                )
         if not 0 <= self.weight_decay < math.inf:
             raise BadInput(f"--weight-decay must be 0 or more, not {self.weight_decay}")
         if self.name is not None and (fault := fault_of_name(self.name)):
@@ -293,6 +308,13 @@ class TrainConfig:
         return self.optimizer or ("adamw" if self.init_from else "muon")
 
     @property
+    def usual_beta1(self) -> float:
+        """The one asked for, or the usual one of the optimiser."""
+        if self.beta1 is not None:
+            return self.beta1
+        return BETA1[self.usual_optimizer]
+
+    @property
     def usual_unused_ids(self) -> Literal["tied", "separate"]:
         """The one asked for, or the usual one: little text has few of the ids."""
         if self.unused_ids or self.init_from:
@@ -324,7 +346,7 @@ class TrainConfig:
         Raises:
             BadInput: --accumulate does not divide the rows.
         """
-        usual = Shape(8, 128, "float32") if platform == "cpu" else Shape(256, 256, "bfloat16")
+        usual = Shape(12, 128, "float32") if platform == "cpu" else Shape(256, 256, "bfloat16")
         batch = self.batch or usual.batch
         if batch % self.accumulate:
             raise BadInput(
@@ -348,7 +370,8 @@ class TrainConfig:
     def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
         """The options that `to_dict` wrote; other keys are not looked at."""
         known = {field.name for field in dataclasses.fields(cls)}
-        kept = {"unused_ids": "separate"} | {k: v for k, v in fields.items() if k in known}
+        before = {"unused_ids": "separate", "beta1": 0.9, "muon_steps": 5, "muon_momentum": 0.95}
+        kept = before | {k: v for k, v in fields.items() if k in known}
         for name in ("prompt", "lora_targets"):
             kept[name] = tuple(kept.get(name, ()))
         for name in ("config", "init_from", "lora_from", "out", "resume"):

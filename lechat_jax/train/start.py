@@ -134,7 +134,10 @@ def started(asked: TrainConfig) -> Start:
             )
     learning = trainable_adapters(options, model)
     options = dataclasses.replace(
-        options, optimizer=options.usual_optimizer, unused_ids=options.usual_unused_ids
+        options,
+        optimizer=options.usual_optimizer,
+        beta1=options.usual_beta1,
+        unused_ids=options.usual_unused_ids,
     )
     return Start(options, model, tokenizer, source, learning)
 

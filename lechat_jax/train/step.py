@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import EMBEDDING, HEAD
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import create_sharded, described, pinned
 from lechat_jax.devices.platform import platform
@@ -22,6 +24,8 @@ from lechat_jax.model.scoring import Forward, total_nats
 from lechat_jax.ops.remat import KEPT_ON_A_CPU
 from lechat_jax.train.optimizer import MUON, Optimizer, RateSchedule, Rule, warmup_then_cooldown
 from lechat_jax.train.tied_ids import TiedIds
+
+UNSEEN = 0.1  # occurrences of an id that does not occur
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -52,13 +56,40 @@ class StepOptions(Forward):
     accumulate: int = 1
 
 
+def initial_weights(
+    config: MistralConfig, seed: int, counts: Integer[np.ndarray, " V"] | None = None
+) -> Weights:
+    """Initial weights, whose first guess is how frequent each id is in a text.
+
+    A new model, drawn from `seed`, but for its head, which holds what a run would first learn in
+    some dozen steps, the frequencies, and no random choice that would have to be unlearned. Every
+    embedding has a one in each lane, which is a bias to all layers, and the head reads the
+    logarithms from it. Without `counts` all ids are equally likely. Tied embeddings stay as they
+    are drawn.
+    """
+    weights = weights_of(Mistral(config, rngs=nnx.Rngs(seed)))
+    if config.tied_embeddings:
+        return weights
+    counts = np.zeros(config.vocab_size) if counts is None else counts
+    frequency = np.log(counts + UNSEEN)
+    # The final norm divides the sum of a unit normal and a one in each lane by sqrt(2).
+    bias = (frequency - frequency.mean()) * 2**0.5 / config.dim
+    embed, head = weights[EMBEDDING], weights[HEAD]
+    bias = jnp.asarray(bias, head.dtype)[:, None]
+    return weights | {EMBEDDING: embed + 1, HEAD: jnp.broadcast_to(bias, head.shape)}
+
+
 def init_state(
-    config: MistralConfig, options: StepOptions, seed: int, tied: TiedIds | None = None
+    config: MistralConfig,
+    options: StepOptions,
+    seed: int,
+    tied: TiedIds | None = None,
+    counts: Integer[np.ndarray, " V"] | None = None,
 ) -> TrainState:
-    """Initial training state with random weights, drawn from `seed`, of `tied` ids one row."""
+    """Initial training state with the `initial_weights`, in which `tied` ids have one row."""
 
     def draw() -> Weights:
-        weights = weights_of(Mistral(config, rngs=nnx.Rngs(seed)))
+        weights = initial_weights(config, seed, counts)
         return tied.narrowed(weights) if tied else weights
 
     return state_of(create_sharded(options.mesh, draw), options)

@@ -21,7 +21,17 @@ from lechat_jax.config.layout import EMBEDDING, HEAD
 from lechat_jax.data.rows import Rows
 from lechat_jax.model.binding import Weights
 
+COUNTED = 64_000_000  # ids; as many as a text whose unused ids are tied has at most
 ROWS = 128  # a multiple of which tables have: lanes of a TPU, and what a mesh divides
+
+
+def count_ids(ids: Integer[np.ndarray, " ids"], vocab_size: int) -> Int[np.ndarray, " V"]:
+    """Occurrences of each id; of a very long text in its first part.
+
+    >>> count_ids(np.array([1, 3, 3]), 5).tolist()
+    [0, 1, 0, 2, 0]
+    """
+    return np.bincount(ids[:COUNTED], minlength=vocab_size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,13 +54,16 @@ class TiedIds:
         return cls(np.ones(vocab_size, bool))
 
     @classmethod
-    def unused_in(cls, stream: Integer[np.ndarray, " stream"], vocab_size: int) -> "TiedIds":
-        """Ties the ids that a text does not have, but for a few that fill up the tables."""
-        has_own = np.zeros(vocab_size, bool)
-        has_own[stream] = True
+    def unused(cls, counts: Integer[np.ndarray, " V"]) -> "TiedIds":
+        """Ties the ids that a text does not have, but for a few that fill up the tables.
+
+        Args:
+            counts: occurrences of each id.
+        """
+        has_own = counts > 0
         room = -(np.count_nonzero(has_own) + 1) % ROWS
         has_own[np.flatnonzero(~has_own)[:room]] = True
-        return cls(has_own) if np.count_nonzero(~has_own) > 1 else cls.none(vocab_size)
+        return cls(has_own) if np.count_nonzero(~has_own) > 1 else cls.none(len(counts))
 
     @property
     def n_tied(self) -> int:

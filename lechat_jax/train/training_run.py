@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Integer
 
 from lechat_jax.checkpoint.peft import write_adapter
 from lechat_jax.checkpoint.run import Run
@@ -47,6 +48,7 @@ class Job(NamedTuple):
         config: of the model.
         options: as resolved.
         dataset: the dataset.
+        counts: occurrences of each id in its training text.
         tied: ids that share a row, since its training text has none of them.
         tokenizer: of the model.
         display: shows its progress.
@@ -58,6 +60,7 @@ class Job(NamedTuple):
     config: MistralConfig
     options: TrainConfig
     dataset: Dataset
+    counts: Integer[np.ndarray, " V"]
     tied: TiedIds
     tokenizer: Tokenizer
     display: Display
@@ -73,7 +76,14 @@ def step_options(options: TrainConfig, mesh: Mesh | None, n_tied: int = 0) -> St
         remat=options.remat,
         accumulate=options.accumulate,
         router_aux_loss=options.router_aux_loss,
-        rule=usual_rule(options.usual_optimizer, options.start, options.weight_decay),
+        rule=usual_rule(
+            options.usual_optimizer,
+            options.start,
+            weight_decay=options.weight_decay,
+            beta1=options.usual_beta1,
+            muon_steps=options.muon_steps,
+            muon_momentum=options.muon_momentum,
+        ),
         mesh=mesh,
         n_tied=max(1, n_tied),
     )
@@ -181,7 +191,8 @@ class TrainingRun:
         seed = self.job.options.seed
         if self.adapters:
             return state_of(self.adapters.draw(self.job.config, seed), self.step_options)
-        return init_state(self.job.config, self.step_options, seed, self.job.tied)
+        job = self.job
+        return init_state(job.config, self.step_options, seed, job.tied, job.counts)
 
     def save(self) -> None:
         """Saves a checkpoint of this step.

@@ -12,7 +12,7 @@ from lechat_jax.data.batches import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.train.flops import peak_flops
 from lechat_jax.train.tied_ids import TiedIds
-from parity.bench.learners.lechat import AdamW, LechatAdamW, Setup, initial_weights
+from parity.bench.learners.lechat import AdamW, LechatAdamW, Setup, first_weights
 from parity.bench.learners.race import PEER, Runner
 from parity.bench.work import Work, cell
 from parity.measure import wait_until_idle
@@ -108,7 +108,7 @@ class Moe(Work):
         stream = np.random.default_rng(self.seed).integers(config.vocab_size, size=8 * per_step)
         batches = Batches(len(stream), self.block, self.batch, self.seed)
         tied = TiedIds.none(config.vocab_size)
-        weights = initial_weights(config, self.seed, tied)
+        weights = first_weights(config, self.seed, tied)
         stream = stream.astype(np.int32)
         return Setup(config, batches, stream, self.seed, weights, tied, STEPS_PER_CALL)
 

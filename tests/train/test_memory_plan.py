@@ -163,7 +163,7 @@ def test_weights_that_stay_have_no_gradient_and_nothing_is_remembered_of_them() 
         n: jax.ShapeDtypeStruct(x.shape, "bfloat16") for n, x in weight_shapes(config).items()
     }
     learning = {"blocks.0.attn.q.lora.a": jax.ShapeDtypeStruct((16, 4096), "float32")}
-    options = StepOptions(rule=usual_rule("adamw", "adapters", 0.0))
+    options = StepOptions(rule=usual_rule("adamw", "adapters"))
     with pytest.raises(BadInput, match=r"remembers take 14\.48 GB and 14\.00 GB are free"):
         check_memory(config, options, 1, 128, 14 * 10**9, Parts(learning, frozen), pytest.fail)
 

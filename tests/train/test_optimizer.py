@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lechat_jax.config import MistralConfig
 from lechat_jax.model.binding import Weights, shapes_of
 from lechat_jax.train.optimizer import (
+    MUON,
     Kind,
     Optimizer,
     Rates,
@@ -181,7 +182,7 @@ def test_it_is_the_newton_schulz_iteration_of_the_gradient(tiny: MistralConfig) 
     for name in matrices(tiny):
         left, s, right = np.linalg.svd(as_matrix(name, gradients(tiny)[name]), full_matrices=False)
         s /= np.sqrt((s**2).sum())
-        for _ in range(5):  # on a matrix it acts on the singular values alone
+        for _ in range(MUON.muon_steps):  # on a matrix it acts on the singular values alone
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
         fan_out, fan_in = len(left), right.shape[1]
         scale = Rates().matrix * max(1, fan_out / fan_in) ** 0.5
@@ -257,7 +258,7 @@ def test_tables_and_norms_take_the_steps_of_pytorchs_adam(kind: Kind) -> None:
     theirs = {name: torch.nn.Parameter(torch.tensor(leaf)) for name, leaf in weights.items()}
     rule = usual_rule(kind, "random", weight_decay=0.3)
     groups = [{"params": [theirs[n]], "lr": 0.5 * getattr(rule.rates, group(n))} for n in shapes]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-10)
+    adam = torch.optim.Adam(groups, betas=(rule.beta1, 0.95), eps=1e-10)
     optimizer = Optimizer(0.5, rule)
     ours = {name: jnp.asarray(leaf) for name, leaf in weights.items()}
     state = optimizer.init(ours)
@@ -322,7 +323,7 @@ def test_muon_takes_part_of_the_matrices_off_and_of_nothing_else() -> None:
     )
 
     def moved(weight_decay: float) -> Weights:
-        optimizer = Optimizer(0.5, usual_rule("muon", "random", weight_decay))
+        optimizer = Optimizer(0.5, usual_rule("muon", "random", weight_decay=weight_decay))
         return optimizer.update(grads, optimizer.init(weights), weights)[0]
 
     plain, decayed = moved(0.0), moved(0.3)
@@ -355,4 +356,5 @@ def test_momentum_and_moments_are_float32_and_nothing_else_is_kept(
     ],
 )
 def test_each_start_has_its_usual_rates(kind: Kind, start: Any, rates: tuple) -> None:
-    assert usual_rule(kind, start) == (kind, rates, 0.0)
+    rule = usual_rule(kind, start)
+    assert (rule.matrices, rule.rates, rule.weight_decay) == (kind, rates, 0.0)

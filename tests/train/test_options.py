@@ -212,7 +212,7 @@ def test_a_model_that_cannot_be_is_refused(asked: TrainConfig, sentence: str) ->
 @pytest.mark.parametrize(
     ("platform", "shape"),
     [
-        ("cpu", (8, 128, "float32")),
+        ("cpu", (12, 128, "float32")),
         ("gpu", (256, 256, "bfloat16")),
         ("tpu", (256, 256, "bfloat16")),
     ],
@@ -226,8 +226,8 @@ def test_the_batch_suits_the_platform(platform: str, shape: tuple) -> None:
 
 
 def test_a_batch_is_cut_into_equal_parts() -> None:
-    with pytest.raises(BadInput, match="--accumulate must divide the 8 rows of a batch"):
-        TrainConfig(accumulate=3).shape("cpu")
+    with pytest.raises(BadInput, match="--accumulate must divide the 12 rows of a batch"):
+        TrainConfig(accumulate=5).shape("cpu")
 
 
 # --- weights to start from ---

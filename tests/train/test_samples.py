@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -51,7 +52,8 @@ def sampled(config: MistralConfig, tmp_path: Path) -> Sampled:
             run = Run.create(tmp_path / "run")
             options = TrainConfig(max_tokens=4, **asked)
             tied = TiedIds.none(config.vocab_size)
-            job = Job(run, config, options, dataset, tied, tokenizer, display, began=0.0)
+            counts = np.zeros(config.vocab_size, int)
+            job = Job(run, config, options, dataset, counts, tied, tokenizer, display, began=0.0)
             Samples(job).take(2, weights_of(random_model(config)))
         return told.getvalue()
 

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Rows
 from lechat_jax.errors import BadInput
-from lechat_jax.model.binding import Weights, bind
+from lechat_jax.model.binding import Weights, bind, weights_of
+from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.scoring import score, total_nats
 from lechat_jax.ops.remat import Remat, recomputing
 from lechat_jax.train.optimizer import Optimizer
@@ -51,7 +53,8 @@ def small(tiny: MistralConfig) -> MistralConfig:
 
 @functools.cache
 def first_state(config: MistralConfig) -> TrainState:
-    return init_state(config, OPTIONS, seed=0)
+    """Of a new model, whose head is not zero."""
+    return state_of(weights_of(Mistral(config, rngs=nnx.Rngs(0))), OPTIONS)
 
 
 def fresh(config: MistralConfig, step: int = 0) -> TrainState:
@@ -170,9 +173,17 @@ def test_a_tiny_text_is_learned_by_heart(small: MistralConfig) -> None:
 
 
 def test_the_seed_decides_the_weights(small: MistralConfig) -> None:
-    first, other = first_state(small), init_state(small, OPTIONS, seed=1)
-    assert same_bits(first, init_state(small, OPTIONS, seed=0))
-    assert not same_bits(first.weights["head.kernel"], other.weights["head.kernel"])
+    first, same, other = (init_state(small, OPTIONS, seed) for seed in (0, 0, 1))
+    assert same_bits(first, same)
+    assert not same_bits(first.weights["embed.kernel"], other.weights["embed.kernel"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_at_first_all_ids_are_equally_likely(tied: bool, small: MistralConfig) -> None:
+    """Where the head is a table of its own."""
+    config = dataclasses.replace(small, tied_embeddings=tied)
+    _, losses = train(config, init_state(config, OPTIONS, seed=0), 1)
+    assert (float(losses[0]) == pytest.approx(np.log(config.vocab_size), abs=1e-5)) != tied
 
 
 def test_weights_that_are_given_are_those_that_are_trained(small: MistralConfig) -> None:
@@ -180,6 +191,19 @@ def test_weights_that_are_given_are_those_that_are_trained(small: MistralConfig)
     assert same_bits(state_of(first.weights, OPTIONS), first)
     other = init_state(small, OPTIONS, seed=1).weights
     assert same_bits(state_of(other, OPTIONS).weights, other)
+
+
+def test_the_first_guess_is_how_frequent_each_id_is(small: MistralConfig) -> None:
+    """So the first loss is nearly the entropy of the ids, and much less than without counts."""
+    config = dataclasses.replace(small, dim=192)
+    counts = np.append(1000 // np.arange(1, 21), np.zeros(77, int))
+    share = counts[:20] / counts.sum()
+    ids = np.random.default_rng(0).choice(len(share), size=(CALLS, 64, 17), p=share)
+    rows = Rows(ids.astype(np.int32))
+    _, losses = train(config, init_state(config, OPTIONS, 0, counts=counts), 1, rows)
+    entropy = -(share * np.log(share)).sum()
+    assert abs(losses[0] - entropy) < 0.05
+    assert np.log(config.vocab_size) - entropy > 1
 
 
 # --- several steps in a call ---

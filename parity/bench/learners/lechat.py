@@ -11,18 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Batches
 from lechat_jax.data.rows import Rows
-from lechat_jax.model.binding import Weights, weights_of
-from lechat_jax.model.mistral import Mistral
+from lechat_jax.model.binding import Weights
 from lechat_jax.model.scoring import score
 from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.train.options import Dtype
-from lechat_jax.train.step import StepOptions, gradient, state_of, train_steps
+from lechat_jax.train.step import (
+    StepOptions,
+    gradient,
+    initial_weights,
+    state_of,
+    train_steps,
+)
 from lechat_jax.train.tied_ids import TiedIds
 from parity.measure import device_peak
 
@@ -66,11 +70,14 @@ class Setup(NamedTuple):
         return self.batches.rows(self.stream, first_step, n).tokens.astype(np.int64)
 
 
-def initial_weights(
-    config: MistralConfig, seed: int, tied: TiedIds
+def first_weights(
+    config: MistralConfig,
+    seed: int,
+    tied: TiedIds,
+    counts: Integer[np.ndarray, " V"] | None = None,
 ) -> dict[str, Float[np.ndarray, "..."]]:
-    """Random weights that lechat draws from a seed, as arrays that no step will overwrite."""
-    weights = tied.widened(tied.narrowed(weights_of(Mistral(config, rngs=nnx.Rngs(seed)))))
+    """Initial weights as lechat draws them from a seed, in arrays that no step will overwrite."""
+    weights = tied.widened(tied.narrowed(initial_weights(config, seed, counts)))
     return {name: np.array(leaf) for name, leaf in weights.items()}
 
 

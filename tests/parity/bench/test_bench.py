@@ -25,7 +25,7 @@ from lechat_jax.model.binding import bind
 from lechat_jax.train.tied_ids import TiedIds
 from parity.bench.command import main
 from parity.bench.learners import torch as torch_learners
-from parity.bench.learners.lechat import AdamW, Setup, initial_weights
+from parity.bench.learners.lechat import AdamW, Setup, first_weights
 from parity.bench.learners.race import Point, Runner, race
 from parity.bench.train import Train
 from parity.measure import PeakMemory, machine_line, read_speed, wait_until_idle
@@ -66,7 +66,7 @@ def bench(config: MistralConfig, tmp_path: Path) -> Bench:
 def training_setup(config: MistralConfig) -> Setup:
     stream = np.random.default_rng(0).integers(config.vocab_size, size=400).astype(np.uint16)
     tied = TiedIds.none(config.vocab_size)
-    weights = initial_weights(config, 0, tied)
+    weights = first_weights(config, 0, tied)
     return Setup(config, Batches(len(stream), 16, 2, seed=0), stream, 0, weights, tied, 2)
 
 
@@ -158,7 +158,7 @@ def test_converted_weights_compute_the_same_logits(config: MistralConfig) -> Non
     rng = np.random.default_rng(1)
     weights = {  # norms of one would hide a norm in the wrong place
         name: leaf + 0.3 * rng.standard_normal(leaf.shape, np.float32)
-        for name, leaf in initial_weights(config, 0, TiedIds.none(config.vocab_size)).items()
+        for name, leaf in first_weights(config, 0, TiedIds.none(config.vocab_size)).items()
     }
     ids = rng.integers(config.vocab_size, size=(2, 33))
     ours = jax.jit(lambda weights: bind(config, weights)(jnp.asarray(ids)))(weights)
@@ -378,7 +378,7 @@ def test_the_timed_peer_attention_is_the_same_attention(window: int) -> None:
         ("train --batch 0", "--batch must be at least 1, not 0"),
         ("train --slice 0", "--slice must be more than 0"),
         ("train --minutes 0", "--minutes must be more than 0"),
-        ("train --block 128 48", "--block must be numbers that divide the 1024 tokens of a step"),
+        ("train --block 128 100", "--block must be numbers that divide the 1536 tokens of a step"),
         ("train --block 64 128 --minutes 1", "--minutes takes one --block"),
         ("train --apart --minutes 1", "leave out --apart"),
         ("train --no-lechat --same-optimizer", "leave out --no-lechat"),
