@@ -271,6 +271,25 @@ def test_kernels_are_quantised_in_blocks_of_32(
         np.testing.assert_allclose(found.read(name), before, rtol=0, atol=step * largest)
 
 
+@pytest.mark.parametrize(("kind", "flag"), [("BF16", "--dtype"), ("Q8_0", "--quantize")])
+def test_numbers_are_quantised_thousands_at_a_time(
+    kind: str, flag: str, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library works through 16 rows of what it is given in a loop of Python."""
+    quant = getattr(gguf.quants, kind)
+    real, sizes = quant.quantize_blocks, list[int]()
+
+    def counted(blocks: np.ndarray) -> np.ndarray:
+        sizes.append(blocks.size)
+        return real(blocks)
+
+    monkeypatch.setattr(quant, "quantize_blocks", counted)
+    model = saved(tmp_path / "model", like(dim=256, hidden_dim=1024), taught)
+    convert(model, tmp_path / "m.gguf", flag, {"BF16": "bfloat16"}.get(kind, kind.lower()))
+    assert sum(sizes) > 2_000_000
+    assert np.mean(sizes) > 8_000
+
+
 def test_added_tokens_padding_and_template_travel_along(tmp_path: Path) -> None:
     model = saved(tmp_path / "model", like(dim=32, n_layers=1), tokenizers.shipped("v3"))
     config = SavedModel.open(model).config
