@@ -52,6 +52,8 @@ from lechat_jax.train.trackers import profile_steps, track_in_tensorboard, track
 from lechat_jax.train.trainer import Trainer, described_rows_of_a_call
 from lechat_jax.train.training_run import Diverged, Job, TrainingRun, step_options
 
+COUNTED = 1 << 24  # ids of a large text whose frequencies stand for those of all
+
 
 def run(options: TrainConfig) -> Run:
     """Trains from Python as `lechat train` does, and returns the run.
@@ -116,9 +118,8 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
 
     def compile_step(batch: Rows, tied: TiedIds) -> None:
         rows, step = described_rows_of_a_call(batch, mesh), step_options(options, mesh, tied.n_tied)
-        learning, frozen = start.parts
-        learning = jax.eval_shape(tied.narrowed, learning)
-        call = described_call(tied.narrow_config(config), step, learning, frozen, rows)
+        parts = start.parts.with_tied(tied)
+        call = described_call(tied.narrow_config(config), step, *parts, rows)
         compilation.start(jitted_steps(step), *call)
 
     def see_shape(batch: Rows) -> None:
@@ -146,10 +147,13 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             f"the text is not the one that {asked.resume} was started on (SHA-256 {known}); "
             "restore it or say with --data where it is, or start a new run"
         )
-    counts, tied = count_ids(dataset.ids, config.vocab_size), TiedIds.none(config.vocab_size)
     if options.unused_ids == "tied":
+        counts = count_ids(dataset.ids, config.vocab_size)
         tied = TiedIds.unused(counts)
         compile_step(shapes[0], tied)
+    else:  # of a large text a part tells the frequencies
+        counts = count_ids(dataset.ids[:COUNTED], config.vocab_size)
+        tied = TiedIds.none(config.vocab_size)
     with running_out(REMEDY):
         source = start.source
         loaded = load_base(source, options, shape.dtype, mesh, display) if source else None
@@ -176,7 +180,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             f"window {config.sliding_window or 'full'}{_tying(tied)}\n"
             f"step:  {shape.batch} x {shape.block} tokens, {shape.dtype} on {_devices(mesh)}\n"
             f"run:   {run.folder}, {options.keep} checkpoints of "
-            f"{checkpoint_bytes(training.step_options, start.parts) / 1e9:.2f} GB"
+            f"{checkpoint_bytes(training.step_options, start.parts, tied) / 1e9:.2f} GB"
         )
         if is_new:
             training.begin(weights)

@@ -29,6 +29,7 @@ from lechat_jax.train.step import (
     described_state,
     jitted_steps,
 )
+from lechat_jax.train.tied_ids import TiedIds
 
 USUAL = (8, 16, 24, 40, 48, 80, 96, 141, 192)  # GB of the devices that one can have
 SHALLOW = (2, 4)  # layers of the models that a deeper one is inferred from
@@ -56,6 +57,10 @@ class Parts(NamedTuple):
     def of_layers(self, depth: int) -> "Parts":
         """The weights of the first layers alone."""
         return Parts(*({n: x for n, x in part.items() if _is_within(n, depth)} for part in self))
+
+    def with_tied(self, tied: TiedIds) -> "Parts":
+        """The weights with narrow tables."""
+        return Parts(jax.eval_shape(tied.narrowed, self.learning), self.frozen)
 
 
 class Memory(NamedTuple):
@@ -108,10 +113,15 @@ def check_memory(
         check_fits("a training step takes", total, free, REMEDY)
 
 
-def checkpoint_bytes(options: StepOptions, parts: Parts) -> int:
-    """Disk space of a checkpoint in bytes, whatever the sharding."""
-    memory = _state(dataclasses.replace(options, mesh=None), parts._replace(frozen={}))
-    return memory.parameters + memory.optimizer
+def checkpoint_bytes(options: StepOptions, parts: Parts, tied: TiedIds | None = None) -> int:
+    """Disk space of a checkpoint in bytes, whatever the sharding.
+
+    It has whole tables; what the optimiser remembers is of those that are trained.
+    """
+    alone = dataclasses.replace(options, mesh=None)
+    trained = parts.with_tied(tied) if tied else parts
+    optimizer = _state(alone, trained._replace(frozen={})).optimizer
+    return bytes_on_a_device(parts.learning) + optimizer
 
 
 def needed(

@@ -21,17 +21,20 @@ from lechat_jax.config.layout import EMBEDDING, HEAD
 from lechat_jax.data.rows import Rows
 from lechat_jax.model.binding import Weights
 
-COUNTED = 64_000_000  # ids; as many as a text whose unused ids are tied has at most
+AT_ONCE = 1 << 24  # ids that are counted at a time, since NumPy makes int64 of them
 ROWS = 128  # a multiple of which tables have: lanes of a TPU, and what a mesh divides
 
 
 def count_ids(ids: Integer[np.ndarray, " ids"], vocab_size: int) -> Int[np.ndarray, " V"]:
-    """Occurrences of each id; of a very long text in its first part.
+    """Occurrences of each id.
 
     >>> count_ids(np.array([1, 3, 3]), 5).tolist()
     [0, 1, 0, 2, 0]
     """
-    return np.bincount(ids[:COUNTED], minlength=vocab_size)
+    counts = np.zeros(vocab_size, np.int64)
+    for first in range(0, len(ids), AT_ONCE):
+        counts += np.bincount(ids[first : first + AT_ONCE], minlength=vocab_size)
+    return counts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

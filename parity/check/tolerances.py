@@ -5,7 +5,7 @@ with a few large channels, amplifies it a thousand times. So no limit is a const
 compared with two yardsticks, each measured on the same weights and inputs, at the same stage:
 
 - in float64, how far the reference itself moves when each of its weights is rounded once more
-  (the backward error that any correct program may have);
+  (the backward error that any correct program may have) and its vocabulary is in another order;
 - in float32 and bfloat16, how wrong the other implementations are, against the float64 truth.
 
 Both may be large where the model is, and neither is large because of one program's mistake.

@@ -17,6 +17,7 @@ from lechat_jax.formats.configs.hugging_face import to_hugging_face
 from parity.check.oracles.interface import Dtype, Implementation, Oracle
 from parity.check.oracles.lechat_jax import JaxOracle
 from parity.check.oracles.lechat_torch import TorchOracle
+from parity.check.oracles.reordered import Reordered
 from parity.check.oracles.transformers import TransformersOracle
 from parity.check.probes import PROBES, Answers, Inputs, Model, Probe, Result, padding, trajectory
 from parity.check.tolerances import EXACT, ROUNDINGS, SAME_ROUNDING, UNIT, flips, slack
@@ -63,12 +64,15 @@ class Comparison:
 
     @property
     def moved(self) -> Answers:
-        """What lechat_torch answers in float64 when each weight is rounded once more."""
+        """What lechat_torch answers in float64 when each weight is rounded once more.
+
+        And when the vocabulary is in another order, in which its sums round otherwise.
+        """
         return self._known.moved if self._known else self._moved
 
     @functools.cached_property
     def _moved(self) -> Answers:
-        return Answers(TorchOracle(*rounded_once_more(self.theirs), "float64"), self.inputs)
+        return Answers(Reordered(*rounded_once_more(self.theirs), "float64"), self.inputs)
 
     def exact(self, *, transformers: bool = True) -> Iterator[Stage]:
         """Every stage in float64: lechat_jax, and transformers, against lechat_torch.

@@ -148,8 +148,8 @@ def test_k_quants_are_the_numbers_that_llama_cpp_reads(
     def some(numbers: np.ndarray, asked: gguf.GGMLQuantizationType) -> np.ndarray:
         if asked.name != kind:
             return quantize(numbers, asked)
-        _, size = gguf.GGML_QUANT_SIZES[asked]
-        blocks = random.integers(0, 256, (len(numbers), size), np.uint8)
+        block, size = gguf.GGML_QUANT_SIZES[asked]
+        blocks = random.integers(0, 256, (numbers.size // block, size), np.uint8)
         for at in K_QUANTS[kind]:
             scales = (random.random(len(blocks)) / 5000 + 1e-4).astype(np.float16)
             blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
@@ -286,7 +286,7 @@ def test_numbers_are_quantised_thousands_at_a_time(
     monkeypatch.setattr(quant, "quantize_blocks", counted)
     model = saved(tmp_path / "model", like(dim=256, hidden_dim=1024), taught)
     convert(model, tmp_path / "m.gguf", flag, {"BF16": "bfloat16"}.get(kind, kind.lower()))
-    assert sum(sizes) > 2_000_000
+    assert sum(sizes) > 1_500_000
     assert np.mean(sizes) > 8_000
 
 
