@@ -89,7 +89,7 @@ class TrainConfig:
         steps: Number of training steps, instead of --minutes; for a resumed run, that many more.
         max_epochs: Upper limit of epochs, which are passes over the training text, in --minutes.
             More would overfit, so a fast machine stops before its minutes are over.
-        batch: Rows in a batch. By default 12 on a CPU, 16 with --mesh, and 256 on a GPU or TPU.
+        batch: Rows in a batch. By default 12 on a CPU, or 16 on several, and 256 on a GPU or TPU.
         accumulate: Gradient accumulation: micro-batches per step, one after the other, with the
             activations of one in memory. Divides --batch.
         packing: Sequence packing: whether a row holds several documents, none of which attends to

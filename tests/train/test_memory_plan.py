@@ -95,7 +95,7 @@ def test_a_dry_run_says_what_fits_and_writes_nothing(
     flags = "--dim 16 --n-layers 1 --n-heads 2 --n-kv-heads 2 --head-dim 8 --hidden-dim 24"
     assert main([*flags.split(), "--sliding-window", "6", "--mesh", "fsdp=8", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "lechat-15m on 8 devices, 8 x 128 tokens in float32 with --remat none" in said
+    assert "lechat-15m on 8 devices, 16 x 128 tokens in float32 with --remat none" in said
     assert "a device of 8 GB has room for it" in said
     assert not list(tmp_path.iterdir())
     with pytest.raises(BadInput, match="instead of --resume"):
