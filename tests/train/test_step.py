@@ -202,7 +202,7 @@ def test_the_first_guess_is_how_frequent_each_id_is(small: MistralConfig) -> Non
     rows = Rows(ids.astype(np.int32))
     _, losses = train(config, init_state(config, OPTIONS, 0, counts=counts), 1, rows)
     entropy = -(share * np.log(share)).sum()
-    assert abs(losses[0] - entropy) < 0.05
+    assert abs(losses[0] - entropy) < 0.1
     assert np.log(config.vocab_size) - entropy > 1
 
 
