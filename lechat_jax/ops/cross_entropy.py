@@ -32,7 +32,7 @@ def cross_entropy(
     rows = _chunks(hidden, targets, weights, chunk)
     start = jnp.zeros((), rows[2].dtype)
     nats, _ = jax.lax.scan(
-        lambda nats, row: (nats + _nats(head, *row, n_tied)[0], None), start, rows
+        lambda nats, row: (nats + _nats(head, *row, n_tied=n_tied)[0], None), start, rows
     )
     return nats
 
@@ -98,7 +98,7 @@ def _forward(
     def step(carry: tuple[Array, Array], row: tuple[Array, ...]) -> tuple:
         nats, d_head = carry
         h, target, weight = row
-        more, numerator, denominator = _nats(head, *row, n_tied)
+        more, numerator, denominator = _nats(head, *row, n_tied=n_tied)
         # d loss / d logit = weight * (softmax - onehot). The normaliser goes to the small
         # operand and the onehot becomes a gather, so the logits are not written again.
         share = (weight / denominator)[:, None]

@@ -275,6 +275,8 @@ class Clock:
 class Walker:
     """Takes a step in so many seconds of a clock; remembers the run's length it was told."""
 
+    config = PRESETS["lechat-15m"]
+
     def __init__(self, seconds: float, clock: Clock) -> None:
         self.seconds, self.clock = seconds, clock
         self.step, self.note = 0, ""
