@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Annotated, NoReturn, TypeVar, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
@@ -67,8 +67,13 @@ def without_empty_defaults(options: type[Args]) -> type[Args]:
     """
     hints = get_type_hints(options, include_extras=True)
     silent = tyro.conf.arg(help_behavior_hint="")
+
+    def kept(field: inspect.Parameter) -> Any:
+        kw_only = field.kind is inspect.Parameter.KEYWORD_ONLY
+        return dataclasses.field(default=field.default, kw_only=kw_only)
+
     changed = [
-        (field.name, Annotated[hints[field.name], silent], dataclasses.field(default=field.default))
+        (field.name, Annotated[hints[field.name], silent], kept(field))
         for field in inspect.signature(options).parameters.values()
         if any(field.default is empty for empty in (None, False, "", ()))
     ]

@@ -17,30 +17,23 @@ from lechat_jax.cli import flags
 from lechat_jax.cli.display import Display
 from lechat_jax.data.sources import load_texts
 from lechat_jax.devices.compile_cache import enable_compilation_cache
-from lechat_jax.embed.embedder import AttentionName, Embedder, Pooling
+from lechat_jax.embed.embedder import Embedder, EmbeddingOptions
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_writable, write_atomic
 from lechat_jax.quantize.scheme import Format
 
 
 @dataclasses.dataclass(frozen=True)
-class EmbedConfig:
+class EmbedConfig(EmbeddingOptions):
     """The flags of `python -m lechat_jax.embed`.
 
     Attributes:
-        dir: Model: a training run, or a folder in lechat's, Hugging Face's or Mistral's format, a
-            GGUF file, either in a bucket (gs:// or s3://), or the name of a model on the Hugging
-            Face Hub.
+        folder: Folder of a training run, such as runs/NAME, or of weights in lechat's, Hugging
+            Face's or Mistral's format; a GGUF file; either in a bucket (gs:// or s3://); or the
+            name of a model on the Hugging Face Hub.
         text: Text to embed; repeatable.
         data: Texts to embed instead: files of one text each, a folder or a glob, or records with
             a "text" each (.jsonl or .parquet).
-        pooling: How the hidden states of a text become one vector: their mean, that of the last
-            token, or a mean weighted by position (SGPT).
-        attention: Attention: causal, as the model was trained, or bidirectional, as some are
-            fine-tuned for embeddings.
-        append_eos: Put EOS behind each text, whose vector --pooling last then takes.
-        max_tokens: Upper limit of a text in tokens; of a longer one the first are embedded.
-        batch: Texts embedded at a time.
         dtype: Type to compute in, float32 or bfloat16. By default as stored, but float32 on a CPU
             where that fits.
         quantize: Quantise the weights to int8 or int4 when they are loaded. By default they stay as
@@ -49,22 +42,15 @@ class EmbedConfig:
             line, with "index", "tokens" and "embedding". By default such lines go to stdout.
     """
 
-    dir: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[Path]
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     data: str | None = None
-    pooling: Pooling = "mean"
-    attention: AttentionName = "causal"
-    append_eos: bool = False
-    max_tokens: int = 2048
-    batch: int = 8
     dtype: Literal["float32", "bfloat16"] | None = None
     quantize: Format | None = None
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"--{name.replace('_', '-')} must be at least 1")
+        super().__post_init__()
         if bool(self.text) == (self.data is not None):
             raise BadInput("say what to embed: --text TEXT, once or more, or --data FILES")
         if self.out and self.out.suffix not in (".npy", ".jsonl"):
@@ -87,39 +73,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise BadInput(f"{options.data} has no text; give --data some to embed")
         display.wait("loading weights")
         embedder = Embedder.from_checkpoint(
-            options.dir,
-            dtype=options.dtype,
-            quantize=options.quantize,
-            pooling=options.pooling,
-            attention=options.attention,
-            max_tokens=options.max_tokens,
-            batch=options.batch,
-            append_eos=options.append_eos,
+            options.folder, options, dtype=options.dtype, quantize=options.quantize
         )
         ids = embedder.encode(texts)
+        lengths = [min(len(row), options.max_tokens) for row in ids]
         if n_long := sum(len(row) > options.max_tokens for row in ids):
             display.say(
                 f"note: {n_long} of {len(ids)} texts have more than {options.max_tokens} tokens, "
                 "of which the first are embedded (--max-tokens)"
             )
-        vectors = embedder.embed(ids, display.counter("embedding", 1, " texts"))
-    lengths = [min(len(row), options.max_tokens) for row in ids]
-    if options.out is None:
-        sys.stdout.write(as_lines(vectors, lengths))
-        return 0
-    if options.out.suffix == ".npy":
+        vectors = embedder.embed_ids(ids, display.counter("embedding", 1, " texts"))
+    if options.out and options.out.suffix == ".npy":
         array = io.BytesIO()
         np.save(array, vectors)
         write_atomic(options.out, array.getvalue())
+        return 0
+    lines = "".join(as_line(*row) for row in zip(range(len(ids)), lengths, vectors, strict=True))
+    if options.out:
+        write_atomic(options.out, lines)
     else:
-        write_atomic(options.out, as_lines(vectors, lengths))
+        sys.stdout.write(lines)
     return 0
 
 
-def as_lines(vectors: Float[np.ndarray, "texts D"], lengths: Sequence[int]) -> str:
-    """JSON Lines of the vectors, an object for each text."""
-    lines = io.StringIO()
-    for i, (vector, n) in enumerate(zip(vectors, lengths, strict=True)):
-        numbers = [float(f"{x:.9g}") for x in vector.tolist()]  # a float32, to the last bit
-        lines.write(json.dumps({"index": i, "tokens": n, "embedding": numbers}) + "\n")
-    return lines.getvalue()
+def as_line(index: int, tokens: int, vector: Float[np.ndarray, "D"]) -> str:
+    """A line of JSON: a text's number, how many tokens were embedded, and its vector."""
+    return json.dumps({"index": index, "tokens": tokens, "embedding": vector.tolist()}) + "\n"

@@ -1,5 +1,6 @@
 """Text embeddings from a decoder: its final hidden states, pooled to one vector of length one."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,34 @@ AttentionName = Literal["causal", "bidirectional"]
 SHORTEST = 16  # tokens of a row; longer ones have a power of two, so that few are compiled
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingOptions:
+    """How texts are embedded, for the command and Python alike.
+
+    Attributes:
+        pooling: How the hidden states of a text become one vector: their mean, that of the last
+            token, or a mean weighted by position, in which later tokens, which have seen more,
+            count for more (SGPT, arXiv:2202.08904).
+        attention: Attention: causal, as the model was trained, or bidirectional, as some are
+            fine-tuned for embeddings: each token sees all of its text, or as many tokens on either
+            side as the window has.
+        append_eos: Put EOS behind each text, whose vector --pooling last then takes.
+        max_tokens: Upper limit of a text in tokens; of a longer one the first are embedded.
+        batch: Texts embedded at a time.
+    """
+
+    pooling: Pooling = "mean"
+    attention: AttentionName = "causal"
+    append_eos: bool = False
+    max_tokens: int = 2048
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--max-tokens", self.max_tokens), ("--batch", self.batch)):
+            if value < 1:
+                raise BadInput(f"{flag} must be at least 1, not {value}")
+
+
 class Embedder:
     """Embeds texts with a model: vectors whose dot product is the cosine similarity of two texts.
 
@@ -34,46 +63,26 @@ class Embedder:
 
     Attributes:
         config: the model's config.
+        weights: the model's weights by name.
         tokenizer: of the texts; each begins with BOS.
-        pooling: mean of all positions, the last position, or a mean weighted by position, in
-            which later ones, which have seen more, count for more (SGPT, arXiv:2202.08904).
-        attention: causal as in training, or bidirectional, where each position sees all of its
-            text, or as many tokens on either side as the window has.
-        max_tokens: upper limit of a text; of a longer one the first are embedded.
-        batch: texts that are embedded at a time.
-        append_eos: whether EOS follows each text, as many of those fine-tuned for `last` want.
+        options: how they are embedded.
     """
 
     def __init__(
-        self,
-        model: Mistral,
-        tokenizer: Tokenizer,
-        *,
-        pooling: Pooling = "mean",
-        attention: AttentionName = "causal",
-        max_tokens: int = 2048,
-        batch: int = 8,
-        append_eos: bool = False,
+        self, model: Mistral, tokenizer: Tokenizer, options: EmbeddingOptions | None = None
     ) -> None:
-        if max_tokens < 1 or batch < 1:
-            raise BadInput(f"max_tokens ({max_tokens}) and batch ({batch}) must be at least 1")
         self.config: MistralConfig = model.config
-        self.tokenizer, self.pooling, self.attention = tokenizer, pooling, attention
-        self.max_tokens, self.batch, self.append_eos = max_tokens, batch, append_eos
-        self._weights = weights_of(model)
+        self.weights, self.tokenizer = weights_of(model), tokenizer
+        self.options = options or EmbeddingOptions()
 
     @classmethod
     def from_checkpoint(
         cls,
         folder: Path | str | SavedModel,
+        options: EmbeddingOptions | None = None,
         *,
         dtype: DTypeLike | None = None,
         quantize: Format | None = None,
-        pooling: Pooling = "mean",
-        attention: AttentionName = "causal",
-        max_tokens: int = 2048,
-        batch: int = 8,
-        append_eos: bool = False,
     ) -> "Embedder":
         """Loads a training run's last good checkpoint, or weights of any format.
 
@@ -87,70 +96,64 @@ class Embedder:
         if saved.tokenizer is None:
             raise BadInput(no_tokenizer(saved.folder, "no text can be read"))
         weights = load_to_compute(saved, dtype, quantize, lambda shapes: None)
-        return cls(
-            bind(saved.config, weights),
-            saved.tokenizer,
-            pooling=pooling,
-            attention=attention,
-            max_tokens=max_tokens,
-            batch=batch,
-            append_eos=append_eos,
-        )
+        return cls(bind(saved.config, weights), saved.tokenizer, options)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, whole: BOS, the text, and EOS if it is appended."""
-        ends = [self.tokenizer.eos_id] if self.append_eos else []
+        ends = [self.tokenizer.eos_id] if self.options.append_eos else []
         encoded = self.tokenizer.encode_batch(list(texts))
         return [[self.tokenizer.bos_id, *map(int, ids), *ends] for ids in encoded]
 
-    def embed(
+    def embed(self, texts: Sequence[str]) -> Float[np.ndarray, "texts D"]:
+        """Embeds texts, in float32; the vector of each is what it would be alone."""
+        return self.embed_ids(self.encode(texts))
+
+    def embed_ids(
         self,
-        texts: Sequence[str] | Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
         on_done: Callable[[int, int], None] = lambda done, of: None,
     ) -> Float[np.ndarray, "texts D"]:
-        """Embeds texts, or their ids, in float32; each is what it would be alone.
+        """Embeds texts given as ids, as `encode` makes them.
 
         Args:
-            texts: strings, or the ids of each, as `encode` gives them.
+            texts: the ids of each.
             on_done: called with the number of texts done and to do, after each batch.
 
         Raises:
             BadInput: ids are none of the model, or a text has none.
         """
-        rows = [self._cut(ids) for ids in self._ids_of(texts)]
+        rows, B = [self._cut(ids) for ids in texts], self.options.batch
         vectors = np.zeros((len(rows), self.config.dim), np.float32)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for first in range(0, len(order), self.batch):
-            chosen = order[first : first + self.batch]
-            longest = max(SHORTEST, *(len(rows[i]) for i in chosen))
-            tokens = np.zeros((self.batch, 1 << (longest - 1).bit_length()), np.int32)
-            lengths = np.ones(self.batch, np.int32)
+        for first in range(0, len(order), B):
+            chosen = order[first : first + B]
+            longest = max(SHORTEST, len(rows[chosen[-1]]))
+            tokens = np.zeros((B, 1 << (longest - 1).bit_length()), np.int32)
+            lengths = np.ones(B, np.int32)
             for place, i in enumerate(chosen):
                 tokens[place, : len(rows[i])], lengths[place] = rows[i], len(rows[i])
-            how = (self.config, self.pooling, self.attention == "causal")
-            vectors[chosen] = pooled(*how, self._weights, tokens, lengths)[: len(chosen)]
+            found = pooled(
+                self.config,
+                self.options.pooling,
+                self.options.attention == "causal",
+                self.weights,
+                tokens,
+                lengths,
+            )
+            vectors[chosen] = found[: len(chosen)]
             on_done(first + len(chosen), len(order))
         return vectors
 
-    def _ids_of(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        strings = [text for text in texts if isinstance(text, str)]
-        if strings and len(strings) == len(texts):
-            return [*self.encode(strings)]
-        rows = [text for text in texts if not isinstance(text, str)]
-        if strings:
-            raise BadInput("give texts or ids to embed, not both")
-        for ids in rows:
-            if not len(ids) or not all(0 <= i < self.config.vocab_size for i in ids):
-                raise BadInput(
-                    f"the ids of a text must be one or more of 0 to {self.config.vocab_size - 1}"
-                )
-        return rows
-
     def _cut(self, ids: Sequence[int]) -> Sequence[int]:
         """The first of the ids; EOS stays the last, since it is what `last` pools."""
-        if len(ids) <= self.max_tokens:
+        if not len(ids) or not all(0 <= i < self.config.vocab_size for i in ids):
+            raise BadInput(
+                f"the ids of a text must be one or more of 0 to {self.config.vocab_size - 1}"
+            )
+        if len(ids) <= self.options.max_tokens:
             return ids
-        return [*ids[: self.max_tokens - self.append_eos], *([ids[-1]] if self.append_eos else [])]
+        ends = [ids[-1]] if self.options.append_eos else []
+        return [*ids[: self.options.max_tokens - len(ends)], *ends]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

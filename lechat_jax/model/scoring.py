@@ -32,7 +32,7 @@ class Forward:
         remat: what a layer keeps for its backward pass.
         router_aux_loss: multiple of the `imbalance` of the experts, in whose slope it is and not
             in the loss, which is of the text alone.
-        n_tied: token ids that the last row of the head stands for.
+        n_sharing: token ids that the last row of the head stands for.
     """
 
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -41,7 +41,7 @@ class Forward:
     mesh: Mesh | None = None
     remat: Remat = "none"
     router_aux_loss: float = 0.0
-    n_tied: int = 1
+    n_sharing: int = 1
 
 
 def total_nats(
@@ -81,7 +81,7 @@ def _nats(
     hidden = hidden.reshape(-1, config.dim)
     chunk = options.chunk or usual_chunk(config.dim)
     nats: Array = cross_entropy(
-        hidden, head, targets.reshape(-1), share.reshape(-1), chunk, options.n_tied
+        hidden, head, targets.reshape(-1), share.reshape(-1), chunk, options.n_sharing
     )
     if load is None or not options.router_aux_loss:
         return nats

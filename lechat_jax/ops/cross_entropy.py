@@ -18,11 +18,11 @@ def cross_entropy(
     targets: Int[Array, " T"],
     weights: Float[Array, " T"],
     chunk: int,
-    n_tied: int = 1,
+    n_sharing: int = 1,
 ) -> Float[Array, ""]:
     """Cross-entropy: sum over T tokens of weight * -log softmax(head @ hidden)[target], in nats.
 
-    The last row of the head stands for `n_tied` equal ones: the softmax is over all of them.
+    The last row of the head stands for `n_sharing` equal ones: the softmax is over all of them.
 
     The logits of `chunk` tokens are in memory at a time, at least float32. When differentiated,
     the forward pass also computes the gradients of `hidden` and `head`, so that no logit is
@@ -32,7 +32,7 @@ def cross_entropy(
     rows = _chunks(hidden, targets, weights, chunk)
     start = jnp.zeros((), rows[2].dtype)
     nats, _ = jax.lax.scan(
-        lambda nats, row: (nats + _nats(head, *row, n_tied=n_tied)[0], None), start, rows
+        lambda nats, row: (nats + _nats(head, *row, n_sharing=n_sharing)[0], None), start, rows
     )
     return nats
 
@@ -75,22 +75,22 @@ def _chunks(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[
 
 
 def _nats(
-    head: Array, h: Array, target: Array, weight: Array, n_tied: int
+    head: Array, h: Array, target: Array, weight: Array, n_sharing: int
 ) -> tuple[Array, Array, Array]:
     """The loss of one chunk in nats, and its softmax as numerators and denominators."""
     logits = jnp.einsum("TD,VD->TV", h, head, preferred_element_type=weight.dtype)
     top = logits.max(axis=-1)
     numerator = jnp.exp(logits - top[:, None])
-    if n_tied > 1:
+    if n_sharing > 1:
         is_last = jnp.arange(head.shape[0]) == head.shape[0] - 1
-        numerator *= jnp.where(is_last, n_tied, 1).astype(numerator.dtype)
+        numerator *= jnp.where(is_last, n_sharing, 1).astype(numerator.dtype)
     denominator = numerator.sum(axis=-1)
     hit = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
     return jnp.sum(weight * (jnp.log(denominator) + top - hit)), numerator, denominator
 
 
 def _forward(
-    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, n_tied: int
+    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, n_sharing: int
 ) -> tuple[Array, Gradients]:
     rows = _chunks(hidden, targets, weights, chunk)
     wide = rows[2].dtype
@@ -98,7 +98,7 @@ def _forward(
     def step(carry: tuple[Array, Array], row: tuple[Array, ...]) -> tuple:
         nats, d_head = carry
         h, target, weight = row
-        more, numerator, denominator = _nats(head, *row, n_tied=n_tied)
+        more, numerator, denominator = _nats(head, *row, n_sharing=n_sharing)
         # d loss / d logit = weight * (softmax - onehot). The normaliser goes to the small
         # operand and the onehot becomes a gather, so the logits are not written again.
         share = (weight / denominator)[:, None]
@@ -116,7 +116,7 @@ def _forward(
     return nats, (d_hidden.astype(hidden.dtype), d_head.astype(head.dtype))
 
 
-def _backward(chunk: int, n_tied: int, gradients: Gradients, scale: Array) -> tuple:
+def _backward(chunk: int, n_sharing: int, gradients: Gradients, scale: Array) -> tuple:
     d_hidden, d_head = gradients
     return (
         (scale * d_hidden).astype(d_hidden.dtype),

@@ -47,10 +47,10 @@ from lechat_jax.train.options import MOVABLE, TrainConfig
 from lechat_jax.train.schedule import elapsed, process_start
 from lechat_jax.train.start import Start, load_base, resumed, run_of, started
 from lechat_jax.train.step import described_call, jitted_steps
-from lechat_jax.train.tied_ids import TiedIds, count_ids
 from lechat_jax.train.trackers import profile_steps, track_in_tensorboard, track_in_wandb
 from lechat_jax.train.trainer import Trainer, described_rows_of_a_call
 from lechat_jax.train.training_run import Diverged, Job, TrainingRun, step_options
+from lechat_jax.train.unused_ids import UnusedIds, count_ids
 
 COUNTED = 1 << 24  # ids of a large text whose frequencies stand for those of all
 
@@ -116,16 +116,17 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
     _check_room(start, run, is_new, mesh, display)
     compilation, shapes = Compilation(), list[Rows]()
 
-    def compile_step(batch: Rows, tied: TiedIds) -> None:
-        rows, step = described_rows_of_a_call(batch, mesh), step_options(options, mesh, tied.n_tied)
-        parts = start.parts.with_tied(tied)
-        call = described_call(tied.narrow_config(config), step, *parts, rows)
+    def compile_step(batch: Rows, unused: UnusedIds) -> None:
+        step = step_options(options, mesh, unused.n_sharing)
+        rows = described_rows_of_a_call(batch, mesh)
+        parts = start.parts.with_shared_row(unused)
+        call = described_call(unused.narrow_config(config), step, *parts, rows)
         compilation.start(jitted_steps(step), *call)
 
     def see_shape(batch: Rows) -> None:
         shapes.append(batch)
-        if options.unused_ids != "tied":
-            compile_step(batch, TiedIds.none(config.vocab_size))
+        if options.unused_ids != "shared":
+            compile_step(batch, UnusedIds.none(config.vocab_size))
 
     dataset = open_dataset(
         options.data,
@@ -147,13 +148,13 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             f"the text is not the one that {asked.resume} was started on (SHA-256 {known}); "
             "restore it or say with --data where it is, or start a new run"
         )
-    if options.unused_ids == "tied":
+    if options.unused_ids == "shared":
         counts = count_ids(dataset.ids, config.vocab_size)
-        tied = TiedIds.unused(counts)
-        compile_step(shapes[0], tied)
+        unused = UnusedIds.of(counts)
+        compile_step(shapes[0], unused)
     else:  # of a large text a part tells the frequencies
         counts = count_ids(dataset.ids[:COUNTED], config.vocab_size)
-        tied = TiedIds.none(config.vocab_size)
+        unused = UnusedIds.none(config.vocab_size)
     with running_out(REMEDY):
         source = start.source
         loaded = load_base(source, options, shape.dtype, mesh, display) if source else None
@@ -168,7 +169,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             track_in_wandb(run, options.wandb)
         if options.profile:
             profile_steps(run, options.profile)
-        job = Job(run, config, options, dataset, counts, tied, tokenizer, display, began, mesh)
+        job = Job(run, config, options, dataset, counts, unused, tokenizer, display, began, mesh)
         training = TrainingRun(job)
         trainer = Trainer(training, compilation)
         weights = loaded.weights if loaded else None
@@ -177,10 +178,10 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             weights = start.learning.first(config, options.seed)
         display.say(
             f"model: {options.model_name}, {config.n_params:,} parameters, "
-            f"window {config.sliding_window or 'full'}{_tying(tied)}\n"
+            f"window {config.sliding_window or 'full'}{_sharing(unused)}\n"
             f"step:  {shape.batch} x {shape.block} tokens, {shape.dtype} on {_devices(mesh)}\n"
             f"run:   {run.folder}, {options.keep} checkpoints of "
-            f"{checkpoint_bytes(training.step_options, start.parts, tied) / 1e9:.2f} GB"
+            f"{checkpoint_bytes(training.step_options, start.parts, unused) / 1e9:.2f} GB"
         )
         if is_new:
             training.begin(weights)
@@ -222,11 +223,13 @@ def _forgotten_if_it_fails(run: Run, tokenizer: Tokenizer) -> Iterator[None]:
         raise
 
 
-def _tying(tied: TiedIds) -> str:
-    """Description of the tied ids, if there are any."""
-    if not tied.n_tied:
+def _sharing(unused: UnusedIds) -> str:
+    """Description of the ids that share a row, if there are any."""
+    if unused.n_sharing == 1:
         return ""
-    return f"; {tied.n_tied:,} of {len(tied.has_own):,} ids, which the text lacks, share a row"
+    return (
+        f"; {unused.n_sharing:,} of {len(unused.has_own):,} ids, which the text lacks, share a row"
+    )
 
 
 def _devices(mesh: Mesh | None) -> str:

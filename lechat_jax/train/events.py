@@ -18,7 +18,7 @@ class Events:
     def __init__(self, training: TrainingRun) -> None:
         self.training, self.job = training, training.job
         held_out = self.job.dataset.held_out()
-        held_out = held_out._replace(rows=self.job.tied.renumbered(held_out.rows))
+        held_out = held_out._replace(rows=self.job.unused.renumbered(held_out.rows))
         self.validator = Validator(training.config, training.step_options, held_out)
         self.samples = Samples(self.job)
 

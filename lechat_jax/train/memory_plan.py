@@ -29,7 +29,7 @@ from lechat_jax.train.step import (
     described_state,
     jitted_steps,
 )
-from lechat_jax.train.tied_ids import TiedIds
+from lechat_jax.train.unused_ids import UnusedIds
 
 USUAL = (8, 16, 24, 40, 48, 80, 96, 141, 192)  # GB of the devices that one can have
 SHALLOW = (2, 4)  # layers of the models that a deeper one is inferred from
@@ -58,9 +58,9 @@ class Parts(NamedTuple):
         """The weights of the first layers alone."""
         return Parts(*({n: x for n, x in part.items() if _is_within(n, depth)} for part in self))
 
-    def with_tied(self, tied: TiedIds) -> "Parts":
-        """The weights with narrow tables."""
-        return Parts(jax.eval_shape(tied.narrowed, self.learning), self.frozen)
+    def with_shared_row(self, unused: UnusedIds) -> "Parts":
+        """The weights with narrow tables, in which unused ids share a row."""
+        return Parts(jax.eval_shape(unused.narrowed, self.learning), self.frozen)
 
 
 class Memory(NamedTuple):
@@ -113,13 +113,13 @@ def check_memory(
         check_fits("a training step takes", total, free, REMEDY)
 
 
-def checkpoint_bytes(options: StepOptions, parts: Parts, tied: TiedIds | None = None) -> int:
+def checkpoint_bytes(options: StepOptions, parts: Parts, unused: UnusedIds | None = None) -> int:
     """Disk space of a checkpoint in bytes, whatever the sharding.
 
     It has whole tables; what the optimiser remembers is of those that are trained.
     """
     alone = dataclasses.replace(options, mesh=None)
-    trained = parts.with_tied(tied) if tied else parts
+    trained = parts.with_shared_row(unused) if unused else parts
     optimizer = _state(alone, trained._replace(frozen={})).optimizer
     return bytes_on_a_device(parts.learning) + optimizer
 

@@ -21,7 +21,7 @@ from optax.contrib import MuonDimensionNumbers, MuonState, muon
 from lechat_jax.config import layout
 from lechat_jax.devices.platform import platform
 from lechat_jax.model.binding import Weights
-from lechat_jax.train.options import BETA1
+from lechat_jax.train.options import BETA1, TrainConfig
 
 WARMUP_STEPS = 10
 COOLDOWN = 0.6  # the last part of the run in which the rate falls to zero, as a fraction
@@ -59,29 +59,21 @@ class Rule(NamedTuple):
     rates: Rates = Rates()
     weight_decay: float = 0.0
     beta1: float = BETA1["muon"]
-    muon_steps: int = 4
-    muon_momentum: float = 0.9
+    muon_steps: int = TrainConfig.muon_steps
+    muon_momentum: float = TrainConfig.muon_momentum
 
 
 MUON = Rule()
 
 
-def usual_rule(
-    kind: Kind,
-    start: Start,
-    weight_decay: float = 0.0,
-    beta1: float | None = None,
-    muon_steps: int = MUON.muon_steps,
-    muon_momentum: float = MUON.muon_momentum,
-) -> Rule:
+def usual_rule(kind: Kind, start: Start, weight_decay: float = 0.0) -> Rule:
     """The optimiser of that kind, with its usual rates for weights that are so far.
 
     >>> usual_rule("adamw", "adapters").rates.matrix
     0.0002
     """
     rates = Rates() if kind == "muon" else Rates(*[ADAMW[start]] * len(Rates()))
-    beta1 = BETA1[kind] if beta1 is None else beta1
-    return Rule(kind, rates, weight_decay, beta1, muon_steps, muon_momentum)
+    return Rule(kind, rates, weight_decay, BETA1[kind])
 
 
 def axes_of(name: str) -> MuonDimensionNumbers:

@@ -96,9 +96,9 @@ class TrainConfig:
             another: auto for examples alone, on for text too, off for one example a row. Text that
             is not packed is read as one stream.
         block: Tokens in a row. By default 128 on a CPU and 256 on a GPU or TPU.
-        unused_ids: Rows of token ids that the text never has, in the embedding and the head: tied,
-            so that all of them share one while training, which computes the same function in less
-            time; or separate. By default tied for random weights and text files of up to 64 MB.
+        unused_ids: Rows of token ids that the text never has, in the embedding and the head:
+            shared, one for all of them while training, which computes the same function in less
+            time; or separate. By default shared for random weights and text files of up to 64 MB.
         optimizer: Optimiser of the matrices, muon or adamw. By default muon for random weights, and
             adamw for those of --init-from and for adapters.
         learning_rate: Learning rate, as a multiple of the usual peak rates: muon's were measured
@@ -184,7 +184,7 @@ class TrainConfig:
     accumulate: int = 1
     packing: Literal["auto", "on", "off"] = "auto"
     block: int | None = None
-    unused_ids: Literal["tied", "separate"] | None = None
+    unused_ids: Literal["shared", "separate"] | None = None
     optimizer: Literal["muon", "adamw"] | None = None
     learning_rate: float = 1.0
     beta1: float | None = None
@@ -220,9 +220,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least = {"steps": 1, "batch": 1, "accumulate": 1, "block": 2, "seed": 0, "max_tokens": 1}
-        at_least |= {"muon_steps": 1}
         at_least |= {
             "eval_tokens": 1,
+            "muon_steps": 1,
             "keep": 1,
             "profile": 1,
             "eval_every": 1,
@@ -260,9 +260,9 @@ class TrainConfig:
         if given and given != HOSTS:
             missing = ", ".join(sorted(_flag(name) for name in HOSTS - given))
             raise BadInput(f"--coordinator, --num-processes, --process-id: {missing} is missing")
-        if self.unused_ids == "tied" and self.init_from:
+        if self.unused_ids == "shared" and self.init_from:
             raise BadInput(
-                "--unused-ids tied gives the ids one row, and those of --init-from have each its "
+                "--unused-ids shared gives the ids one row, and those of --init-from have each its "
                 "own; leave it out"
             )
         if self.seed >= 2**32:
@@ -315,11 +315,11 @@ class TrainConfig:
         return BETA1[self.usual_optimizer]
 
     @property
-    def usual_unused_ids(self) -> Literal["tied", "separate"]:
+    def usual_unused_ids(self) -> Literal["shared", "separate"]:
         """The one asked for, or the usual one: little text has few of the ids."""
         if self.unused_ids or self.init_from:
             return self.unused_ids or "separate"
-        return "tied" if stored_bytes(self.data) <= LITTLE_TEXT else "separate"
+        return "shared" if stored_bytes(self.data) <= LITTLE_TEXT else "separate"
 
     @property
     def start(self) -> Literal["random", "trained", "adapters"]:
@@ -346,7 +346,8 @@ class TrainConfig:
         Raises:
             BadInput: --accumulate does not divide the rows.
         """
-        rows = 12 if self.mesh is None else 16  # which most meshes divide
+        is_alone = not (self.mesh or self.distributed or self.coordinator)
+        rows = 12 if is_alone else 16  # which most meshes divide
         usual = Shape(rows, 128, "float32") if platform == "cpu" else Shape(256, 256, "bfloat16")
         batch = self.batch or usual.batch
         if batch % self.accumulate:

@@ -23,7 +23,7 @@ from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.scoring import Forward, total_nats
 from lechat_jax.ops.remat import KEPT_ON_A_CPU
 from lechat_jax.train.optimizer import MUON, Optimizer, RateSchedule, Rule, warmup_then_cooldown
-from lechat_jax.train.tied_ids import TiedIds
+from lechat_jax.train.unused_ids import UnusedIds
 
 UNSEEN = 0.1  # occurrences of an id that does not occur
 
@@ -83,14 +83,14 @@ def init_state(
     config: MistralConfig,
     options: StepOptions,
     seed: int,
-    tied: TiedIds | None = None,
+    unused: UnusedIds | None = None,
     counts: Integer[np.ndarray, " V"] | None = None,
 ) -> TrainState:
-    """Initial training state with the `initial_weights`, in which `tied` ids have one row."""
+    """Initial training state with the `initial_weights`, in which `unused` ids have one row."""
 
     def draw() -> Weights:
         weights = initial_weights(config, seed, counts)
-        return tied.narrowed(weights) if tied else weights
+        return unused.narrowed(weights) if unused else weights
 
     return state_of(create_sharded(options.mesh, draw), options)
 

@@ -145,7 +145,7 @@ class Trainer:
     def rows_to_send(self) -> Rows:
         """Rows of the next steps to dispatch."""
         rows = self.job.dataset.rows(self.sent, self.calls, self.own_rows)
-        rows = self.job.tied.renumbered(rows)
+        rows = self.job.unused.renumbered(rows)
         mesh, batch = self.job.mesh, self.reader.batch
         return jax.tree.map(lambda leaf: placed(mesh, ROWS_OF_A_CALL, leaf, batch), rows)
 

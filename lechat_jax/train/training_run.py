@@ -5,6 +5,7 @@ CPU: the weights and the optimiser come from the checkpoint, and everything else
 text, at which rate) follows from the number of the step.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from lechat_jax.train.optimizer import usual_rule
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.schedule import Schedule, elapsed
 from lechat_jax.train.step import StepOptions, TrainState, all_finite, init_state, state_of
-from lechat_jax.train.tied_ids import TiedIds
+from lechat_jax.train.unused_ids import UnusedIds
 
 WORTH_SAYING = 0.05  # of the steps
 
@@ -49,7 +50,7 @@ class Job(NamedTuple):
         options: as resolved.
         dataset: the dataset.
         counts: occurrences of each id in its training text.
-        tied: ids that share a row, since its training text has none of them.
+        unused: ids that share a row, since its training text has none of them.
         tokenizer: of the model.
         display: shows its progress.
         began: the time of its start, in seconds of the epoch, from which its minutes count.
@@ -61,31 +62,28 @@ class Job(NamedTuple):
     options: TrainConfig
     dataset: Dataset
     counts: Integer[np.ndarray, " V"]
-    tied: TiedIds
+    unused: UnusedIds
     tokenizer: Tokenizer
     display: Display
     began: float
     mesh: Mesh | None = None
 
 
-def step_options(options: TrainConfig, mesh: Mesh | None, n_tied: int = 0) -> StepOptions:
-    """Static arguments of a run's compiled steps, with the number of tied ids."""
+def step_options(options: TrainConfig, mesh: Mesh | None, n_sharing: int = 1) -> StepOptions:
+    """Static arguments of a run's compiled steps; `n_sharing` ids have the last row."""
     return StepOptions(
         dtype=options.shape(platform()).dtype,
         learning_rate=options.learning_rate,
         remat=options.remat,
         accumulate=options.accumulate,
         router_aux_loss=options.router_aux_loss,
-        rule=usual_rule(
-            options.usual_optimizer,
-            options.start,
-            weight_decay=options.weight_decay,
+        rule=usual_rule(options.usual_optimizer, options.start, options.weight_decay)._replace(
             beta1=options.usual_beta1,
             muon_steps=options.muon_steps,
             muon_momentum=options.muon_momentum,
         ),
         mesh=mesh,
-        n_tied=max(1, n_tied),
+        n_sharing=n_sharing,
     )
 
 
@@ -93,7 +91,7 @@ class TrainingRun:
     """A training run between two steps: weights, optimizer state, step number and schedule.
 
     Attributes:
-        config: of the model that the steps compute, with a row for all tied ids.
+        config: of the model that the steps compute, with one row for the unused ids.
         state: weights that learn, and optimiser; there after `begin` or `restore`.
         step: optimiser steps taken.
         frozen: weights of the base model, where adapters learn beside them.
@@ -105,8 +103,8 @@ class TrainingRun:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.config = job.tied.narrow_config(job.config)
-        self.step_options = step_options(job.options, job.mesh, job.tied.n_tied)
+        self.config = job.unused.narrow_config(job.config)
+        self.step_options = step_options(job.options, job.mesh, job.unused.n_sharing)
         self.checkpoints = Checkpoints(job.run.checkpoints, job.options.keep)
         self.frozen: Weights = {}
         self.adapters: Adapters | None = None
@@ -132,8 +130,13 @@ class TrainingRun:
 
     def with_all_ids(self, weights: Weights) -> Weights:
         """Weights of the whole model, with a row for each id."""
-        tied = self.job.tied
-        return create_sharded(self.job.mesh, tied.widened, weights) if tied.n_tied else weights
+        return self._with_tables(self.job.unused.widened, weights)
+
+    def _with_tables(self, change: Callable[[Weights], Weights], weights: Weights) -> Weights:
+        """Weights with other tables, on their devices; as they are where no row is shared."""
+        if self.job.unused.n_sharing == 1:
+            return weights
+        return create_sharded(self.job.mesh, change, weights)
 
     def freeze(self, weights: Weights, adapters: Adapters) -> None:
         """Sets the frozen base weights; only the adapters are trained."""
@@ -164,11 +167,8 @@ class TrainingRun:
             restored = self.checkpoints.restore(shapes)
             for sentence in restored.refused:
                 display.say(f"warning: {sentence}", style="yellow")
-            weights = restored.items["model"]
-            if self.job.tied.n_tied:
-                weights = create_sharded(mesh, self.job.tied.narrowed, weights)
             self.state = TrainState(
-                weights,
+                self._with_tables(self.job.unused.narrowed, restored.items["model"]),
                 restored.items["optimizer"],
                 placed(mesh, "", np.array(restored.step, np.int32)),
             )
@@ -192,7 +192,7 @@ class TrainingRun:
         if self.adapters:
             return state_of(self.adapters.draw(self.job.config, seed), self.step_options)
         job = self.job
-        return init_state(job.config, self.step_options, seed, job.tied, job.counts)
+        return init_state(job.config, self.step_options, seed, job.unused, job.counts)
 
     def save(self) -> None:
         """Saves a checkpoint of this step.

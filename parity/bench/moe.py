@@ -11,7 +11,7 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data.batches import Batches
 from lechat_jax.errors import BadInput
 from lechat_jax.train.flops import peak_flops
-from lechat_jax.train.tied_ids import TiedIds
+from lechat_jax.train.unused_ids import UnusedIds
 from parity.bench.learners.lechat import AdamW, LechatAdamW, Setup, first_weights
 from parity.bench.learners.race import PEER, Runner
 from parity.bench.work import Work, cell
@@ -107,10 +107,10 @@ class Moe(Work):
         per_step = self.batch * self.block
         stream = np.random.default_rng(self.seed).integers(config.vocab_size, size=8 * per_step)
         batches = Batches(len(stream), self.block, self.batch, self.seed)
-        tied = TiedIds.none(config.vocab_size)
-        weights = first_weights(config, self.seed, tied)
+        unused = UnusedIds.none(config.vocab_size)
+        weights = first_weights(config, self.seed, unused)
         stream = stream.astype(np.int32)
-        return Setup(config, batches, stream, self.seed, weights, tied, STEPS_PER_CALL)
+        return Setup(config, batches, stream, self.seed, weights, unused, STEPS_PER_CALL)
 
     def interleave(self, runners: list[Runner], console: Console) -> None:
         """Trains all in turn, A B A B, after a first turn that compiles and is not counted."""

@@ -21,7 +21,7 @@ from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train.flops import peak_flops
 from lechat_jax.train.options import Dtype
-from lechat_jax.train.tied_ids import TiedIds, count_ids
+from lechat_jax.train.unused_ids import UnusedIds, count_ids
 from parity.bench import isolated
 from parity.bench.learners.lechat import (
     FOREVER,
@@ -68,8 +68,8 @@ class Train(Work):
     many tokens as --batch rows of the first."""
     window: int | None = None
     """Sliding window: keys that a query sees, itself included. By default the preset's."""
-    unused_ids: Literal["tied", "separate"] = "tied"
-    """Rows of token ids that the text never has: tied, so that they start equal and lechat keeps
+    unused_ids: Literal["shared", "separate"] = "shared"
+    """Rows of token ids that the text never has: shared, so that they start equal and lechat keeps
     one, as its main job does, or separate, as of a text that has all ids."""
     dtype: Dtype = "float32"
     """Type of activations and matrix products; weights stay float32."""
@@ -161,11 +161,11 @@ class Train(Work):
         tokens = load_tokens(self.data, tokenizer)
         console.print(f"text: {tokens.name}, {tokens.n_bytes:,} bytes, SHA-256 {tokens.sha256}")
         report = self.report()
-        tied, counts = TiedIds.none(config.vocab_size), count_ids(tokens.train, config.vocab_size)
-        if self.unused_ids == "tied":
-            tied = TiedIds.unused(counts)
-        weights = first_weights(config, self.seed, tied, counts)
-        setups = [self.setup(config, tokens, block, weights, tied) for block in self.block]
+        counts = count_ids(tokens.train, config.vocab_size)
+        is_shared = self.unused_ids == "shared"
+        unused = UnusedIds.of(counts) if is_shared else UnusedIds.none(config.vocab_size)
+        weights = first_weights(config, self.seed, unused, counts)
+        setups = [self.setup(config, tokens, block, weights, unused) for block in self.block]
         peak = peak_flops(self.dtype)
         with cold_torch_compiler():
             runners = [r for setup in setups for r in self.start(setup, peer, report, console)]
@@ -223,7 +223,7 @@ class Train(Work):
         tokens: Tokens,
         block: int,
         weights: dict[str, Float[np.ndarray, "..."]],
-        tied: TiedIds,
+        unused: UnusedIds,
     ) -> Setup:
         """The training setup of all learners, in rows of that length."""
         rows = self.batch * self.block[0] // block
@@ -233,7 +233,7 @@ class Train(Work):
             tokens.train,
             self.seed,
             weights,
-            tied,
+            unused,
             self.steps_per_call,
             self.dtype,
         )

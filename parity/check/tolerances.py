@@ -22,7 +22,8 @@ from parity.check.oracles.interface import Dtype
 UNIT: dict[Dtype, float] = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9}
 
 # In float64, how many times as far apart two programs may be as the reference moves when its
-# weights are rounded once more. Measured on models of all kinds: at most 2. All planted faults
+# weights are rounded once more, and its vocabulary is in another order. Measured on models of all
+# kinds: at most 2. All planted faults
 # are further away.
 EXACT = 10.0
 

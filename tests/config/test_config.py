@@ -237,6 +237,7 @@ PUBLISHED = {
     "ministral-3-14b-2512": 13_506_073_600,
     "devstral-small-2-24b-2512": 23_572_403_200,
     "devstral-2-123b-2512": 125_025_988_608,
+    # Of the next three only totals with what sees or hears are published; this is their text part.
     "mistral-medium-3.5-128b": 125_025_988_608,
     "shieldstral-1.0-3b": 3_429_006_336,
     "voxtral-mini-3b-2507": 4_014_136_320,

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.config import MistralConfig
 from lechat_jax.embed import command
-from lechat_jax.embed.embedder import Embedder, Pooling
+from lechat_jax.embed.embedder import Embedder, EmbeddingOptions, Pooling
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import bind, weights_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -33,12 +32,14 @@ def folder(tiny: MistralConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def embedder(folder: Path, **how: Any) -> Embedder:
-    return Embedder.from_checkpoint(folder, **how)
+    return Embedder.from_checkpoint(folder, EmbeddingOptions(**how))
 
 
 def hidden(one: Embedder, ids: list[int]) -> np.ndarray:
-    model = bind(one.config, one._weights)
-    return np.asarray(jax.jit(lambda ids: model.hidden(ids))(np.array([ids]))[0], np.float64)
+    is_causal = one.options.attention == "causal"
+    model = bind(one.config, one.weights)
+    program = jax.jit(lambda ids: model.hidden(ids, is_causal=is_causal))
+    return np.asarray(program(np.array([ids]))[0], np.float64)
 
 
 @pytest.mark.parametrize("pooling", get_args(Pooling))
@@ -64,32 +65,26 @@ def test_a_text_has_the_vector_that_it_has_alone(attention: Any, folder: Path) -
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
 
 
-def test_only_bidirectional_attention_sees_what_comes_later(folder: Path) -> None:
-    """With padding behind it, which is nothing that comes later."""
-    for attention, sees in (("causal", False), ("bidirectional", True)):
-        model = embedder(folder, attention=attention)
-        states = [
-            np.asarray(
-                bind(model.config, model._weights).hidden(
-                    jnp.array([ids]), is_causal=attention == "causal"
-                )[0, 0]
-            )
-            for ids in ([1, 5, 6], [1, 5, 7])
-        ]
-        assert (np.abs(states[0] - states[1]).max() > 1e-3) == sees
+@pytest.mark.parametrize(("attention", "sees"), [("causal", False), ("bidirectional", True)])
+def test_only_bidirectional_attention_sees_what_comes_later(
+    attention: Any, sees: bool, folder: Path
+) -> None:
+    one = embedder(folder, attention=attention)
+    first, other = (hidden(one, ids)[0] for ids in ([1, 5, 6], [1, 5, 7]))
+    assert (np.abs(first - other).max() > 1e-3) == sees
 
 
 def test_a_long_text_is_cut_and_keeps_the_eos_that_is_pooled(folder: Path) -> None:
     one = embedder(folder, pooling="last", append_eos=True, max_tokens=5)
     long = one.encode(["cadabra " * 9])[0]
     short = [*long[:4], one.tokenizer.eos_id]
-    np.testing.assert_array_equal(one.embed([long]), one.embed([short]))
+    np.testing.assert_array_equal(one.embed_ids([long]), one.embed_ids([short]))
 
 
 @pytest.mark.parametrize("ids", [[], [1, 10**6], [-1]])
 def test_ids_of_another_model_are_refused(ids: list[int], folder: Path) -> None:
     with pytest.raises(BadInput, match="the ids of a text must be"):
-        embedder(folder).embed([ids])
+        embedder(folder).embed_ids([ids])
 
 
 def test_the_command_writes_lines_or_an_array(

@@ -323,7 +323,7 @@ def test_muon_takes_part_of_the_matrices_off_and_of_nothing_else() -> None:
     )
 
     def moved(weight_decay: float) -> Weights:
-        optimizer = Optimizer(0.5, usual_rule("muon", "random", weight_decay=weight_decay))
+        optimizer = Optimizer(0.5, usual_rule("muon", "random", weight_decay))
         return optimizer.update(grads, optimizer.init(weights), weights)[0]
 
     plain, decayed = moved(0.0), moved(0.3)

@@ -225,6 +225,18 @@ def test_the_batch_suits_the_platform(platform: str, shape: tuple) -> None:
     assert TrainConfig(dtype="bfloat16").shape(platform) == (*shape[:2], "bfloat16")
 
 
+@pytest.mark.parametrize(
+    "several",
+    [
+        {"mesh": "fsdp=8"},
+        {"distributed": True},
+        {"coordinator": "host:1", "num_processes": 8, "process_id": 0},
+    ],
+)
+def test_eight_devices_divide_the_usual_batch(several: dict[str, Any]) -> None:
+    assert TrainConfig(**several).shape("cpu").batch % 8 == 0
+
+
 def test_a_batch_is_cut_into_equal_parts() -> None:
     with pytest.raises(BadInput, match="--accumulate must divide the 12 rows of a batch"):
         TrainConfig(accumulate=5).shape("cpu")

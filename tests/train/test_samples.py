@@ -23,8 +23,8 @@ from lechat_jax.tokenizer.tokenizer import Tokenizer
 from lechat_jax.train import samples
 from lechat_jax.train.options import TrainConfig
 from lechat_jax.train.samples import Samples
-from lechat_jax.train.tied_ids import TiedIds
 from lechat_jax.train.training_run import Job
+from lechat_jax.train.unused_ids import UnusedIds
 from tests.support.models import random_model
 
 Sampled = Callable[..., str]
@@ -51,9 +51,9 @@ def sampled(config: MistralConfig, tmp_path: Path) -> Sampled:
         with Display(9, Console(file=told, soft_wrap=True, highlight=False)) as display:
             run = Run.create(tmp_path / "run")
             options = TrainConfig(max_tokens=4, **asked)
-            tied = TiedIds.none(config.vocab_size)
+            unused = UnusedIds.none(config.vocab_size)
             counts = np.zeros(config.vocab_size, int)
-            job = Job(run, config, options, dataset, counts, tied, tokenizer, display, began=0.0)
+            job = Job(run, config, options, dataset, counts, unused, tokenizer, display, began=0.0)
             Samples(job).take(2, weights_of(random_model(config)))
         return told.getvalue()
 

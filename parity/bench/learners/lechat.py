@@ -27,7 +27,7 @@ from lechat_jax.train.step import (
     state_of,
     train_steps,
 )
-from lechat_jax.train.tied_ids import TiedIds
+from lechat_jax.train.unused_ids import UnusedIds
 from parity.measure import device_peak
 
 FOREVER = np.iinfo(np.int32).max  # steps in a run whose length is not known yet
@@ -46,7 +46,7 @@ class Setup(NamedTuple):
         stream: the training tokens.
         seed: of the initial weights, which are the same for all.
         weights: those, by lechat's names, in memory of their own.
-        tied: ids whose rows start equal, of which lechat keeps one.
+        unused: ids whose rows start equal, of which lechat keeps one.
         steps_per_call: at most this many are asked for at a time.
         dtype: of activations and products; the weights that are learned stay float32.
     """
@@ -56,7 +56,7 @@ class Setup(NamedTuple):
     stream: Integer[np.ndarray, " train"]
     seed: int
     weights: dict[str, Float[np.ndarray, "..."]]
-    tied: TiedIds
+    unused: UnusedIds
     steps_per_call: int
     dtype: Dtype = "float32"
 
@@ -73,11 +73,11 @@ class Setup(NamedTuple):
 def first_weights(
     config: MistralConfig,
     seed: int,
-    tied: TiedIds,
+    unused: UnusedIds,
     counts: Integer[np.ndarray, " V"] | None = None,
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """Initial weights as lechat draws them from a seed, in arrays that no step will overwrite."""
-    weights = tied.widened(tied.narrowed(initial_weights(config, seed, counts)))
+    weights = unused.widened(unused.narrowed(initial_weights(config, seed, counts)))
     return {name: np.array(leaf) for name, leaf in weights.items()}
 
 
@@ -119,11 +119,11 @@ class Lechat:
     """
 
     def __init__(self, setup: Setup, backend: Backend | None = None) -> None:
-        self.setup, self.config = setup, setup.tied.narrow_config(setup.config)
-        n_tied = max(1, setup.tied.n_tied)
-        self.options = StepOptions(dtype=setup.dtype, backend=backend, n_tied=n_tied)
+        self.setup, self.config = setup, setup.unused.narrow_config(setup.config)
+        n_sharing = setup.unused.n_sharing
+        self.options = StepOptions(dtype=setup.dtype, backend=backend, n_sharing=n_sharing)
         weights = {name: jnp.array(leaf) for name, leaf in setup.weights.items()}
-        self.state = state_of(setup.tied.narrowed(weights), self.options)
+        self.state = state_of(setup.unused.narrowed(weights), self.options)
         self.step = 0
         self.note = "its own optimiser, as in the main job" + _attention(backend)
 
@@ -148,7 +148,7 @@ class Lechat:
         counted: Bool[np.ndarray, "B T"],
     ) -> float:
         """See `Learner.nats`."""
-        inputs, targets = (self.setup.tied.row_of_id[ids] for ids in (inputs, targets))
+        inputs, targets = (self.setup.unused.row_of_id[ids] for ids in (inputs, targets))
         weights = self.current_weights()
         return float(score(self.config, self.options, weights, inputs, targets, counted))
 
@@ -156,7 +156,7 @@ class Lechat:
         """The rows of the next call, as many as one can take."""
         setup = self.setup
         rows = setup.batches.rows(setup.stream, self.step, setup.steps_per_call)
-        return setup.tied.renumbered(rows)
+        return setup.unused.renumbered(rows)
 
     def current_weights(self) -> Weights:
         """The weights after the steps so far."""

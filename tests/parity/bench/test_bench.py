@@ -22,7 +22,7 @@ from lechat_jax.data.rows import Rows
 from lechat_jax.errors import BadInput
 from lechat_jax.model.attention import dense_attention
 from lechat_jax.model.binding import bind
-from lechat_jax.train.tied_ids import TiedIds
+from lechat_jax.train.unused_ids import UnusedIds
 from parity.bench.command import main
 from parity.bench.learners import torch as torch_learners
 from parity.bench.learners.lechat import AdamW, Setup, first_weights
@@ -65,9 +65,9 @@ def bench(config: MistralConfig, tmp_path: Path) -> Bench:
 
 def training_setup(config: MistralConfig) -> Setup:
     stream = np.random.default_rng(0).integers(config.vocab_size, size=400).astype(np.uint16)
-    tied = TiedIds.none(config.vocab_size)
-    weights = first_weights(config, 0, tied)
-    return Setup(config, Batches(len(stream), 16, 2, seed=0), stream, 0, weights, tied, 2)
+    unused = UnusedIds.none(config.vocab_size)
+    weights = first_weights(config, 0, unused)
+    return Setup(config, Batches(len(stream), 16, 2, seed=0), stream, 0, weights, unused, 2)
 
 
 def test_from_the_same_model_the_same_optimizer_gives_the_same_losses(bench: Bench) -> None:
@@ -158,7 +158,7 @@ def test_converted_weights_compute_the_same_logits(config: MistralConfig) -> Non
     rng = np.random.default_rng(1)
     weights = {  # norms of one would hide a norm in the wrong place
         name: leaf + 0.3 * rng.standard_normal(leaf.shape, np.float32)
-        for name, leaf in first_weights(config, 0, TiedIds.none(config.vocab_size)).items()
+        for name, leaf in first_weights(config, 0, UnusedIds.none(config.vocab_size)).items()
     }
     ids = rng.integers(config.vocab_size, size=(2, 33))
     ours = jax.jit(lambda weights: bind(config, weights)(jnp.asarray(ids)))(weights)

@@ -1,4 +1,4 @@
-"""Weight tying of unused token ids: all ids that the text never has share one row of the tables.
+"""Unused token ids: those that the training text never has share one row of the tables (tying).
 
 Of the 32,000 ids the default text has half, and two thirds of a small model's arithmetic is its
 head. In a softmax over all ids, rows of the head that no target ever asks for have the same
@@ -38,11 +38,11 @@ def count_ids(ids: Integer[np.ndarray, " ids"], vocab_size: int) -> Int[np.ndarr
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TiedIds:
+class UnusedIds:
     """Which ids of a vocabulary have rows of their own; all others share the last row.
 
-    >>> tied = TiedIds(np.isin(np.arange(8), [1, 2, 5]))
-    >>> tied.n_tied, tied.row_of_id.tolist()
+    >>> unused = UnusedIds(np.isin(np.arange(8), [1, 2, 5]))
+    >>> unused.n_sharing, unused.row_of_id.tolist()
     (5, [3, 0, 1, 3, 3, 2, 3, 3])
 
     Attributes:
@@ -52,13 +52,13 @@ class TiedIds:
     has_own: Bool[np.ndarray, " V"]
 
     @classmethod
-    def none(cls, vocab_size: int) -> "TiedIds":
-        """No tied ids: the tables as they are."""
+    def none(cls, vocab_size: int) -> "UnusedIds":
+        """A row for each id: the tables as they are."""
         return cls(np.ones(vocab_size, bool))
 
     @classmethod
-    def unused(cls, counts: Integer[np.ndarray, " V"]) -> "TiedIds":
-        """Ties the ids that a text does not have, but for a few that fill up the tables.
+    def of(cls, counts: Integer[np.ndarray, " V"]) -> "UnusedIds":
+        """The ids that a text does not have share a row, but for a few that fill up the tables.
 
         Args:
             counts: occurrences of each id.
@@ -69,15 +69,15 @@ class TiedIds:
         return cls(has_own) if np.count_nonzero(~has_own) > 1 else cls.none(len(counts))
 
     @property
-    def n_tied(self) -> int:
-        """Number of ids that share the last row; 0 if each has its own."""
-        return int(np.count_nonzero(~self.has_own))
+    def n_sharing(self) -> int:
+        """Number of ids that the last row stands for; 1 if each has its own."""
+        return max(1, int(np.count_nonzero(~self.has_own)))
 
     @functools.cached_property
     def row_of_id(self) -> Int[np.ndarray, " V"]:
         """The row of each id in the narrow tables."""
-        own = np.cumsum(self.has_own, dtype=np.int32) - 1
-        return np.where(self.has_own, own, own[-1] + 1)
+        own = np.cumsum(self.has_own, dtype=np.int32)
+        return np.where(self.has_own, own - 1, own[-1])
 
     @functools.cached_property
     def id_of_row(self) -> Integer[np.ndarray, " rows"]:
@@ -89,7 +89,7 @@ class TiedIds:
         return dataclasses.replace(config, vocab_size=len(self.id_of_row))
 
     def narrowed(self, weights: Mapping[str, Array]) -> Weights:
-        """Weights with narrow tables: the rows that ids have, and the first of the tied ones."""
+        """Weights with narrow tables: the rows that ids have, and one for the others."""
         return self._with_tables(weights, self.id_of_row)
 
     def widened(self, weights: Mapping[str, Array]) -> Weights:
@@ -98,10 +98,10 @@ class TiedIds:
 
     def renumbered(self, rows: Rows) -> Rows:
         """Rows of tokens, with the row of each in the narrow tables instead of its id."""
-        return rows._replace(tokens=self.row_of_id[rows.tokens]) if self.n_tied else rows
+        return rows._replace(tokens=self.row_of_id[rows.tokens])
 
     def _with_tables(self, weights: Mapping[str, Array], ids: np.ndarray) -> Weights:
-        if not self.n_tied:
+        if self.n_sharing == 1:
             return dict(weights)
         tables = {name: weights[name] for name in (EMBEDDING, HEAD) if name in weights}
         return {**weights, **{name: table[jnp.asarray(ids)] for name, table in tables.items()}}
