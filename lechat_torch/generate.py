@@ -38,6 +38,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     eos_ids: Collection[int] = (),
+    features: Float[Tensor, "image_tokens D"] | None = None,
 ) -> list[Sample]:
     """Up to `max_tokens` new tokens for each prompt, all prompts in one batch.
 
@@ -56,6 +57,7 @@ def generate(
             probability past p; 1 for all.
         seed: of the draws, one stream for the whole batch.
         eos_ids: tokens that end a text.
+        features: of images that each of the prompts has, see `Mistral.see`.
 
     Raises:
         BadInput: a number is out of range, a prompt cannot be read by this model, or a layer
@@ -72,8 +74,9 @@ def generate(
     tokens, positions = left_padded(prompts, weight.device)
     cache = empty_cache(model.config, len(prompts), chunk, context, weight.dtype, weight.device)
     samples = [Sample([], []) for _ in prompts]
+    embedded = model.embedded(tokens, features)
     for _ in range(max_tokens):
-        last = _read(model, tokens, positions, chunk, cache)
+        last = _read(model, tokens, positions, embedded, chunk, cache)
         chosen = choose(last, temperature, top_k, top_p, draws)
         nats = last.log_softmax(dim=-1).gather(1, chosen)
         for sample, id_, nat in zip(
@@ -85,6 +88,7 @@ def generate(
         if all(sample.ids[-1] in eos_ids for sample in samples):
             break
         tokens, positions = chosen, positions[:, -1:] + 1
+        embedded = model.embed(tokens)
     return samples
 
 
@@ -125,14 +129,17 @@ def _read(
     model: Mistral,
     tokens: Int[Tensor, "B T"],
     positions: Int[Tensor, "B T"],
+    embedded: Float[Tensor, "B T D"],
     chunk: int,
     cache: Cache,
 ) -> Float[Tensor, "B V"]:
     """Logits behind the last of the tokens, all of which are now in the cache."""
-    *pieces, last = zip(tokens.split(chunk, 1), positions.split(chunk, 1), strict=True)
-    for piece in pieces:
-        model.extend(*piece, cache)
-    return model.extend(*last, cache)[0][:, -1]
+    whole = tokens, positions, embedded
+    *pieces, last = zip(*(part.split(chunk, 1) for part in whole), strict=True)
+    for ids, places, x in pieces:
+        model.extend(ids, places, cache, x)
+    ids, places, x = last
+    return model.extend(ids, places, cache, x)[0][:, -1]
 
 
 def _check(model: Mistral, prompts: Sequence[Sequence[int]], max_tokens: int, context: int) -> None:

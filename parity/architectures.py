@@ -6,7 +6,7 @@ goes past it several times: windows, the texts before YaRN, the steps in which q
 
 import dataclasses
 
-from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
+from lechat_jax.config import Llama4Scaling, MistralConfig, VisionConfig, Yarn
 
 # Three layers in which no two dimensions agree, so none can be confused.
 SMALL = MistralConfig(
@@ -32,6 +32,20 @@ STRETCHED = Yarn(
     factor=16.0, original_max_position_embeddings=9, beta=0.85, alpha=0.45, apply_scale=False
 )
 
+# A tower of two layers, whose dimensions are neither each other's nor the decoder's.
+TOWER = VisionConfig(
+    dim=24,
+    n_layers=2,
+    n_heads=2,
+    hidden_dim=20,
+    patch_size=4,
+    max_image_size=48,
+    rope_theta=20.0,
+    spatial_merge_size=2,
+    projector_norm=True,
+    projector_bias=False,
+)
+
 ARCHITECTURES: dict[str, MistralConfig] = {
     # Mistral 7B, Nemo, Small and Large: one window, or none.
     "mistral": SMALL,
@@ -48,6 +62,17 @@ ARCHITECTURES: dict[str, MistralConfig] = {
         tied_embeddings=True,
         yarn=STRETCHED,
         llama_4_scaling=Llama4Scaling(beta=0.1, original_max_position_embeddings=9),
+    ),
+    # Mistral Small 3.1 and what came after: a tower, whose patches are merged by fours.
+    "mistral-small-3.1": dataclasses.replace(SMALL, n_layers=2, sliding_window=None, vision=TOWER),
+    # Pixtral 12B: a tower whose patches are tokens.
+    "pixtral": dataclasses.replace(
+        SMALL,
+        n_layers=2,
+        sliding_window=None,
+        vision=dataclasses.replace(
+            TOWER, spatial_merge_size=1, projector_norm=False, projector_bias=True
+        ),
     ),
     # Devstral 2: stretched, and queries and keys longer for it.
     "devstral-2": dataclasses.replace(

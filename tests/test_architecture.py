@@ -21,7 +21,7 @@ from lechat_jax.config.layout import KNOWN
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("lechat_jax", "lechat_torch", "parity")
-LETTERS = set("BTSDNKGHFVELW")
+LETTERS = set("BTSDNKGHFVELWPMdnhfcpm")  # small ones are the vision tower's
 STANDARD_LIBRARY_ONLY = {
     *("lechat_jax.config", "lechat_jax.errors", "lechat_jax.shell", "lechat_jax.files.paths"),
     *("lechat_jax.formats.names", "parity.architectures"),
@@ -46,7 +46,7 @@ MAY_IMPORT = {
         "ops": "config devices.platform",
         "devices": "config files",
         "cli": "devices files",
-        "tokenizer": "files",
+        "tokenizer": "config files",
         "quantize": "config",
         "formats": "config files quantize tokenizer",
         "data": "files tokenizer",

@@ -21,6 +21,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.files.text import stdin_encoding
 from lechat_jax.generate.dialogue import Dialogue
 from lechat_jax.generate.options import GenerationOptions
+from lechat_jax.tokenizer.images import Image
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 
 ENDS = {"SIGTERM": 143, "SIGHUP": 129}  # signals that end it, and what a shell makes of them
@@ -102,7 +103,9 @@ def talk(dialogue: Dialogue, verbose: bool = False) -> int:
             if said is not None:
                 note(said)
             elif line.strip():
-                stopped = tell(dialogue, commands.unescaped(line), at_terminal, verbose)
+                question, images = commands.unescaped(line), [*commands.images]
+                stopped = tell(dialogue, question, at_terminal, verbose, images)
+                commands.images.clear()
                 if stopped in ENDS:
                     return ENDS[stopped]
         except BadInput as error:
@@ -130,14 +133,20 @@ def ask(prompt: str) -> str | None:
         prompt = prompt and ". "
 
 
-def tell(dialogue: Dialogue, question: str, at_terminal: bool, verbose: bool) -> str:
+def tell(
+    dialogue: Dialogue,
+    question: str,
+    at_terminal: bool,
+    verbose: bool,
+    images: Sequence[Image] = (),
+) -> str:
     """Streams the answer to stdout; returns the signal that stopped it, or an empty string."""
     began = time.perf_counter()
     first = began
     visible = Visible()
     with (
         Stop() if at_terminal else contextlib.nullcontext() as stop,
-        contextlib.closing(dialogue.answer(question)) as pieces,
+        contextlib.closing(dialogue.answer(question, images)) as pieces,
     ):
         for text in pieces:
             if len(dialogue.last) == 1:

@@ -1,4 +1,4 @@
-"""Slash commands of the chat: /help, /reset, /system, /save, /exit."""
+"""Slash commands of the chat: /help, /reset, /system, /image, /save, /exit."""
 
 import json
 import os
@@ -8,10 +8,12 @@ from pathlib import Path
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import write_atomic
 from lechat_jax.tokenizer.chat_template import Conversation
+from lechat_jax.tokenizer.images import Image
 
 HELP = """\
 /reset        begins a new conversation; the system prompt stays
 /system TEXT  sets the system prompt, as if it had been the first thing said; no TEXT: none
+/image FILE   shows an image with the next question; several in their order
 /save FILE    writes the conversation as JSON messages
 /help         says this
 /exit         leaves, as Ctrl-D does
@@ -24,12 +26,16 @@ class Commands:
 
     Args:
         reset: starts a new chat.
+
+    Attributes:
+        images: images for the next question.
     """
 
     def __init__(self, conversation: Conversation, reset: Callable[[], None]) -> None:
         self._conversation = conversation
         self._reset = reset
         self._saved: set[Path] = set()
+        self.images: list[Image] = []
 
     def is_exit(self, line: str) -> bool:
         """Whether the line is the command to exit."""
@@ -53,13 +59,24 @@ class Commands:
             return HELP
         if name == "/reset":
             self._reset()
+            self.images.clear()
             return "a new conversation begins"
         if name == "/system":
             self._conversation.system = rest
             return f"the system prompt is {'set' if rest else 'none'}"
+        if name == "/image":
+            return self._show(rest)
         if name == "/save":
             return self._save(rest)
         raise BadInput(f"there is no command {name}; /help lists them")
+
+    def _show(self, name: str) -> str:
+        """Reads an image for the next question."""
+        if not name:
+            raise BadInput("/image needs the name of a file")
+        [image] = self._conversation.read_images([Path(os.path.expanduser(name))])
+        self.images.append(image)
+        return f"{name} is shown with the next question ({len(image.ids)} tokens)"
 
     def _save(self, name: str) -> str:
         """Saves the messages as JSON, atomically."""

@@ -36,7 +36,10 @@ from lechat_jax.files.checksums import MANIFEST, fault, sync, write_manifest
 META = "meta.json"
 PARTIAL = ".partial"
 # What is read of a checkpoint, so that none of it may be missing in the manifest.
-READ = re.compile(r"meta\.json|(.+/)?(_[A-Z_]+|_sharding|manifest\.ocdbt|d/[0-9a-f]{32})")
+READ = re.compile(
+    r"meta\.json|(.+/)?(_[A-Z_]+|_sharding|manifest\.ocdbt|d/[0-9a-f]{32}|commit_success\.txt|"
+    r"array_metadatas/process_\d+)"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,5 +2,6 @@
 
 from lechat_jax.config.mistral import Llama4Scaling, MistralConfig, Window, Yarn
 from lechat_jax.config.presets import PRESETS, preset
+from lechat_jax.config.vision import VisionConfig
 
-__all__ = ["PRESETS", "Llama4Scaling", "MistralConfig", "Window", "Yarn", "preset"]
+__all__ = ["PRESETS", "Llama4Scaling", "MistralConfig", "VisionConfig", "Window", "Yarn", "preset"]

@@ -1,13 +1,14 @@
 """The table of a model's weights: the name of each, its axes, and its names in other files.
 
 One letter, one size: V token ids, D model width, N query heads, K key-value heads, H head width,
-F feed-forward width, E experts, L layers. A kernel has the axes that it writes first and those that
-it reads last, so y[writes] = sum over [reads] of kernel[writes, reads] * x[reads]. What other
-files have to know of a weight follows from this table: how it is split over devices, which of
-its axes the optimiser and the scales of int8 reduce over, which maps can have an adapter, how many
-weights a model has, and what they are called in the files of Hugging Face, of Mistral and of
-llama.cpp (GGUF). No other file decides by an end or another part of a name;
-`tests/test_architecture.py` sees to it.
+F feed-forward width, E experts, L layers. Small letters are sizes of the vision tower: d, n, h, f
+as in the decoder, c channels, p pixels along a patch, m patches of a token. A kernel has the axes
+that it writes first and those that it reads last, so
+y[writes] = sum over [reads] of kernel[writes, reads] * x[reads]. What other files have to know of a
+weight follows from this table: how it is split over devices, which of its axes the optimiser and
+the scales of int8 reduce over, which maps can have an adapter, how many weights a model has, and
+what they are called in the files of Hugging Face, of Mistral and of llama.cpp (GGUF). No other file
+decides by an end or another part of a name; `tests/test_architecture.py` sees to it.
 """
 
 import functools
@@ -16,6 +17,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from lechat_jax.config.vision import VisionConfig
+
 
 class Row(NamedTuple):
     """A row of the table: the axes of a weight, a letter each, and its name elsewhere.
@@ -23,12 +26,14 @@ class Row(NamedTuple):
     Attributes:
         writes: axes of what it makes; experts are counted by their first letter.
         reads: axes of what it is multiplied with; none of a norm, which only scales.
-        hf: name in Hugging Face's files, less the layer's beginning and `.weight`; `{e}` is the
-            number of an expert, each of which has a tensor of its own there.
+        hf: name in Hugging Face's files, less the layer's beginning and `.weight` or `.bias`; `{e}`
+            is the number of an expert, each of which has a tensor of its own there.
         mistral: likewise, in Mistral's own files.
         gguf: likewise, in GGUF, which has the kernels of a layer's experts in one tensor as here.
         is_rotated: whether RoPE rotates what it makes, in pairs of rows that are half a head apart
             here and in Hugging Face's files, and neighbours in Mistral's and in GGUF.
+        is_bias: whether it is added to what a map makes.
+        is_split: whether its axes are apart in all files, as those of a convolution.
     """
 
     writes: str
@@ -37,6 +42,8 @@ class Row(NamedTuple):
     mistral: str
     gguf: str
     is_rotated: bool = False
+    is_bias: bool = False
+    is_split: bool = False
 
     @property
     def letters(self) -> str:
@@ -74,7 +81,36 @@ TABLE = {
         "ED", "F", "block_sparse_moe.experts.{e}.w2", "feed_forward.experts.{e}.w2", "ffn_down_exps"
     ),
     "head.kernel": Row("V", "D", "lm_head", "output", "output"),
+    # The vision tower, which GGUF has in a file of its own that is not read here.
+    "vision.patch.kernel": Row("d", "cpp", "patch_conv", "patch_conv", "", is_split=True),
+    "vision.norm.scale": Row("d", "", "ln_pre", "ln_pre", ""),
+    "vision.blocks.attn_norm.scale": Row("d", "", "attention_norm", "attention_norm", ""),
+    "vision.blocks.attn.q.kernel": Row(
+        "nh", "d", "attention.q_proj", "attention.wq", "", is_rotated=True
+    ),
+    "vision.blocks.attn.k.kernel": Row(
+        "nh", "d", "attention.k_proj", "attention.wk", "", is_rotated=True
+    ),
+    "vision.blocks.attn.v.kernel": Row("nh", "d", "attention.v_proj", "attention.wv", ""),
+    "vision.blocks.attn.o.kernel": Row("d", "nh", "attention.o_proj", "attention.wo", ""),
+    "vision.blocks.mlp_norm.scale": Row("d", "", "ffn_norm", "ffn_norm", ""),
+    "vision.blocks.mlp.gate.kernel": Row("f", "d", "feed_forward.gate_proj", "feed_forward.w1", ""),
+    "vision.blocks.mlp.up.kernel": Row("f", "d", "feed_forward.up_proj", "feed_forward.w3", ""),
+    "vision.blocks.mlp.down.kernel": Row("d", "f", "feed_forward.down_proj", "feed_forward.w2", ""),
+    "projector.norm.scale": Row("d", "", "norm", "pre_mm_projector_norm", ""),
+    "projector.merge.kernel": Row(
+        "d", "dm", "patch_merger.merging_layer", "patch_merger.merging_layer", ""
+    ),
+    "projector.linear_1.kernel": Row("D", "d", "linear_1", "vision_language_adapter.w_in", ""),
+    "projector.linear_1.bias": Row(
+        "D", "", "linear_1", "vision_language_adapter.w_in", "", is_bias=True
+    ),
+    "projector.linear_2.kernel": Row("D", "D", "linear_2", "vision_language_adapter.w_out", ""),
+    "projector.linear_2.bias": Row(
+        "D", "", "linear_2", "vision_language_adapter.w_out", "", is_bias=True
+    ),
 }
+TOWER, PROJECTOR = "vision.", "projector."
 EMBEDDING = "embed.kernel"
 HEAD = "head.kernel"  # not of a tied model, whose head is the embedding
 ROUTER = "blocks.mlp.router.kernel"
@@ -94,7 +130,7 @@ KNOWN = {
     **{
         name + part: (name, part)
         for name, row in TABLE.items()
-        if row.reads and name != ROUTER
+        if row.reads and name != ROUTER and not name.startswith((TOWER, PROJECTOR))
         for part in (SCALE, ZERO, ORDER)
     },
     **{
@@ -103,11 +139,13 @@ KNOWN = {
         for part in (LORA_A, LORA_B, LORA_SCALE)
     },
 }
-LAYER = re.compile(r"blocks\.(\d+)\.")
+LAYER = re.compile(r"(vision\.)?blocks\.(\d+)\.")
 
 
 @functools.lru_cache(maxsize=8)
-def weights(n_layers: int, is_mixture: bool, tied_embeddings: bool) -> Mapping[str, Row]:
+def weights(
+    n_layers: int, is_mixture: bool, tied_embeddings: bool, vision: VisionConfig | None = None
+) -> Mapping[str, Row]:
     """Every weight of such a model by name, with its row; shared, so it cannot be changed.
 
     >>> list(weights(2, is_mixture=False, tied_embeddings=True))[:3]
@@ -115,11 +153,18 @@ def weights(n_layers: int, is_mixture: bool, tied_embeddings: bool) -> Mapping[s
     """
     absent = {*FEED_FORWARD.values()} if is_mixture else {ROUTER, *EXPERTS}
     absent |= {HEAD} if tied_embeddings else set()
+    if vision is None:
+        absent |= {name for name in TABLE if is_vision(name)}
+    else:
+        absent |= set() if vision.projector_norm else {"projector.norm.scale"}
+        absent |= set() if vision.spatial_merge_size > 1 else {"projector.merge.kernel"}
+        absent |= set() if vision.projector_bias else {n for n, row in TABLE.items() if row.is_bias}
+    n_blocks = {"blocks": n_layers, "vision": vision.n_layers if vision else 0}
     found = {
         in_layer(name, i): row
         for name, row in TABLE.items()
         if name not in absent
-        for i in range(n_layers if is_stack(name) else 1)
+        for i in range(n_blocks[name.partition(".")[0]] if is_stack(name) else 1)
     }
     return MappingProxyType(found)
 
@@ -204,8 +249,8 @@ def kernel_of(name: str) -> str:
     >>> kernel_of("blocks.3.attn.q.lora.a"), kernel_of("embed.kernel.scale")
     ('blocks.3.attn.q.kernel', 'embed.kernel')
     """
-    key, layer = KNOWN[stacked(name)][0], layer_of(name)
-    return key if layer is None else in_layer(key, layer)
+    key, place = KNOWN[stacked(name)][0], LAYER.match(name)
+    return in_layer(key, int(place[2])) if place else key
 
 
 def module_of(name: str) -> str:
@@ -218,13 +263,23 @@ def module_of(name: str) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the layer that a weight is of; `None` outside the layers and of a stack.
+    """The number of the decoder's layer that a weight is of; `None` outside them and of a stack.
 
     >>> layer_of("blocks.3.attn.q.kernel"), layer_of("blocks.attn.q.kernel"), layer_of("norm.scale")
     (3, None, None)
     """
     match = LAYER.match(name)
-    return int(match[1]) if match else None
+    return int(match[2]) if match and not match[1] else None
+
+
+def vision_layer_of(name: str) -> int | None:
+    """The number of the vision tower's layer that a weight is of, likewise.
+
+    >>> vision_layer_of("vision.blocks.3.attn.q.kernel"), vision_layer_of("blocks.3.attn.q.kernel")
+    (3, None)
+    """
+    match = LAYER.match(name)
+    return int(match[2]) if match and match[1] else None
 
 
 def stacked(name: str) -> str:
@@ -233,12 +288,12 @@ def stacked(name: str) -> str:
     >>> stacked("blocks.3.attn.q.kernel"), stacked("norm.scale")
     ('blocks.attn.q.kernel', 'norm.scale')
     """
-    return LAYER.sub("blocks.", name, count=1)
+    return LAYER.sub(r"\1blocks.", name, count=1) if LAYER.match(name) else name
 
 
 def is_stack(name: str) -> bool:
     """Whether a name is that of a stack of all layers."""
-    return name.startswith("blocks.") and layer_of(name) is None
+    return name.startswith(("blocks.", "vision.blocks.")) and LAYER.match(name) is None
 
 
 def in_layer(name: str, layer: int) -> str:
@@ -248,6 +303,15 @@ def in_layer(name: str, layer: int) -> str:
     ('blocks.3.attn.q.kernel', 'norm.scale')
     """
     return name.replace("blocks.", f"blocks.{layer}.", 1)
+
+
+def is_vision(name: str) -> bool:
+    """Whether a weight is of the vision tower or of its projector.
+
+    >>> is_vision("vision.blocks.0.attn.q.kernel"), is_vision("blocks.0.attn.q.kernel")
+    (True, False)
+    """
+    return name.startswith((TOWER, PROJECTOR))
 
 
 def is_expert(name: str) -> bool:
@@ -265,7 +329,7 @@ def is_map(name: str) -> bool:
 
 
 def is_kernel(name: str) -> bool:
-    """Whether a weight is one that is quantised: a kernel, and not a router's.
+    """Whether a weight is one that is quantised: a kernel, and not a router's or a vision tower's.
 
     >>> is_kernel("blocks.0.attn.q.kernel"), is_kernel("embed.kernel")
     (True, True)
@@ -276,7 +340,7 @@ def is_kernel(name: str) -> bool:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a weight is multiplied with what it reads: any but a norm.
+    """Whether a weight is multiplied with what it reads: any but a norm and a bias.
 
     >>> is_matrix("blocks.0.mlp.router.kernel"), is_matrix("norm.scale")
     (True, False)
@@ -290,7 +354,7 @@ def is_norm(name: str) -> bool:
     >>> is_norm("norm.scale"), is_norm("blocks.3.attn_norm.scale"), is_norm("embed.kernel.scale")
     (True, True, False)
     """
-    return part_of(name) == "" and not row_of(name).reads
+    return part_of(name) == "" and not row_of(name).reads and not row_of(name).is_bias
 
 
 def is_scale(name: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lechat_jax.config.layout import EMBEDDING, HEAD, Row, is_expert, weights
+from lechat_jax.config.vision import CHANNELS, VisionConfig
 from lechat_jax.errors import BadInput
 
 Window = int | None
@@ -84,7 +85,7 @@ class Llama4Scaling:
             )
 
 
-PARTS = {"yarn": Yarn, "llama_4_scaling": Llama4Scaling}
+PARTS = {"yarn": Yarn, "llama_4_scaling": Llama4Scaling, "vision": VisionConfig}
 OPTIONAL = ("n_experts", "n_experts_per_token", *PARTS)  # what most models have none of
 
 
@@ -113,6 +114,7 @@ class MistralConfig:
         n_experts_per_token: how many it chooses.
         yarn: how the rotary frequencies were stretched, if they were.
         llama_4_scaling: how queries grow with their position, if they do.
+        vision: the vision tower, if the model sees images.
 
     Raises:
         BadInput: a field is out of range, or two fields contradict each other.
@@ -133,6 +135,7 @@ class MistralConfig:
     n_experts_per_token: int = 0
     yarn: Yarn | None = None
     llama_4_scaling: Llama4Scaling | None = None
+    vision: VisionConfig | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -184,7 +187,13 @@ class MistralConfig:
     @property
     def weights(self) -> Mapping[str, Row]:
         """Every weight by name, with its row of the table, `layout`."""
-        return weights(self.n_layers, self.n_experts > 0, self.tied_embeddings)
+        is_mixture = self.n_experts > 0
+        return weights(self.n_layers, is_mixture, self.tied_embeddings, self.vision)
+
+    @property
+    def text(self) -> "MistralConfig":
+        """The decoder alone, without the vision tower."""
+        return dataclasses.replace(self, vision=None)
 
     @property
     def head(self) -> str:
@@ -208,11 +217,15 @@ class MistralConfig:
             "E": self.n_experts,
             "L": self.n_layers,
         }
+        if tower := self.vision:
+            sizes |= {"d": tower.dim, "n": tower.n_heads, "h": tower.head_dim}
+            sizes |= {"f": tower.hidden_dim, "m": tower.n_merged}
+            sizes |= {"c": CHANNELS, "p": tower.patch_size}
         return tuple(sizes[letter] for letter in letters)
 
     @property
     def n_params(self) -> int:
-        """Number of weights, embedding and head included.
+        """Number of weights, embedding, head and vision tower included.
 
         >>> from lechat_jax.config import PRESETS
         >>> PRESETS["lechat-15m"].n_params
@@ -224,11 +237,13 @@ class MistralConfig:
     def n_active_params(self) -> int:
         """Number of weights that a token meets: of the experts only those chosen for it.
 
+        Those of a vision tower, which only images meet, are not counted.
+
         >>> from lechat_jax.config import PRESETS
         >>> PRESETS["mixtral-8x7b-v0.1"].n_active_params
         12879925248
         """
-        return self._count(max(1, self.n_experts_per_token))
+        return self.text._count(max(1, self.n_experts_per_token))
 
     def _count(self, n_feed_forwards: int) -> int:
         total = 0
@@ -267,6 +282,15 @@ class MistralConfig:
         return _built(cls, fields, "model config")
 
 
+def vision_from_dict(fields: dict[str, Any]) -> VisionConfig:
+    """The vision tower of these fields, as `MistralConfig.to_dict` spells them.
+
+    Raises:
+        BadInput: a field is missing, unknown or out of range.
+    """
+    return _built(VisionConfig, fields, "vision")
+
+
 def _built(cls: type, fields: dict[str, Any], what: str) -> Any:
     """A dataclass of these fields, none of which is missing or unknown."""
     known = {field.name: field for field in dataclasses.fields(cls)}
@@ -291,7 +315,7 @@ def _from_json(name: str, value: Any) -> Any:
         if not all(window is None or type(window) is int for window in windows):
             raise BadInput(f"{name} must be a whole number, null or a list of these, not {value!r}")
         return tuple(value) if isinstance(value, list) else value
-    if name in ("tied_embeddings", "apply_scale"):
+    if name in ("tied_embeddings", "apply_scale", "projector_norm", "projector_bias"):
         if type(value) is not bool:
             raise BadInput(f"{name} must be true or false, not {value!r}")
         return value

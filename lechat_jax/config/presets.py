@@ -1,7 +1,8 @@
 """The shapes of released models, and of lechat's own, in the words of `MistralConfig`.
 
 Plain data, one model under another where they are alike but for some numbers. Only shapes:
-a checkpoint's own config always decides about that checkpoint.
+a checkpoint's own config always decides about that checkpoint. Of models that see, the vision tower
+is among them.
 """
 
 from collections.abc import Mapping
@@ -31,8 +32,31 @@ LARGE = SEVEN | FULL | {"dim": 12288, "n_layers": 88, "n_heads": 96, "hidden_dim
 NEMO = SEVEN | FULL | {"dim": 5120, "n_layers": 40, "vocab_size": 131072}  # 32 * 128 != 5120
 SMALL = NEMO | {"hidden_dim": 32768, "rope_theta": 1e8}
 
+# The vision tower of Mistral Small 3.1 and of what came after, and that of Pixtral 12B.
+TOWER: dict[str, Any] = {
+    "dim": 1024,
+    "n_layers": 24,
+    "n_heads": 16,
+    "hidden_dim": 4096,
+    "patch_size": 14,
+    "max_image_size": 1540,
+    "rope_theta": 1e4,
+    "spatial_merge_size": 2,
+    "projector_norm": True,
+    "projector_bias": False,
+}
+SEES: dict[str, Any] = {"vision": TOWER}
+PIXTRAL = TOWER | {
+    "patch_size": 16,
+    "max_image_size": 1024,
+    "spatial_merge_size": 1,
+    "projector_norm": False,
+    "projector_bias": True,
+}
+
 # Ministral 3 was stretched from 16,384 tokens to 262,144, Devstral 2 from 4,096.
 MINISTRAL_3 = SEVEN | {
+    **SEES,
     "rope_theta": 1e6,
     "sliding_window": None,
     "vocab_size": 131072,
@@ -53,6 +77,7 @@ MINISTRAL_3_3B = MINISTRAL_3 | {
 }
 EIGHT_K = {"original_max_position_embeddings": 8192}
 DEVSTRAL_SMALL_2 = SMALL | {
+    **SEES,
     "yarn": MINISTRAL_3["yarn"] | EIGHT_K | {"factor": 48},
     "llama_4_scaling": MINISTRAL_3["llama_4_scaling"] | EIGHT_K,
 }
@@ -132,9 +157,11 @@ RELEASES: dict[str, Fields] = {
     "mistral-small-22b-2409": TWENTY_TWO | {"vocab_size": 32768},
     # https://huggingface.co/mistralai/Mistral-Small-24B-Base-2501/blob/main/config.json
     "mistral-small-24b-2501": SMALL,
-    # https://huggingface.co/mistralai/Mistral-Small-3.1-24B-Base-2503/blob/main/config.json,
-    # its text part, on which Mistral Small 3.2, Magistral Small and Devstral Small were built.
-    "mistral-small-24b-2503": SMALL | {"rope_theta": 1e9},
+    # https://huggingface.co/mistralai/Mistral-Small-3.1-24B-Base-2503/blob/main/config.json, on
+    # which Mistral Small 3.2, Magistral Small and Devstral Small were built.
+    "mistral-small-24b-2503": SMALL | SEES | {"rope_theta": 1e9},
+    # https://huggingface.co/mistralai/Pixtral-12B-2409/blob/main/params.json
+    "pixtral-12b-2409": NEMO | {"vision": PIXTRAL, "rope_theta": 1e9},
     # https://huggingface.co/mistralai/Mistral-Large-Instruct-2407/blob/main/config.json
     "mistral-large-2407": LARGE | {"vocab_size": 32768},
     # https://huggingface.co/mistralai/Mistral-Large-Instruct-2411/blob/main/config.json
@@ -149,8 +176,7 @@ RELEASES: dict[str, Fields] = {
         "rope_theta": 1e8,
         "sliding_window": [None, 32768, 32768, 32768] * 9,
     },
-    # https://huggingface.co/mistralai/Ministral-3-3B-Base-2512/blob/main/config.json; of this
-    # and all below, the text part.
+    # https://huggingface.co/mistralai/Ministral-3-3B-Base-2512/blob/main/config.json
     "ministral-3-3b-2512": MINISTRAL_3_3B,
     # https://huggingface.co/mistralai/Ministral-3-8B-Base-2512/blob/main/config.json
     "ministral-3-8b-2512": MINISTRAL_3 | {"n_layers": 34},
@@ -162,11 +188,12 @@ RELEASES: dict[str, Fields] = {
     # https://huggingface.co/mistralai/Devstral-2-123B-Instruct-2512/blob/main/config.json
     "devstral-2-123b-2512": DEVSTRAL_2,
     # https://huggingface.co/mistralai/Mistral-Medium-3.5-128B/blob/main/params.json
-    "mistral-medium-3.5-128b": DEVSTRAL_2,
+    "mistral-medium-3.5-128b": DEVSTRAL_2
+    | {"vision": TOWER | {"n_layers": 48, "dim": 1664, "hidden_dim": 8192}},
     # https://huggingface.co/mistralai/Shieldstral-1.0-3B/blob/main/config.json: yes or no to a
     # policy in the prompt.
     "shieldstral-1.0-3b": MINISTRAL_3_3B,
-    # https://huggingface.co/mistralai/Voxtral-Mini-3B-2507/blob/main/config.json
+    # https://huggingface.co/mistralai/Voxtral-Mini-3B-2507/blob/main/config.json; its text part.
     "voxtral-mini-3b-2507": SEVEN
     | FULL
     | {"dim": 3072, "n_layers": 30, "hidden_dim": 8192, "vocab_size": 131072, "rope_theta": 1e8},
@@ -178,7 +205,10 @@ RELEASES: dict[str, Fields] = {
 # the other fields; these fields it does not show, or nobody has published it.
 UNVERIFIED: dict[str, tuple[str, ...]] = {
     "ministral-8b-2410": ("sliding_window",),
-    "mistral-medium-3.5-128b": ("hidden_dim", "vocab_size", "rope_theta", "norm_eps", "yarn"),
+    "mistral-medium-3.5-128b": (
+        *("hidden_dim", "vocab_size", "rope_theta", "norm_eps", "yarn", "vision"),
+    ),
+    "pixtral-12b-2409": ("rope_theta",),
     "shieldstral-1.0-3b": ("dim", "n_layers", "hidden_dim", "yarn", "llama_4_scaling"),
     "voxtral-mini-3b-2507": ("n_heads",),
 }

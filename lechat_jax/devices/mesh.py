@@ -267,7 +267,7 @@ def sum_over_rows(
     work: Callable[..., Array],
     dtype: DTypeLike,
     weights: Mapping[str, Array],
-    *rows: Array | None,
+    *rows: PyTree,
 ) -> Array:
     """FSDP: sums `work(weights, *rows)` over the devices along `fsdp`, each with its own rows.
 
@@ -278,7 +278,7 @@ def sum_over_rows(
     """
     parts = {name: _manual(mesh, name, leaf) for name, leaf in weights.items()}
 
-    def on_a_device(weights: Mapping[str, Array], *rows: Array | None) -> Array:
+    def on_a_device(weights: Mapping[str, Array], *rows: PyTree) -> Array:
         whole = {
             name: _gathered(leaf, tuple(parts[name]).index(ROWS), dtype)
             if ROWS in parts[name]

@@ -22,7 +22,17 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.config.layout import HEAD, TABLE, Row, is_expert, layer_of, module_of
+from lechat_jax.config.layout import (
+    HEAD,
+    PROJECTOR,
+    TABLE,
+    Row,
+    is_expert,
+    is_vision,
+    layer_of,
+    module_of,
+    vision_layer_of,
+)
 from lechat_jax.errors import BadInput
 
 Format = Literal["lechat", "hf", "mistral", "torch", "gguf"]
@@ -49,6 +59,7 @@ class Tensor(NamedTuple):
         reads: axes of what it is multiplied with, likewise.
         rotary: whether Mistral's own files and GGUF have its rows in another order.
         expert: whose part of lechat's weight it is.
+        is_split: whether its axes are apart in the other formats too.
     """
 
     lechat: str
@@ -60,22 +71,43 @@ class Tensor(NamedTuple):
     reads: str
     rotary: bool = False
     expert: int | None = None
+    is_split: bool = False
 
 
-def _tensor(name: str, row: Row, expert: int | None = None) -> Tensor:
+def _tensor(name: str, row: Row, expert: int | None = None, sees: bool = False) -> Tensor:
+    """The names of a weight, of a model that `sees` images or does not."""
     layer, module = layer_of(name), _of_expert(module_of(name), expert)
     within = "" if layer is None else f"layers.{layer}."
+    if is_vision(name):
+        hf, mistral = _beginnings(name)
+    else:
+        hf, mistral = f"{'language_model.' * sees}{within and 'model.'}{within}", within
+    end = "bias" if row.is_bias else "weight"
     return Tensor(
         lechat=name,
-        hf=f"{within and 'model.'}{within}{row.hf.format(e=expert)}.weight",
-        mistral=f"{within}{row.mistral.format(e=expert)}.weight",
-        torch=f"{module}.weight",
+        hf=f"{hf}{row.hf.format(e=expert)}.{end}",
+        mistral=f"{mistral}{row.mistral.format(e=expert)}.{end}",
+        torch=f"{module}.{end}",
         gguf=f"{'' if layer is None else f'blk.{layer}.'}{row.gguf}.weight",
         writes=row.writes if expert is None else row.writes[1:],
         reads=row.reads,
         rotary=row.is_rotated,
         expert=expert,
+        is_split=row.is_split,
     )
+
+
+def _beginnings(name: str) -> tuple[str, str]:
+    """What comes before a name of the vision tower or the projector, in hf's files and Mistral's.
+
+    >>> _beginnings("vision.blocks.3.attn.q.kernel")
+    ('vision_tower.transformer.layers.3.', 'vision_encoder.transformer.layers.3.')
+    """
+    if name.startswith(PROJECTOR):
+        return "multi_modal_projector.", ""
+    layer = vision_layer_of(name)
+    within = "" if layer is None else f"transformer.layers.{layer}."
+    return f"vision_tower.{within}", f"vision_encoder.{within}"
 
 
 def _of_expert(name: str, expert: int | None) -> str:
@@ -92,7 +124,7 @@ def rows(config: MistralConfig) -> Mapping[str, Tensor]:
     ('blocks.0.mlp.experts.gate.kernel', 'model.layers.0.block_sparse_moe.experts.3.w1.weight')
     """
     found = {
-        _of_expert(name, expert): _tensor(name, row, expert)
+        _of_expert(name, expert): _tensor(name, row, expert, config.vision is not None)
         for name, row in config.weights.items()
         for expert in (range(config.n_experts) if is_expert(name) else (None,))
     }
@@ -128,7 +160,8 @@ def tied_head(config: MistralConfig, fmt: Format) -> str | None:
 
     PyTorch lists it in a state dict; the other formats leave it out.
     """
-    return getattr(_tensor(HEAD, TABLE[HEAD]), fmt) if config.tied_embeddings else None
+    head = _tensor(HEAD, TABLE[HEAD], sees=config.vision is not None)
+    return getattr(head, fmt) if config.tied_embeddings else None
 
 
 def shape(config: MistralConfig, fmt: Format, row: Tensor) -> tuple[int, ...]:
@@ -140,7 +173,7 @@ def shape(config: MistralConfig, fmt: Format, row: Tensor) -> tuple[int, ...]:
     >>> shape(config, "lechat", row), shape(config, "hf", row)
     ((8, 24, 192), (192, 192))
     """
-    if fmt == "lechat":
+    if fmt == "lechat" or row.is_split:
         return config.shape(row.writes + row.reads)
     return tuple(math.prod(config.shape(axes)) for axes in (row.writes, row.reads) if axes)
 

@@ -18,7 +18,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.files.safetensors_header import check_inside, parse_json
 from lechat_jax.formats.configs.hugging_face import from_hugging_face
 from lechat_jax.formats.configs.mistral import contradiction, from_params
-from lechat_jax.formats.configs.vision import SEEING, without_vision
+from lechat_jax.formats.configs.vision import SEEING, in_file_names, without_vision
 from lechat_jax.formats.folder import (
     ADAPTERS,
     CONFIG,
@@ -55,6 +55,7 @@ def open_model(
     metadata: dict[str, str] | None = None,
     verify: bool = True,
     read_pickles: ReadPickles | None = None,
+    text_only: bool = False,
 ) -> Source:
     """Opens the weights in a folder of lechat's, Hugging Face's or Mistral's, or in a GGUF file.
 
@@ -65,6 +66,7 @@ def open_model(
         verify: compare what has checksums with them, at half a second a GB; without, the
             caller does it with `fault_of`.
         read_pickles: reads files of `torch.save`; by default they are refused.
+        text_only: without the vision tower, if there is one.
 
     Raises:
         BadInput: there is nothing there that can be read, or it is damaged, or its config
@@ -76,37 +78,40 @@ def open_model(
         if kind == "gguf":
             return _gguf(path)
         if kind == "lechat":
-            return _lechat(path, verify)
+            source = _lechat(path, verify)
+            return source.text if text_only else source
         if kind == "torch":
             config, _ = read_config(path)
             store = _pickled([path / PICKLED], config, read_pickles)
-            return _source("torch", path, config, store, metadata)
+            source = _source("torch", path, config, store, metadata)
+            return source.text if text_only else source
         if kind == "hf":
-            return _hugging_face(path, metadata)
+            return _hugging_face(path, metadata, text_only)
         if kind == "mistral":
-            return _mistral(path, rope_theta, metadata, read_pickles)
+            return _mistral(path, rope_theta, metadata, read_pickles, text_only)
     except OSError as error:
         raise BadInput(f"{error.filename or path} cannot be read: {error.strerror}") from error
     raise BadInput(f"{path} is a training run, whose weights are in its checkpoints")
 
 
-def _hugging_face(folder: Path, metadata: dict[str, str]) -> Source:
+def _hugging_face(folder: Path, metadata: dict[str, str], text_only: bool) -> Source:
     path = folder / CONFIG
     fields = parse_json(path.read_bytes(), path)
     quantization = take_quantization(fields, path)
-    config = from_hugging_face(fields, path)
+    config = from_hugging_face(fields, path, text_only)
     if not has_safetensors(folder, "model"):
         for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
             if (folder / name).is_file():
                 raise BadInput(
                     f"{folder} has its weights in {name}, a pickle; save the model as safetensors"
                 )
-    text = fields["text_config"] if fields["model_type"] == SEEING else fields
+    sees = fields["model_type"] in SEEING
+    text = fields["text_config"] if sees else fields
     if type(positions := text.get(POSITIONS)) is int:
         metadata = {**metadata, POSITIONS: str(positions)}
     store = safetensors_store(folder, "model")
-    if fields["model_type"] == SEEING:
-        store = without_vision(store, folder)
+    if sees:
+        store = (without_vision if text_only else in_file_names)(store, folder)
         if tied_head(config, "hf") in store.tensors:  # transformers believes the weights, too
             config = dataclasses.replace(config, tied_embeddings=False)
     if (params := folder / PARAMS).is_file():
@@ -122,11 +127,12 @@ def _mistral(
     rope_theta: float | None,
     metadata: dict[str, str],
     read_pickles: ReadPickles | None,
+    text_only: bool,
 ) -> Source:
     path = folder / PARAMS
     fields = parse_json(path.read_bytes(), path)
     quantization = take_quantization(fields, path)
-    config = from_params(fields, path, rope_theta)
+    config = from_params(fields, path, rope_theta, text_only)
     old = folder / "consolidated.00.pth"
     first = sorted(folder.glob("consolidated.[0-9][0-9].pt"))  # of the first Mixtral, all are read
     if has_safetensors(folder, "consolidated") or not (old.is_file() or first):
@@ -137,7 +143,7 @@ def _mistral(
         raise BadInput(f"{folder} has its weights cut into consolidated.00.pth, .01.pth and so on")
     else:
         store = _pickled([old] if old.is_file() else first, config, read_pickles)
-    if fields.get("vision_encoder"):
+    if fields.get("vision_encoder") and text_only:
         store = without_vision(store, folder)
     if (folder / ADAPTERS[1]).is_file():
         said = f"{ADAPTERS[1]} beside it is not merged; for that say --adapter {folder}"

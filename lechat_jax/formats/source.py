@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import is_vision
 from lechat_jax.errors import BadInput
 from lechat_jax.formats.layouts import from_format
 from lechat_jax.formats.names import Format, parts, rows, shapes
-from lechat_jax.formats.stores import Store, Stored
+from lechat_jax.formats.stores import Store, Stored, text_alone
 from lechat_jax.quantize.scheme import Form, in_parts
 
 SourceFormat = Literal["hf", "mistral", "lechat", "torch", "gguf", "run"]
@@ -54,6 +55,15 @@ class Source:
         table = rows(self.config)
         whole = (table[name].lechat if name in table else name for name in self.stored)
         return tuple(dict.fromkeys(whole))
+
+    @property
+    def text(self) -> "Source":
+        """The decoder alone, without a vision tower; a note says what is left out."""
+        text = {name: one for name, one in self.stored.items() if not is_vision(name)}
+        if not (n_left_out := len(self.stored) - len(text)):
+            return self
+        store = dataclasses.replace(self.store, notes=(*self.store.notes, text_alone(n_left_out)))
+        return dataclasses.replace(self, config=self.config.text, stored=text, store=store)
 
     @property
     def dtype(self) -> np.dtype:

@@ -83,6 +83,11 @@ def safetensors_store(folder: Path, stem: str) -> Store:
     return Store(tensors, files.release, files.metadata, files=files.paths)
 
 
+def text_alone(n_left_out: int) -> str:
+    """The note that so many tensors of a vision tower were left out."""
+    return f"only the text part is read; tensors of the vision tower left out: {n_left_out}"
+
+
 def array_store(where: object, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> Store:
     """Tensors that are in memory already."""
     return Store(

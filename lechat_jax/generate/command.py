@@ -24,6 +24,7 @@ from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.options import GenerationOptions
 from lechat_jax.generate.prompt_files import Prompt, read_prompts
 from lechat_jax.generate.sampling import Sampling
+from lechat_jax.tokenizer.images import Image
 from lechat_jax.tokenizer.vocabulary import no_tokenizer
 
 RULE = "-" * 72  # between two samples
@@ -41,6 +42,8 @@ class GenerateConfig(GenerationOptions):
         prompts_file: File of prompts instead: one a line, or .jsonl of objects with `prompt`
             (text) or `ids`; "-" reads lines from stdin. Each prompt is independent; an empty
             line is an empty prompt.
+        image: Image before the prompt, for a model that sees: a file such as cat.jpg; repeatable,
+            for one --prompt or none.
         samples: Number of samples of each prompt.
         batch: Maximum samples decoded at once; each has a KV cache of its own.
         ignore_eos: Continue after EOS, to --max-tokens. By default EOS ends a sample.
@@ -52,6 +55,7 @@ class GenerateConfig(GenerationOptions):
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     prompt_ids: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     prompts_file: Path | None = None
+    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     samples: int = 1
     batch: int = 16
     ignore_eos: bool = False
@@ -69,11 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_tokenizer(options.saved)
     batch = min(options.batch, len(asked) * options.samples)
     generator = options.load(batch, PrefillProgress())
-    rows = [ids for ids in map(generator.ids_of, asked) for _ in range(options.samples)]
-    generator.check(rows, options.max_tokens)
+    images = generator.read_images(options.image)
+    prompts = [generator.ids_of(prompt, images) for prompt in asked]
+    rows = [ids for ids in prompts for _ in range(options.samples)]
+    generator.check(rows, options.max_tokens, images=[images] * len(rows))
     timed, samples = Timed(), list[Sample]()
     try:
-        _tell(generator, rows, _batches(generator, rows, options, sampling, timed), samples)
+        batches = _batches(generator, rows, images, options, sampling, timed)
+        _tell(generator, rows, batches, samples)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         samples += [Sample([], [], "", "interrupted")] * (len(rows) - len(samples))
@@ -93,6 +100,10 @@ def _check(options: GenerateConfig) -> None:
             raise BadInput(f"--{name} must be at least 1, not {getattr(options, name)}")
     options.check()
     check_writable(options.json)
+    if options.image and (options.prompt_ids or options.prompts_file or len(options.prompt) > 1):
+        raise BadInput("--image belongs to one --prompt; give a single one, or none")
+    if options.image and options.saved.config.vision is None:
+        raise BadInput(f"{options.folder} has no vision tower, so it sees no --image")
 
 
 def check_tokenizer(saved: SavedModel) -> None:
@@ -106,21 +117,24 @@ def check_tokenizer(saved: SavedModel) -> None:
 def _batches(
     generator: Generator,
     rows: list[Sequence[int]],
+    images: list[Image],
     options: GenerateConfig,
     sampling: Sampling,
     timed: "Timed",
 ) -> Iterator[Iterator[list[Sample]]]:
     """Generates batch after batch: an iterator of rounds for each."""
     for first in range(0, len(rows), options.batch):
+        several = rows[first : first + options.batch]
         yield timed.watch(
             generator.stream_batch(
-                rows[first : first + options.batch],
+                several,
                 options.max_tokens,
                 sampling,
                 eos_ids=() if options.ignore_eos else None,
                 draft=options.n_drafted,
                 first_row=first,
                 stop=options.stop,
+                images=[images] * len(several),
             )
         )
 

@@ -41,8 +41,10 @@ from lechat_jax.generate.logits_processors import LogitsProcessing, Top, all_all
 from lechat_jax.generate.prefill import cache_size, chunk_of
 from lechat_jax.generate.prompt_lookup import SEEN, Repeats, newest
 from lechat_jax.generate.sampling import Sampling
+from lechat_jax.generate.vision import PromptImages
 from lechat_jax.model.binding import Weights
 from lechat_jax.model.cache import EMPTY, Cache
+from lechat_jax.tokenizer.images import Image
 
 # Is told how many tokens of the prompts are read, and of how many; at first of none.
 OnRead = Callable[[int, int], None]
@@ -83,6 +85,7 @@ class Prefill:
         sampling: sampling parameters.
         processing: logits processors.
         request: both, as arrays.
+        images: images of the prompt, if it has any.
     """
 
     row: int
@@ -93,6 +96,7 @@ class Prefill:
     sampling: Sampling
     processing: LogitsProcessing
     request: Request
+    images: PromptImages | None = None
 
     @property
     def is_done(self) -> bool:
@@ -199,6 +203,7 @@ class ContinuousBatch:
         snapshot: Cache | None = None,
         processing: LogitsProcessing | None = None,
         is_scored: bool = False,
+        images: Sequence[Image] = (),
     ) -> Prefill:
         """Admits a prompt to a row; `read` then does its prefill chunk by chunk.
 
@@ -214,7 +219,12 @@ class ContinuousBatch:
             snapshot: KV cache of the first `start` tokens, see `snapshot`.
             processing: logits processors, if the batch was made with them.
             is_scored: whether log-probs of the prompt's own tokens are computed.
+            images: images whose ids are in the prompt, in their order.
+
+        Raises:
+            BadInput: the prompt has the ids of other images.
         """
+        seen = PromptImages(self._config, prompt, images) if images else None
         self.free(row)
         cache = self._state.cache
         with on_mesh(self._mesh):
@@ -227,7 +237,7 @@ class ContinuousBatch:
         processing = processing or LogitsProcessing()
         request = self._request_of(sampling, eos_ids, stream, processing)
         scores = [] if is_scored else None
-        admitted = Prefill(row, prompt, start, scores, limit, sampling, processing, request)
+        admitted = Prefill(row, prompt, start, scores, limit, sampling, processing, request, seen)
         self.lengths[row] = len(prompt)
         self.unread += len(prompt) - 1 - start
         self._waiting.append(admitted)
@@ -253,14 +263,17 @@ class ContinuousBatch:
             weights = self._weights_for(chunk)
             row, cache = np.int32(chosen.row), self._state.cache
             with on_mesh(self._mesh):
+                seen = ()
+                if chosen.images:
+                    seen = (chosen.images.chunk(self._weights_for, chosen.at, chunk),)
                 if chosen.scores is None:
-                    cache = prefill(self._config, weights, cache, row, tokens, positions)
+                    cache = prefill(self._config, weights, cache, row, tokens, positions, *seen)
                 else:
                     targets = np.zeros(chunk, np.int32)
                     following = chosen.prompt[chosen.at + 1 : chosen.at + 1 + chunk]
                     targets[: len(following)] = following
                     cache, scores = prefill_scored(
-                        self._config, weights, cache, row, tokens, positions, targets
+                        self._config, weights, cache, row, tokens, positions, targets, *seen
                     )
                     chosen.scores.append(scores)
             self._state = self._state._replace(cache=cache)

@@ -114,23 +114,31 @@ def prefill(
     row: Int[Array, ""],
     tokens: Int[Array, "1 T"],
     positions: Int[Array, "1 T"],
+    features: Float[Array, "1 T D"] | None = None,
 ) -> Cache:
     """Chunked prefill: extends the KV cache by a chunk of one row's prompt; `EMPTY` is padding.
 
     One row at a time, so that no row is padded to the length of the others or depends on them. No
     logits are computed: a prompt's last token is left to `decode`, the only place that samples. The
-    cache passed in is donated.
+    cache passed in is donated. `features` are those of images, see `Mistral.embedded`.
     """
 
     def extend(
-        cache: Cache, row: Array, mine: Array, weights: Weights, tokens: Array, positions: Array
+        cache: Cache,
+        row: Array,
+        mine: Array,
+        weights: Weights,
+        tokens: Array,
+        positions: Array,
+        *features: Array,
     ) -> Cache:
         alone = row_of(cache, row)
         positions = jnp.where(mine, positions, EMPTY)
-        alone = bind(config, weights).extend(tokens, positions, alone)[1]
+        alone = bind(config, weights).extend(tokens, positions, alone, *features)[1]
         return _put(cache, row, alone)
 
-    return kept_by_rows(on_its_rows(extend, cache, row, weights, tokens, positions))
+    seen = () if features is None else (features,)
+    return kept_by_rows(on_its_rows(extend, cache, row, weights, tokens, positions, *seen))
 
 
 class PromptScores(NamedTuple):
@@ -154,11 +162,12 @@ def prefill_scored(
     tokens: Int[Array, "1 T"],
     positions: Int[Array, "1 T"],
     targets: Int[Array, "T"],
+    features: Float[Array, "1 T D"] | None = None,
 ) -> tuple[Cache, PromptScores]:
     """Chunked prefill as `prefill`, and the log-probability of the prompt's own next tokens."""
     alone = row_of(cache, row)
     model = bind(config, weights)
-    hidden, alone = model.extend(tokens, positions, alone)
+    hidden, alone = model.extend(tokens, positions, alone, features)
     logits = model.logits(hidden)[0]
     scores = PromptScores(token_logprobs(logits, targets), top_of(logits, jnp.bool_(True)))
     return kept_by_rows(_put(cache, row, alone)), kept_everywhere(scores)

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
+from lechat_jax.config import VisionConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.continuation import Sample, UntilStop
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.tokenizer.chat_template import Conversation
+from lechat_jax.tokenizer.images import Image, ImageSource
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -16,6 +18,7 @@ class Text(Protocol):
     """The interface of `Session` that a chat needs."""
 
     ids: list[int]
+    images: list[Image]
 
     @property
     def room(self) -> int | None:
@@ -24,8 +27,8 @@ class Text(Protocol):
     def reset(self, length: int = 0) -> None:
         """Truncates the text to its first `length` tokens."""
 
-    def feed(self, ids: Sequence[int]) -> None:
-        """Appends tokens."""
+    def feed(self, ids: Sequence[int], images: Sequence[Image] = ()) -> None:
+        """Appends tokens, and the images whose ids are among them."""
 
     def stream(self, max_tokens: int, sampling: Sampling) -> Iterator[Sample]:
         """Generates the continuation of the text, piece by piece."""
@@ -49,22 +52,32 @@ class Dialogue:
         max_tokens: int = 1024,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        vision: VisionConfig | None = None,
     ) -> None:
-        self.conversation = Conversation(tokenizer, system)
+        self.conversation = Conversation(tokenizer, system, vision)
         self.last: list[Sample] = []
         self._text, self._tokenizer = text, tokenizer
         self._max_tokens, self._sampling = max_tokens, sampling or Sampling(temperature=0.7)
         self._stop = stop
 
-    def answer(self, question: str) -> Generator[str, None, None]:
+    def answer(
+        self, question: str, images: Sequence[ImageSource] = ()
+    ) -> Generator[str, None, None]:
         """Streams the answer to a question; closing the iterator cuts the answer short.
 
         What was output stays in the history; if nothing was, the question does not either.
 
+        Args:
+            question: a text.
+            images: images that come before it.
+
         Raises:
-            BadInput: the question does not fit into the context, or is not Unicode.
+            BadInput: the question does not fit into the context, or is not Unicode; or there is
+                no such image, or the model sees none.
         """
-        self._read(self.conversation.ask(question))
+        seen = self.conversation.read_images(images)
+        ids = self.conversation.ask(question, seen)
+        self._read(ids, [*self.conversation.images, *seen])
         self.last = []
         asked = len(self._text.ids)
         # Decoded without what came before, as Mistral does it.
@@ -90,7 +103,7 @@ class Dialogue:
             if len(self._text.ids) > asked + len(said):  # a stop text, or what may become one
                 self._text.reset(asked + len(said))
             if said:
-                self.conversation.add(question, said)
+                self.conversation.add(question, said, seen)
 
     def _own(self, piece: Sample) -> tuple[list[int], list[float]]:
         """The tokens of a piece, without an end token other than the template's EOS."""
@@ -98,17 +111,17 @@ class Dialogue:
         kept = slice(-1 if foreign else None)
         return piece.ids[kept], piece.logprobs[kept]
 
-    def say(self, question: str) -> str:
+    def say(self, question: str, images: Sequence[ImageSource] = ()) -> str:
         """The complete answer to a question; `answer` streams it."""
-        return "".join(self.answer(question))
+        return "".join(self.answer(question, images))
 
     def reset(self) -> None:
         """Clears the history; the system prompt stays."""
         self.conversation.exchanges.clear()
         self._text.reset()
 
-    def _read(self, ids: list[int]) -> None:
-        """Sets the text to these ids, keeping the KV cache of the common prefix where possible."""
+    def _read(self, ids: list[int], images: list[Image]) -> None:
+        """Sets the text to these ids and images, keeping the KV cache of what is the same."""
         known = len(self._text.ids)
         room = self._text.room
         if room is not None and len(ids) >= room + known:
@@ -116,7 +129,9 @@ class Dialogue:
                 f"the conversation has {len(ids)} tokens and the context holds {room + known}: "
                 "/reset begins a new one, and a larger --context has room for more"
             )
-        if ids[:known] != self._text.ids:
+        seen = [image.digest for image in self._text.images]
+        is_same = [image.digest for image in images[: len(seen)]] == seen
+        if ids[:known] != self._text.ids or not is_same:
             self._text.reset()
-            known = 0
-        self._text.feed(ids[known:])
+            known, seen = 0, []
+        self._text.feed(ids[known:], images[len(seen) :])

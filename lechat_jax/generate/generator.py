@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast, overload
+from typing import Any, cast, overload
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from lechat_jax.generate.sampling import Sampling
 from lechat_jax.generate.session import Session
 from lechat_jax.model.binding import bind
 from lechat_jax.quantize.scheme import Format
+from lechat_jax.tokenizer.images import Image, ImageSource
 
 
 class Generator(LoadedModel):
@@ -103,6 +104,7 @@ class Generator(LoadedModel):
         draft: int = ...,
         first_row: int = ...,
         stop: str | Sequence[str] = ...,
+        images: Sequence[ImageSource] = ...,
     ) -> Sample: ...
 
     @overload
@@ -115,6 +117,7 @@ class Generator(LoadedModel):
         draft: int = ...,
         first_row: int = ...,
         stop: str | Sequence[str] = ...,
+        images: Sequence[Sequence[ImageSource]] = ...,
     ) -> list[Sample]: ...
 
     def generate(
@@ -126,17 +129,21 @@ class Generator(LoadedModel):
         draft: int = 0,
         first_row: int = 0,
         stop: str | Sequence[str] = (),
+        images: Sequence[Any] = (),
     ) -> Sample | list[Sample]:
         """Generates the continuation of one prompt, or of each of several as a batch.
 
-        Arguments as for `stream_batch`.
+        Arguments as for `stream_batch`; of one prompt the images are a list.
 
         Returns:
             A sample for one prompt (a text or ids); a list of samples for a list of prompts.
         """
         is_one = isinstance(prompts, str) or any(isinstance(p, int | np.integer) for p in prompts)
         several = cast(Prompts, [prompts] if is_one else prompts)
-        pieces = self.stream_batch(several, max_tokens, sampling, eos_ids, draft, first_row, stop)
+        of_each = [images] if is_one and images else images
+        pieces = self.stream_batch(
+            several, max_tokens, sampling, eos_ids, draft, first_row, stop, of_each
+        )
         samples = [join(row) for row in zip(*pieces, strict=True)]
         return samples[0] if is_one else samples
 
@@ -148,10 +155,12 @@ class Generator(LoadedModel):
         eos_ids: Collection[int] | None = None,
         draft: int = 0,
         stop: str | Sequence[str] = (),
+        images: Sequence[ImageSource] = (),
     ) -> Iterator[Sample]:
         """Streams the continuation of a prompt, piece by piece; arguments as for `stream_batch`."""
+        several = cast(Prompts, [prompt])
         rounds_ = self.stream_batch(
-            [self.ids_of(prompt)], max_tokens, sampling, eos_ids, draft, stop=stop
+            several, max_tokens, sampling, eos_ids, draft, stop=stop, images=[images]
         )
         return (piece for (piece,) in rounds_)
 
@@ -164,6 +173,7 @@ class Generator(LoadedModel):
         draft: int = 0,
         first_row: int = 0,
         stop: str | Sequence[str] = (),
+        images: Sequence[Sequence[ImageSource]] = (),
     ) -> Iterator[list[Sample]]:
         """Streams the continuations of a batch of prompts: rounds of one piece for each prompt.
 
@@ -181,14 +191,20 @@ class Generator(LoadedModel):
             first_row: number of the first prompt, so that random streams differ by batch.
             stop: stop text or texts, which may start within a token; a continuation is cut
                 before the one that is complete first.
+            images: of each prompt the images that it begins with if it is a text, or whose ids
+                are in it: files, their bytes, data URLs, Pillow's images; or what
+                `read_images` made of them.
 
         Raises:
             BadInput: a prompt is empty, longer than the context or not of this vocabulary,
                 `max_tokens` or `draft` is out of range, a stop text is empty or there is no
                 tokenizer for it, or the cache does not fit into memory.
         """
-        ids = [self.ids_of(prompt) for prompt in prompts]
-        self.check(ids, max_tokens, draft)
+        if images and len(images) != len(prompts):
+            raise BadInput(f"there are {len(prompts)} prompts and images of {len(images)}")
+        seen = [self.read_images(its) for its in images] or [[] for _ in prompts]
+        ids = [self.ids_of(*both) for both in zip(prompts, seen, strict=True)]
+        self.check(ids, max_tokens, draft, seen)
         self.check_memory(len(ids), draft)
         eos_ids = self.eos_ids if eos_ids is None else eos_ids
         stop = stop_texts(stop)
@@ -196,7 +212,7 @@ class Generator(LoadedModel):
             Continuation(prompt, max_tokens, self.room(len(prompt)), eos_ids, self.tokenizer, stop)
             for prompt in ids
         ]
-        return self._rounds(ids, rows, sampling or Sampling(), eos_ids, draft, first_row)
+        return self._rounds(ids, rows, sampling or Sampling(), eos_ids, draft, first_row, seen)
 
     def chat(
         self,
@@ -226,6 +242,7 @@ class Generator(LoadedModel):
         return Dialogue(
             Session(self, draft),
             self.tokenizer,
+            vision=self.config.vision,
             system=system,
             max_tokens=max_tokens,
             sampling=sampling,
@@ -240,6 +257,7 @@ class Generator(LoadedModel):
         eos_ids: Collection[int],
         draft: int,
         first_row: int,
+        images: Sequence[Sequence[Image]],
     ) -> Iterator[list[Sample]]:
         if all(row.stopped for row in rows):
             yield [row.take([], []) for row in rows]
@@ -248,7 +266,10 @@ class Generator(LoadedModel):
         for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
             if not row.stopped:
                 stream = first_row + number
-                batch.admit(number, prompt, row.limit, sampling, eos_ids, stream=stream)
+                seen = images[number]
+                batch.admit(
+                    number, prompt, row.limit, sampling, eos_ids, stream=stream, images=seen
+                )
         batch.read_all(self.on_read)
         yield from rounds(batch, rows)
 

@@ -11,9 +11,11 @@ from lechat_jax.devices.mesh import check_divides, on_heads
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.continuous_batch import ContinuousBatch, OnRead
 from lechat_jax.generate.prefill import cache_size, cached_bytes, chunk_sizes
+from lechat_jax.generate.vision import starts
 from lechat_jax.model.binding import Weights, weights_of
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.ops.matmul import as_bits
+from lechat_jax.tokenizer.images import Image, ImageSource, read_image
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 MOST_DRAFT = 32  # tokens that may be guessed ahead
@@ -97,30 +99,55 @@ class LoadedModel:
             mesh=self.mesh,
         )
 
-    def encode(self, text: str) -> list[int]:
-        """Encodes a prompt: BOS, then the ids of the text.
+    def read_images(self, sources: Sequence[ImageSource]) -> list[Image]:
+        """Reads images for this model: of files, their bytes, data URLs, or Pillow's.
+
+        Raises:
+            BadInput: the model sees none, or there is no image.
+        """
+        if not sources:
+            return []
+        if (vision := self.config.vision) is None:
+            raise BadInput("the model has no vision tower, so it cannot be given images")
+        return [read_image(one, vision) for one in sources]
+
+    def encode(self, text: str, images: Sequence[Image] = ()) -> list[int]:
+        """Encodes a prompt: BOS, the ids of images, then those of the text.
 
         Raises:
             BadInput: there is no tokenizer.
         """
         if self.tokenizer is None:
             raise BadInput("there is no tokenizer beside the weights; give the prompt as ids")
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+        seen = [id_ for image in images for id_ in image.ids]
+        return [self.tokenizer.bos_id, *seen, *self.tokenizer.encode(text)]
 
-    def ids_of(self, prompt: Prompt) -> Sequence[int]:
-        """The ids of a prompt, which is a text or ids.
+    def ids_of(self, prompt: Prompt, images: Sequence[Image] = ()) -> Sequence[int]:
+        """The ids of a prompt, which is a text, before which its images come, or ids with theirs.
 
         Raises:
             BadInput: there is no tokenizer for a text.
         """
-        return self.encode(prompt) if isinstance(prompt, str) else prompt
+        return self.encode(prompt, images) if isinstance(prompt, str) else prompt
 
     def room(self, length: int) -> int | None:
         """Tokens that fit into the context after `length`; `None` if every layer has a window."""
         return self.context - length if None in self.config.windows else None
 
-    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int = 0, draft: int = 0) -> None:
-        """Raises `BadInput` for prompts that this model cannot continue by so many tokens."""
+    def check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int = 0,
+        draft: int = 0,
+        images: Sequence[Sequence[Image]] = (),
+    ) -> None:
+        """Raises `BadInput` for prompts that this model cannot continue by so many tokens.
+
+        Each may have images, whose ids must be in it.
+        """
+        for prompt, its in zip(prompts, images, strict=False):
+            if its:
+                starts(prompt, its, self.config)
         if not 0 <= max_tokens < 2**31:
             raise BadInput(f"max_tokens must be at least 0 and below 2**31, not {max_tokens}")
         if not 0 <= draft <= MOST_DRAFT:

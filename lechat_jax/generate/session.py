@@ -6,6 +6,8 @@ from lechat_jax.generate.continuation import Continuation, Sample, stop_texts
 from lechat_jax.generate.continuous_batch import ContinuousBatch, rounds
 from lechat_jax.generate.loaded_model import LoadedModel
 from lechat_jax.generate.sampling import Sampling
+from lechat_jax.generate.vision import starts
+from lechat_jax.tokenizer.images import Image
 
 
 class Session:
@@ -15,6 +17,7 @@ class Session:
 
     Attributes:
         ids: all tokens so far, fed and generated.
+        images: images whose ids are among them.
     """
 
     def __init__(self, model: LoadedModel, draft: int = 0) -> None:
@@ -31,9 +34,12 @@ class Session:
         """
         if length:
             del self.ids[length:]
+            whole = starts(self.ids, self.images, self._model.config, is_cut=True)
+            del self.images[len(whole) :]
             self._read = min(self._read, len(self.ids) - 1)
             return
         self.ids: list[int] = []
+        self.images: list[Image] = []
         self._read = 0  # tokens of `ids` that are in the cache
         self._written = 0  # positions that the cache holds, those that were taken back among them
         self._batch = None  # so that there are never two
@@ -44,15 +50,17 @@ class Session:
         """Tokens that still fit into the context; `None` is no limit."""
         return self._model.room(len(self.ids))
 
-    def feed(self, ids: Sequence[int]) -> None:
+    def feed(self, ids: Sequence[int], images: Sequence[Image] = ()) -> None:
         """Appends tokens to the text; the next `stream` does their prefill.
 
         Raises:
-            BadInput: they are not of this vocabulary, or do not fit into the context.
+            BadInput: they are not of this vocabulary, do not fit into the context, or have not the
+                ids of these images in them.
         """
         if ids:
-            self._model.check([[*self.ids, *ids]])
+            self._model.check([[*self.ids, *ids]], images=[[*self.images, *images]])
         self.ids += ids
+        self.images += images
 
     def stream(
         self,
@@ -89,7 +97,7 @@ class Session:
         spare = batch.spare()
         is_lost = spare is not None and self._written - self._read > spare  # taken back too far
         start = 0 if is_lost else self._read
-        batch.admit(0, self.ids, row.limit, sampling, eos_ids, start=start)
+        batch.admit(0, self.ids, row.limit, sampling, eos_ids, start=start, images=[*self.images])
         batch.read_all(model.on_read)
         self._read = self._written = len(self.ids) - 1
         for (piece,) in rounds(batch, [row]):

@@ -31,14 +31,20 @@ from lechat_jax.ops.attention_backend import (
     slots_at_once,
     unsupported,
 )
-from lechat_jax.ops.flash_attention import Keys, Queries, fused_attention, splash_attention
+from lechat_jax.ops.flash_attention import (
+    Keys,
+    Queries,
+    bidirectional_cudnn,
+    fused_attention,
+    splash_attention,
+)
 
 
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "#B T S"],
+    mask: Bool[Array, "#B #T S"],
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention, softmax(q k / sqrt(H)) v, with grouped queries and a mask.
 
@@ -245,6 +251,60 @@ def training_attention(
     if backend == "banded" and window is not None:
         return banded_attention(q, k, v, window, documents)
     return dense_attention(q, k, v, window, documents)
+
+
+def attend_patches(q: Queries, k: Keys, v: Keys, n_patches: Int[Array, "B"]) -> Queries:
+    """Bidirectional attention over the first `n_patches` of each row; what is behind is padding.
+
+    Never with all scores in memory: a kernel for accelerators, and on a CPU some heads and queries
+    at a time, whose scores are made again for the backward pass.
+    """
+    T, H = q.shape[1], q.shape[3]
+    backend = best_backend(q.dtype, T, None, H)
+    if backend == "cudnn":
+        return bidirectional_cudnn(q, k, v, n_patches)
+    if backend == "splash":
+        is_padding = jnp.arange(T)[None] >= n_patches[:, None]
+        kernel = functools.partial(splash_attention, window=None, is_causal=False)
+        return over_heads(kernel, q, k, v, is_padding.astype(jnp.int32))
+    mask = (jnp.arange(T)[None] < n_patches[:, None])[:, None]
+    return blockwise_attention(q, k, v, mask)
+
+
+def blockwise_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    mask: Bool[Array, "#B 1 S"],
+) -> Float[Array, "B T N H"]:
+    """`attend` with the same mask for all queries, some heads and queries at a time."""
+    B, T, N, _ = q.shape
+    S = k.shape[1]
+    most = max(1, scores_at_once() // (B * S))  # queries of one head
+    size = T if most >= T else -(-T // -(-T // most))
+    heads = max(h for h in range(1, N + 1) if N % h == 0 and (h == 1 or h * T <= most))
+    n_blocks = -(-T // size)
+
+    def grouped(x: Array) -> Array:  # heads first
+        return jnp.moveaxis(x.reshape(*x.shape[:2], N // heads, heads, x.shape[3]), 2, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_block(q: Array, k: Array, v: Array) -> Array:
+        return attend(q, k, v, mask)
+
+    def of_heads(qkv: tuple[Array, Array, Array]) -> Array:
+        q, k, v = qkv
+        if n_blocks == 1:
+            return of_block(q, k, v)
+        padded = jnp.pad(q, ((0, 0), (0, n_blocks * size - T), (0, 0), (0, 0)))
+        blocks = jnp.moveaxis(padded.reshape(B, n_blocks, size, *q.shape[2:]), 1, 0)
+        mixed = jax.lax.map(lambda block: of_block(block, k, v), blocks)
+        return jnp.moveaxis(mixed, 0, 1).reshape(B, n_blocks * size, *q.shape[2:])[:, :T]
+
+    if heads == N:
+        return of_heads((q, k, v))
+    mixed = jax.lax.map(of_heads, (grouped(q), grouped(k), grouped(v)))
+    return jnp.moveaxis(mixed, 0, 2).reshape(q.shape)
 
 
 def _cudnn(q: Queries, k: Keys, v: Keys, documents: None, window: int | None) -> Queries:

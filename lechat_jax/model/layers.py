@@ -35,7 +35,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """Linear map without bias; its kernel has the output axes first, then the input axes.
+    """Linear map, usually without a bias; its kernel has the output axes first, then the inputs'.
 
     All positions and all axes are flattened to one matrix product. The gradient of a
     product with batch axes writes transposed copies of its operands on a CPU, which costs
@@ -43,17 +43,25 @@ class Linear(nnx.Module):
     """
 
     def __init__(
-        self, writes: tuple[int, ...], reads: tuple[int, ...], std: float, *, rngs: nnx.Rngs
+        self,
+        writes: tuple[int, ...],
+        reads: tuple[int, ...],
+        std: float,
+        *,
+        has_bias: bool = False,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.writes, self.reads = writes, reads
+        self.writes, self.reads, self.has_bias = writes, reads, has_bias
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*writes, *reads)))
+        if has_bias:
+            self.bias = nnx.Param(jnp.zeros(writes))
 
     def __call__(self, x: Array) -> Array:
         """`x` [..., *reads] mapped to [..., *writes]."""
         positions = x.shape[: x.ndim - len(self.reads)]
         flat = x.reshape(-1, math.prod(self.reads))
-        y = as_form(self.kernel.get_value()).matmul(flat)
-        return y.reshape(*positions, *self.writes)
+        y = as_form(self.kernel.get_value()).matmul(flat).reshape(*positions, *self.writes)
+        return y + self.bias[...] if self.has_bias else y
 
 
 class Embedding(nnx.Module):

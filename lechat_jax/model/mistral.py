@@ -8,7 +8,6 @@ scores and softmax are at least float32.
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,82 +17,15 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from lechat_jax.config import MistralConfig, Window
 from lechat_jax.data.rows import positions_in
 from lechat_jax.model.attention import attend_cached, training_attention
+from lechat_jax.model.block import Block, Mixer
 from lechat_jax.model.cache import Cache, Ring, distinct_windows, places
-from lechat_jax.model.layers import Embedding, Linear, RMSNorm
+from lechat_jax.model.layers import Embedding, RMSNorm
 from lechat_jax.model.mask import window_mask
-from lechat_jax.model.moe import Load, Mixture
-from lechat_jax.model.rope import Rotations, rotate, rotations
+from lechat_jax.model.moe import Load
+from lechat_jax.model.rope import Rotations, rotations
+from lechat_jax.model.vision import Images, Projector, RowImages, VisionTower
 from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.ops.remat import Remat, in_one_body, recomputing
-
-# What a layer remembers of the tokens before: its keys and values, or nothing.
-Memory = TypeVar("Memory", Ring, None)
-
-# From rotated queries, keys and values, and the memory, to what each query gathers and the
-# memory after it.
-Mixer = Callable[[Array, Array, Array, Memory], tuple[Array, Memory]]
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
-
-    def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
-        D, N, K, H = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
-        out_std = (N * H * 2 * config.n_layers) ** -0.5
-        self.q = Linear((N, H), (D,), D**-0.5, rngs=rngs)
-        self.k = Linear((K, H), (D,), D**-0.5, rngs=rngs)
-        self.v = Linear((K, H), (D,), D**-0.5, rngs=rngs)
-        self.o = Linear((D,), (N, H), out_std, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "B T D"], rotary: Rotations, mix: Mixer[Memory], memory: Memory
-    ) -> tuple[Float[Array, "B T D"], Memory]:
-        """Attention output of each position; `mix` attends, over the sequence or the cache."""
-        q, k, v = rotate(self.q(x), rotary.q), rotate(self.k(x), rotary.k), self.v(x)
-        mixed, memory = mix(q, k, v, memory)
-        return self.o(mixed), memory
-
-
-class MLP(nnx.Module):
-    """SwiGLU feed-forward (Shazeer 2020, arXiv:2002.05202): down(silu(gate x) * up x).
-
-    The activation is at least float32 and rounded once, as PyTorch's is. In bfloat16 its
-    derivative, the sum of two products, would be rounded at every step.
-    """
-
-    def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
-        D, F = config.dim, config.hidden_dim
-        self.gate = Linear((F,), (D,), D**-0.5, rngs=rngs)
-        self.up = Linear((F,), (D,), D**-0.5, rngs=rngs)
-        self.down = Linear((D,), (F,), (F * 2 * config.n_layers) ** -0.5, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
-        """Feed-forward of each position; without experts there is no load."""
-        gate = self.gate(x)
-        wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
-        return self.down(jax.nn.silu(wide).astype(gate.dtype) * self.up(x)), None
-
-
-class Block(nnx.Module):
-    """Pre-norm transformer block: attention, then feed-forward, each with a residual."""
-
-    def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
-        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attn = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = (Mixture if config.n_experts else MLP)(config, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "B T D"], rotary: Rotations, mix: Mixer[Memory], memory: Memory
-    ) -> tuple[Float[Array, "B T D"], Memory, Load | None]:
-        """The residual stream after this layer, its cache, and the load of its experts.
-
-        That is how its experts were chosen, if it has any.
-        """
-        mixed, memory = self.attn(self.attn_norm(x), rotary, mix, memory)
-        x = x + mixed
-        made, load = self.mlp(self.mlp_norm(x))
-        return x + made, memory, load
 
 
 class Mistral(nnx.Module):
@@ -115,6 +47,9 @@ class Mistral(nnx.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         std = config.dim**-0.5
         self.head = self.embed if config.tied_embeddings else Embedding(config, std, rngs=rngs)
+        if config.vision:
+            self.vision = VisionTower(config.vision, rngs=rngs)
+            self.projector = Projector(config.vision, config.dim, config.norm_eps, rngs=rngs)
 
     def __call__(
         self,
@@ -133,6 +68,7 @@ class Mistral(nnx.Module):
         documents: Int[Array, "B T"] | None = None,
         remat: Remat = "none",
         is_causal: bool = True,
+        features: Float[Array, "B T D"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states of whole sequences, which the head reads.
 
@@ -141,9 +77,10 @@ class Mistral(nnx.Module):
         a number for each token, a sequence is several documents, none of which sees another:
         what is read of each is what would be read of it alone. `remat` says what of a layer
         a backward pass finds, and what it makes again. Without `is_causal` each position sees
-        those after it too, as embeddings have it.
+        those after it too, as embeddings have it. `features` are those of images, see `embedded`.
         """
-        return self.routed(tokens, backend, first_position, documents, remat, is_causal)[0]
+        where = backend, first_position, documents, remat, is_causal
+        return self.routed(tokens, *where, features)[0]
 
     def routed(
         self,
@@ -153,9 +90,10 @@ class Mistral(nnx.Module):
         documents: Int[Array, "B T"] | None = None,
         remat: Remat = "none",
         is_causal: bool = True,
+        features: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Load | None]:
         """`hidden`, and the summed load of the experts of all layers, if there are any."""
-        x = self.embed.rows(tokens)
+        x = self.embedded(tokens, features)
         place = jnp.arange(tokens.shape[1])[None] if documents is None else positions_in(documents)
         rotary = rotations(first_position + place, self.config, x.dtype)
 
@@ -177,14 +115,19 @@ class Mistral(nnx.Module):
         return self.norm(x), total
 
     def extend(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: Cache,
+        features: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Final hidden states of new positions, and the cache with them in it.
 
         A position of `EMPTY` is padding, which nothing will see. T must fit the chunk that
-        the cache was made for, and a row's T positions must be one after the other.
+        the cache was made for, and a row's T positions must be one after the other. `features`
+        are those of images, see `embedded`.
         """
-        x = self.embed.rows(tokens)
+        x = self.embedded(tokens, features)
         rotary = rotations(positions, self.config, x.dtype)
         cache = cache.claim(self.config, positions)
         seen = [
@@ -196,6 +139,26 @@ class Mistral(nnx.Module):
             x, ring = _extended(*nnx.split(block), x, rotary, positions, ring, mask, used)
             cache = cache.with_layer(place, ring)
         return self.norm(x), cache
+
+    def see(self, images: Images) -> Float[Array, "B M D"]:
+        """Image features: for each token of each image what stands for its embedding."""
+        return self.projector(self.vision(images))
+
+    def see_rows(self, rows: RowImages) -> Float[Array, "B T D"]:
+        """Image features of each position of rows, as `embedded` takes them."""
+        B, D = rows.slots.shape[0], self.config.dim
+        seen = self.see(rows.images).reshape(B, -1, D)
+        return jnp.take_along_axis(seen, rows.slots[..., None], axis=1, mode="clip")
+
+    def embedded(
+        self, tokens: Int[Array, "B T"], features: Float[Array, "B T D"] | None
+    ) -> Float[Array, "B T D"]:
+        """Embeddings of tokens; at the positions of image tokens their `features` instead."""
+        x = self.embed.rows(tokens)
+        if features is None or self.config.vision is None:
+            return x
+        is_image = tokens == self.config.vision.image_token_id
+        return jnp.where(is_image[..., None], features.astype(x.dtype), x)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits of final hidden states, at least float32."""

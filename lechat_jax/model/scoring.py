@@ -14,6 +14,7 @@ from lechat_jax.devices.mesh import ROWS, keeps_its_type, sum_over_rows
 from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.moe import Load, imbalance
+from lechat_jax.model.vision import RowImages
 from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.ops.cross_entropy import cross_entropy, target_scores, usual_chunk
 from lechat_jax.ops.remat import Remat
@@ -52,14 +53,15 @@ def total_nats(
     targets: Int[Array, "B T"],
     share: Float[Array, "B T"],
     documents: Int[Array, "B T"] | None = None,
+    images: RowImages | None = None,
 ) -> Float[Array, ""]:
     """Weighted cross-entropy: the sum over all positions of share * -log p(target), in nats.
 
-    `documents` are those of the inputs, where a row holds several. Kernels that are quantised
-    stay so.
+    `documents` are those of the inputs, where a row holds several, and `images` theirs. Kernels
+    that are quantised stay so.
     """
     work = functools.partial(_nats, config, options)
-    rows = (inputs, targets, share, documents)
+    rows = (inputs, targets, share, documents, images)
     if options.mesh is None:
         return work(weights, *rows)
     return sum_over_rows(options.mesh, work, options.dtype, weights, *rows)
@@ -73,10 +75,14 @@ def _nats(
     targets: Array,
     share: Array,
     documents: Array | None,
+    images: RowImages | None,
 ) -> Array:
     """`total_nats` of the rows of one device."""
     model = _bound(config, options, weights)
-    hidden, load = model.routed(inputs, options.backend, documents=documents, remat=options.remat)
+    features = None if images is None else model.see_rows(images)
+    hidden, load = model.routed(
+        inputs, options.backend, documents=documents, remat=options.remat, features=features
+    )
     head = model.head.matrix()
     hidden = hidden.reshape(-1, config.dim)
     chunk = options.chunk or usual_chunk(config.dim)

@@ -40,6 +40,24 @@ def fused_attention(
     )
 
 
+def bidirectional_cudnn(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    lengths: Int[Array, "B"],
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Queries:
+    """Flash attention by cuDNN in both directions, over the first positions of each row."""
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+
+
 @functools.cache
 def cudnn_works(dtype: str, head_dim: int) -> bool:
     """Whether cuDNN attention works forward and backward on this machine; if not, warns why.
@@ -68,18 +86,20 @@ def splash_attention(
     window: int | None,
     documents: Int[Array, "B T"] | None = None,
     interpret: bool = False,
+    is_causal: bool = True,
 ) -> Queries:
     """Splash attention, JAX's TPU kernel: causal, with a sliding window and document masks.
 
-    T is padded at the end to full blocks; no query sees what comes after it, so only padding
-    sees the padding. Documents are masked within the blocks; blocks that they mask completely
-    are computed all the same. `interpret` runs it, slowly, on any device, for tests.
+    T is padded at the end to full blocks; no query sees what comes after it, or it is another
+    document, so only padding sees the padding. Documents are masked within the blocks; blocks that
+    they mask completely are computed all the same. `interpret` runs it, slowly, on any device, for
+    tests.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     T, N, H = q.shape[1:]
     length, block = splash_blocks(T, window)
-    kernel = _splash_kernel(length, block, N, window, interpret)
+    kernel = _splash_kernel(length, block, N, window, interpret, is_causal)
 
     def head_major(x: Array) -> Array:
         return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0))), 1, 2)
@@ -108,7 +128,7 @@ def splash_blocks(T: int, window: int | None) -> tuple[int, int]:
 
 @functools.cache
 def _splash_kernel(
-    length: int, block: int, n_heads: int, window: int | None, interpret: bool
+    length: int, block: int, n_heads: int, window: int | None, interpret: bool, is_causal: bool
 ) -> Any:
     """The splash kernel for one shape, cached, since building it visits all pairs of blocks.
 
@@ -118,16 +138,17 @@ def _splash_kernel(
     # Imported here, being experimental and of use on a TPU alone.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,
+        FullMask,
         LocalMask,
         MultiHeadMask,
         make_splash_mha,
     )
 
-    left = None if window is None else window - 1
-    mask = MultiHeadMask([LocalMask((length, length), (left, 0), offset=0)] * n_heads)
+    left, size = None if window is None else window - 1, (length, length)
+    mask = LocalMask(size, (left, 0), offset=0) if is_causal else FullMask(size)
     with jax.ensure_compile_time_eval():  # the caller may be tracing
         kernel = make_splash_mha(
-            mask,
+            MultiHeadMask([mask] * n_heads),
             block_sizes=BlockSizes(block, block, block, block, block, block, block, block),
             head_shards=1,
             q_seq_shards=1,

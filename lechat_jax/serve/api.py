@@ -144,7 +144,7 @@ class Api:
 
         def encoded() -> list[int]:
             if body.messages is not None:
-                return self._requests.chat_ids(body.messages, body.tools or None)
+                return self._requests.chat_prompt(body.messages, body.tools or None).ids
             if (text := body.prompt) is None:
                 raise Refused("there is neither a prompt nor messages", param="prompt")
             if (id_ := tokenizer.control_id(text)) is not None:  # what a client asks for by name

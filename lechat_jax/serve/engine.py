@@ -28,10 +28,12 @@ from lechat_jax.generate.loaded_model import LoadedModel, Prompt
 from lechat_jax.generate.logits_processors import LogitsProcessing, all_allowed
 from lechat_jax.generate.prefill import CHUNKS
 from lechat_jax.generate.sampling import Sampling
+from lechat_jax.generate.vision import starts
 from lechat_jax.model.cache import Cache
 from lechat_jax.serve.grammar import Matcher
 from lechat_jax.serve.metrics import Metrics
 from lechat_jax.serve.prefix_cache import PrefixCache
+from lechat_jax.tokenizer.images import Image
 
 log = logging.getLogger("lechat.serve")
 
@@ -73,6 +75,7 @@ class GenerationRequest:
         is_scored: whether log-probs of the prompt's own tokens are wanted.
         is_answer: whether the text begins anew after the prompt, as a chat's answer does, and
             does not continue its last word.
+        images: images whose ids are in the prompt, in their order.
     """
 
     prompt: Sequence[int]
@@ -85,6 +88,7 @@ class GenerationRequest:
     matcher: Matcher | None = None
     is_scored: bool = False
     is_answer: bool = False
+    images: Sequence[Image] = ()
 
 
 class Failure(NamedTuple):
@@ -280,10 +284,11 @@ class Engine:
         Raises:
             BadInput, Busy, Unavailable: as `submit`.
         """
-        shared: dict[tuple[int, ...], SharedPrompt] = {}
+        shared: dict[tuple[object, ...], SharedPrompt] = {}
         tickets = []
         for request, tell in zip(requests, deliver, strict=True):
-            prompt = shared.setdefault(tuple(request.prompt), SharedPrompt())
+            digests = (image.digest for image in request.images)
+            prompt = shared.setdefault((*request.prompt, *digests), SharedPrompt())
             prompt.n_waiting += 1
             continuation = self._continuation(request)
             own = None if request.is_scored else prompt
@@ -351,6 +356,7 @@ class Engine:
         model.check([prompt[: model.context]], request.max_tokens)
         request.processing.check(model.config.vocab_size)
         check_room(len(prompt), request.max_tokens, model.context)
+        starts(prompt, request.images, model.config)
         before = () if request.is_answer else prompt
         return Continuation(
             before, request.max_tokens, None, request.eos_ids, model.tokenizer, request.stop
@@ -465,7 +471,8 @@ class Engine:
         if shared:
             start, snapshot = len(request.prompt) - 1, shared.snapshot
         if snapshot is None and not request.is_scored:
-            (start, snapshot), ticket.borders = self.prefixes.look_up(request.prompt)
+            known = self._digests(request)
+            (start, snapshot), ticket.borders = self.prefixes.look_up(request.prompt, known)
             ticket.n_cached = start
             self.metrics.note_prefix(len(request.prompt), start)
         if shared and shared.snapshot is None:
@@ -483,8 +490,14 @@ class Engine:
             snapshot,
             dataclasses.replace(request.processing, has_grammar=request.matcher is not None),
             request.is_scored,
+            request.images,
         )
         self.metrics.note_admitted(len(request.prompt), time.perf_counter() - ticket.submitted)
+
+    def _digests(self, request: GenerationRequest) -> dict[int, bytes]:
+        """Which image begins at each position of a prompt at which one does."""
+        places = starts(request.prompt, request.images, self.model.config)
+        return {at: image.digest for at, image in zip(places, request.images, strict=True)}
 
     def _read_chunk(self) -> bool:
         """Reads a chunk of a prompt; returns whether there was any.
@@ -496,7 +509,8 @@ class Engine:
         if prefill is None or ticket is None:
             return False
         if prefill.at in ticket.borders:
-            self.prefixes.add(prefill.prompt, prefill.at, self._batch.snapshot(prefill.row))
+            snapshot, known = self._batch.snapshot(prefill.row), self._digests(ticket.request)
+            self.prefixes.add(prefill.prompt, prefill.at, snapshot, known)
         if not prefill.is_done:
             return True
         if (shared := ticket.shared) and shared.reader is ticket:

@@ -7,7 +7,8 @@ there: its keys and values are then the same to the last bit as if they had been
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from lechat_jax.generate.continuous_batch import next_chunk
 from lechat_jax.model.cache import Cache
 
+NONE: Mapping[int, bytes] = MappingProxyType({})
 MOST_SEEN = 100_000  # borders that are remembered without a snapshot
 
 
@@ -53,11 +55,16 @@ class PrefixCache:
         self._snapshots: OrderedDict[bytes, Cache] = OrderedDict()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
 
-    def look_up(self, prompt: Sequence[int]) -> tuple[Prefix, set[int]]:
-        """The longest beginning with a snapshot, and the borders at which to take more."""
+    def look_up(
+        self, prompt: Sequence[int], images: Mapping[int, bytes] = NONE
+    ) -> tuple[Prefix, set[int]]:
+        """The longest beginning with a snapshot, and the borders at which to take more.
+
+        `images` are digests of the images that begin at some positions.
+        """
         if not self._max_bytes:
             return Prefix(0, None), set()
-        borders = self._borders(prompt)
+        borders = self._borders(prompt, images)
         found, wanted = Prefix(0, None), set[int]()
         for at, digest in borders:
             if digest in self._snapshots:
@@ -72,10 +79,16 @@ class PrefixCache:
         wanted |= {border.at for border in borders[-1:]}
         return found, {at for at in wanted if at > found.length}
 
-    def add(self, prompt: Sequence[int], at: int, snapshot: Cache) -> None:
+    def add(
+        self,
+        prompt: Sequence[int],
+        at: int,
+        snapshot: Cache,
+        images: Mapping[int, bytes] = NONE,
+    ) -> None:
         """Keeps a snapshot of a prompt's first `at` tokens; the least recently used make room."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(snapshot))
-        digest = next(border.digest for border in self._borders(prompt) if border.at == at)
+        digest = next(border.digest for border in self._borders(prompt, images) if border.at == at)
         if size > self._max_bytes or digest in self._snapshots:
             return
         self._snapshots[digest] = snapshot
@@ -89,12 +102,13 @@ class PrefixCache:
         self._snapshots.clear()
         self.bytes_held = 0
 
-    def _borders(self, prompt: Sequence[int]) -> list[Border]:
+    def _borders(self, prompt: Sequence[int], images: Mapping[int, bytes]) -> list[Border]:
         """The borders after each full chunk of a prompt, whose last token is never read."""
         ids = np.asarray(prompt, np.int32)
         at, last, digest, borders = 0, len(prompt) - 1, b"", []
         while (chunk := next_chunk(self._chunks, last - at)) <= last - at:
             part = ids[at : at + chunk].tobytes()
+            part += b"".join(images[i] for i in sorted(images) if at <= i < at + chunk)
             at, digest = at + chunk, hashlib.sha256(digest + part).digest()
             borders.append(Border(at, digest))
         return borders

@@ -20,7 +20,8 @@ from lechat_jax.serve.answers import Answer, ChatChoice, TextChoice
 from lechat_jax.serve.engine import ContextExceeded, GenerationRequest, check_room
 from lechat_jax.serve.grammar import Grammars, Matcher
 from lechat_jax.serve.wire import MOST_PROMPTS, Chat, Completion, Generation, Refused, Structure
-from lechat_jax.tokenizer.chat_template import ChatPrompts
+from lechat_jax.tokenizer.chat_template import ChatPrompt, ChatPrompts
+from lechat_jax.tokenizer.images import Image
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
@@ -53,7 +54,7 @@ class Requests:
         self.tokenizer: Tokenizer = model.tokenizer
         self.name = name
         self._model, self._fingerprint = model, fingerprint
-        self._template = ChatPrompts(self.tokenizer)
+        self._template = ChatPrompts(self.tokenizer, model.config.vision, model.context)
         self._marks = tool_calls.marks(self.tokenizer)
         self._lock = threading.Lock()  # of what others have not made for several threads
         self._grammars = Grammars(self.tokenizer)  # takes seconds, for which no stream should wait
@@ -64,7 +65,7 @@ class Requests:
         self._check_model(body.model)
         choice, forced = self._tool_choice(body)
         tools = body.tools if body.tools and choice != "none" else None
-        prompt = self.chat_ids(body.messages, tools)
+        prompt, images = self.chat_prompt(body.messages, tools)
         most_calls = 1 if body.parallel_tool_calls is False else None
         most = body.max_completion_tokens or body.max_tokens
         most = self._model.context - len(prompt) if most is None else most
@@ -93,7 +94,9 @@ class Requests:
             )
             for i in range(body.n or 1)
         ]
-        requests = self._requests(body, prompt, most, n_top, matcher, banned, is_answer=True)
+        requests = self._requests(
+            body, prompt, most, n_top, matcher, banned, is_answer=True, images=images
+        )
         return Prepared(requests, choices, self._answer("chat.completion"), body)
 
     def completion(self, body: Completion) -> Prepared:
@@ -127,10 +130,10 @@ class Requests:
                 requests.append(request)
         return Prepared(requests, choices, self._answer("text_completion"), body)
 
-    def chat_ids(
+    def chat_prompt(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
-    ) -> list[int]:
-        """The prompt ids of a conversation; raises `Refused`."""
+    ) -> ChatPrompt:
+        """The prompt ids of a conversation, and its images; raises `Refused`."""
         if tools and self._marks is None:
             raise Refused(
                 f"this model's chat template, {self.tokenizer.version}, has no tools",
@@ -140,7 +143,7 @@ class Requests:
         # An answer that ended at once says nothing, and the template would refuse it.
         told = [message for message in messages if not _is_empty_answer(message)]
         try:
-            size = len(json.dumps([messages, tools], ensure_ascii=False))
+            size = len(json.dumps([_without_images(messages), tools], ensure_ascii=False))
             if size > context * MOST_LENGTH:  # which would take long, while others wait
                 raise Refused(
                     f"the messages have {size} characters, and the context holds {context} tokens",
@@ -190,6 +193,7 @@ class Requests:
         banned: dict[int, float] | None = None,
         is_scored: bool = False,
         is_answer: bool = False,
+        images: Sequence[Image] = (),
     ) -> list[GenerationRequest]:
         """One engine request for each choice; choice i has the random stream i of the seed."""
         processing = LogitsProcessing(
@@ -213,6 +217,7 @@ class Requests:
                 matcher.copy() if matcher else None,
                 is_scored,
                 is_answer,
+                images,
             )
             for sampling in [self._sampling(body)]
             for stream in range(body.n or 1)
@@ -336,6 +341,20 @@ def _schema(text: str) -> dict[str, Any] | bool:
     if not isinstance(schema, dict | bool):
         raise Refused("the JSON schema is no object", param="structured_outputs")
     return schema
+
+
+def _without_images(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages without the images in them, which are not measured in characters."""
+
+    def is_text(part: Any) -> bool:
+        return not (isinstance(part, dict) and part.get("type") == "image_url")
+
+    return [
+        message | {"content": [part for part in content if is_text(part)]}
+        if isinstance(content := message.get("content"), list)
+        else message
+        for message in messages
+    ]
 
 
 def _is_empty_answer(message: Mapping[str, Any]) -> bool:

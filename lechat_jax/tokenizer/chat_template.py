@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.chunk import ImageURLChunk, TextChunk
 from mistral_common.protocol.instruct.messages import (
     AssistantMessage,
     SystemMessage,
@@ -31,7 +32,10 @@ from mistral_common.tokens.tokenizers.instruct import (
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
+from lechat_jax.config import VisionConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.tokenizer.image_template import NumberedImages
+from lechat_jax.tokenizer.images import Image, ImageSource, read_image
 from lechat_jax.tokenizer.tekken import Tekken
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
@@ -52,10 +56,12 @@ class Exchange(NamedTuple):
     Attributes:
         question: text of the user's message.
         answer: ids that the model produced, closed by EOS.
+        images: images before the text.
     """
 
     question: str
     answer: list[int]
+    images: Sequence[Image] = ()
 
 
 class Conversation:
@@ -72,8 +78,11 @@ class Conversation:
         BadInput: the system prompt is not Unicode.
     """
 
-    def __init__(self, tokenizer: Tokenizer, system: str = "") -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, system: str = "", vision: VisionConfig | None = None
+    ) -> None:
         self.exchanges: list[Exchange] = []
+        self._vision = vision
         self._tokenizer = tokenizer
         self._version = TokenizerVersion(tokenizer.version)
         self._base = base_of(tokenizer)
@@ -90,10 +99,25 @@ class Conversation:
         self._tokenizer.encode(text)  # or refuses it
         self._system = text
 
-    def ask(self, question: str) -> list[int]:
+    @property
+    def images(self) -> list[Image]:
+        """The images of the history, in its order."""
+        return [image for exchange in self.exchanges for image in exchange.images]
+
+    def read_images(self, sources: Sequence[ImageSource]) -> list[Image]:
+        """Reads images for a question.
+
+        Raises:
+            BadInput: there is no such image, or the model sees none.
+        """
+        if sources and self._vision is None:
+            raise BadInput("the model has no vision tower, so it cannot be shown images")
+        return [read_image(one, self._vision) for one in sources if self._vision]
+
+    def ask(self, question: str, images: Sequence[Image] = ()) -> list[int]:
         """The prompt ids of a question: the whole history from BOS on, which the answer continues.
 
-        The question joins the history only with its answer (`add`).
+        The question joins the history only with its answer (`add`). Its images come before it.
 
         Raises:
             BadInput: the question is not Unicode.
@@ -102,40 +126,42 @@ class Conversation:
         messages = [
             *([SystemMessage(content=self.system)] if self.system else []),
             *self._earlier(),
-            UserMessage(content=question),
+            _user(question, len(images), len(self.images)),
         ]
         request = ChatCompletionRequest(messages=messages)
-        return self._template().encode_chat_completion(request).tokens
+        template = self._template([*self.images, *images])
+        return template.encode_chat_completion(request).tokens
 
-    def add(self, question: str, answer: Sequence[int]) -> None:
+    def add(self, question: str, answer: Sequence[int], images: Sequence[Image] = ()) -> None:
         """Appends an exchange to the history; an unfinished answer is closed with EOS."""
         eos_id = self._tokenizer.eos_id
         closed = [*answer] if answer and answer[-1] == eos_id else [*answer, eos_id]
-        self.exchanges.append(Exchange(question, closed))
+        self.exchanges.append(Exchange(question, closed, images))
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """The history as chat messages (`role`, `content`), in order, the system prompt first."""
         found = [{"role": "system", "content": self.system}] if self.system else []
-        for question, answer in self.exchanges:
+        for question, answer, _ in self.exchanges:
             found.append({"role": "user", "content": question})
             found.append({"role": "assistant", "content": self._tokenizer.decode(answer)})
         return found
 
     def _earlier(self) -> list[UserMessage | AssistantMessage]:
-        """The exchanges, with the number of each answer as its text."""
-        return [
-            message
-            for number, exchange in enumerate(self.exchanges)
-            for message in (
-                UserMessage(content=exchange.question),
-                AssistantMessage(content=str(number)),
-            )
-        ]
+        """The exchanges, with the number of each answer as its text, and so of each image."""
+        messages, n_images = [], 0
+        for number, exchange in enumerate(self.exchanges):
+            messages.append(_user(exchange.question, len(exchange.images), n_images))
+            messages.append(AssistantMessage(content=str(number)))
+            n_images += len(exchange.images)
+        return messages
 
-    def _template(self) -> MistralTokenizer:
-        """mistral-common's encoder, which writes an answer's ids in place of its number."""
-        instruct = KINDS[self._version.value](self._base)
+    def _template(self, images: Sequence[Image]) -> MistralTokenizer:
+        """mistral-common's encoder, which writes ids in place of numbers of answers and images."""
+        seen = NumberedImages(self._vision, images) if self._vision and images else None
+        if seen and self._version.value in ("v1", "v2"):
+            raise BadInput(f"the chat template of this model, {self._version.value}, has no images")
+        instruct = KINDS[self._version.value](self._base, image_encoder=seen)
 
         def answer(message: AssistantMessage, is_before_last_user_message: bool) -> list[int]:
             return self.exchanges[int(str(message.content))].answer
@@ -148,24 +174,42 @@ class Conversation:
         )
 
 
+def _user(text: str, n_images: int, first: int) -> UserMessage:
+    """A user's message of images, by their numbers from `first` on, and a text."""
+    if not n_images:
+        return UserMessage(content=text)
+    numbers = range(first, first + n_images)
+    chunks = [ImageURLChunk(image_url=str(number)) for number in numbers]
+    return UserMessage(content=[*chunks, *([TextChunk(text=text)] if text else [])])
+
+
+class ChatPrompt(NamedTuple):
+    """Prompt ids of a conversation, and the images whose ids are among them."""
+
+    ids: list[int]
+    images: list[Image]
+
+
 class ChatPrompts:
     """Encodes whole conversations as a server is sent them, tools and tool calls included.
 
-    Unlike `Conversation` it encodes earlier answers again, from their text.
+    Unlike `Conversation` it encodes earlier answers again, from their text. With a vision tower
+    messages may have images, as data URLs.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        version, base = TokenizerVersion(tokenizer.version), base_of(tokenizer)
-        self._template = MistralTokenizer(
-            KINDS[version.value](base),
-            get_validator(version, ValidationMode.serving),
-            get_normalizer(version, base.model_settings_builder),
-        )
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vision: VisionConfig | None = None,
+        most_tokens: int | None = None,
+    ) -> None:
+        self._version, self._base = TokenizerVersion(tokenizer.version), base_of(tokenizer)
+        self._vision, self._most_tokens = vision, most_tokens
 
     def encode(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
-    ) -> list[int]:
-        """The prompt ids of a conversation, from BOS on, which the answer continues.
+    ) -> ChatPrompt:
+        """The prompt of a conversation, from BOS on, which the answer continues.
 
         An assistant's message at the end is the beginning of the answer.
 
@@ -183,7 +227,14 @@ class ChatPrompts:
                 continue_final_message=bool(messages) and messages[-1].get("role") == "assistant",
                 model="lechat",
             )
-            return self._template.encode_chat_completion(request).tokens
+            seen = self._sees(messages)
+            template = MistralTokenizer(
+                KINDS[self._version.value](self._base, image_encoder=seen),
+                get_validator(self._version, ValidationMode.serving),
+                get_normalizer(self._version, self._base.model_settings_builder),
+            )
+            found = template.encode_chat_completion(request)
+            return ChatPrompt(found.tokens, seen.images_of(found.images) if seen else [])
         except (MistralCommonException, ValueError, LookupError, TypeError) as error:
             why = " ".join(str(error).split()) or type(error).__name__
             raise BadInput(f"the chat template refuses the messages: {why[:300]}") from error
@@ -191,6 +242,20 @@ class ChatPrompts:
             raise BadInput(
                 f"the chat template cannot encode the messages: {str(error)[:300]}"
             ) from error
+
+    def _sees(self, messages: list[dict[str, Any]]) -> NumberedImages | None:
+        """What reads the images of these messages; `None` if they have none.
+
+        Raises:
+            BadInput: they have, and the model has no vision tower.
+        """
+        contents = [message.get("content") for message in messages]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        if not any(isinstance(p, dict) and p.get("type") == "image_url" for p in parts):
+            return None
+        if self._vision is None:
+            raise BadInput("the model has no vision tower, so it cannot be sent images")
+        return NumberedImages(self._vision, most_tokens=self._most_tokens)
 
 
 def base_of(tokenizer: Tokenizer) -> Base:

@@ -274,7 +274,7 @@ class TrainConfig:
         Raises:
             BadInput: there is no such preset, or the changes contradict each other.
         """
-        return dataclasses.replace(preset(self.preset or DEFAULT_PRESET), **self._changes())
+        return dataclasses.replace(preset(self.preset or DEFAULT_PRESET).text, **self._changes())
 
     def _check_adapters(self) -> None:
         """Raises `BadInput` for flags about adapters that contradict each other."""
@@ -393,7 +393,7 @@ class TrainConfig:
         """Flags given beside --init-from that ask for another model than this one."""
         changes = self._changes()
         asked = [name for name, value in changes.items() if value != getattr(model, name)]
-        usual = preset(self.preset) if self.preset else model
+        usual = preset(self.preset).text if self.preset else model
         names = [field.name for field in dataclasses.fields(model) if field.name not in changes]
         if any(getattr(usual, name) != getattr(model, name) for name in names):
             asked = ["preset", *asked]

@@ -145,7 +145,7 @@ def measured(card: Card, process: Process, until: float) -> Iterator[Row]:
     `until`, in seconds since the epoch, no part begins.
     """
     bandwidth = read_speed(card.read_gb).gb_s
-    who, models = process.who, Models(preset(card.preset))
+    who, models = process.who, Models(preset(card.preset).text)
     if who.dtype == "int8":
         models.weights("bfloat16")  # what it is made of, and computed in
     decoder = models.decoder(who)

@@ -117,7 +117,7 @@ class Compiled(Work):
 
     def config(self) -> MistralConfig:
         """The model, with as many layers as are asked for."""
-        found = preset(self.preset)
+        found = preset(self.preset).text
         return found if self.layers is None else of_layers(found, self.layers)
 
     def programs(self) -> list[Case]:

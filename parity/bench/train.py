@@ -214,7 +214,7 @@ class Train(Work):
 
     def model(self) -> MistralConfig:
         """The config of the preset, with the window of --window."""
-        config = preset(self.preset)
+        config = preset(self.preset).text
         return dataclasses.replace(config, sliding_window=self.window or config.sliding_window)
 
     def setup(

@@ -1,5 +1,6 @@
 """Probes of a check: its inputs, what an implementation computes of them, and the error of each."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -10,13 +11,15 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import logsumexp
 
-from lechat_jax.config import MistralConfig, Window
+from lechat_jax.config import MistralConfig, VisionConfig, Window
 from lechat_jax.config.layout import layer_of
+from lechat_jax.tokenizer.images import image_of
 from parity.check.oracles.interface import (
     AdamW,
     Arrays,
     Gradients,
     Oracle,
+    Pictures,
     Stages,
     Text,
     Trajectory,
@@ -45,6 +48,7 @@ class Inputs:
         chunk: tokens read at once; it does not divide `prompt`.
         prompts: of several lengths, to be continued in one batch.
         new: tokens to generate after each prompt.
+        pictures: images that are in each text, if the model sees: of noise, and not square.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -53,6 +57,7 @@ class Inputs:
     chunk: int
     prompts: tuple[tuple[int, ...], ...]
     new: int
+    pictures: Pictures = ()
 
     @classmethod
     def of(cls, config: MistralConfig, seed: int = 0) -> "Inputs":
@@ -66,7 +71,7 @@ class Inputs:
         prompt += prompt % chunk == 0
         draw = np.random.default_rng(seed).integers
         V = config.vocab_size
-        return cls(
+        text = cls(
             tokens=draw(V, size=(2, T)),
             steps=draw(V, size=(STEPS, 2, 2 * W + 2)),
             prompt=prompt,
@@ -74,12 +79,41 @@ class Inputs:
             prompts=tuple(tuple(draw(V, size=n).tolist()) for n in (W + 2, 1, 2 * W + 3)),
             new=3 * W,
         )
+        return text.with_images(config.vision, seed) if config.vision else text
+
+    def with_images(self, vision: VisionConfig, seed: int) -> "Inputs":
+        """The same texts behind two images, with a token between them.
+
+        One is wider than high and one higher than wide, so that nothing that confuses rows with
+        columns goes unseen, and of noise, so that no two patches are alike.
+        """
+        draw = np.random.default_rng(seed)
+        side = vision.patch_size * vision.spatial_merge_size
+        sizes = ((2 * side, 3 * side), (3 * side, side))
+        pictures = [draw.standard_normal((3, *size)).astype(np.float32) for size in sizes]
+        first, second = (image_of(picture, vision).ids for picture in pictures)
+        ids = np.array([0, *first, 0, *second])
+
+        def behind(rows: np.ndarray) -> np.ndarray:
+            text = np.where(rows == vision.image_token_id, 0, rows)
+            images = np.broadcast_to(ids, (*rows.shape[:-1], len(ids)))
+            return np.concatenate([images, text], axis=-1)
+
+        return dataclasses.replace(
+            self,
+            tokens=behind(self.tokens),
+            steps=behind(self.steps),
+            prompt=self.prompt + self.chunk * -(-len(ids) // self.chunk),
+            prompts=tuple(tuple(behind(np.array(p)).tolist()) for p in self.prompts),
+            pictures=tuple(pictures),
+        )
 
     @property
     def full_chunks(self) -> list[list[int]]:
         """Prompts of whole chunks and one more token, so that nothing is padded."""
         parts = self.steps.reshape(-1, self.steps.shape[-1])[: len(self.prompts)]
-        return parts[:, : self.chunk + 1].tolist()
+        n_chunks = (parts.shape[1] - 1) // self.chunk if self.pictures else 1
+        return parts[:, : n_chunks * self.chunk + 1].tolist()
 
     @property
     def context(self) -> int:
@@ -122,6 +156,8 @@ class Answers:
 
     def __init__(self, oracle: Oracle, inputs: Inputs) -> None:
         self.oracle, self.inputs = oracle, inputs
+        if inputs.pictures:
+            oracle.show(inputs.pictures)
 
     @functools.cached_property
     def stages(self) -> Stages:
@@ -239,9 +275,11 @@ Probe = Callable[[Answers, Answers], Iterator[Result]]
 
 def forward(found: Answers, truth: Answers) -> Iterator[Result]:
     """Compares the stages of one pass, from the embedding to the logits."""
-    layers = range(sum(label.partition(".")[0] == "attn" for label in truth.stages))
-    blocks = [f"{stage}.{i}" for i in layers for stage in ("attn", "mlp")]
-    for label in ("embed", *blocks, "norm", "logits"):
+    n_of = collections.Counter(label.partition(".")[0] for label in truth.stages)
+    tower = [f"vision.{i}" for i in range(n_of["vision"])]
+    tower = ["patches", *tower, "projector"] if tower else []
+    blocks = [f"{stage}.{i}" for i in range(n_of["attn"]) for stage in ("attn", "mlp")]
+    for label in (*tower, "embed", *blocks, "norm", "logits"):
         a, b = found.stages[label], truth.stages[label]
         yield Result(label, relative(a, b), a, b)
 

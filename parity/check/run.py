@@ -220,7 +220,7 @@ def _whole(
     first = verdict.first_divergence
     if first is not None and first.pair[0] == "jax" and first.dtype == "float64":
         display.wait("looking for a known fault that does this")
-        name = recognise(ours, theirs, first, inputs.tokens, "float64")
+        name = recognise(ours, theirs, first, inputs.tokens, "float64", pictures=inputs.pictures)
         verdict = dataclasses.replace(verdict, hint=_as_if(name))
     return verdict
 

@@ -8,10 +8,14 @@ import math
 from typing import Any
 
 STAGES = (
+    *("patches", "vision", "projector"),
     *("embed", "attn", "mlp", "norm", "logits", "loss", "grad", "trajectory"),
     *("prefill", "decode", "padding"),
 )
-"""Stages in the order of execution; `attn` and `mlp` alternate layer by layer."""
+"""Stages in the order of execution; `attn` and `mlp` alternate layer by layer.
+
+The first three are of the vision tower: its patches, its layers, and what the decoder is given.
+"""
 
 DTYPES = ("float64", "float32", "bfloat16")
 """Dtypes of the comparisons, the strictest first."""

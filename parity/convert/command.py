@@ -76,6 +76,7 @@ class Convert:
             as q8_0, q5_0 or q4_0, with a scale for each 32 features.
         dequantize: Write quantised weights (GPTQ, AWQ, compressed-tensors) as floats, in lechat's
             format too. Those of GGUF always are.
+        text_only: Leave the vision tower out, as GGUF does, which has it in another file.
         shard_gb: Most GB of weights in a file; 0 is one file. Mistral's own and torch have one.
         allow_nonfinite: Write weights that are infinite or not a number too.
         overwrite: Replace a checkpoint at DST, once the new one is complete.
@@ -90,6 +91,7 @@ class Convert:
     adapter: Path | None = None
     quantize: Quantization | Quantized | None = None
     dequantize: bool = False
+    text_only: bool = False
     shard_gb: float = 5.0
     allow_nonfinite: bool = False
     overwrite: bool = False
@@ -135,6 +137,7 @@ def _converted(options: Convert) -> None:
         dequantize=True,
         adapter=options.adapter,
         dtype=None if options.dtype == "keep" else DTYPES[options.dtype],
+        text_only=options.text_only or options.to == "gguf",
     )
     form = form_to_write(source, options)
     meter = convert(source, options, console)
@@ -190,7 +193,7 @@ def _what_next(source: Source, options: Convert) -> Iterator[str]:
         said |= {"adapter": options.adapter, "to": "lechat"}
         yield f"measure:   {command('parity.convert', src, whole, **said)}"
         yield f"and then:  {command('parity.quality', whole, against=dst)}"
-    elif not source.quantization and not options.adapter:
+    elif not source.quantization and not options.adapter and not options.text_only:
         yield f"compare:   {command('parity.check', checkpoint=src, against=dst, **said)}"
 
 

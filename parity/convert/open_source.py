@@ -32,6 +32,7 @@ def open_source(
     dequantize: bool = False,
     adapter: Path | None = None,
     dtype: np.dtype | None = None,
+    text_only: bool = False,
 ) -> Source:
     """Opens the checkpoint in a folder or a GGUF file, or on the Hugging Face Hub by its name.
 
@@ -45,6 +46,7 @@ def open_source(
             refusing them.
         adapter: a folder of adapters in PEFT's format, which are merged into the model.
         dtype: of kernels that adapters are merged into; by default what they had.
+        text_only: without the vision tower, if there is one.
 
     Raises:
         BadInput: there is nothing there that can be read, or it is damaged, or its config
@@ -54,6 +56,7 @@ def open_source(
     try:
         if here.is_dir() and kind_of(here) == "run":
             source = _run(here, dtype)
+            source = source.text if text_only else source
         else:
             source = open_model(
                 here,
@@ -61,6 +64,7 @@ def open_source(
                 metadata=metadata,
                 verify=verify,
                 read_pickles=_read_pickles,
+                text_only=text_only,
             )
         if adapter is not None:
             source = with_adapters(source, _read_products(adapter, source.config), dtype)

@@ -13,7 +13,7 @@ from lechat_jax.data.parallel_encoding import cores
 from lechat_jax.errors import BadInput
 from lechat_jax.formats import names
 from lechat_jax.formats.layouts import unstacked
-from parity.peers.fused_experts import Tensors, fuse
+from parity.peers.live_tensors import Tensors, fuse, live_name
 
 Weights = Mapping[str, Shaped[np.ndarray, "..."]] | Mapping[str, Shaped[jax.Array, "..."]]
 
@@ -66,6 +66,8 @@ def load_state(
 ) -> None:
     """Has a model compute with these very tensors; the head of a tied one is its embedding."""
     head, embed = names.tied_head(config, layout), names.names(config, layout)["embed.kernel"]
+    if layout == "hf":
+        head, embed = head and live_name(config, head), live_name(config, embed)
     model.load_state_dict(state | ({head: state[embed]} if head else {}), assign=True)
     if head:  # the one parameter, and not another in the same memory
         module = model.get_submodule(head.removesuffix(".weight"))

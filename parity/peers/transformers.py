@@ -29,8 +29,9 @@ def drawn(config: MistralConfig, dtype: torch.dtype = torch.float32) -> Any:
     fields = to_hugging_face(config, "float32", positions=None, bos_id=1, eos_id=2)
     words: Any = transformers.AutoConfig.for_model(**fields)
     words.use_cache = False
+    kind = "AutoModelForImageTextToText" if config.vision else "AutoModelForCausalLM"
     with device():
-        return transformers.AutoModelForCausalLM.from_config(words, dtype=dtype)
+        return getattr(transformers, kind).from_config(words, dtype=dtype)
 
 
 def build(config: MistralConfig, weights: Weights, share: bool = False) -> Any:
@@ -40,7 +41,7 @@ def build(config: MistralConfig, weights: Weights, share: bool = False) -> Any:
         BadInput: transformers has no such model.
     """
     state = state_dict(config, "hf", weights, share)
-    model = drawn(config, state["model.norm.weight"].dtype)
+    model = drawn(config, next(iter(state.values())).dtype)
     load_state(model, config, "hf", state)
     return model.to(device())
 

@@ -25,6 +25,7 @@ from lechat_jax.generate.sampling import Sampling
 from lechat_jax.generate.session import Session
 from lechat_jax.model.binding import weights_of
 from lechat_jax.tokenizer.chat_template import Conversation
+from lechat_jax.tokenizer.images import Image
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from tests.support.models import random_model
 from tests.support.tokenizers import tokenizer as load
@@ -47,6 +48,7 @@ class Script:
 
     def __init__(self, tokenizer: Tokenizer, *answers: str, context: int | None = None) -> None:
         self.ids: list[int] = []
+        self.images: list[Image] = []
         self.read: list[int] = []  # tokens fed, by turn
         self.resets = 0
         self.interrupt_at: int | None = None  # Ctrl-C comes while this token is made
@@ -59,10 +61,12 @@ class Script:
 
     def reset(self, length: int = 0) -> None:
         self.ids = self.ids[:length]
+        self.images = self.images if length else []
         self.resets += not length
 
-    def feed(self, ids: Sequence[int]) -> None:
+    def feed(self, ids: Sequence[int], images: Sequence[Image] = ()) -> None:
         self.ids += ids
+        self.images += images
         self.read.append(len(ids))
 
     def stream(self, max_tokens: int, sampling: Sampling) -> Iterator[Sample]:
@@ -279,7 +283,7 @@ def test_questions_come_through_a_pipe_in_any_encoding_with_any_ends(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(pipe, "latin-1"))
     dialogue = Dialogue(Script(V1, "Hi", "Ho"), V1)
     assert talk(dialogue) == 0
-    assert [asked for asked, _ in dialogue.conversation.exchanges] == ["Na\u00efve?", "Why?"]
+    assert [asked for asked, *_ in dialogue.conversation.exchanges] == ["Na\u00efve?", "Why?"]
 
 
 def test_bytes_that_are_no_text_are_refused_and_the_chat_goes_on(

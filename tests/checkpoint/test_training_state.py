@@ -188,6 +188,7 @@ def flippable(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 @settings(max_examples=40)
 @given(which=st.integers(0, 10**6), where=st.integers(0, 10**6))
 @example(which=0, where=0)
+@example(which=0, where=49152)  # in the manifest, a file's folder
 def test_any_flipped_bit_is_refused_and_the_file_named(
     flippable: Checkpoints, which: int, where: int
 ) -> None:

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn, preset
 from lechat_jax.model.binding import bind, shapes_of, weights_of
+from lechat_jax.model.block import MLP
 from lechat_jax.model.cache import EMPTY, empty_cache
 from lechat_jax.model.layers import RMSNorm
-from lechat_jax.model.mistral import MLP, Mistral
+from lechat_jax.model.mistral import Mistral
 from tests.support.jaxprs import equations
 
 T = 33  # more than twice the window of the tiny model

@@ -4,6 +4,7 @@ What decides the arithmetic is read or refused by name, never skipped. What an a
 is taken from transformers' own config classes.
 """
 
+import dataclasses
 from typing import Any
 
 from lechat_jax.config import MistralConfig
@@ -11,7 +12,12 @@ from lechat_jax.errors import BadInput
 from lechat_jax.formats.configs import rope as rotary
 from lechat_jax.formats.configs.common import EXPERTS, WORDS, Fields, config_of, short, uniform
 from lechat_jax.formats.configs.rope import ORIGINAL
-from lechat_jax.formats.configs.vision import SEEING, text_fields
+from lechat_jax.formats.configs.vision import (
+    SEEING,
+    seeing_fields,
+    text_fields,
+    vision_of_hugging_face,
+)
 
 # What transformers' config classes take for what a config leaves out.
 ABSENT: dict[str, dict[str, Any]] = {
@@ -38,23 +44,24 @@ CLASSES = {
     "mixtral": "MixtralForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
 }
-SEEING_CLASS = "Mistral3ForConditionalGeneration"
 POSITIONS = 32768  # max_position_embeddings of all 7B models
 
 
-def from_hugging_face(fields: Fields, where: object) -> MistralConfig:
-    """Reads a `config.json` of transformers 4 or 5.
+def from_hugging_face(fields: Fields, where: object, text_only: bool = False) -> MistralConfig:
+    """Reads a `config.json` of transformers 4 or 5; with `text_only`, without a vision tower.
 
     Raises:
         BadInput: it is no Mistral, or one with parts that lechat does not have.
     """
-    if fields.get("model_type") == SEEING:
+    vision = None
+    if fields.get("model_type") in SEEING:
+        vision = None if text_only else vision_of_hugging_face(fields, where)
         fields = text_fields(fields, where)
     kind = fields.get("model_type")
     if kind not in CLASSES:
         raise BadInput(
-            f"{where} has the model_type {kind!r}; only {', '.join(CLASSES)} and the text part of "
-            f"{SEEING} are read here"
+            f"{where} has the model_type {kind!r}; only {', '.join([*CLASSES, *SEEING])} are read "
+            "here"
         )
     _refuse_hugging_face(fields, where)
     optional = {*ABSENT[kind], "head_dim"}
@@ -70,7 +77,7 @@ def from_hugging_face(fields: Fields, where: object) -> MistralConfig:
     found |= rotary.from_hugging_face(fields, where)
     found["tied_embeddings"] = fields.get("tie_word_embeddings", False)
     found["sliding_window"] = _windows(fields, where)
-    return config_of(found, where)
+    return dataclasses.replace(config_of(found, where), vision=vision)
 
 
 def to_hugging_face(
@@ -91,7 +98,7 @@ def to_hugging_face(
     words = WORDS | EXPERTS if config.n_experts else WORDS
     layers = [FULL if window is None else SLIDING for window in config.windows]
     rope = rotary.to_hugging_face(config) | (rotary.grows(config) if kind == "ministral3" else {})
-    return {
+    fields = {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
         **{theirs: getattr(config, ours) for ours, theirs in words.items()},
@@ -110,6 +117,7 @@ def to_hugging_face(
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
     }
+    return seeing_fields(config, fields) if config.vision else fields
 
 
 def _kind(config: MistralConfig) -> str:
@@ -146,7 +154,7 @@ def _refuse_hugging_face(fields: Fields, where: object) -> None:
             )
     if (act := fields.get("hidden_act", "silu")) != "silu":
         raise BadInput(f"{where} has hidden_act {act!r}; only silu is supported")
-    wanted = [*CLASSES.values(), SEEING_CLASS]
+    wanted = [*CLASSES.values(), *SEEING.values()]
     classes = fields.get("architectures") or wanted
     if not isinstance(classes, list) or not any(name in wanted for name in classes):
         raise BadInput(f"{where} is of {short(classes)}; only {', '.join(wanted)} are read")

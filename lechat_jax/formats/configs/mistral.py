@@ -4,6 +4,7 @@ What decides the arithmetic is read or refused by name, never skipped. Where Mis
 disagree on what an absent field means, as on `rope_theta`, the user is asked.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from lechat_jax.config.mistral import PARTS
 from lechat_jax.errors import BadInput
 from lechat_jax.formats.configs import rope as rotary
 from lechat_jax.formats.configs.common import EXPERTS, WORDS, Fields, config_of, short, uniform
+from lechat_jax.formats.configs.vision import to_vision_encoder, vision_of_params
 
 MOE = {"n_experts": "num_experts", "n_experts_per_token": "num_experts_per_tok"}
 # What says nothing about the arithmetic, or only this.
@@ -28,7 +30,9 @@ TOLERATED: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def from_params(fields: Fields, where: object, rope_theta: float | None) -> MistralConfig:
+def from_params(
+    fields: Fields, where: object, rope_theta: float | None, text_only: bool = False
+) -> MistralConfig:
     """Reads a `params.json` of Mistral's.
 
     Args:
@@ -36,6 +40,7 @@ def from_params(fields: Fields, where: object, rope_theta: float | None) -> Mist
         where: for messages.
         rope_theta: for an old file without one; Mistral's own program has taken 1e4 and 1e6
             for that at different times, so nothing is assumed.
+        text_only: without a vision tower.
 
     Raises:
         BadInput: it has parts that lechat does not have, or no `rope_theta`.
@@ -43,7 +48,7 @@ def from_params(fields: Fields, where: object, rope_theta: float | None) -> Mist
     fields = _in_mistrals_words(fields, where)
     found = {name: fields[name] for name in (*WORDS, *EXPERTS) if name in fields}
     known = {*found, *PARTS, "rope_theta", "sliding_window", "_sliding_window", "tied_embeddings"}
-    known |= {"vision_encoder"}  # whose weights are left out
+    known |= {"vision_encoder"}
     for key in fields.keys() - known:
         value = fields[key]
         if value not in (None, False, {}) and not TOLERATED.get(key, lambda _: False)(value):
@@ -63,7 +68,9 @@ def from_params(fields: Fields, where: object, rope_theta: float | None) -> Mist
     if None not in (theta, rope_theta) and theta != rope_theta:
         raise BadInput(f"{where} has rope_theta {short(theta)}; leave out --rope-theta")
     found["rope_theta"] = rope_theta if theta is None else theta
-    return config_of(found, where)
+    sees = fields.get("vision_encoder") and not text_only
+    vision = vision_of_params(fields, where) if sees else None
+    return dataclasses.replace(config_of(found, where), vision=vision)
 
 
 def contradiction(config: MistralConfig, params: Fields, where: object) -> str:
@@ -91,6 +98,9 @@ def to_params(config: MistralConfig) -> dict[str, Any]:
     if not fields["tied_embeddings"]:
         del fields["tied_embeddings"]
     moe = {theirs: fields.pop(ours) for ours, theirs in MOE.items() if ours in fields}
+    if config.vision:
+        fields["vision_encoder"] = to_vision_encoder(config.vision)
+        del fields["vision"]
     return fields | ({"moe": moe} if moe else {})
 
 

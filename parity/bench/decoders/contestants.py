@@ -208,7 +208,7 @@ class Generation(Work):
         Raises:
             BadInput: there is no such preset, or a package is missing.
         """
-        models = Models(preset(self.preset), self.packages)
+        models = Models(preset(self.preset).text, self.packages)
         packages = {"lechat_torch": ["torch"], "transformers": ["torch", "transformers"]}
         needed = [name for impl in self.impl for name in packages.get(impl, [])]
         need(*needed, instead="--impl lechat_jax")

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.generate import continuous_batch
-from lechat_jax.model import attention, cache, layers, mistral, rope, scoring
+from lechat_jax.model import attention, block, cache, layers, mistral, rope, scoring
 from parity.check.faults.plant import in_code
 
 
@@ -77,9 +77,7 @@ def _sine_for_cosine(right: Callable) -> Callable:
 def _keys_one_late(right: Callable) -> Callable:
     """Queries are rotated by the position before theirs, so each key is one further away."""
 
-    def call(
-        self: mistral.Attention, x: Array, rotary: rope.Rotations, mix: Any, memory: Any
-    ) -> Any:
+    def call(self: block.Attention, x: Array, rotary: rope.Rotations, mix: Any, memory: Any) -> Any:
         def later(q: Array, k: Array, v: Array, memory: Any) -> Any:
             first = rope.Rotation(rotary.k.cos[:, 1:2], -rotary.k.sin[:, 1:2])  # back by one
             return mix(rope.rotate(q, first), k, v, memory)
@@ -232,19 +230,19 @@ CODE = (
     in_code(
         "rotary pairs are neighbours instead of half a head apart",
         "attn.0",
-        (mistral, "rotate", _rotate_neighbours),
+        (block, "rotate", _rotate_neighbours),
     ),
-    in_code("the rotation goes backwards", "attn.0", (mistral, "rotate", _rotate_backwards)),
+    in_code("the rotation goes backwards", "attn.0", (block, "rotate", _rotate_backwards)),
     in_code(
-        "the rotation takes a sine for a cosine", "attn.0", (mistral, "rotate", _sine_for_cosine)
+        "the rotation takes a sine for a cosine", "attn.0", (block, "rotate", _sine_for_cosine)
     ),
     in_code(
-        "only half of the lanes are rotated", "attn.0", (mistral, "rotate", _rotate_half_the_lanes)
+        "only half of the lanes are rotated", "attn.0", (block, "rotate", _rotate_half_the_lanes)
     ),
     in_code(
         "keys are one position further away than they are",
         "attn.0",
-        (mistral.Attention, "__call__", _keys_one_late),
+        (block.Attention, "__call__", _keys_one_late),
     ),
     in_code(
         "angles are float32 in a float64 run", "attn.0", (mistral, "rotations", _float32_angles)
@@ -301,15 +299,13 @@ CODE = (
     in_code(
         "norms come after the layers instead of before",
         "attn.0",
-        (mistral.Block, "__call__", _block(_norm_after)),
+        (block.Block, "__call__", _block(_norm_after)),
     ),
-    in_code(
-        "attention has no residual", "mlp.0", (mistral.Block, "__call__", _block(_no_residual))
-    ),
+    in_code("attention has no residual", "mlp.0", (block.Block, "__call__", _block(_no_residual))),
     in_code(
         "attention and feed-forward read the same input",
         "mlp.0",
-        (mistral.Block, "__call__", _block(_parallel)),
+        (block.Block, "__call__", _block(_parallel)),
     ),
     in_code("the gate is a GELU", "mlp.0", (jax.nn, "silu", lambda _: jax.nn.gelu)),
     in_code("the last token has no loss", "loss", (scoring, "cross_entropy", _last_token_dropped)),

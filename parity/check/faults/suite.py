@@ -21,6 +21,7 @@ from parity.check.faults.code import CODE
 from parity.check.faults.experts import EXPERTS
 from parity.check.faults.plant import Planted
 from parity.check.faults.positions import POSITIONS
+from parity.check.faults.vision import VISION
 from parity.check.faults.weights import CONFIG, WEIGHTS
 from parity.check.oracles.lechat_jax import JaxOracle
 from parity.check.oracles.lechat_torch import TorchOracle
@@ -29,7 +30,7 @@ from parity.check.verdict import Fault, Stage
 from parity.check.whole_model import Comparison
 from parity.random_models import random_weights
 
-FAULTS: tuple[Planted, ...] = (*WEIGHTS, *CONFIG, *CODE, *POSITIONS, *EXPERTS)
+FAULTS: tuple[Planted, ...] = (*WEIGHTS, *CONFIG, *CODE, *POSITIONS, *EXPERTS, *VISION)
 
 
 class Criterion(NamedTuple):

@@ -19,8 +19,14 @@ Dtype = Literal["float64", "float32", "bfloat16"]
 # A model as it is stored: its weights by lechat's names and in lechat's shapes.
 Arrays = Mapping[str, Float[np.ndarray, "..."]]
 
+# Images as all implementations are given them: normalised pixels, channels first, of whole patches.
+Pictures = Sequence[Float[np.ndarray, "3 _height _width"]]
+
 # What a forward pass went through, by stage: `embed`, `attn.0`, `mlp.0`, ..., `norm`,
-# `logits`; beside them `norm.0`, the first layer's norm, and `stream`, what `norm` reads.
+# `logits`; beside them `norm.0`, the first layer's norm, and `stream`, what `norm` reads. Of
+# images before that, each the rows of all patches, image after image, row by row: `patches`,
+# `vision.0`, ..., and `projector`, of their tokens.
+OF_VISION = ("patches", "vision", "projector")
 Stages = dict[str, Float[np.ndarray, "B T ..."]]
 
 
@@ -75,6 +81,10 @@ class Oracle(Protocol):
 
     def drop(self) -> None:
         """Frees the weights; `load` brings others."""
+        ...
+
+    def show(self, pictures: Pictures) -> None:
+        """From now on every text with image tokens in it has these images there, in this order."""
         ...
 
     def forward(self, tokens: Int[np.ndarray, "B T"], first_position: int = 0) -> Stages:

@@ -14,15 +14,20 @@ from jaxtyping import Array, Float, Int
 from lechat_jax.config import MistralConfig
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
+from lechat_jax.generate.vision import padded, padded_length
 from lechat_jax.model import cache, scoring
 from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.mistral import Mistral
+from lechat_jax.model.vision import Images, RowImages
+from lechat_jax.tokenizer.images import image_of
 from parity.check.oracles.interface import (
+    OF_VISION,
     AdamW,
     Arrays,
     Dtype,
     Gradients,
     Implementation,
+    Pictures,
     Stages,
     Text,
     Trajectory,
@@ -42,6 +47,7 @@ class JaxOracle:
     def __init__(self, config: MistralConfig, weights: Arrays, dtype: Dtype) -> None:
         self.config = config
         self.dtype: Dtype = dtype
+        self.images: Images | None = None
         self._stages = jax.jit(self._trace, static_argnums=2)
         self._extend = jax.jit(self._read)
         self._loss_and_grad = jax.jit(jax.value_and_grad(self._loss))
@@ -57,6 +63,31 @@ class JaxOracle:
     def drop(self) -> None:
         """See `Oracle.drop`."""
         self.weights: Weights = {}
+
+    def show(self, pictures: Pictures) -> None:
+        """See `Oracle.show`."""
+        assert self.config.vision is not None
+        self.pictures = [image_of(picture, self.config.vision) for picture in pictures]
+        with self._arithmetic():
+            longest = max(len(picture.patches) for picture in self.pictures)
+            self.images = padded(self.pictures, padded_length(longest, 1))
+
+    def _placed(self, tokens: Int[Array, "B T"]) -> RowImages | None:
+        """The images of each row, which are the same, at the places of their tokens."""
+        tower = self.config.vision
+        if tower is None or self.images is None:
+            return None
+        M = self.images.places.shape[1] // tower.n_merged
+        slots = [i * M + np.arange(image.n_tokens) for i, image in enumerate(self.pictures)]
+        images = jax.tree.map(
+            lambda x: jnp.tile(x, (len(tokens), *[1] * (x.ndim - 1))), self.images
+        )
+        places = jnp.cumsum(tokens == tower.image_token_id, axis=1) - 1
+        return RowImages(images, jnp.asarray(np.concatenate(slots))[places])
+
+    def _features(self, model: Mistral, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"] | None:
+        placed = self._placed(tokens)
+        return None if placed is None else model.see_rows(placed)
 
     def forward(self, tokens: Int[np.ndarray, "B T"], first_position: int = 0) -> Stages:
         """See `Oracle.forward`."""
@@ -102,11 +133,13 @@ class JaxOracle:
         found = []
         with self._arithmetic():
             state = cache.empty_cache(self.config, B, chunk, T, self.dtype)
+            features = self._features(bind(self.config, self.weights), jnp.asarray(tokens))
             for start, end in pieces(T, prompt, chunk):
                 positions = np.broadcast_to(np.arange(start, end), (B, end - start))
                 part = jnp.asarray(tokens[:, start:end], jnp.int32)
+                seen = None if features is None else features[:, start:end]
                 logits, state = self._extend(
-                    self.weights, part, jnp.asarray(positions, jnp.int32), state
+                    self.weights, part, jnp.asarray(positions, jnp.int32), state, seen
                 )
                 found.append(_numpy(logits))
         return np.concatenate(found, axis=1)
@@ -117,22 +150,40 @@ class JaxOracle:
         """See `Oracle.greedy`; the loop is the one that users run."""
         with self._arithmetic():
             made = Generator(bind(self.config, self.weights), chunk=chunk, context=context)
-            samples = made.generate(prompts, n, Sampling(temperature=0), eos_ids=())
+            images = [self.pictures] * len(prompts) if self.images else ()
+            samples = made.generate(prompts, n, Sampling(temperature=0), eos_ids=(), images=images)
         return [Text(sample.ids, sample.logprobs) for sample in samples]
 
     def _trace(self, weights: Weights, tokens: Int[Array, "B T"], first_position: int) -> dict:
         seen: dict[str, Array] = {}
         model = bind(self.config, weights)
         _watch(model, seen)
-        hidden = model.hidden(tokens, first_position=first_position)
-        return seen | {"norm": hidden, "logits": model.logits(hidden)}
+        features = self._features(model, tokens)
+        hidden = model.hidden(tokens, first_position=first_position, features=features)
+        seen |= {"norm": hidden, "logits": model.logits(hidden)}
+        return {name: self._in_rows(name, leaf) for name, leaf in seen.items()}
+
+    def _in_rows(self, name: str, found: Array) -> Array:
+        """What a station of the tower made of each patch, image after image, row by row."""
+        if name.partition(".")[0] not in OF_VISION:
+            return found
+        rows = []
+        for row, image in zip(found, self.pictures, strict=False):  # those of the first text
+            order = np.lexsort(image.places.T[::-1])
+            order = np.arange(image.n_tokens) if name == "projector" else order
+            rows.append(row[order])
+        return jnp.concatenate(rows)[None]
 
     def _loss(self, weights: Weights, rows: Int[Array, "B row"]) -> Float[Array, ""]:
         """Mean nats a token, the logits of a third of the tokens at a time."""
         B, T = rows.shape[0], rows.shape[1] - 1
         forward = scoring.Forward(dtype=self.dtype, chunk=-(-B * T // 3))
         share = jnp.full((B, T), 1 / (B * T))
-        return scoring.total_nats(self.config, forward, weights, rows[:, :-1], rows[:, 1:], share)
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        images = self._placed(inputs)
+        return scoring.total_nats(
+            self.config, forward, weights, inputs, targets, share, images=images
+        )
 
     def _read(
         self,
@@ -140,9 +191,10 @@ class JaxOracle:
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         state: cache.Cache,
+        features: Float[Array, "B T D"] | None,
     ) -> tuple[Float[Array, "B T V"], cache.Cache]:
         model = bind(self.config, weights)
-        hidden, state = model.extend(tokens, positions, state)
+        hidden, state = model.extend(tokens, positions, state, features)
         return model.logits(hidden), state
 
     @contextlib.contextmanager
@@ -181,6 +233,11 @@ def _watch(model: Mistral, seen: dict[str, Array]) -> None:
     first.attn_norm = put(first.attn_norm, made="norm.0")
     model.blocks[0] = put(first, read="embed")
     model.norm = put(model.norm, read="stream")
+    if model.config.vision:
+        tower = model.vision
+        for i, block in enumerate(tower.blocks):
+            tower.blocks[i] = put(block, read="" if i else "patches", made=f"vision.{i}")
+        model.projector = put(model.projector, made="projector")
 
 
 def _numpy(leaf: Array) -> np.ndarray:

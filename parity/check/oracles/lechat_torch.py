@@ -32,11 +32,16 @@ class TorchOracle(Watched[Mistral]):
 
     def logits(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
         """See `Watched.logits`."""
-        return self.model(tokens, first_position)
+        return self.model(tokens, first_position, self._features(tokens))
 
     def stations(self) -> dict[str, nn.Module]:
         """See `Watched.stations`."""
-        return self._modules("blocks.{i}", "attn", "attn_norm", "norm")
+        text = ("blocks.{i}", "attn", "attn_norm", "norm")
+        return self._modules(*text, "vision.norm", "vision.blocks.{i}", "projector")
+
+    def _features(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Features of the images, if the tokens have any."""
+        return self.model.see(self.pictures) if self.has_images(tokens) else None
 
     def cached(
         self, tokens: Int[np.ndarray, "B T"], prompt: int, chunk: int
@@ -47,9 +52,11 @@ class TorchOracle(Watched[Mistral]):
         found = []
         cache = empty_cache(self.config, B, chunk, T, torch_dtype(self.dtype), self.device)
         with torch.no_grad():
+            x = self.model.embedded(ids, self._features(ids))
             for start, end in pieces(T, prompt, chunk):
                 positions = torch.arange(start, end, device=self.device).expand(B, -1)
-                logits, cache = self.model.extend(ids[:, start:end], positions, cache)
+                part = ids[:, start:end], positions, cache, x[:, start:end]
+                logits, cache = self.model.extend(*part)
                 found.append(to_numpy(logits))
         return np.concatenate(found, axis=1)
 
@@ -57,5 +64,7 @@ class TorchOracle(Watched[Mistral]):
         self, prompts: Sequence[Sequence[int]], n: int, chunk: int, context: int
     ) -> list[Text]:
         """See `Oracle.greedy`."""
-        made = generate(self.model, prompts, n, chunk=chunk, context=context)
+        with torch.no_grad():
+            features = self._features(self._tensor(np.concatenate(prompts)))
+        made = generate(self.model, prompts, n, chunk=chunk, context=context, features=features)
         return [Text(list(sample.ids), list(sample.logprobs)) for sample in made]

@@ -14,8 +14,17 @@ from torch import nn
 from lechat_jax.config import MistralConfig
 from lechat_jax.formats import names
 from lechat_jax.formats.layouts import stacked_experts
-from parity.check.oracles.interface import AdamW, Arrays, Dtype, Gradients, Stages, Trajectory
-from parity.peers.fused_experts import Tensors, split
+from parity.check.oracles.interface import (
+    OF_VISION,
+    AdamW,
+    Arrays,
+    Dtype,
+    Gradients,
+    Pictures,
+    Stages,
+    Trajectory,
+)
+from parity.peers.live_tensors import Tensors, live_name, split
 from parity.peers.pytorch import device, load_state, state_dict
 
 M = TypeVar("M", bound=nn.Module)
@@ -34,6 +43,7 @@ class Watched(abc.ABC, Generic[M]):
 
     def __init__(self, config: MistralConfig, dtype: Dtype, share: bool) -> None:
         self.config, self.share = config, share
+        self.pictures: list[torch.Tensor] = []
         self.dtype: Dtype = dtype
         self.device = device()
         torch.set_float32_matmul_precision("highest")  # no TensorFloat-32 where rounding is judged
@@ -41,6 +51,20 @@ class Watched(abc.ABC, Generic[M]):
     @abc.abstractmethod
     def logits(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
         """Of whole sequences [B, T]: scores [B, T, V] in at least float32."""
+
+    def show(self, pictures: Pictures) -> None:
+        """See `Oracle.show`."""
+        self.pictures = [
+            torch.from_numpy(picture).to(self.device, torch_dtype(self.dtype))
+            for picture in pictures
+        ]
+
+    def has_images(self, tokens: torch.Tensor) -> bool:
+        """Whether a text has image tokens in it."""
+        vision = self.config.vision
+        if vision is None or not self.pictures:
+            return False
+        return bool((tokens == vision.image_token_id).any())
 
     @abc.abstractmethod
     def stations(self) -> dict[str, nn.Module]:
@@ -75,7 +99,19 @@ class Watched(abc.ABC, Generic[M]):
 
         with torch.no_grad(), _watching([(m, show(name)) for name, m in self.stations().items()]):
             seen["logits"] = self.logits(self._tensor(tokens), first_position)
+        if "patches" in seen:  # transformers sees the images of each row anew
+            of_vision = [name for name in seen if name.partition(".")[0] in OF_VISION]
+            seen |= {name: self._of_one_row(name, seen[name]) for name in of_vision}
         return {name: to_numpy(leaf) for name, leaf in seen.items()}
+
+    def _of_one_row(self, name: str, found: torch.Tensor) -> torch.Tensor:
+        """The first images' part of what a station of the tower made, a row in all."""
+        tower = self.config.vision
+        assert tower is not None
+        pixels = sum(picture.shape[1] * picture.shape[2] for picture in self.pictures)
+        n = pixels // tower.patch_size**2
+        n = n // tower.n_merged if name == "projector" else n
+        return found.reshape(-1, found.shape[-1])[None, :n]
 
     def gradients(self, rows: Int[np.ndarray, "B row"]) -> Gradients:
         """See `Oracle.gradients`."""
@@ -110,12 +146,24 @@ class Watched(abc.ABC, Generic[M]):
                 parameter.copy_(before[name])
         return Trajectory(np.array(losses), after)
 
-    def _modules(self, block: str, attn: str, attn_norm: str, norm: str) -> dict[str, nn.Module]:
+    def _modules(
+        self,
+        block: str,
+        attn: str,
+        attn_norm: str,
+        norm: str,
+        patches: str,
+        vision_block: str,
+        projector: str,
+    ) -> dict[str, nn.Module]:
         """The stations, by what this implementation calls its modules."""
         layers = [block.format(i=i) for i in range(self.config.n_layers)]
         paths = {f"attn.{i}": f"{layer}.{attn}" for i, layer in enumerate(layers)}
         paths |= {f"mlp.{i}": f"{layer}.mlp" for i, layer in enumerate(layers)}
         paths |= {"embed": layers[0], "norm.0": f"{layers[0]}.{attn_norm}", "norm": norm}
+        if tower := self.config.vision:
+            paths |= {"patches": patches, "projector": projector}
+            paths |= {f"vision.{i}": vision_block.format(i=i) for i in range(tower.n_layers)}
         return {station: self.model.get_submodule(path) for station, path in paths.items()}
 
     def _loss(self, rows: torch.Tensor) -> torch.Tensor:
@@ -126,12 +174,13 @@ class Watched(abc.ABC, Generic[M]):
 
     def by_lechat_name(self, tensors: Tensors) -> dict[str, np.ndarray]:
         """The model's tensors, weights or their gradients, named and shaped as in lechat."""
+        table, wanted = names.rows(self.config), names.names(self.config, self.layout)
         if self.layout == "hf":
             tensors = split(self.config, tensors)
-        table = names.rows(self.config)
+            wanted = {part: live_name(self.config, name) for part, name in wanted.items()}
         found = {
             part: to_numpy(tensors[name]).reshape(names.shape(self.config, "lechat", table[part]))
-            for part, name in names.names(self.config, self.layout).items()
+            for part, name in wanted.items()
         }
         return stacked_experts(self.config, found)
 

@@ -20,7 +20,11 @@ class Reordered(TorchOracle):
     """lechat_torch whose tables have their rows in another order; asked and answering in ids."""
 
     def __init__(self, config: MistralConfig, weights: Arrays, dtype: Dtype) -> None:
-        self._place = np.random.default_rng(1).permutation(config.vocab_size)  # of each id
+        place = np.random.default_rng(1).permutation(config.vocab_size)  # of each id
+        if config.vision:  # whose token is no row of the table, and is found by its id
+            image_id = config.vision.image_token_id
+            place[place == image_id], place[image_id] = place[image_id], image_id
+        self._place = place
         self._id = np.argsort(self._place)
         super().__init__(config, weights, dtype)
 

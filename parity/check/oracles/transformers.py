@@ -42,12 +42,35 @@ class TransformersOracle(Watched[Any]):
     def logits(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
         """See `Watched.logits`."""
         positions = first_position + torch.arange(tokens.shape[1], device=self.device)[None]
-        logits = self.model(input_ids=tokens, position_ids=positions).logits
+        seen = self._given(tokens)
+        logits = self.model(input_ids=tokens, position_ids=positions, **seen).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def stations(self) -> dict[str, nn.Module]:
         """See `Watched.stations`."""
-        return self._modules("model.layers.{i}", "self_attn", "input_layernorm", "model.norm")
+        text = "model.language_model" if self.config.vision else "model"
+        return self._modules(
+            f"{text}.layers.{{i}}",
+            "self_attn",
+            "input_layernorm",
+            f"{text}.norm",
+            "model.vision_tower.ln_pre",
+            "model.vision_tower.transformer.layers.{i}",
+            "model.multi_modal_projector",
+        )
+
+    def _given(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The images of all rows as transformers is given them, if the tokens have any."""
+        if not self.has_images(tokens):
+            return {}
+        sizes = torch.tensor([picture.shape[1:] for picture in self.pictures])
+        shape = (len(sizes), 3, *sizes.max(dim=0).values.tolist())
+        pixels = torch.zeros(shape, dtype=torch_dtype(self.dtype))
+        for row, picture in zip(pixels, self.pictures, strict=True):
+            row[:, : picture.shape[1], : picture.shape[2]] = picture
+        B = len(tokens)
+        given = {"pixel_values": pixels.repeat(B, 1, 1, 1), "image_sizes": sizes.repeat(B, 1)}
+        return {name: tensor.to(self.device) for name, tensor in given.items()}
 
     def cached(
         self, tokens: Int[np.ndarray, "B T"], prompt: int, chunk: int
@@ -63,9 +86,14 @@ class TransformersOracle(Watched[Any]):
         }
         found = []
         with torch.no_grad():
+            x = self.model.get_input_embeddings()(ids)
+            if given := self._given(ids):
+                features = torch.cat(self.model.get_image_features(**given).pooler_output)
+                is_image = ids == self.model.config.image_token_id
+                x = x.masked_scatter(is_image[..., None], features.to(x.dtype))
             for start, end in pieces(tokens.shape[1], prompt, chunk):
                 out = self.model(
-                    input_ids=ids[:, start:end],
+                    inputs_embeds=x[:, start:end],
                     position_ids=torch.arange(start, end, device=self.device)[None],
                     use_cache=True,
                     **cache,
@@ -83,6 +111,7 @@ class TransformersOracle(Watched[Any]):
         model: Any = self.model  # whose type says that it cannot generate
         made = model.generate(
             self._tensor(ids),
+            **self._given(self._tensor(ids)),
             attention_mask=self._tensor(real),
             generation_config=transformers.GenerationConfig(
                 max_new_tokens=n,

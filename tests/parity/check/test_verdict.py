@@ -12,6 +12,7 @@ from parity.check.verdict import STAGES, Fault, FaultReport, Stage, Verdict
 
 PAIR = ("jax", "torch")
 EXECUTION = [
+    *("patches", "vision.0", "vision.1", "projector"),
     *("embed", "attn.0", "mlp.0", "attn.1", "mlp.1", "attn.2", "mlp.2", "norm", "logits"),
     *("loss", "grad", "trajectory", "prefill", "decode", "padding"),
 ]
@@ -79,7 +80,7 @@ def test_a_stage_is_labelled_with_its_layer() -> None:
 
 
 def test_an_unknown_stage_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown stage 'attention'; it is one of embed, attn"):
+    with pytest.raises(ValueError, match="unknown stage 'attention'; it is one of patches, vision"):
         stage("attention")
 
 

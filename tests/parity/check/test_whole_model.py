@@ -22,6 +22,7 @@ from parity.check.oracles.interface import (
     Dtype,
     Gradients,
     Implementation,
+    Pictures,
     Stages,
     Text,
     Trajectory,
@@ -65,6 +66,9 @@ class Scripted:
 
     def load(self, weights: Arrays) -> None:
         """There are none."""
+
+    def show(self, pictures: Pictures) -> None:
+        """Likewise."""
 
     def drop(self) -> None:
         """Likewise."""

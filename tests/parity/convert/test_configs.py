@@ -60,6 +60,22 @@ V01_PARAMS: Fields = {
 }
 
 
+# The `vision_encoder` of Pixtral 12B's params.json; and a `vision_config` that leaves much unsaid.
+PIXTRAL_12B = {
+    "hidden_size": 1024,
+    "num_channels": 3,
+    "image_size": 1024,
+    "patch_size": 16,
+    "rope_theta": 10000.0,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "adapter_bias": True,
+    "image_token_id": 10,
+}
+TOWER = {"model_type": "pixtral", "hidden_act": "silu", "patch_size": 14, "image_size": 1540}
+
+
 def without(fields: Fields, *keys: str) -> Fields:
     return {key: value for key, value in fields.items() if key not in keys}
 
@@ -76,12 +92,16 @@ def test_the_released_config_of_devstral_2_is_the_preset() -> None:
     ("words", "preset"),
     [
         # Two classes of transformers have the numbers of one release for their defaults.
-        (transformers.Ministral3Config(), "ministral-3-8b-2512"),
+        (transformers.Ministral3Config(), "ministral-3-8b-2512"),  # its text
         (transformers.Mistral3Config(tie_word_embeddings=False), "mistral-small-24b-2503"),
     ],
 )
 def test_the_defaults_of_transformers_are_the_preset(words: Any, preset: str) -> None:
-    assert from_hugging_face(words.to_dict(), "x") == PRESETS[preset]
+    fields = words.to_dict()
+    if tower := fields.get("vision_config"):
+        tower["hidden_act"] = "silu"  # as all releases say; transformers would take gelu
+        assert from_hugging_face(fields, "x") == PRESETS[preset]
+    assert from_hugging_face(fields, "x", text_only=True) == PRESETS[preset].text
 
 
 @pytest.mark.parametrize(
@@ -112,8 +132,9 @@ def test_the_speeds_of_a_stretched_model_are_those_of_transformers(name: str) ->
     assert config.yarn
     fields = to_hugging_face(config, "bfloat16", None, 1, 2)
     stretched = config.yarn.factor * config.yarn.original_max_position_embeddings
-    assert fields["max_position_embeddings"] == stretched >= 262144
-    inv_freq, length = ROPE_INIT_FUNCTIONS["yarn"](transformers.AutoConfig.for_model(**fields))
+    text = fields.get("text_config", fields)
+    assert text["max_position_embeddings"] == stretched >= 262144
+    inv_freq, length = ROPE_INIT_FUNCTIONS["yarn"](transformers.AutoConfig.for_model(**text))
     assert from_hugging_face(fields, "x") == config
     one = jnp.array([[1]])
     ours = rotation(one, config.head_dim, config.rope_theta, "float32", config.yarn)
@@ -251,7 +272,8 @@ def test_what_is_absent_means_what_transformers_makes_of_it(change: Fields, tmp_
         ({"original_max_position_embeddings": 4096}, "has original_max_position_embeddings"),
         ({"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "rotary parameters .*: llama_4_scal"),
         ({"model_type": "ministral3", "rope_parameters": None}, "has no rope_parameters"),
-        ({"model_type": "mistral3"}, "of a mistral3 without a text_config"),
+        ({"model_type": "mistral3"}, "of a mistral3 without a vision_config"),
+        ({"model_type": "mistral3", "vision_config": TOWER}, "mistral3 without a text_config"),
         ({"rope_parameters": {**V5_ROPE["rope_parameters"], "partial_rotary_factor": 0.5}}, "part"),
         ({"rope_parameters": [1]}, "has rope_parameters = .* no JSON object"),
         ({"layer_types": ["full_attention"]}, "names 1 layers|sliding_window"),
@@ -302,7 +324,11 @@ FOUR = {**V01_PARAMS, "n_layers": 4, "rope_theta": 1e6}
         ),
         (without(FOUR, "n_kv_heads"), {"n_kv_heads": 32}),
         ({**FOUR, "tied_embeddings": True}, {"tied_embeddings": True}),
-        ({**FOUR, "yarn": None, "llama_4_scaling": None, "vision_encoder": {"dim": 8}}, {}),
+        ({**FOUR, "yarn": None, "llama_4_scaling": None, "vision_encoder": None}, {}),
+        (
+            {**FOUR, "vision_encoder": PIXTRAL_12B},
+            {"vision": PRESETS["pixtral-12b-2409"].vision},
+        ),
         (
             {
                 **FOUR,

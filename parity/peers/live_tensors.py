@@ -1,7 +1,8 @@
-"""The experts as transformers 5 has them while it computes: one tensor for all of a layer.
+"""State dict as transformers 5 has it while it computes, which is not that of its files.
 
-In its files each expert has its own three, which transformers joins when it reads them and
-parts again when it writes. Gates and ups are one tensor, the gate's rows first.
+In its files each expert has its own three tensors, which transformers joins when it reads them and
+parts again when it writes. Gates and ups are one tensor, the gate's rows first. Of a model that
+sees, the names begin otherwise.
 """
 
 import torch
@@ -10,10 +11,26 @@ from lechat_jax.config import MistralConfig
 
 Tensors = dict[str, torch.Tensor]
 
+# How names begin, in files and in the model.
+SEEING = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+
+
+def live_name(config: MistralConfig, name: str) -> str:
+    """The name in the model of a tensor of its files."""
+    for old, new in SEEING.items() if config.vision else ():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
 
 def fuse(config: MistralConfig, state: Tensors) -> Tensors:
     """A state dict for transformers' model, of one with the names of its files."""
-    state = dict(state)
+    state = {live_name(config, name): tensor for name, tensor in state.items()}
     for i in range(config.n_layers if config.n_experts else 0):
         files, model = _prefixes(i)
         state[f"{model}.gate.weight"] = state.pop(f"{files}.gate.weight")

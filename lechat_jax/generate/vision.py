@@ -1,0 +1,139 @@
+"""Images in a prompt: the vision tower is run when prefill first comes to one.
+
+An image's patches are padded to one of a few lengths, so that no size of an image compiles
+anything twice, and its features take the places of its tokens in the chunks of prefill.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lechat_jax.config import MistralConfig
+from lechat_jax.errors import BadInput
+from lechat_jax.model.binding import Weights, bind
+from lechat_jax.model.vision import Images
+from lechat_jax.tokenizer.images import Image
+
+FEWEST = 64  # patches of the shortest row
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def image_features(
+    config: MistralConfig, weights: Weights, images: Images
+) -> Float[Array, "B M D"]:
+    """Vision tower and projector: the features of each token of some images."""
+    return bind(config, weights).see(images)
+
+
+@jax.jit
+def _put(
+    into: Float[Array, "1 T D"], features: Float[Array, "1 M D"], tokens: Int[Array, "T"]
+) -> Float[Array, "1 T D"]:
+    """Features of an image's tokens at their positions of a chunk; -1 is another's position."""
+    return jnp.where((tokens >= 0)[None, :, None], features[:, tokens], into)
+
+
+def padded_length(n: int, n_merged: int) -> int:
+    """Length of the row that has room for so many patches, one of 64, 96, 128, 192, 256 and so on.
+
+    >>> [padded_length(n, 4) for n in (1, 65, 200, 12100)]
+    [64, 96, 256, 12288]
+    """
+    least = max(n, FEWEST)
+    power = 1 << (least - 1).bit_length()
+    length = power if least > power * 3 // 4 else power * 3 // 4
+    return -(-length // n_merged) * n_merged
+
+
+def padded(images: Sequence[Image], length: int) -> Images:
+    """The patches of images, each padded to one length."""
+    n = len(images)
+    patches = np.zeros((n, length, *images[0].patches.shape[1:]), np.float32)
+    places = np.full((n, length, 2), -1, np.int32)
+    for row, image in enumerate(images):
+        patches[row, : len(image.patches)] = image.patches
+        places[row, : len(image.places)] = image.places
+    return Images(jnp.asarray(patches), jnp.asarray(places))
+
+
+def starts(
+    prompt: Sequence[int], images: Sequence[Image], config: MistralConfig, is_cut: bool = False
+) -> list[int]:
+    """Position in a prompt at which each of its images begins; `is_cut` lets the last ones lack.
+
+    Raises:
+        BadInput: the model has no vision tower, or the prompt has not the ids of these images.
+    """
+    if not images:
+        return []
+    if config.vision is None:
+        raise BadInput("the model has no vision tower, so it cannot be given images")
+    found, at, ids = [], 0, [*prompt]
+    marker = config.vision.image_token_id
+    for image in images:
+        at = ids.index(marker, at) if marker in ids[at:] else len(ids)
+        if tuple(ids[at : at + len(image.ids)]) != image.ids:
+            break
+        found.append(at)
+        at += len(image.ids)
+    is_complete = len(found) == len(images) and marker not in ids[at:]
+    if not is_complete and not is_cut:
+        raise BadInput(
+            f"the prompt has {ids.count(marker)} image tokens, which are not those of the "
+            f"{len(images)} images; put the ids of each into the prompt, in their order"
+        )
+    return found
+
+
+class PromptImages:
+    """The images of one prompt, and their features once they were needed.
+
+    Attributes:
+        starts: position at which each begins.
+
+    Raises:
+        BadInput: the prompt has the tokens of other images, or the model sees none.
+    """
+
+    def __init__(
+        self, config: MistralConfig, prompt: Sequence[int], images: Sequence[Image]
+    ) -> None:
+        self.starts = starts(prompt, images, config)
+        self._config, self._images = config, images
+        self._features: dict[int, Array] = {}
+
+    def chunk(
+        self, weights_for: Callable[[int], Weights], at: int, T: int
+    ) -> Float[Array, "1 T D"] | None:
+        """Features at T positions of the prompt from `at` on; `None` where no image is."""
+        found = None
+        for number, (start, image) in enumerate(zip(self.starts, self._images, strict=True)):
+            first, last = max(start, at), min(start + len(image.ids), at + T)
+            if first >= last:
+                continue
+            is_token = np.asarray(image.ids) == image.ids[0]
+            places = np.where(is_token, np.cumsum(is_token) - 1, -1)
+            tokens = np.full(T, -1, np.int32)
+            tokens[first - at : last - at] = places[first - start : last - start]
+            features = self._seen(number, weights_for)
+            if found is None:
+                found = jnp.zeros((1, T, features.shape[2]), features.dtype)
+            found = _put(found, features, tokens)
+            if last == start + len(image.ids):
+                del self._features[number]  # it has been read
+        return found
+
+    def _seen(self, number: int, weights_for: Callable[[int], Weights]) -> Float[Array, "1 M D"]:
+        """Features of an image, which the tower makes once."""
+        if number not in self._features:
+            assert self._config.vision is not None
+            image = self._images[number]
+            length = padded_length(len(image.patches), self._config.vision.n_merged)
+            self._features[number] = image_features(
+                self._config, weights_for(length), padded([image], length)
+            )
+        return self._features[number]
