@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import jax
 import numpy as np
@@ -16,7 +16,6 @@ from lechat_jax.errors import BadInput
 from lechat_jax.generate.continuation import Continuation, Sample, join, stop_texts
 from lechat_jax.generate.continuous_batch import OnRead, rounds
 from lechat_jax.generate.decode import calls_for, compile_for
-from lechat_jax.generate.dialogue import Dialogue
 from lechat_jax.generate.loaded_model import CONTEXT, SHORTER, LoadedModel, Prompt, Prompts
 from lechat_jax.generate.prefill import cache_size, cached_bytes, chunk_sizes
 from lechat_jax.generate.sampling import Sampling
@@ -24,6 +23,9 @@ from lechat_jax.generate.session import Session
 from lechat_jax.model.binding import bind
 from lechat_jax.quantize.scheme import Format
 from lechat_jax.tokenizer.images import Image, ImageSource
+
+if TYPE_CHECKING:
+    from lechat_jax.generate.dialogue import Dialogue  # mistral-common takes 0.3 s to import
 
 
 class Generator(LoadedModel):
@@ -222,7 +224,7 @@ class Generator(LoadedModel):
         sampling: Sampling | None = None,
         draft: int = 0,
         stop: str | Sequence[str] = (),
-    ) -> Dialogue:
+    ) -> "Dialogue":
         """Starts a chat by the model's chat template; `say` answers a question.
 
         The history stays in the KV cache, so that a question costs its own tokens only.
@@ -239,6 +241,8 @@ class Generator(LoadedModel):
         """
         if self.tokenizer is None:
             raise BadInput("there is no tokenizer beside the weights, so there is no chat")
+        from lechat_jax.generate.dialogue import Dialogue
+
         return Dialogue(
             Session(self, draft),
             self.tokenizer,
