@@ -424,6 +424,7 @@ def calls_for(
     return found
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # one program, where each array would be one
 def idle_rows(
     size: CacheSize, ahead: int = 0, with_processors: bool = False
 ) -> tuple[DecodeState, Request]:

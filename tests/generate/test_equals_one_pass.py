@@ -16,6 +16,7 @@ import pytest
 
 from lechat_jax.config import MistralConfig, Window
 from lechat_jax.generate.continuation import Sample
+from lechat_jax.generate.decode import idle_rows
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model import cache
@@ -109,16 +110,18 @@ def test_a_window_that_is_off_by_one_would_be_seen(tiny: MistralConfig) -> None:
 
 
 def test_a_ring_that_is_too_small_would_be_seen(
-    tiny: MistralConfig, monkeypatch: pytest.MonkeyPatch
+    tiny: MistralConfig, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     model = random_model(tiny)
     claim = cache.Ring.claim
+    request.addfinalizer(idle_rows.clear_cache)
 
     def unguarded(ring: Ring, positions: jax.Array, _: Window) -> Ring:
         return claim(ring, positions, None)
 
     def with_slots(slots: int) -> float:
         monkeypatch.setattr(cache, "capacity", lambda window, chunk, context: slots)
+        idle_rows.clear_cache()  # which was traced for another
         return max(excess(Generator(model, chunk=5), model))
 
     monkeypatch.setattr(cache.Ring, "claim", unguarded)
