@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from lechat_jax.config.layout import in_layer, layer_of, stacked
 from lechat_jax.formats import names
 from lechat_jax.formats.source import Source
-from parity.check.oracles.interface import Oracle, Stages
+from parity.check.oracles.interface import OF_VISION, Oracle, Pictures, Stages
 from parity.check.oracles.lechat_jax import JaxOracle
 from parity.check.oracles.lechat_torch import TorchOracle
 from parity.check.oracles.transformers import TransformersOracle
@@ -46,11 +46,15 @@ class Part(NamedTuple):
         ours: what lechat_jax is given.
         theirs: what the PyTorch implementations are given.
         labels: the stages to compare, as the small model calls them and as the large one does.
+        pictures: images in the text, if the part is of a vision tower.
+        patches: what stands in place of its patches.
     """
 
     ours: Model
     theirs: Model
     labels: dict[str, str]
+    pictures: Pictures = ()
+    patches: Float[np.ndarray, "rows d"] | None = None
 
 
 class Failed(NamedTuple):
@@ -99,8 +103,7 @@ class Streamed:
         """Yields every comparison as it is made; `say` is called with the number of layers done."""
         n = self.theirs.config.n_layers
         ours, theirs = (
-            _float32(source.read("embed.kernel")[self.tokens])
-            for source in (self.ours, self.theirs)
+            float32(source.read("embed.kernel")[self.tokens]) for source in (self.ours, self.theirs)
         )
         yield Stage("embed", None, "float32", ("jax", "torch"), relative(ours, theirs), 0.0)
         stream = np.tile(theirs, (len(self.first_positions), 1))
@@ -129,7 +132,7 @@ class Streamed:
                 tied_embeddings=False,
             )
             weights = {
-                name: _float32(source.read(in_layer(stacked(name), i)))
+                name: float32(source.read(in_layer(stacked(name), i)))
                 for name in one.weights
                 if layer_of(name) == 0
             }
@@ -160,10 +163,10 @@ class Streamed:
             )
             shapes = names.shapes(small, "lechat")
             weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-            head = _float32(source.read(source.config.head))
+            head = float32(source.read(source.config.head))
             weights["head.kernel"][: source.config.vocab_size] = head
             weights["embed.kernel"][: len(stream)] = stream
-            weights["norm.scale"] = _float32(source.read("norm.scale"))
+            weights["norm.scale"] = float32(source.read("norm.scale"))
             return Model(small, weights)
 
         return self._part(alone, {"norm": "norm", "logits": "logits"})
@@ -187,13 +190,18 @@ class Streamed:
         found: list[dict[str, Stages]] = [{} for _ in self.first_positions]
         for name, make in oracles.items():
             oracle = make()
+            if part.pictures:
+                oracle.show(part.pictures, part.patches)
             for texts, ids, first in zip(found, self.ids, self.first_positions, strict=True):
                 texts[name] = oracle.forward(ids[None], first)
             oracle.drop()
         return found
 
     def _truth_of(self, part: Part, ids: Int[np.ndarray, "T"], first: int) -> Stages:
-        return TorchOracle(*part.theirs, "float64").forward(ids[None], first)
+        oracle = TorchOracle(*part.theirs, "float64")
+        if part.pictures:
+            oracle.show(part.pictures, part.patches)
+        return oracle.forward(ids[None], first)
 
     def _loaded(self, kind: Callable[..., Oracle], model: Model) -> Oracle:
         """Oracle of that kind with these weights; one of the same shape is reused."""
@@ -235,7 +243,8 @@ class Streamed:
         errors = {name: relative(texts[name][inner], right) for name in names}
         if is_known:  # the least, which is the hardest on layers whose truth is not known
             self._errors[kind] = min(self._errors.get(kind, math.inf), *errors.values())
-        note = f"positions {first} to {first + self.tokens.size - 1}"
+        is_seen = kind[0] in OF_VISION
+        note = "" if is_seen else f"positions {first} to {first + self.tokens.size - 1}"
 
         def stage(name: str) -> Stage:
             made = texts[name][inner]
@@ -247,7 +256,7 @@ class Streamed:
         return [stage(name) for name in names]
 
 
-def _float32(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+def float32(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     """Copy as float32; PyTorch widens bfloat16 on all cores."""
     if x.dtype.name != "bfloat16":
         return x.astype(np.float32)

@@ -82,17 +82,9 @@ class Inputs:
         return text.with_images(config.vision, seed) if config.vision else text
 
     def with_images(self, vision: VisionConfig, seed: int) -> "Inputs":
-        """The same texts behind two images, with a token between them.
-
-        One is wider than high and one higher than wide, so that nothing that confuses rows with
-        columns goes unseen, and of noise, so that no two patches are alike.
-        """
-        draw = np.random.default_rng(seed)
-        side = vision.patch_size * vision.spatial_merge_size
-        sizes = ((2 * side, 3 * side), (3 * side, side))
-        pictures = [draw.standard_normal((3, *size)).astype(np.float32) for size in sizes]
-        first, second = (image_of(picture, vision).ids for picture in pictures)
-        ids = np.array([0, *first, 0, *second])
+        """The same texts behind two images, see `noise`."""
+        pictures = noise(vision, seed)
+        ids = image_ids(pictures, vision)
 
         def behind(rows: np.ndarray) -> np.ndarray:
             text = np.where(rows == vision.image_token_id, 0, rows)
@@ -105,7 +97,7 @@ class Inputs:
             steps=behind(self.steps),
             prompt=self.prompt + self.chunk * -(-len(ids) // self.chunk),
             prompts=tuple(tuple(behind(np.array(p)).tolist()) for p in self.prompts),
-            pictures=tuple(pictures),
+            pictures=pictures,
         )
 
     @property
@@ -119,6 +111,23 @@ class Inputs:
     def context(self) -> int:
         """Length of the longest text in tokens, prompt included."""
         return max(map(len, (*self.prompts, *self.full_chunks))) + self.new
+
+
+def noise(vision: VisionConfig, seed: int) -> tuple[Float[np.ndarray, "3 _height _width"], ...]:
+    """Two images, one wider than high and one higher than wide.
+
+    So nothing that confuses rows with columns goes unseen, and they are of noise, so that no two
+    patches are alike.
+    """
+    draw = np.random.default_rng(seed)
+    side = vision.patch_size * vision.spatial_merge_size
+    sizes = ((2 * side, 3 * side), (3 * side, side))
+    return tuple(draw.standard_normal((3, *size)).astype(np.float32) for size in sizes)
+
+
+def image_ids(pictures: Pictures, vision: VisionConfig) -> Int[np.ndarray, "T"]:
+    """The ids of images in a text, a token before each."""
+    return np.array([id_ for one in pictures for id_ in (0, *image_of(one, vision).ids)])
 
 
 def shortened(

@@ -21,6 +21,7 @@ from parity.check.oracles.interface import Dtype
 from parity.check.probes import PROBES, Inputs, Model, Probe, forward, shortened
 from parity.check.reports.text import Report, describe
 from parity.check.same_weights import rounded_as, same_weights
+from parity.check.tower_by_layer import StreamedTower
 from parity.check.verdict import Fault, FaultReport, Stage, Verdict
 from parity.check.whole_model import Comparison
 from parity.convert.open_source import open_source
@@ -262,14 +263,16 @@ def _streamed(
     notes = _shortening(theirs.config, options.window)
     draw = np.random.default_rng(options.seed)
     streamed = Streamed(
-        ours,
-        theirs,
+        ours.text,
+        theirs.text,
         draw.integers(theirs.config.vocab_size, size=options.tokens),
         (0, options.last_position + 1 - options.tokens),
         options.window,
     )
-    stages = tuple(streamed.run(display.work))
-    hint = ""
+    stages, hint = tuple(streamed.run(display.work)), ""
+    if theirs.config.vision:
+        tower = StreamedTower(ours, theirs, options.seed)
+        stages = (*tower.run(display.work), *stages)
     if streamed.failed and streamed.failed.stage.pair[0] == "jax":
         display.wait("looking for a known fault that does this")
         part, inner, stage, first = streamed.failed

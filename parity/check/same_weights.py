@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Shaped
 
-from lechat_jax.config.layout import layer_of, module_of, stacked
+from lechat_jax.config.layout import (
+    PROJECTOR,
+    is_vision,
+    layer_of,
+    module_of,
+    stacked,
+    vision_layer_of,
+)
 from lechat_jax.errors import BadInput
 from lechat_jax.formats.source import Source
 from lechat_jax.formats.stores import Stored
@@ -91,7 +98,13 @@ def _place(name: str) -> tuple[str, int | None]:
 
     >>> _place("blocks.3.mlp_norm.scale"), _place("head.kernel")
     (('mlp', 3), ('logits', None))
+    >>> _place("vision.blocks.3.attn.q.kernel"), _place("vision.norm.scale")
+    (('vision', 3), ('patches', None))
     """
+    if (layer := vision_layer_of(name)) is not None:
+        return "vision", layer
+    if is_vision(name):
+        return "projector" if name.startswith(PROJECTOR) else "patches", None
     stage = module_of(stacked(name)).split(".")[:2][-1]
     stages = {"head": "logits", "attn_norm": "attn", "mlp_norm": "mlp"}
     return stages.get(stage, stage), layer_of(name)

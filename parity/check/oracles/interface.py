@@ -83,8 +83,12 @@ class Oracle(Protocol):
         """Frees the weights; `load` brings others."""
         ...
 
-    def show(self, pictures: Pictures) -> None:
-        """From now on every text with image tokens in it has these images there, in this order."""
+    def show(self, pictures: Pictures, patches: Float[np.ndarray, "rows d"] | None = None) -> None:
+        """From now on every text with image tokens in it has these images there, in this order.
+
+        With `patches`, these rows stand in place of what the tower's first layer reads of them, in
+        the order of `Stages`; of one text at a time.
+        """
         ...
 
     def forward(self, tokens: Int[np.ndarray, "B T"], first_position: int = 0) -> Stages:

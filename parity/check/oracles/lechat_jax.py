@@ -19,7 +19,7 @@ from lechat_jax.model import cache, scoring
 from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.vision import Images, RowImages
-from lechat_jax.tokenizer.images import image_of
+from lechat_jax.tokenizer.images import Image, image_of
 from parity.check.oracles.interface import (
     OF_VISION,
     AdamW,
@@ -48,6 +48,7 @@ class JaxOracle:
         self.config = config
         self.dtype: Dtype = dtype
         self.images: Images | None = None
+        self.patches: Float[Array, "B P d"] | None = None
         self._stages = jax.jit(self._trace, static_argnums=2)
         self._extend = jax.jit(self._read)
         self._loss_and_grad = jax.jit(jax.value_and_grad(self._loss))
@@ -64,13 +65,25 @@ class JaxOracle:
         """See `Oracle.drop`."""
         self.weights: Weights = {}
 
-    def show(self, pictures: Pictures) -> None:
+    def show(self, pictures: Pictures, patches: Float[np.ndarray, "rows d"] | None = None) -> None:
         """See `Oracle.show`."""
         assert self.config.vision is not None
         self.pictures = [image_of(picture, self.config.vision) for picture in pictures]
         with self._arithmetic():
             longest = max(len(picture.patches) for picture in self.pictures)
             self.images = padded(self.pictures, padded_length(longest, 1))
+            self.patches = None if patches is None else self._fed(patches)
+
+    def _fed(self, patches: Float[np.ndarray, "rows d"]) -> Float[Array, "B P d"]:
+        """Rows of the patches in the order in which lechat has them, image by image."""
+        assert self.images is not None
+        fed = np.zeros((*self.images.places.shape[:2], patches.shape[1]), self.dtype)
+        start = 0
+        for row, image in zip(fed, self.pictures, strict=True):
+            n = len(image.places)
+            row[_row_by_row(image)] = patches[start : start + n]
+            start += n
+        return jnp.asarray(fed)
 
     def _placed(self, tokens: Int[Array, "B T"]) -> RowImages | None:
         """The images of each row, which are the same, at the places of their tokens."""
@@ -92,7 +105,8 @@ class JaxOracle:
     def forward(self, tokens: Int[np.ndarray, "B T"], first_position: int = 0) -> Stages:
         """See `Oracle.forward`."""
         with self._arithmetic():
-            found = self._stages(self.weights, jnp.asarray(tokens, jnp.int32), first_position)
+            ids = jnp.asarray(tokens, jnp.int32)
+            found = self._stages(self.weights, ids, first_position, self.patches)
         return {name: _numpy(leaf) for name, leaf in found.items()}
 
     def gradients(self, rows: Int[np.ndarray, "B row"]) -> Gradients:
@@ -154,9 +168,17 @@ class JaxOracle:
             samples = made.generate(prompts, n, Sampling(temperature=0), eos_ids=(), images=images)
         return [Text(sample.ids, sample.logprobs) for sample in samples]
 
-    def _trace(self, weights: Weights, tokens: Int[Array, "B T"], first_position: int) -> dict:
+    def _trace(
+        self,
+        weights: Weights,
+        tokens: Int[Array, "B T"],
+        first_position: int,
+        patches: Float[Array, "B P d"] | None,
+    ) -> dict:
         seen: dict[str, Array] = {}
         model = bind(self.config, weights)
+        if patches is not None:
+            model.vision.norm = _Given(patches)
         _watch(model, seen)
         features = self._features(model, tokens)
         hidden = model.hidden(tokens, first_position=first_position, features=features)
@@ -169,8 +191,7 @@ class JaxOracle:
             return found
         rows = []
         for row, image in zip(found, self.pictures, strict=False):  # those of the first text
-            order = np.lexsort(image.places.T[::-1])
-            order = np.arange(image.n_tokens) if name == "projector" else order
+            order = np.arange(image.n_tokens) if name == "projector" else _row_by_row(image)
             rows.append(row[order])
         return jnp.concatenate(rows)[None]
 
@@ -202,6 +223,22 @@ class JaxOracle:
         """Sixty-four bits where they are asked for, and no TensorFloat-32 in a matrix product."""
         with jax.enable_x64(self.dtype == "float64"), jax.default_matmul_precision("highest"):
             yield
+
+
+def _row_by_row(image: Image) -> Int[np.ndarray, "P"]:
+    """The order of an image's patches in which they are row by row."""
+    return np.lexsort(image.places.T[::-1])
+
+
+class _Given(nnx.Module):
+    """A norm whose output is given."""
+
+    def __init__(self, made: Array) -> None:
+        self.made, self.scale = made, made[0, 0]
+
+    def __call__(self, x: Array) -> Array:
+        """What was given, whatever is read."""
+        return self.made
 
 
 class _Tap(nnx.Module):

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import nn
 
 from lechat_jax.config import MistralConfig
@@ -44,6 +44,7 @@ class Watched(abc.ABC, Generic[M]):
     def __init__(self, config: MistralConfig, dtype: Dtype, share: bool) -> None:
         self.config, self.share = config, share
         self.pictures: list[torch.Tensor] = []
+        self.patches: torch.Tensor | None = None
         self.dtype: Dtype = dtype
         self.device = device()
         torch.set_float32_matmul_precision("highest")  # no TensorFloat-32 where rounding is judged
@@ -52,12 +53,13 @@ class Watched(abc.ABC, Generic[M]):
     def logits(self, tokens: torch.Tensor, first_position: int = 0) -> torch.Tensor:
         """Of whole sequences [B, T]: scores [B, T, V] in at least float32."""
 
-    def show(self, pictures: Pictures) -> None:
+    def show(self, pictures: Pictures, patches: Float[np.ndarray, "rows d"] | None = None) -> None:
         """See `Oracle.show`."""
-        self.pictures = [
-            torch.from_numpy(picture).to(self.device, torch_dtype(self.dtype))
-            for picture in pictures
-        ]
+        self.pictures = [self._floats(picture) for picture in pictures]
+        self.patches = None if patches is None else self._floats(patches)
+
+    def _floats(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, torch_dtype(self.dtype))
 
     def has_images(self, tokens: torch.Tensor) -> bool:
         """Whether a text has image tokens in it."""
@@ -97,7 +99,12 @@ class Watched(abc.ABC, Generic[M]):
 
             return put
 
-        with torch.no_grad(), _watching([(m, show(name)) for name, m in self.stations().items()]):
+        stations = self.stations()
+        with (
+            torch.no_grad(),
+            _fed(stations.get("patches"), self.patches),
+            _watching([(module, show(name)) for name, module in stations.items()]),
+        ):
             seen["logits"] = self.logits(self._tensor(tokens), first_position)
         if "patches" in seen:  # transformers sees the images of each row anew
             of_vision = [name for name in seen if name.partition(".")[0] in OF_VISION]
@@ -183,6 +190,19 @@ class Watched(abc.ABC, Generic[M]):
             for part, name in wanted.items()
         }
         return stacked_experts(self.config, found)
+
+
+@contextlib.contextmanager
+def _fed(module: nn.Module | None, made: torch.Tensor | None) -> Iterator[None]:
+    """Within it, each call of the module gives these rows instead, if there are any."""
+    if module is None or made is None:
+        yield
+        return
+    handle = module.register_forward_hook(lambda _, args, out: made.reshape(out.shape))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -416,6 +416,29 @@ def test_a_large_model_is_checked_a_layer_at_a_time(
     assert red == {("attn", 0), ("mlp", 0)}, "the layers after it read what the right one made"
 
 
+@pytest.mark.parametrize("kind", ["mistral-small-3.1", "pixtral"])
+def test_a_tower_is_checked_a_layer_at_a_time(
+    kind: str, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ARCHITECTURES[kind]
+    weights = random_weights(config)
+    q, merge = "vision.blocks.1.attn.q.kernel", "projector.linear_1.kernel"
+    wrong = weights | {q: np.roll(weights[q], 1, axis=0), merge: weights[merge][::-1]}
+    save_weights(tmp_path / "right", config, weights, None)
+    save_weights(tmp_path / "wrong", config, wrong, None)
+    monkeypatch.setattr(run, "WHOLE", 0)
+    checkpoint = ["--checkpoint", str(tmp_path / "right"), "--tokens", "24"]
+    found = verdict(capsys, tmp_path, *checkpoint)
+    assert found["code"] == 0
+    towers = [(s["stage"], s["layer"]) for s in found["stages"] if s["pair"][0] == "transformers"]
+    assert towers[:4] == [("patches", None), ("vision", 0), ("vision", 1), ("projector", None)]
+
+    found = verdict(capsys, tmp_path, *checkpoint, "--against", str(tmp_path / "wrong"))
+    assert found["code"] == 1
+    red = {(s["stage"], s["layer"]) for s in found["stages"] if not s["ok"]}
+    assert red == {("vision", 1), ("projector", None)}
+
+
 def test_a_layer_on_its_own_is_that_layer_of_the_whole_model(
     small: MistralConfig, weights: dict[str, np.ndarray], right: str
 ) -> None:

@@ -67,7 +67,7 @@ class Scripted:
     def load(self, weights: Arrays) -> None:
         """There are none."""
 
-    def show(self, pictures: Pictures) -> None:
+    def show(self, pictures: Pictures, patches: np.ndarray | None = None) -> None:
         """Likewise."""
 
     def drop(self) -> None:
