@@ -314,6 +314,11 @@ def is_vision(name: str) -> bool:
     return name.startswith((TOWER, PROJECTOR))
 
 
+def is_tower(name: str) -> bool:
+    """Whether a weight is of the vision tower, and not of its projector."""
+    return name.startswith(TOWER)
+
+
 def is_expert(name: str) -> bool:
     """Whether a weight is of the experts of a layer, each of which is a map of its own."""
     return KNOWN.get(stacked(name), ("",))[0] in EXPERTS
@@ -355,6 +360,15 @@ def is_norm(name: str) -> bool:
     (True, True, False)
     """
     return part_of(name) == "" and not row_of(name).reads and not row_of(name).is_bias
+
+
+def is_bias(name: str) -> bool:
+    """Whether a weight is added to what a map makes.
+
+    >>> is_bias("projector.linear_1.bias"), is_bias("norm.scale")
+    (True, False)
+    """
+    return part_of(name) == "" and row_of(name).is_bias
 
 
 def is_scale(name: str) -> bool:

@@ -107,6 +107,28 @@ RELEASES: dict[str, Fields] = {
         "rope_theta": 1e4,
         "sliding_window": 64,
     },
+    # A small one that sees, for drawings: python -m parity.drawings.
+    "lechat-sees-11m": {
+        "dim": 160,
+        "n_layers": 4,
+        "n_heads": 8,
+        "n_kv_heads": 2,
+        "head_dim": 20,
+        "hidden_dim": 480,
+        "vocab_size": 32768,
+        "norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "sliding_window": None,
+        "vision": TOWER
+        | {
+            "dim": 96,
+            "n_layers": 3,
+            "n_heads": 4,
+            "hidden_dim": 256,
+            "patch_size": 8,
+            "max_image_size": 64,
+        },
+    },
     # For measuring: 1.00 GB of float32 weights are read for each token decoded.
     "bench-284m": {
         "dim": 1024,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
+from lechat_jax.config import VisionConfig
 from lechat_jax.data.dialects import FIELDS, Form, conversation, form_of_fields, unknown_fields
 from lechat_jax.data.packing import Documents
 from lechat_jax.data.parallel_encoding import CHUNK, answer_bytes, dtype_of, pages
@@ -26,8 +27,9 @@ from lechat_jax.files.find import LeftOut, NoRecords, find_files
 from lechat_jax.files.records import Complaints, Record, holds_records, records_of
 from lechat_jax.files.text import plain_name, read_blocks
 from lechat_jax.tokenizer.tokenizer import Tokenizer
+from lechat_jax.tokenizer.transcripts import parts_of
 
-FORMAT = 2  # of what is cached; a new number makes every cache anew
+FORMAT = 3  # of what is cached; a new number makes every cache anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,7 @@ def load_examples(
     block: int,
     on_progress: Callable[[int, int], None],
     cache_dir: Path | None = None,
+    vision: VisionConfig | None = None,
 ) -> Examples:
     """Loads the examples that `data` names, each truncated to the `block + 1` tokens of a row.
 
@@ -109,22 +112,25 @@ def load_examples(
     Raises:
         BadInput: some are invalid, and the message lists them; or there are fewer than two.
     """
-    source = _source(data, form)
+    source = _source(data, form, vision)
     dtype = dtype_of(tokenizer)
     types = {"begins": np.dtype(np.int64), "n_bytes": np.dtype(np.int64)}
-    types |= {"ids": dtype, "counted": np.dtype(bool)}
-    key = _key(source, form, tokenizer)
-    found = kept(
-        key, types, lambda: _written(data, source, form, tokenizer, on_progress), cache_dir
-    )
+    types |= {"ids": dtype, "counted": np.dtype(bool), "images": np.dtype(np.uint8)}
+    key = _key(source, form, tokenizer, vision)
+
+    def write() -> Arrays:
+        return _written(data, source, form, tokenizer, on_progress, vision)
+
+    found = kept(key, types, write, cache_dir)
     written = found.arrays
+    images = json.loads(written["images"].tobytes() or b"[]")
     begins = written["begins"].tolist()
     spans = [
         Span(number, begin, min(end, begin + block + 1))
         for number, (begin, end) in enumerate(itertools.pairwise(begins))
     ]
     usable = [span for span in spans if written["counted"][span.begin + 1 : span.end].any()]
-    train, val = _split(written, usable)
+    train, val = _split(written, images, usable)
     if not train or not val:
         raise BadInput(
             f"{data} has {len(spans)} examples, of which {len(train)} are to learn from and "
@@ -136,8 +142,8 @@ def load_examples(
     return Examples(
         name=data,
         form=form,
-        train=_documents(written, train),
-        val=_documents(written, val),
+        train=_documents(written, images, train),
+        val=_documents(written, images, val),
         train_bytes=_answers(written, train, tokenizer),
         val_bytes=_answers(written, val, tokenizer),
         n_bytes=source.n_bytes,
@@ -148,7 +154,7 @@ def load_examples(
     )
 
 
-def _source(data: str, form: Form) -> Source:
+def _source(data: str, form: Form, vision: VisionConfig | None) -> Source:
     """The files or dataset that `data` names; of a folder, its files of records."""
     found = find_files(data)
     digest, n_bytes = hashlib.sha256(), 0
@@ -178,10 +184,22 @@ def _source(data: str, form: Form) -> Source:
                 n_bytes += len(block)
 
     def records(complaints: Complaints) -> Iterator[Record]:
-        return (r for f in files for r in records_of(f, complaints, named=len(files) > 1))
+        for file in files:
+            for record in records_of(file, complaints, named=len(files) > 1):
+                yield _located(record, file.parent) if vision else record
 
     note = "; ".join(left.notes(data))
     return Source(records, len(files), n_bytes, digest.hexdigest(), note)
+
+
+def _located(record: Record, folder: Path) -> Record:
+    """A record in which the files of images are not relative to its own any more."""
+    for part in parts_of(record.fields.get("messages")):
+        said = part.get("image_url")
+        url = said.get("url") if isinstance(said, dict) else said
+        if isinstance(url, str) and not url.startswith(("data:", "http:", "https:")):
+            part["image_url"] = str((folder / url.removeprefix("file://")).absolute())
+    return record
 
 
 def _rows(name: str) -> Iterator[Record]:
@@ -190,10 +208,10 @@ def _rows(name: str) -> Iterator[Record]:
         yield Record(f"row {number}", {field: row[field] for field in FIELDS if field in row})
 
 
-def _key(source: Source, form: Form, tokenizer: Tokenizer) -> str:
+def _key(source: Source, form: Form, tokenizer: Tokenizer, vision: VisionConfig | None) -> str:
     """Cache key: SHA-256 of all that the ids of examples depend on."""
     template = importlib.metadata.version("mistral-common")
-    said = f"examples {FORMAT} {form} {tokenizer.sha256} {template}\n"
+    said = f"examples {FORMAT} {form} {tokenizer.sha256} {template} {vision}\n"
     return hashlib.sha256(
         f"{said}{source.n_files} {source.n_bytes} {source.sha256}".encode()
     ).hexdigest()
@@ -205,13 +223,14 @@ def _written(
     form: Form,
     tokenizer: Tokenizer,
     on_progress: Callable[[int, int], None],
+    vision: VisionConfig | None,
 ) -> Arrays:
     """Tokenises all examples, concatenated and not truncated."""
     complaints = Complaints(data)
     records = [*source.records(complaints)]
     fields = [record.fields for record in records]
     written = []
-    for number, page in enumerate(pages(form, tokenizer, fields, on_progress)):
+    for number, page in enumerate(pages(form, tokenizer, fields, on_progress, vision)):
         for place, why in page.faults:
             complaints.add(records[number * CHUNK + place].where, why)
         written.append(page)
@@ -219,21 +238,29 @@ def _written(
     if not written:
         raise BadInput(f"{data} is empty; give at least two examples")
     lengths = [n for page in written for n in page.lengths]
+    images = [list(of_one) for page in written for of_one in page.images]
+    listed = json.dumps(images if any(images) else []).encode()
     return {
         "begins": np.cumsum([0, *lengths], dtype=np.int64),
         "n_bytes": np.array([n for page in written for n in page.n_bytes], np.int64),
         "ids": np.concatenate([page.ids for page in written]).astype(dtype_of(tokenizer)),
         "counted": np.concatenate([page.counted for page in written]),
+        "images": np.frombuffer(listed, np.uint8),
     }
 
 
-def _split(written: Arrays, spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
+def _split(
+    written: Arrays, images: list[list[str]], spans: Sequence[Span]
+) -> tuple[list[Span], list[Span]]:
     """Train/validation split of examples without duplicates across it."""
     every = min(EVERY, max(1, len(spans)))
-    digests = [
-        hashlib.blake2b(written["ids"][span.begin : span.end].data, digest_size=16).digest()
-        for span in spans
-    ]
+
+    def digest_of(span: Span) -> bytes:
+        found = hashlib.blake2b(written["ids"][span.begin : span.end].data, digest_size=16)
+        found.update("\n".join(images[span.number] if images else ()).encode())
+        return found.digest()
+
+    digests = [*map(digest_of, spans)]
     held = set(digests[every - 1 :: every])
     parts: tuple[list[Span], list[Span]] = ([], [])
     for span, digest in zip(spans, digests, strict=True):
@@ -241,13 +268,14 @@ def _split(written: Arrays, spans: Sequence[Span]) -> tuple[list[Span], list[Spa
     return parts
 
 
-def _documents(written: Arrays, spans: Sequence[Span]) -> Documents:
+def _documents(written: Arrays, images: list[list[str]], spans: Sequence[Span]) -> Documents:
     """The tokens of these examples, concatenated."""
     ids, counted = (
         np.concatenate([written[name][span.begin : span.end] for span in spans])
         for name in ("ids", "counted")
     )
-    return Documents(ids, counted, np.cumsum([0, *(span.end - span.begin for span in spans)]))
+    begins = np.cumsum([0, *(span.end - span.begin for span in spans)])
+    return Documents(ids, counted, begins, [images[span.number] for span in spans if images])
 
 
 def _answers(written: Arrays, spans: Sequence[Span], tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -267,7 +295,10 @@ def _opening(form: Form, fields: dict[str, Any]) -> str:
         return fields["prompt"]
     messages, _ = conversation(fields)
     asked = next(m["content"] for m in messages if m["role"] == "user")
-    return asked if isinstance(asked, str) else "Hello"
+    if isinstance(asked, str):
+        return asked
+    texts = (part.get("text") for part in asked if isinstance(part, dict))
+    return "\n".join(text for text in texts if isinstance(text, str)) or "Hello"
 
 
 def _note(lengths: Integer[np.ndarray, " examples"], n_kept: int, block: int) -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
-from lechat_jax.data.rows import Rows
+from lechat_jax.data.rows import RowImages, Rows
 from lechat_jax.data.tokens import Tokens
 from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -60,12 +60,14 @@ class HeldOut(NamedTuple):
         n_bytes: UTF-8 bytes of the text of the scored tokens.
         subset: indices of the rows that are scored during training.
         bytes_of: gives the UTF-8 bytes of the scored tokens of some rows.
+        images_of: gives the images of some rows.
     """
 
     rows: Rows
     n_bytes: int
     subset: Integer[np.ndarray, " rows"]
     bytes_of: Callable[[Integer[np.ndarray, " rows"]], int]
+    images_of: Callable[[Integer[np.ndarray, " rows"]], RowImages | None] = lambda _: None
 
     @property
     def counts(self) -> Integer[np.ndarray, " rows"]:

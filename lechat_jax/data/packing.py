@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from lechat_jax.data.rows import Rows
+from lechat_jax.config import VisionConfig
+from lechat_jax.data.images import DocumentImages
+from lechat_jax.data.rows import Images, RowImages, Rows
 from lechat_jax.errors import BadInput
 
 
@@ -20,11 +22,13 @@ class Documents(NamedTuple):
         ids: token ids of all documents.
         counted: loss mask: True for ids that are trained on as targets.
         begins: start of each document, and at last the end of all.
+        images: of each document the files or data URLs of its images; empty if none has any.
     """
 
     ids: Integer[np.ndarray, " ids"]
     counted: Bool[np.ndarray, " ids"]
     begins: Integer[np.ndarray, " begins"]
+    images: Sequence[Sequence[str]] = ()
 
     @classmethod
     def of(cls, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> "Documents":
@@ -105,7 +109,13 @@ class Packed:
     """
 
     def __init__(
-        self, documents: Documents, block: int, batch: int, seed: int, together: bool = True
+        self,
+        documents: Documents,
+        block: int,
+        batch: int,
+        seed: int,
+        together: bool = True,
+        vision: VisionConfig | None = None,
     ) -> None:
         lengths = documents.lengths
         if block < 1 or batch < 1 or seed < 0 or not len(lengths):
@@ -118,6 +128,11 @@ class Packed:
                 f"a document has {lengths.max()} tokens and a block of {block} holds {block + 1}"
             )
         self.documents = documents
+        self._images: DocumentImages | None = None
+        if documents.images and vision:
+            pairs = itertools.pairwise(documents.begins.tolist())
+            ids = [documents.ids[a:b] for a, b in pairs]
+            self._images, together = DocumentImages(documents.images, vision, ids), False
         self.block, self.batch, self.seed = block, batch, seed
         sizes = np.sort(lengths)[::-1].tolist()
         alone = [[place] for place in range(len(sizes))]
@@ -135,7 +150,29 @@ class Packed:
         within = range(self.batch)[part]
         steps = range(first_step, first_step + n_steps)
         numbers = [step * self.batch + row for step in steps for row in within]
-        return self._filled(numbers, (n_steps, len(within)))
+        rows = self._filled(numbers, (n_steps, len(within)))
+        images = self.images_of(numbers, rows.tokens.reshape(len(numbers), -1))
+        if images is None:
+            return rows
+        (patches, places), slots = images
+        patches, places, slots = (
+            x.reshape(n_steps, len(within), *x.shape[1:]) for x in (patches, places, slots)
+        )
+        return rows._replace(images=RowImages(Images(patches, places), slots))
+
+    def described(self, rows: Rows) -> Rows:
+        """`jax.ShapeDtypeStruct`s of a batch, those of its tokens given, with its images."""
+        if self._images is None:
+            return rows
+        return rows._replace(images=self._images.described(rows.tokens))
+
+    def images_of(
+        self, numbers: Sequence[int], tokens: Integer[np.ndarray, "rows T"]
+    ) -> RowImages | None:
+        """The images of rows, whose tokens these are; `None` if no document has any."""
+        if self._images is None:
+            return None
+        return self._images.rows([self.sharing(number)[0] for number in numbers], tokens)
 
     def one_epoch(self) -> Rows:
         """All rows of the first epoch's packing, [windows, block + 1]."""
@@ -151,7 +188,7 @@ class Packed:
         tokens = np.zeros((len(numbers), self.block + 1), np.int32)
         counted = np.zeros(tokens.shape, bool)
         part = np.zeros(tokens.shape, np.int32)
-        ids, learned, begins = self.documents
+        ids, learned, begins, _ = self.documents
         for row, number in enumerate(numbers):
             together = self.sharing(number)
             end = 0

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
+from lechat_jax.config import VisionConfig
 from lechat_jax.data.dialects import Form, conversation
 from lechat_jax.errors import BadInput
 from lechat_jax.files.records import half_pair
@@ -39,10 +40,11 @@ AHEAD = 2  # chunks that are read ahead for each process
 
 
 class Example(NamedTuple):
-    """A tokenised example: its ids from BOS on, and the loss mask."""
+    """A tokenised example: its ids from BOS on, the loss mask, and where its images are."""
 
     ids: list[int]
     counted: list[bool]
+    images: Sequence[str] = ()
 
 
 class Page(NamedTuple):
@@ -54,6 +56,7 @@ class Page(NamedTuple):
         ids: token ids of all examples.
         counted: loss mask of all ids.
         faults: index in the chunk and error of each invalid example.
+        images: files or data URLs of the images of each example.
     """
 
     lengths: list[int]
@@ -61,6 +64,7 @@ class Page(NamedTuple):
     ids: Ids
     counted: Bool[np.ndarray, " ids"]
     faults: list[tuple[int, str]]
+    images: list[Sequence[str]]
 
 
 def pages(
@@ -68,6 +72,7 @@ def pages(
     tokenizer: Tokenizer,
     records: Sequence[Fields],
     on_progress: Callable[[int, int], None],
+    vision: VisionConfig | None = None,
 ) -> Iterator[Page]:
     """Tokenises records in order, in several processes if there are many; `CHUNK` examples a page.
 
@@ -76,13 +81,15 @@ def pages(
         tokenizer: the tokenizer.
         records: fields of each record.
         on_progress: called with the number of examples done and to do.
+        vision: of the model's tower, if it sees.
 
     Raises:
         BadInput: a process died, as when memory runs out.
     """
     chunks = [[*records[i : i + CHUNK]] for i in range(0, len(records), CHUNK)]
     done = 0
-    with workers(form, tokenizer, min(MOST, cores(), len(chunks) // FEWEST)) as work_each:
+    n = min(MOST, cores(), len(chunks) // FEWEST)
+    with workers(form, tokenizer, n, vision) as work_each:
         for chunk, page in zip(chunks, work_each(chunks), strict=True):
             done += len(chunk)
             on_progress(done, len(records))
@@ -91,7 +98,7 @@ def pages(
 
 def page(write: Callable[[Fields], Example], tokenizer: Tokenizer, records: list[Fields]) -> Page:
     """Tokenises a chunk of records."""
-    lengths, n_bytes, ids, counted, faults = [], [], [], [], []
+    lengths, n_bytes, ids, counted, faults, images = [], [], [], [], [], []
     for place, fields in enumerate(records):
         try:
             example = write(fields)
@@ -103,6 +110,7 @@ def page(write: Callable[[Fields], Example], tokenizer: Tokenizer, records: list
         n_bytes.append(answer_bytes(tokenizer, *own))
         ids.append(own[0])
         counted.append(own[1])
+        images.append(example.images)
     none = np.zeros(0, np.int32)
     return Page(
         lengths,
@@ -110,6 +118,7 @@ def page(write: Callable[[Fields], Example], tokenizer: Tokenizer, records: list
         np.concatenate([none, *ids]),
         np.concatenate([none.astype(bool), *counted]),
         faults,
+        images,
     )
 
 
@@ -119,10 +128,12 @@ def answer_bytes(tokenizer: Tokenizer, ids: Ids, counted: Bool[np.ndarray, " ids
     return sum(len(tokenizer.decode(ids[a:b].tolist()).encode()) for a, b in edges)
 
 
-def writer(form: Form, tokenizer: Tokenizer) -> Callable[[Fields], Example]:
+def writer(
+    form: Form, tokenizer: Tokenizer, vision: VisionConfig | None = None
+) -> Callable[[Fields], Example]:
     """A function that tokenises a record's fields, or raises `Unusable`."""
     if form == "messages":
-        transcripts = Transcripts(tokenizer)
+        transcripts = Transcripts(tokenizer, vision)
         return lambda fields: Example(*transcripts.write(*conversation(fields)))
 
     def completion(fields: Fields) -> Example:
@@ -155,14 +166,16 @@ WorkEach = Callable[[Iterable[Chunk]], Iterator[Any]]
 
 
 @contextlib.contextmanager
-def workers(kind: Kind, tokenizer: Tokenizer, n: int) -> Iterator[WorkEach]:
+def workers(
+    kind: Kind, tokenizer: Tokenizer, n: int, vision: VisionConfig | None = None
+) -> Iterator[WorkEach]:
     """Context manager that gives a function that tokenises chunks, in order, in `n` processes.
 
     Of one process it is this one. Only a few chunks are read ahead of what was tokenised, so that
     any number of them fits into memory.
     """
     if n <= 1:
-        work = worker(kind, tokenizer)
+        work = worker(kind, tokenizer, vision=vision)
         yield lambda chunks: map(work, chunks)
         return
     idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
@@ -177,7 +190,7 @@ def workers(kind: Kind, tokenizer: Tokenizer, n: int) -> Iterator[WorkEach]:
     with contextlib.ExitStack() as stack:
         for _ in range(n):
             process = stack.enter_context(_Process())
-            process.send((kind, tokenizer.path.absolute(), tokenizer.vocabulary))
+            process.send((kind, tokenizer.path.absolute(), tokenizer.vocabulary, vision))
             idle.put(process)
         threads = ThreadPoolExecutor(n)
         stack.callback(threads.shutdown, cancel_futures=True)
@@ -194,11 +207,13 @@ def workers(kind: Kind, tokenizer: Tokenizer, n: int) -> Iterator[WorkEach]:
         yield work_each
 
 
-def worker(kind: Kind, tokenizer: Tokenizer, num_threads: int = 0) -> Callable[[Chunk], Any]:
+def worker(
+    kind: Kind, tokenizer: Tokenizer, num_threads: int = 0, vision: VisionConfig | None = None
+) -> Callable[[Chunk], Any]:
     """A function that tokenises a chunk: `page` of records, or `encode_texts` on some threads."""
     if kind == "text":
         return lambda chunk: encode_texts(tokenizer, chunk, num_threads)
-    write = writer(kind, tokenizer)
+    write = writer(kind, tokenizer, vision)
     return lambda chunk: page(write, tokenizer, chunk)
 
 
@@ -298,8 +313,8 @@ def _serve() -> None:
     """Worker loop: tokenises chunks from stdin until its end."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for whatever a library prints
-    kind, path, vocabulary = pickle.load(sys.stdin.buffer)
-    work = worker(kind, Tokenizer(path, vocabulary), num_threads=1)
+    kind, path, vocabulary, vision = pickle.load(sys.stdin.buffer)
+    work = worker(kind, Tokenizer(path, vocabulary), 1, vision)
     while True:
         try:
             chunk = pickle.load(sys.stdin.buffer)

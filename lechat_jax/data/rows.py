@@ -4,7 +4,33 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+
+class Images(NamedTuple):
+    """Patches of images, each padded at the end.
+
+    Attributes:
+        patches: normalised pixels of each patch: channels, rows, columns.
+        places: row and column of each patch in its image, from 0; -1 is padding. Patches that
+            become one token are neighbours, in the order of rows.
+    """
+
+    patches: Float[Any, "*B P c p p"]
+    places: Integer[Any, "*B P 2"]
+
+
+class RowImages(NamedTuple):
+    """Images of rows, some slots a row.
+
+    Attributes:
+        images: an image in each slot of each row; an empty one is all padding.
+        slots: for each position of an image token the one that it is, of all tokens of its row's
+            slots; elsewhere anything.
+    """
+
+    images: Images
+    slots: Integer[Any, "*B T"]
 
 
 class Rows(NamedTuple):
@@ -19,11 +45,13 @@ class Rows(NamedTuple):
             of a row or a document never counts.
         documents: document id of each token, constant within a document, for the attention
             mask. By default a row is one document.
+        images: images of the rows, if there are any.
     """
 
     tokens: Integer[Any, "*calls B row"]
     counted: Bool[Any, "*calls B row"] | None = None
     documents: Integer[Any, "*calls B row"] | None = None
+    images: RowImages | None = None
 
 
 def described_rows(shape: tuple[int, ...], is_packed: bool) -> Rows:

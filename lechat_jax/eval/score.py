@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Integer
 
@@ -123,8 +124,16 @@ class Validator:
         for first in range(0, len(chosen), self.batch):
             began = time.perf_counter()
             part = chosen[first : first + self.batch]
-            fill = ((0, self.batch - len(part)), (0, 0))  # with rows that do not count
-            rows = Rows(*(None if x is None else np.pad(x[part], fill) for x in self.held_out.rows))
+            fill = (0, self.batch - len(part))  # with rows that do not count
+
+            def filled(x: np.ndarray, fill: tuple[int, int] = fill) -> np.ndarray:
+                return np.pad(x, (fill, *[(0, 0)] * (x.ndim - 1)))
+
+            held = self.held_out
+            rows: Rows = jax.tree.map(lambda x, part=part: filled(x[part]), held.rows)
+            images = jax.tree.map(filled, held.images_of(part))
+            if images is not None:
+                images = images._replace(slots=images.slots[:, :-1])
             counted = np.asarray(rows.counted)[:, 1:]
             nats += float(
                 score(
@@ -135,6 +144,7 @@ class Validator:
                     self._placed(rows.tokens[:, 1:].astype(np.int32)),
                     self._placed(counted),
                     None if rows.documents is None else self._placed(rows.documents[:, :-1]),
+                    jax.tree.map(self._placed, images),
                 )
             )
             tokens, done = tokens + int(counted.sum()), first + len(part)
@@ -157,4 +167,5 @@ class Validator:
         return self._bytes[key]
 
     def _placed(self, array: np.ndarray) -> Any:
-        return placed(self.options.mesh, "BT", array)
+        axes = "BT" if array.ndim == 2 else "B" + "." * (array.ndim - 1)
+        return placed(self.options.mesh, axes, array)

@@ -13,12 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.data.rows import Images
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import Weights, bind
-from lechat_jax.model.vision import Images
-from lechat_jax.tokenizer.images import Image
-
-FEWEST = 64  # patches of the shortest row
+from lechat_jax.tokenizer.images import Image, padded, padded_length
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -37,26 +35,9 @@ def _put(
     return jnp.where((tokens >= 0)[None, :, None], features[:, tokens], into)
 
 
-def padded_length(n: int, n_merged: int) -> int:
-    """Length of the row that has room for so many patches, one of 64, 96, 128, 192, 256 and so on.
-
-    >>> [padded_length(n, 4) for n in (1, 65, 200, 12100)]
-    [64, 96, 256, 12288]
-    """
-    least = max(n, FEWEST)
-    power = 1 << (least - 1).bit_length()
-    length = power if least > power * 3 // 4 else power * 3 // 4
-    return -(-length // n_merged) * n_merged
-
-
-def padded(images: Sequence[Image], length: int) -> Images:
-    """The patches of images, each padded to one length."""
-    n = len(images)
-    patches = np.zeros((n, length, *images[0].patches.shape[1:]), np.float32)
-    places = np.full((n, length, 2), -1, np.int32)
-    for row, image in enumerate(images):
-        patches[row, : len(image.patches)] = image.patches
-        places[row, : len(image.places)] = image.places
+def as_images(images: Sequence[Image], length: int) -> Images:
+    """Images on the default device, an image a row, each padded to so many patches."""
+    patches, places = padded(images, length)
     return Images(jnp.asarray(patches), jnp.asarray(places))
 
 
@@ -134,6 +115,6 @@ class PromptImages:
             image = self._images[number]
             length = padded_length(len(image.patches), self._config.vision.n_merged)
             self._features[number] = image_features(
-                self._config, weights_for(length), padded([image], length)
+                self._config, weights_for(length), as_images([image], length)
             )
         return self._features[number]

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lechat_jax.config import MistralConfig, Window
-from lechat_jax.data.rows import positions_in
+from lechat_jax.data.rows import Images, RowImages, positions_in
 from lechat_jax.model.attention import attend_cached, training_attention
 from lechat_jax.model.block import Block, Mixer
 from lechat_jax.model.cache import Cache, Ring, distinct_windows, places
@@ -23,7 +23,7 @@ from lechat_jax.model.layers import Embedding, RMSNorm
 from lechat_jax.model.mask import window_mask
 from lechat_jax.model.moe import Load
 from lechat_jax.model.rope import Rotations, rotations
-from lechat_jax.model.vision import Images, Projector, RowImages, VisionTower
+from lechat_jax.model.vision import Projector, VisionTower
 from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.ops.remat import Remat, in_one_body, recomputing
 
@@ -147,7 +147,8 @@ class Mistral(nnx.Module):
     def see_rows(self, rows: RowImages) -> Float[Array, "B T D"]:
         """Image features of each position of rows, as `embedded` takes them."""
         B, D = rows.slots.shape[0], self.config.dim
-        seen = self.see(rows.images).reshape(B, -1, D)
+        each = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows.images)
+        seen = self.see(each).reshape(B, -1, D)
         return jnp.take_along_axis(seen, rows.slots[..., None], axis=1, mode="clip")
 
     def embedded(

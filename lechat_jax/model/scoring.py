@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.data.rows import RowImages
 from lechat_jax.devices.mesh import ROWS, keeps_its_type, sum_over_rows
 from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.model.moe import Load, imbalance
-from lechat_jax.model.vision import RowImages
 from lechat_jax.ops.attention_backend import Backend
 from lechat_jax.ops.cross_entropy import cross_entropy, target_scores, usual_chunk
 from lechat_jax.ops.remat import Remat
@@ -122,10 +122,11 @@ def score(
     targets: Int[Array, "B T"],
     counted: Bool[Array, "B T"],
     documents: Int[Array, "B T"] | None = None,
+    images: RowImages | None = None,
 ) -> Float[Array, ""]:
     """Total nats of the counted targets, each conditioned on its document before it."""
     share = counted.astype(jnp.float32)
-    return total_nats(config, options, weights, inputs, targets, share, documents)
+    return total_nats(config, options, weights, inputs, targets, share, documents, images)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

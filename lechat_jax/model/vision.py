@@ -7,7 +7,7 @@ attention does not notice, since it knows the place of each by its rotation.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,37 +17,12 @@ from jaxtyping import Array, Float, Int
 
 from lechat_jax.config import VisionConfig
 from lechat_jax.config.vision import CHANNELS
+from lechat_jax.data.rows import Images
 from lechat_jax.model.attention import attend_patches
 from lechat_jax.model.block import Block
 from lechat_jax.model.layers import Linear, RMSNorm
 from lechat_jax.model.rope import Rotation, Rotations
 from lechat_jax.ops.remat import in_one_body
-
-
-class Images(NamedTuple):
-    """Patches of images, an image a row, padded at the end.
-
-    Attributes:
-        patches: normalised pixels of each patch: channels, rows, columns.
-        places: row and column of each patch in its image, from 0; -1 is padding. Patches that
-            become one token are neighbours, in the order of rows.
-    """
-
-    patches: Float[Array, "B P c p p"]
-    places: Int[Array, "B P 2"]
-
-
-class RowImages(NamedTuple):
-    """Images of the rows of a batch, K slots a row.
-
-    Attributes:
-        images: an image in each slot, those of the first row first; an empty one is all padding.
-        slots: for each position of an image token the one of its row's tokens that it is, of all
-            K times M; elsewhere anything.
-    """
-
-    images: Images
-    slots: Int[Array, "B T"]
 
 
 class VisionTower(nnx.Module):
@@ -124,7 +99,9 @@ def rotation_2d(places: Int[Array, "B P 2"], config: VisionConfig, dtype: DTypeL
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
-def _applied(block: Block, x: Array, rotary: Rotations, n_patches: Array) -> Array:
+def _applied(
+    block: Callable[..., tuple[Array, None, None]], x: Array, rotary: Rotations, n_patches: Array
+) -> Array:
     """Block on the patches of images, of which each row has so many."""
 
     def mix(q: Array, k: Array, v: Array, memory: None) -> tuple[Array, None]:

@@ -15,7 +15,11 @@ class NumberedImages(ImageEncoder):
     """Lets mistral-common's chat templates place images that were read already.
 
     A chunk's address is the number of an image that is known, or a data URL of another one, of
-    which no more are read once they have `most_tokens`. The array beside the ids is its number.
+    which no more are read once they have `most_tokens`; or, if `reads_files`, the path of a file.
+    The array beside the ids is its number.
+
+    Attributes:
+        sources: addresses of the images that were read, in their order.
     """
 
     def __init__(
@@ -23,7 +27,10 @@ class NumberedImages(ImageEncoder):
         vision: VisionConfig,
         known: Sequence[Image] = (),
         most_tokens: int | None = None,
+        reads_files: bool = False,
     ) -> None:
+        self.sources: list[str] = []
+        self._reads_files = reads_files
         mistral = encoder(vision)
         super().__init__(mistral.image_config, mistral.special_ids)
         self._vision, self._images, self._most = vision, [*known], most_tokens
@@ -35,13 +42,14 @@ class NumberedImages(ImageEncoder):
         if url.isdecimal():
             number = int(url)
         else:
-            if not url.startswith(DATA_URL):
+            if not url.startswith(DATA_URL) and not self._reads_files:
                 raise BadInput(
                     f"an image must be sent as a data URL (data:image/png;base64,…), not as "
                     f"{url[:60]!r}, which is not fetched"
                 )
             number = len(self._images)
             self._images.append(read_image(url, self._vision))
+            self.sources.append(url)
             n_tokens = sum(len(image.ids) for image in self._images)
             if self._most is not None and n_tokens > self._most:
                 raise BadInput(

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # they take a while to load, which most prompts need not wait
     from PIL.Image import Image as PillowImage
 
 DATA_URL = "data:"
+FEWEST = 64  # patches of the shortest row
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,3 +147,28 @@ def _bytes_of(source: str) -> bytes:
         return base64.b64decode(data, validate=True)
     except binascii.Error as error:
         raise BadInput(f"the data URL of an image is no base64: {error}") from None
+
+
+def padded_length(n: int, n_merged: int) -> int:
+    """Length of the row that has room for so many patches, one of 64, 96, 128, 192, 256 and so on.
+
+    >>> [padded_length(n, 4) for n in (1, 65, 200, 12100)]
+    [64, 96, 256, 12288]
+    """
+    least = max(n, FEWEST)
+    power = 1 << (least - 1).bit_length()
+    length = power if least > power * 3 // 4 else power * 3 // 4
+    return -(-length // n_merged) * n_merged
+
+
+def padded(
+    images: Sequence[Image], length: int
+) -> tuple[Float32[np.ndarray, "B P c p p"], Int32[np.ndarray, "B P 2"]]:
+    """Patches and places of images, an image a row, each padded to one length."""
+    n = len(images)
+    patches = np.zeros((n, length, *images[0].patches.shape[1:]), np.float32)
+    places = np.full((n, length, 2), -1, np.int32)
+    for row, image in enumerate(images):
+        patches[row, : len(image.patches)] = image.patches
+        places[row, : len(image.places)] = image.places
+    return patches, places

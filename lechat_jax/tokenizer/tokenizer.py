@@ -99,6 +99,15 @@ class Tokenizer:
     def mistral_v1(cls) -> "Tokenizer":
         """The tokenizer of Mistral-7B v0.1, 32,000 ids, from the file in `mistral_common`.
 
+        Raises:
+            BadInput: the package is not installed or no longer has the file.
+        """
+        return cls.shipped(FILE_NAME)
+
+    @classmethod
+    def shipped(cls, name: str) -> "Tokenizer":
+        """The tokenizer of a file in `mistral_common`.
+
         Found without importing that package, which would take half a second.
 
         Raises:
@@ -106,9 +115,9 @@ class Tokenizer:
         """
         spec = importlib.util.find_spec("mistral_common")
         for folder in (spec and spec.submodule_search_locations) or ():
-            if (path := Path(folder, "data", FILE_NAME)).is_file():
+            if (path := Path(folder, "data", name)).is_file():
                 return cls(path)
-        raise BadInput(f"{FILE_NAME} is not installed: pip install mistral-common")
+        raise BadInput(f"{name} is not installed: pip install mistral-common")
 
     @classmethod
     def from_file(cls, path: Path | str) -> "Tokenizer":

@@ -5,8 +5,8 @@ version; the mask is True on the assistant's ids.
 """
 
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.normalize import get_normalizer
@@ -15,9 +15,14 @@ from mistral_common.protocol.instruct.validator import ValidationMode, get_valid
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+from lechat_jax.config import VisionConfig
+from lechat_jax.errors import BadInput
 from lechat_jax.files.records import half_pair, without_nulls
 from lechat_jax.tokenizer.chat_template import KINDS, base_of
 from lechat_jax.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lechat_jax.tokenizer.image_template import NumberedImages
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -26,12 +31,33 @@ class Unusable(Exception):
     """A conversation that cannot be trained on; the message continues a sentence after "line 3"."""
 
 
-class Transcripts:
-    """Encodes conversations for training with one tokenizer's chat template."""
+class Transcript(NamedTuple):
+    """An encoded conversation: its ids, its loss mask, and the addresses of its images in order."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    ids: list[int]
+    counted: list[bool]
+    images: list[str]
+
+
+def parts_of(messages: Any) -> Iterator[dict[str, Any]]:
+    """The parts of messages whose content is a list, such as their images."""
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        yield from (part for part in content or () if isinstance(part, dict))
+
+
+class Transcripts:
+    """Encodes conversations for training with one tokenizer's chat template.
+
+    With a vision tower messages may have images: `image_url` parts whose `url` is a file or a data
+    URL.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vision: VisionConfig | None = None) -> None:
         version, base = TokenizerVersion(tokenizer.version), base_of(tokenizer)
+        self._vision, self._has_images = vision, version.value not in ("v1", "v2")
         instruct = KINDS[version.value](base)
+        self._instruct = instruct
         instruct.decode = _no_text
         self._written: list[tuple[str, int]] = []  # whose message, and the number of its ids
         for role in ROLES:
@@ -43,7 +69,7 @@ class Transcripts:
             get_normalizer(version, base.model_settings_builder),
         )
 
-    def write(self, messages: Any, tools: Any = None) -> tuple[list[int], list[bool]]:
+    def write(self, messages: Any, tools: Any = None) -> Transcript:
         """Encodes a conversation: ids from BOS on, and the loss mask (the assistant's ids and EOS).
 
         An assistant message with a `weight` of 0 is context and not trained on. Null fields count
@@ -57,6 +83,8 @@ class Transcripts:
         except ValueError as error:
             raise Unusable(f"cannot be read: {error}") from error
         check(messages)
+        seen = self._sees(messages)
+        self._instruct.image_encoder = seen
         plain = [_plain(message) for message in messages]
         weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
         self._written.clear()
@@ -64,6 +92,8 @@ class Transcripts:
             fields = {"messages": plain, "tools": tools and [*map(_with_parameters, tools)]}
             request = ChatCompletionRequest.model_validate(fields)
             ids = self._template.encode_chat_completion(request).tokens
+        except BadInput as error:  # of an image
+            raise Unusable(f"has an image that cannot be used: {error}") from error
         except (MistralCommonException, ValueError, AssertionError, NotImplementedError) as error:
             why = " ".join(str(error).split()) or type(error).__name__
             raise Unusable(f"is refused by Mistral's template: {why[:200]}") from error
@@ -73,7 +103,23 @@ class Transcripts:
             counted += [role == "assistant" and next(left) != 0] * n
         if not any(counted):
             raise Unusable("has no answer to learn: the weight of all is 0")
-        return ids, counted
+        return Transcript(ids, counted, seen.sources if seen else [])
+
+    def _sees(self, messages: list[dict[str, Any]]) -> "NumberedImages | None":
+        """What reads the images of these messages; `None` if they have none.
+
+        Raises:
+            Unusable: they have, and the model or its template has no place for them.
+        """
+        if not any(part.get("type") == "image_url" for part in parts_of(messages)):
+            return None
+        if self._vision is None:
+            raise Unusable("has images, and the model has no vision tower")
+        if not self._has_images:
+            raise Unusable("has images, which the model's chat template has no place for")
+        from lechat_jax.tokenizer.image_template import NumberedImages
+
+        return NumberedImages(self._vision, reads_files=True)
 
     def _noted(self, role: str, encode: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps an encoder so that the number of its ids is recorded."""

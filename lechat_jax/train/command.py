@@ -138,6 +138,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
         display.counter("tokenising"),
         see_shape,
         Processes(jax.process_index(), jax.process_count(), processes.anywhere),
+        config.vision,
     )
     display.say(f"text:  {dataset.name}, {dataset.size}, SHA-256 {dataset.sha256}")
     for note in dataset.notes:

@@ -95,8 +95,12 @@ def group(name: str) -> str:
     >>> group("blocks.0.attn.q.kernel"), group("blocks.attn_norm.scale"), group("head.kernel")
     ('matrix', 'norm', 'head')
     """
-    if layout.is_norm(name):
+    if layout.is_norm(name) or layout.is_bias(name):
         return "norm"
+    if layout.is_vision(name) and not (
+        layout.is_stack(name) or layout.vision_layer_of(name) is not None
+    ):
+        return "head"  # patches and projector, each of which there is once
     module = layout.module_of(name)
     return module if module in ("embed", "head") else "matrix"
 
@@ -214,7 +218,9 @@ def stack_blocks(weights: Weights) -> Weights:
     layers: dict[str, dict[int, Array]] = {}
     stacked = {}
     for name, leaf in weights.items():
-        if (layer := layout.layer_of(name)) is not None:
+        layer = layout.layer_of(name)
+        layer = layout.vision_layer_of(name) if layer is None else layer
+        if layer is not None:
             layers.setdefault(layout.stacked(name), {})[layer] = leaf
         else:
             stacked[name] = leaf

@@ -96,6 +96,8 @@ class TrainConfig:
             another: auto for examples alone, on for text too, off for one example a row. Text that
             is not packed is read as one stream.
         block: Tokens in a row. By default 128 on a CPU and 256 on a GPU or TPU.
+        vision_tower: Of a model that sees, whether the vision tower learns from the images in
+            --data too, or its projector alone. Beside LoRA adapters neither does.
         unused_ids: Rows of token ids that the text never has, in the embedding and the head:
             shared, one for all of them while training, which computes the same function in less
             time; or separate. By default shared for random weights and text files of up to 64 MB.
@@ -185,6 +187,7 @@ class TrainConfig:
     packing: Literal["auto", "on", "off"] = "auto"
     block: int | None = None
     unused_ids: Literal["shared", "separate"] | None = None
+    vision_tower: Literal["frozen", "trained"] = "frozen"
     optimizer: Literal["muon", "adamw"] | None = None
     learning_rate: float = 1.0
     beta1: float | None = None

@@ -59,7 +59,10 @@ class Samples:
             eos_ids=ends(self.job.run.folder),
         )
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-        samples = generator.generate([*prompts.values()], options.max_tokens, sampling)
+        images = [self.job.dataset.images_with(prompt) for prompt in prompts]
+        samples = generator.generate(
+            [*prompts.values()], options.max_tokens, sampling, images=images
+        )
         texts = [p + s.text for p, s in zip(prompts, samples, strict=True)]
         self.job.run.write(f"samples/step-{step:06}.txt", "\n\n---\n\n".join(texts) + "\n")
         for prompt, sample in zip(prompts, samples, strict=True):

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.config.layout import EMBEDDING, HEAD
+from lechat_jax.config.layout import EMBEDDING, HEAD, is_tower, is_vision
 from lechat_jax.data.rows import Rows
 from lechat_jax.devices.mesh import create_sharded, described, pinned
 from lechat_jax.devices.platform import platform
@@ -49,11 +49,13 @@ class StepOptions(Forward):
         learning_rate: multiple of the peak rates of the rule.
         rule: the optimiser.
         accumulate: parts that a batch is worked through in, one after the other.
+        frozen_tower: whether the vision tower stays as it is; its projector learns.
     """
 
     learning_rate: float = 1.0
     rule: Rule = MUON
     accumulate: int = 1
+    frozen_tower: bool = False
 
 
 def initial_weights(
@@ -172,6 +174,11 @@ def _steps(
         batch = jax.tree.map(lambda leaf: leaf[i], rows)
         loss, grads = gradient(config, options, state.weights, frozen, batch)
         updates, inner = optimizer.update(grads, state.optimizer, state.weights)
+        has_images = rows.images is not None
+        updates = {
+            name: jnp.zeros_like(update) if _is_still(name, options, has_images) else update
+            for name, update in updates.items()
+        }
         factor = warmup_then_cooldown(state.step, length)
         weights = jax.tree.map(lambda leaf, update: leaf + factor * update, state.weights, updates)
         state = TrainState(*pinned(options.mesh, (weights, inner)), state.step + 1)
@@ -198,7 +205,10 @@ def gradient(
     def loss_of(weights: Weights, part: Rows, share: Array) -> Float[Array, ""]:
         inputs, targets = part.tokens[:, :-1], part.tokens[:, 1:]
         documents = None if part.documents is None else part.documents[:, :-1]
-        return total_nats(config, forward, frozen | weights, inputs, targets, share, documents)
+        images = part.images and part.images._replace(slots=part.images.slots[..., :-1])
+        all_weights = frozen | _stopped(weights, options, images is not None)
+        rows = inputs, targets, share, documents, images
+        return total_nats(config, forward, all_weights, *rows)
 
     slope = jax.value_and_grad(loss_of)
     n, share = options.accumulate, shares(batch)
@@ -215,6 +225,20 @@ def gradient(
 
     nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(slope, weights, batch, share))
     return jax.lax.fori_loop(0, n, add, pinned(options.mesh, nothing))
+
+
+def _is_still(name: str, options: StepOptions, has_images: bool) -> bool:
+    """Whether a weight stays as it is: of the tower if it is frozen, or if there are no images."""
+    is_frozen = is_tower(name) and options.frozen_tower
+    return is_frozen or (is_vision(name) and not has_images)
+
+
+def _stopped(weights: Weights, options: StepOptions, has_images: bool) -> Weights:
+    """The weights, of which those that stay as they are have no gradient to be computed."""
+    return {
+        name: jax.lax.stop_gradient(leaf) if _is_still(name, options, has_images) else leaf
+        for name, leaf in weights.items()
+    }
 
 
 def shares(batch: Rows) -> Float[Array, "B T"]:

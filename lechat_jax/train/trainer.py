@@ -3,6 +3,7 @@
 import math
 import time
 from collections import deque
+from typing import Any
 
 import jax
 import numpy as np
@@ -147,7 +148,11 @@ class Trainer:
         rows = self.job.dataset.rows(self.sent, self.calls, self.own_rows)
         rows = self.job.unused.renumbered(rows)
         mesh, batch = self.job.mesh, self.reader.batch
-        return jax.tree.map(lambda leaf: placed(mesh, ROWS_OF_A_CALL, leaf, batch), rows)
+
+        def place(leaf: np.ndarray) -> Any:
+            return placed(mesh, ROWS_OF_A_CALL + "." * (leaf.ndim - 3), leaf, batch)
+
+        return jax.tree.map(place, rows)
 
     def record(self, losses: np.ndarray) -> None:
         """Logs the losses of steps that are done.

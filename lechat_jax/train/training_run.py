@@ -84,6 +84,7 @@ def step_options(options: TrainConfig, mesh: Mesh | None, n_sharing: int = 1) ->
         ),
         mesh=mesh,
         n_sharing=n_sharing,
+        frozen_tower=options.vision_tower != "trained",
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lechat_jax.config.layout import (
-    PROJECTOR,
+    is_tower,
     is_vision,
     layer_of,
     module_of,
@@ -104,7 +104,7 @@ def _place(name: str) -> tuple[str, int | None]:
     if (layer := vision_layer_of(name)) is not None:
         return "vision", layer
     if is_vision(name):
-        return "projector" if name.startswith(PROJECTOR) else "patches", None
+        return "patches" if is_tower(name) else "projector", None
     stage = module_of(stacked(name)).split(".")[:2][-1]
     stages = {"head": "logits", "attn_norm": "attn", "mlp_norm": "mlp"}
     return stages.get(stage, stage), layer_of(name)

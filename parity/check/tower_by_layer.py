@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lechat_jax.config import MistralConfig
-from lechat_jax.config.layout import in_layer, is_vision, stacked, vision_layer_of
+from lechat_jax.config.layout import in_layer, is_tower, is_vision, stacked, vision_layer_of
 from lechat_jax.formats import names
 from lechat_jax.formats.source import Source
 from parity.check.layer_by_layer import Part, Say, Streamed, float32
@@ -20,9 +20,17 @@ from parity.check.probes import Model, image_ids, noise
 from parity.check.verdict import Stage
 
 LEAST = {
-    "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 2, "hidden_dim": 1,
-    "n_experts": 0, "n_experts_per_token": 0, "sliding_window": None,
-    "tied_embeddings": False, "yarn": None, "llama_4_scaling": None,
+    "n_layers": 1,
+    "n_heads": 1,
+    "n_kv_heads": 1,
+    "head_dim": 2,
+    "hidden_dim": 1,
+    "n_experts": 0,
+    "n_experts_per_token": 0,
+    "sliding_window": None,
+    "tied_embeddings": False,
+    "yarn": None,
+    "llama_4_scaling": None,
 }
 
 
@@ -86,7 +94,8 @@ class StreamedTower(Streamed):
         """Model of the projector, behind a layer that adds nothing."""
         config = self._config(source.config, dim=source.config.dim)
         weights = self._zeros(config)
-        read = {n: float32(source.read(n)) for n in weights if n.startswith("projector.")}
+        of_projector = (name for name in weights if is_vision(name) and not is_tower(name))
+        read = {name: float32(source.read(name)) for name in of_projector}
         return Model(config, weights | read)
 
     def _config(self, config: MistralConfig, dim: int) -> MistralConfig:

@@ -104,7 +104,7 @@ stream = st.lists(st.integers(1, 6), min_size=1, max_size=60).map(
 
 @given(stream, st.integers(1, 12))
 def test_each_validation_token_is_scored_once_except_bos(val: np.ndarray, block: int) -> None:
-    tokens, counted, _ = score_rows(val, block, BOS)
+    tokens, counted, *_ = score_rows(val, block, BOS)
     assert counted is not None
     assert tokens.shape[1] == block + 1
     assert not counted[:, 0].any()
@@ -115,7 +115,7 @@ def test_each_validation_token_is_scored_once_except_bos(val: np.ndarray, block:
 
 
 def test_the_last_row_is_filled_up() -> None:
-    tokens, counted, _ = score_rows(np.array([1, 5, 6, 2, 1, 7]), 4, BOS)
+    tokens, counted, *_ = score_rows(np.array([1, 5, 6, 2, 1, 7]), 4, BOS)
     assert counted is not None
     assert tokens.tolist() == [[1, 5, 6, 2, 1], [1, 7, 1, 1, 1]]
     assert counted.tolist() == [[False, True, True, True, False], [False, True] + 3 * [False]]

@@ -96,7 +96,7 @@ def test_a_completion_goes_on_where_its_prompt_ends(
     name: str, prompt: str, completion: str
 ) -> None:
     mistral = tokenizer(name)
-    ids, counted = write_completion(mistral, prompt, completion)
+    ids, counted, _ = write_completion(mistral, prompt, completion)
     given = [mistral.bos_id, *(mistral.encode(prompt) if prompt else [])]
     assert ids[: len(given)] == given, "as generating from the prompt begins"
     assert mistral.decode(ids) == prompt + completion

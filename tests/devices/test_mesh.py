@@ -119,7 +119,10 @@ def test_a_hand_written_kernel_has_the_heads_of_its_device(
     monkeypatch.setitem(KERNELS, "splash", kernel)
     small = dataclasses.replace(small, n_layers=1)
     state = init_state(small, StepOptions(), seed=0)
-    batch = Rows(*(jax.numpy.asarray(leaf[0, 0]) for leaf in (TOKENS, COUNTED, DOCUMENTS)))
+    tokens, counted, documents = (
+        jax.numpy.asarray(leaf[0, 0]) for leaf in (TOKENS, COUNTED, DOCUMENTS)
+    )
+    batch = Rows(tokens, counted, documents)
     (loss, slopes), (expected, their_slopes) = (
         jax.jit(partial(gradient, small, options, frozen={}, batch=batch))(state.weights)
         for options in (

@@ -114,14 +114,15 @@ def test_a_ring_that_is_too_small_would_be_seen(
 ) -> None:
     model = random_model(tiny)
     claim = cache.Ring.claim
-    request.addfinalizer(idle_rows.clear_cache)
+    compiled: Any = idle_rows
+    request.addfinalizer(compiled.clear_cache)
 
     def unguarded(ring: Ring, positions: jax.Array, _: Window) -> Ring:
         return claim(ring, positions, None)
 
     def with_slots(slots: int) -> float:
         monkeypatch.setattr(cache, "capacity", lambda window, chunk, context: slots)
-        idle_rows.clear_cache()  # which was traced for another
+        compiled.clear_cache()  # which was traced for another
         return max(excess(Generator(model, chunk=5), model))
 
     monkeypatch.setattr(cache.Ring, "claim", unguarded)

@@ -33,7 +33,7 @@ def made(images: list[Image], chunk: int, ids: list[int] = IDS) -> list[int]:
 
 def test_a_text_after_images_is_the_same_in_chunks_of_any_length_as_in_one_pass() -> None:
     at = np.zeros((1, len(IDS), SEES.dim), np.float32)
-    features = [np.asarray(MODEL.see(vision.padded([x], len(x.patches)))[0]) for x in (A, B)]
+    features = [np.asarray(MODEL.see(vision.as_images([x], len(x.patches)))[0]) for x in (A, B)]
     at[0, np.array(IDS) == TOWER.image_token_id] = np.concatenate(features)
     logits = MODEL.logits(MODEL.hidden(jnp.asarray([IDS]), features=jnp.asarray(at)))
     texts = [made([A, B], chunk) for chunk in (1, 5, 16, 64)]

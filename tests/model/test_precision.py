@@ -20,7 +20,7 @@ import pytest
 
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig
-from lechat_jax.data.rows import Rows
+from lechat_jax.data.rows import described_rows
 from lechat_jax.generate.decode import DecodeState, Request, decode
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.adapters import Adapters
@@ -88,7 +88,7 @@ def training(platform: str, config: MistralConfig, form: Form | None = None) -> 
         frozen = weight_shapes(config, form)
         frozen |= {key: learning.pop(key) for key in list(learning) if key.endswith("scale")}
     state = jax.eval_shape(lambda weights: state_of(weights, options), learning)
-    rows = Rows(*(jax.ShapeDtypeStruct((2, 1, T + 1), kind) for kind in ("int32", "bool", "int32")))
+    rows = described_rows((2, 1, T + 1), is_packed=True)
     step = functools.partial(train_steps, config, options)
     return traced(platform, step, state, frozen, rows, jnp.int32(2), jnp.int32(9))
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 
-from lechat_jax.generate.vision import image_features, padded
+from lechat_jax.data.rows import Images
+from lechat_jax.generate.vision import as_images, image_features
 from lechat_jax.model.attention import attend, attend_patches, blockwise_attention
 from lechat_jax.model.binding import weights_of
-from lechat_jax.model.vision import Images, rotation_2d
+from lechat_jax.model.vision import rotation_2d
 from lechat_jax.ops import attention_backend
 from lechat_jax.ops.flash_attention import bidirectional_cudnn, splash_attention
 from tests.support.images import PIXTRAL, SEES, TOWER, two_images
@@ -35,9 +36,9 @@ def test_padding_and_other_images_change_nothing(seeing: Any) -> None:
     config, weights = seeing
     images = two_images(config.vision)
     with jax.enable_x64(True):
-        together = image_features(config, weights, padded(images, 80))
+        together = image_features(config, weights, as_images(images, 80))
         for row, image in zip(together, images, strict=True):
-            [alone] = image_features(config, weights, padded([image], len(image.patches)))
+            [alone] = image_features(config, weights, as_images([image], len(image.patches)))
             np.testing.assert_allclose(row[: image.n_tokens], alone, rtol=0, atol=1e-13)
             assert np.std(alone) > 0.1
 
@@ -49,7 +50,7 @@ def test_patches_in_another_order_of_tokens_give_the_tokens_in_that_order(seeing
     order = np.random.default_rng(0).permutation(image.n_tokens)
     rows = (order[:, None] * m + np.arange(m)).ravel()
     with jax.enable_x64(True):
-        [right] = image_features(config, weights, padded([image], len(rows)))
+        [right] = image_features(config, weights, as_images([image], len(rows)))
         patches, places = (jnp.asarray(x[rows])[None] for x in (image.patches, image.places))
         [found] = image_features(config, weights, Images(patches, places))
         np.testing.assert_allclose(found, right[order], rtol=0, atol=1e-13)
@@ -61,7 +62,7 @@ def test_a_swap_of_rows_and_columns_is_seen(seeing: Any) -> None:
     turned = dataclasses.replace(image, places=image.places[:, ::-1])
     with jax.enable_x64(True):
         one, other = (
-            image_features(config, weights, padded([x], len(x.patches))) for x in (image, turned)
+            image_features(config, weights, as_images([x], len(x.patches))) for x in (image, turned)
         )
         assert np.max(np.abs(one - other)) > 0.1
 

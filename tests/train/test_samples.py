@@ -92,7 +92,9 @@ def test_of_a_longer_prompt_the_end_is_read_and_it_is_said(
     read: list[list[int]] = []
     right = Generator.generate
     monkeypatch.setattr(
-        Generator, "generate", lambda made, ids, *args: read.extend(ids) or right(made, ids, *args)
+        Generator,
+        "generate",
+        lambda made, ids, *args, **named: read.extend(ids) or right(made, ids, *args, **named),
     )
     said = sampled(prompt=("the people " * 100,), block=32)
     cut = "the prompt of 202 tokens is cut to BOS and its last 63 for the sample at step 2"
@@ -116,7 +118,7 @@ def test_of_a_longer_prompt_the_end_is_read_and_it_is_said(
 def test_what_fails_in_a_sample_is_a_line(
     error: Exception, said: str, sampled: Sampled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(Generator, "generate", fail)

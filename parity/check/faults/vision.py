@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.data.rows import Images, RowImages
 from lechat_jax.model import block, mistral, vision
 from lechat_jax.model.attention import attend
 from lechat_jax.model.rope import Rotation
@@ -156,7 +157,7 @@ def _real(T: int, n_patches: Array) -> Array:
 def _final_norm(right: Callable) -> Callable:
     """The tower ends with a norm, as the decoder does."""
 
-    def see(self: mistral.Mistral, images: vision.Images) -> Array:
+    def see(self: mistral.Mistral, images: Images) -> Array:
         x = self.vision(images)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         size = jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True))
@@ -190,7 +191,7 @@ def _breaks_too(right: Callable) -> Callable:
 
 
 def _one_token_late(right: Callable) -> Callable:
-    def see_rows(self: mistral.Mistral, rows: vision.RowImages) -> Array:
+    def see_rows(self: mistral.Mistral, rows: RowImages) -> Array:
         return jnp.roll(right(self, rows), 1, axis=1)
 
     return see_rows

@@ -12,14 +12,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.data.rows import Images, RowImages
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.generate.vision import padded, padded_length
+from lechat_jax.generate.vision import as_images
 from lechat_jax.model import cache, scoring
 from lechat_jax.model.binding import Weights, bind
+from lechat_jax.model.layers import RMSNorm
 from lechat_jax.model.mistral import Mistral
-from lechat_jax.model.vision import Images, RowImages
-from lechat_jax.tokenizer.images import Image, image_of
+from lechat_jax.tokenizer.images import Image, image_of, padded_length
 from parity.check.oracles.interface import (
     OF_VISION,
     AdamW,
@@ -71,7 +72,7 @@ class JaxOracle:
         self.pictures = [image_of(picture, self.config.vision) for picture in pictures]
         with self._arithmetic():
             longest = max(len(picture.patches) for picture in self.pictures)
-            self.images = padded(self.pictures, padded_length(longest, 1))
+            self.images = as_images(self.pictures, padded_length(longest, 1))
             self.patches = None if patches is None else self._fed(patches)
 
     def _fed(self, patches: Float[np.ndarray, "rows d"]) -> Float[Array, "B P d"]:
@@ -92,9 +93,7 @@ class JaxOracle:
             return None
         M = self.images.places.shape[1] // tower.n_merged
         slots = [i * M + np.arange(image.n_tokens) for i, image in enumerate(self.pictures)]
-        images = jax.tree.map(
-            lambda x: jnp.tile(x, (len(tokens), *[1] * (x.ndim - 1))), self.images
-        )
+        images = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(tokens), *x.shape)), self.images)
         places = jnp.cumsum(tokens == tower.image_token_id, axis=1) - 1
         return RowImages(images, jnp.asarray(np.concatenate(slots))[places])
 
@@ -230,15 +229,17 @@ def _row_by_row(image: Image) -> Int[np.ndarray, "P"]:
     return np.lexsort(image.places.T[::-1])
 
 
-class _Given(nnx.Module):
-    """A norm whose output is given."""
+class _Given(RMSNorm):
+    """A norm whose output is given, whatever is read."""
 
     def __init__(self, made: Array) -> None:
-        self.made, self.scale = made, made[0, 0]
+        super().__init__(made.shape[-1], 0.0)
+        self.scale = nnx.Param(made[0, 0])
+        self.made = nnx.Param(made)
 
     def __call__(self, x: Array) -> Array:
-        """What was given, whatever is read."""
-        return self.made
+        """What was given."""
+        return self.made[...]
 
 
 class _Tap(nnx.Module):

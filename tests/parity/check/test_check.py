@@ -424,8 +424,9 @@ def test_a_tower_is_checked_a_layer_at_a_time(
     weights = random_weights(config)
     q, merge = "vision.blocks.1.attn.q.kernel", "projector.linear_1.kernel"
     wrong = weights | {q: np.roll(weights[q], 1, axis=0), merge: weights[merge][::-1]}
-    save_weights(tmp_path / "right", config, weights, None)
-    save_weights(tmp_path / "wrong", config, wrong, None)
+    for name, numbers in (("right", weights), ("wrong", wrong)):
+        arrays = {key: jnp.asarray(leaf) for key, leaf in numbers.items()}
+        save_weights(tmp_path / name, config, arrays, None)
     monkeypatch.setattr(run, "WHOLE", 0)
     checkpoint = ["--checkpoint", str(tmp_path / "right"), "--tokens", "24"]
     found = verdict(capsys, tmp_path, *checkpoint)

@@ -287,7 +287,7 @@ def test_a_model_taught_conversations_takes_a_template_that_writes_them_so(
     theirs = transformers.AutoTokenizer.from_pretrained(hf)
     for turns in CONVERSATIONS:
         messages = [{"role": role, "content": content} for role, content in turns]
-        ids, _ = Transcripts(ours).write(messages)
+        ids, _, _ = Transcripts(ours).write(messages)
         assert theirs.apply_chat_template(messages, return_dict=False) == ids
         asked = theirs.apply_chat_template(
             messages[:-1], return_dict=False, add_generation_prompt=True

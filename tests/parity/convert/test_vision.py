@@ -18,7 +18,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.formats.configs.hugging_face import to_hugging_face
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.generate.vision import padded
+from lechat_jax.generate.vision import as_images
 from lechat_jax.model.binding import bind
 from lechat_jax.tokenizer.images import Image
 from parity.architectures import ARCHITECTURES
@@ -111,7 +111,7 @@ def test_features_and_logits_and_greedy_text_are_transformers(saved: Any, tmp_pa
         expected = model(input_ids=torch.tensor([ids]), **given)
         features = model.get_image_features(**given).pooler_output
     n_patches = 4 * -(-max(len(image.patches) for image in images) // 4)
-    seen = ours.see(padded(images, n_patches))
+    seen = ours.see(as_images(images, n_patches))
     for row, image, wanted in zip(seen, images, features, strict=True):
         found = np.asarray(row[: image.n_tokens])
         np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=2e-5 * wanted.std().item())
