@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # they take a while to load, which most prompts need not wait
     from PIL.Image import Image as PillowImage
 
 DATA_URL = "data:"
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # for others Pillow may start Ghostscript
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,6 +116,8 @@ def opened(source: Union[Path, str, bytes, "PillowImage"]) -> "PillowImage":
     if isinstance(source, Pillow.Image):
         return source
     said = str(source) if isinstance(source, str | Path) else "the image"
+    if said.startswith(DATA_URL):
+        said = "the data URL"
     said = said if len(said) <= 80 else f"{said[:77]}..."
     if said.startswith(("http://", "https://")):
         raise BadInput(f"{said} is not fetched; download the image and name its file")
@@ -122,7 +125,7 @@ def opened(source: Union[Path, str, bytes, "PillowImage"]) -> "PillowImage":
         data = source if isinstance(source, bytes) else _bytes_of(str(source))
         with warnings.catch_warnings():
             warnings.simplefilter("error", Pillow.DecompressionBombWarning)
-            image = Pillow.open(io.BytesIO(data))
+            image = Pillow.open(io.BytesIO(data), formats=FORMATS)
             image.load()
     except FileNotFoundError:
         raise BadInput(f"{said} is not there") from None
