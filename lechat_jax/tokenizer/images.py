@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import struct
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
@@ -112,6 +113,7 @@ def opened(source: Union[Path, str, bytes, "PillowImage"]) -> "PillowImage":
         BadInput: there is none, or it is damaged.
     """
     from PIL import Image as Pillow
+    from PIL import ImageOps
 
     if isinstance(source, Pillow.Image):
         return source
@@ -127,11 +129,12 @@ def opened(source: Union[Path, str, bytes, "PillowImage"]) -> "PillowImage":
             warnings.simplefilter("error", Pillow.DecompressionBombWarning)
             image = Pillow.open(io.BytesIO(data), formats=FORMATS)
             image.load()
+            image = ImageOps.exif_transpose(image)  # upright, as a phone's viewer shows it
     except FileNotFoundError:
         raise BadInput(f"{said} is not there") from None
     except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning) as error:
         raise BadInput(f"{said} has too many pixels: {error}") from None
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow makes of damage
+    except (OSError, ValueError, SyntaxError, struct.error) as error:  # what Pillow makes of damage
         why = str(error).partition("<")[0].strip() or type(error).__name__
         raise BadInput(f"{said} is no image that can be read: {why}") from None
     return image

@@ -1,5 +1,6 @@
 """Images become the tokens and patches that mistral-common makes of them."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,16 @@ def test_a_file_its_bytes_a_data_url_and_an_open_image_are_the_same(tmp_path: Pa
     other = read_image(noise(30, 20, seed=1), TOWER)
     assert other.ids == images[0].ids
     assert other.digest != images[0].digest
+
+
+def test_a_photograph_that_a_phone_took_sideways_is_upright() -> None:
+    picture = noise(30, 20)
+    exif = Pillow.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    file = io.BytesIO()
+    picture.save(file, "PNG", exif=exif)
+    upright = read_image(picture.transpose(Pillow.Transpose.ROTATE_270), TOWER)
+    assert read_image(file.getvalue(), TOWER).digest == upright.digest
 
 
 def test_what_is_transparent_is_white() -> None:
