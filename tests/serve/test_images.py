@@ -1,6 +1,5 @@
 """Images in the messages of a chat: an answer is of those that were sent, and of no others."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,22 +18,14 @@ from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 from tests.serve.conftest import Live, chat, live
 from tests.support.images import TOWER, data_url, noise, png
-from tests.support.models import random_model
 
 LONG = "Here is what I have seen on my way home to the mountains"  # some chunks of 8 tokens
 CHAT = "/v1/chat/completions"
 
 
-@pytest.fixture(scope="module")
-def sees(model: LoadedModel, tokenizer: Tokenizer) -> LoadedModel:
-    """The model of the other tests, with a vision tower."""
-    config = dataclasses.replace(model.config, vision=TOWER)
-    return LoadedModel(random_model(config), tokenizer, chunk=8, context=256)
-
-
 @pytest.fixture(scope="module", name="server")
-def seeing_server(sees: LoadedModel) -> Iterator[Live]:
-    with Engine(sees, 2, max_queue=8, prefix_bytes=2**20) as engine, live(engine) as server:
+def seeing_server(seeing_model: LoadedModel) -> Iterator[Live]:
+    with Engine(seeing_model, 2, max_queue=8, prefix_bytes=2**20) as engine, live(engine) as server:
         yield server
 
 
@@ -81,13 +72,13 @@ def cached(answer: Any) -> int:
 
 
 def test_an_answer_is_that_of_the_generator(
-    sees: LoadedModel, client: openai.OpenAI, tokenizer: Tokenizer
+    seeing_model: LoadedModel, client: openai.OpenAI, tokenizer: Tokenizer
 ) -> None:
     images = [noise(40, 24, seed=1), noise(16, 32, seed=2)]
     conversation = Conversation(tokenizer, vision=TOWER)
     read = conversation.read_images(images)
     ids = conversation.ask("What is it?", read)
-    generator = Generator(bind(sees.config, sees.weights), sees.tokenizer, context=256)
+    generator = Generator(bind(seeing_model.config, seeing_model.weights), tokenizer, context=256)
     same = generator.generate(ids, 12, Sampling(temperature=0), images=read)
     answer = greedy(client, user(*map(shown, images), text("What is it?")))
     assert said(answer) == same.text
