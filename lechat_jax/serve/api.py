@@ -193,8 +193,16 @@ class Api:
         return Response(self._engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
     def _model(self) -> Json:
-        model = {"id": self._requests.name, "object": "model", "created": self._created}
-        return model | {"owned_by": "lechat", "max_model_len": self._engine.model.context}
+        model = self._engine.model
+        return {
+            "id": self._requests.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "lechat",
+            "max_model_len": model.context,
+            # As of Mistral's own API.
+            "capabilities": {"completion_chat": True, "vision": model.config.vision is not None},
+        }
 
     async def _respond(self, request: Request, prepared: Prepared) -> Response:
         updates = Updates(len(prepared.requests))

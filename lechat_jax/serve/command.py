@@ -1,7 +1,8 @@
 """OpenAI-compatible server for a model: requests are answered together, and stream.
 
 Any folder that `generate` takes. The page at / is for people, /v1 for programs, and /metrics for
-Prometheus. Needs the extra `serve`: pip install 'lechat-jax[serve]'.
+Prometheus. A model with a vision tower is shown images there. Needs the extra `serve`:
+pip install 'lechat-jax[serve]'.
 """
 
 import asyncio

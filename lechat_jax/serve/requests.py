@@ -21,6 +21,7 @@ from lechat_jax.serve.engine import ContextExceeded, GenerationRequest, check_ro
 from lechat_jax.serve.grammar import Grammars, Matcher
 from lechat_jax.serve.wire import MOST_PROMPTS, Chat, Completion, Generation, Refused, Structure
 from lechat_jax.tokenizer.chat_template import ChatPrompt, ChatPrompts
+from lechat_jax.tokenizer.image_template import TooManyImages
 from lechat_jax.tokenizer.images import Image
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
@@ -153,7 +154,8 @@ class Requests:
             with self._lock:
                 return self._template.encode(tool_calls.with_usual_ids(told), tools)
         except BadInput as error:
-            raise Refused(str(error), param="messages") from error
+            code = "context_length_exceeded" if isinstance(error, TooManyImages) else None
+            raise Refused(str(error), code=code, param="messages") from error
         except RecursionError as error:
             raise Refused("the messages are nested too deeply", param="messages") from error
 

@@ -220,6 +220,7 @@ class ChatPrompts:
         Raises:
             BadInput: the template refuses them.
         """
+        seen = self._sees(messages)
         try:
             request = ChatCompletionRequest.from_openai(
                 messages,
@@ -227,7 +228,6 @@ class ChatPrompts:
                 continue_final_message=bool(messages) and messages[-1].get("role") == "assistant",
                 model="lechat",
             )
-            seen = self._sees(messages)
             template = MistralTokenizer(
                 KINDS[self._version.value](self._base, image_encoder=seen),
                 get_validator(self._version, ValidationMode.serving),
@@ -247,14 +247,20 @@ class ChatPrompts:
         """What reads the images of these messages; `None` if they have none.
 
         Raises:
-            BadInput: they have, and the model has no vision tower.
+            BadInput: they have, and the model has no vision tower, or one has no address.
         """
         contents = [message.get("content") for message in messages]
         parts = [part for content in contents if isinstance(content, list) for part in content]
-        if not any(isinstance(p, dict) and p.get("type") == "image_url" for p in parts):
+        images = [p for p in parts if isinstance(p, dict) and p.get("type") == "image_url"]
+        if not images:
             return None
         if self._vision is None:
             raise BadInput("the model has no vision tower, so it cannot be sent images")
+        for image in images:
+            address = image.get("image_url")  # a string in Mistral's own API
+            address = address.get("url") if isinstance(address, dict) else address
+            if not isinstance(address, str):
+                raise BadInput('an image_url must be {"url": "data:image/png;base64,…"}')
         return NumberedImages(self._vision, most_tokens=self._most_tokens)
 
 

@@ -11,6 +11,10 @@ from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.images import DATA_URL, Image, encoder, read_image
 
 
+class TooManyImages(BadInput):
+    """The images of a prompt have more tokens than the context holds."""
+
+
 class NumberedImages(ImageEncoder):
     """Lets mistral-common's chat templates place images that were read already.
 
@@ -34,14 +38,14 @@ class NumberedImages(ImageEncoder):
         mistral = encoder(vision)
         super().__init__(mistral.image_config, mistral.special_ids)
         self._vision, self._images, self._most = vision, [*known], most_tokens
+        self._numbers = {str(number): number for number in range(len(known))}
 
     def __call__(self, content: ImageChunk | ImageURLChunk) -> ImageEncoding:
         """The ids of an image, and its number."""
         assert isinstance(content, ImageURLChunk)
         url = content.get_url()
-        if url.isdecimal():
-            number = int(url)
-        else:
+        number = self._numbers.get(url)
+        if number is None:
             if not url.startswith(DATA_URL) and not self._reads_files:
                 raise BadInput(
                     f"an image must be sent as a data URL (data:image/png;base64,…), not as "
@@ -52,7 +56,7 @@ class NumberedImages(ImageEncoder):
             self.sources.append(url)
             n_tokens = sum(len(image.ids) for image in self._images)
             if self._most is not None and n_tokens > self._most:
-                raise BadInput(
+                raise TooManyImages(
                     f"the images have more than the {self._most} tokens that the context holds; "
                     "send fewer or smaller ones"
                 )

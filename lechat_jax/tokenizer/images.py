@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # they take a while to load, which most prompts need not wait
 
 DATA_URL = "data:"
 FEWEST = 64  # patches of the shortest row
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # for others Pillow may start Ghostscript
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,10 +115,13 @@ def opened(source: Union[Path, str, bytes, "PillowImage"]) -> "PillowImage":
         BadInput: there is none, or it is damaged.
     """
     from PIL import Image as Pillow
+    from PIL import ImageOps
 
     if isinstance(source, Pillow.Image):
         return source
     said = str(source) if isinstance(source, str | Path) else "the image"
+    if said.startswith(DATA_URL):
+        said = "the data URL"
     said = said if len(said) <= 80 else f"{said[:77]}..."
     if said.startswith(("http://", "https://")):
         raise BadInput(f"{said} is not fetched; download the image and name its file")
@@ -124,13 +129,14 @@ def opened(source: Union[Path, str, bytes, "PillowImage"]) -> "PillowImage":
         data = source if isinstance(source, bytes) else _bytes_of(str(source))
         with warnings.catch_warnings():
             warnings.simplefilter("error", Pillow.DecompressionBombWarning)
-            image = Pillow.open(io.BytesIO(data))
+            image = Pillow.open(io.BytesIO(data), formats=FORMATS)
             image.load()
+            image = ImageOps.exif_transpose(image)  # upright, as a phone's viewer shows it
     except FileNotFoundError:
         raise BadInput(f"{said} is not there") from None
     except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning) as error:
         raise BadInput(f"{said} has too many pixels: {error}") from None
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow makes of damage
+    except (OSError, ValueError, SyntaxError, struct.error) as error:  # what Pillow makes of damage
         why = str(error).partition("<")[0].strip() or type(error).__name__
         raise BadInput(f"{said} is no image that can be read: {why}") from None
     return image

@@ -1,4 +1,4 @@
-"""A small random model with a template that has tools, and an engine and server for it."""
+"""A small random model with a template that has tools, an engine and server for it, a browser."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
@@ -20,8 +20,13 @@ from lechat_jax.serve.engine import Engine
 from lechat_jax.serve.requests import Requests
 from lechat_jax.serve.server import Server, configuration
 from lechat_jax.tokenizer.tokenizer import Tokenizer
+from tests.serve.fake_server import FakeServer
+from tests.support.images import TOWER
 from tests.support.models import random_model
 from tests.support.tokenizers import small_tekken
+
+if TYPE_CHECKING:  # there may be none, and then no test of the page either
+    from playwright.sync_api import Browser, Page
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 WEATHER: Any = {
@@ -49,6 +54,13 @@ def model(tiny: MistralConfig, tokenizer: Tokenizer) -> LoadedModel:
         tiny, n_layers=2, sliding_window=(None, 9), vocab_size=tokenizer.vocab_size
     )
     return LoadedModel(random_model(config), tokenizer, chunk=8, context=256)
+
+
+@pytest.fixture(scope="session")
+def seeing_model(model: LoadedModel) -> LoadedModel:
+    """The model with a vision tower."""
+    config = dataclasses.replace(model.config, vision=TOWER)
+    return LoadedModel(random_model(config), model.tokenizer, chunk=8, context=256)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +120,37 @@ def client(server: Live) -> Iterator[openai.OpenAI]:
 def http(server: Live) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    from playwright.sync_api import expect, sync_playwright
+
+    from tests.serve.browsing import executable
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu"]  # it may be root's, in a container
+        path = executable(playwright)
+        with playwright.chromium.launch(executable_path=path, args=flags) as browser:
+            expect.set_options(timeout=15_000)
+            yield browser
+
+
+@pytest.fixture
+def faults() -> Iterator[list[str]]:
+    """What went wrong unseen; a test that wants something to go wrong takes it out."""
+    faults: list[str] = []
+    yield faults
+    assert faults == []
+
+
+@pytest.fixture
+def page(browser: "Browser", server: FakeServer, faults: list[str]) -> Iterator["Page"]:
+    """The page, opened by somebody whom the server has never seen."""
+    from tests.serve.browsing import opened
+
+    with opened(browser, server.address, faults) as page:
+        yield page
 
 
 def named(function: str) -> Any:

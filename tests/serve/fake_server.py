@@ -63,6 +63,7 @@ class FakeServer:
         bodies: what was asked for, in order.
         key: what a request must bear, if anything.
         model: the name of its model.
+        sees: whether it has a vision tower.
         left: set once somebody has gone away while an answer was held.
         go_on: ends the `HOLD` of an answer.
     """
@@ -71,6 +72,7 @@ class FakeServer:
         self.bodies: list[dict[str, Any]] = []
         self.key: str | None = None
         self.model = "mistral-tiny"
+        self.sees = False
         self.left = threading.Event()
         self.go_on = threading.Event()
         self.answers: queue.SimpleQueue[Answer | Failure] = queue.SimpleQueue()
@@ -127,7 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
             html = PAGE.read_text(encoding="utf-8")
             self.send(200, "text/html; charset=utf-8", html, policy_of(html))
         elif self.path == "/v1/models" and self.may_come_in():
-            models = {"object": "list", "data": [{"id": self.fake.model, "object": "model"}]}
+            can = {"completion_chat": True, "vision": self.fake.sees}
+            model = {"id": self.fake.model, "object": "model", "capabilities": can}
+            models = {"object": "list", "data": [model]}
             self.send(200, "application/json", json.dumps(models))
         elif self.path != "/v1/models":
             self.send(404, "application/json", error_body("not found"))

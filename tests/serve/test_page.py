@@ -4,45 +4,26 @@ After each test nothing may have gone wrong unseen: no error in the console, whi
 the Content-Security-Policy forbids is told, and no request to anyone but the server.
 """
 
-import contextlib
 import re
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("playwright.sync_api", reason="a browser is driven with playwright")
 
-from playwright.sync_api import Browser, Locator, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from lechat_jax.serve.engine import Engine
+from tests.serve.browsing import answers, ask, assistant, button, is_done, opened, questions, user
 from tests.serve.conftest import live
 from tests.serve.fake_server import HOLD, FakeServer, event
 
 pytestmark = pytest.mark.browser
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TAG = "<img src=x onerror=alert(1)>"
 FOCUSED = "() => document.activeElement.id || document.activeElement.textContent"
 WIDTH = "() => document.documentElement.scrollWidth"
-
-
-def executable(playwright: Playwright) -> str:
-    own = playwright.chromium.executable_path
-    found = own if Path(own).exists() else next(filter(None, map(shutil.which, BROWSERS)), None)
-    return found or pytest.skip("there is no Chromium: `playwright install chromium` brings one")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu"]  # it may be root's, in a container
-        path = executable(playwright)
-        with playwright.chromium.launch(executable_path=path, args=flags) as browser:
-            expect.set_options(timeout=15_000)
-            yield browser
 
 
 @pytest.fixture(name="server")
@@ -50,72 +31,6 @@ def fake_server() -> Iterator[FakeServer]:
     server = FakeServer()
     yield server
     server.stop()
-
-
-@pytest.fixture
-def faults() -> Iterator[list[str]]:
-    """What went wrong unseen; a test that wants something to go wrong takes it out."""
-    faults: list[str] = []
-    yield faults
-    assert faults == []
-
-
-@pytest.fixture
-def page(browser: Browser, server: FakeServer, faults: list[str]) -> Iterator[Page]:
-    """The page, opened by somebody whom the server has never seen."""
-    with opened(browser, server.address, faults) as page:
-        yield page
-
-
-@contextlib.contextmanager
-def opened(browser: Browser, address: str, faults: list[str]) -> Iterator[Page]:
-    def note(kind: str, text: str) -> None:
-        # An answer of 429, or none, is an error to Chromium; the page tells it, as tests see.
-        if kind in ("error", "warning") and not text.startswith("Failed to load resource"):
-            faults.append(text)
-
-    def check(url: str) -> None:
-        if not url.startswith((address, "data:")):
-            faults.append(f"a request to {url}")
-
-    with browser.new_context() as context:
-        page = context.new_page()
-        page.set_default_timeout(15_000)
-        page.on("console", lambda message: note(message.type, message.text))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda request: check(request.url))
-        page.goto(address)
-        yield page
-
-
-def ask(page: Page, question: str) -> None:
-    page.get_by_label("Message").fill(question)
-    page.get_by_label("Message").press("Enter")
-
-
-def button(page: Page, name: str) -> Locator:
-    return page.get_by_role("button", name=name, exact=True)
-
-
-def questions(page: Page) -> Locator:
-    return page.locator("article.user p")
-
-
-def answers(page: Page) -> Locator:
-    return page.locator("article.assistant p")
-
-
-def is_done(page: Page) -> None:
-    """Waits until no answer is coming."""
-    expect(button(page, "Send")).to_be_visible()
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
 
 
 # ---- The server itself.

@@ -1,6 +1,8 @@
 """Images of noise, and a small model that sees them."""
 
+import base64
 import dataclasses
+import io
 
 import numpy as np
 from PIL import Image as Pillow
@@ -33,6 +35,18 @@ def noise(width: int, height: int, seed: int = 0) -> Pillow.Image:
     """An image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Pillow.fromarray(pixels)
+
+
+def png(image: Pillow.Image) -> bytes:
+    """An image as a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(data: bytes, kind: str = "image/png") -> str:
+    """The data URL of a file."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def two_images(vision: VisionConfig) -> list[Image]:

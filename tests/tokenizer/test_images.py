@@ -1,6 +1,5 @@
 """Images become the tokens and patches that mistral-common makes of them."""
 
-import base64
 import io
 from pathlib import Path
 
@@ -14,13 +13,7 @@ from PIL import Image as Pillow
 from lechat_jax.config import VisionConfig, preset
 from lechat_jax.errors import BadInput
 from lechat_jax.tokenizer.images import encoder, read_image
-from tests.support.images import PIXTRAL, TOWER, noise
-
-
-def png(image: Pillow.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+from tests.support.images import PIXTRAL, TOWER, data_url, noise, png
 
 
 def vision(name: str) -> VisionConfig:
@@ -72,12 +65,22 @@ def test_a_file_its_bytes_a_data_url_and_an_open_image_are_the_same(tmp_path: Pa
     data = png(picture)
     path = tmp_path / "noise.png"
     path.write_bytes(data)
-    url = "data:image/png;base64," + base64.b64encode(data).decode()
-    images = [read_image(source, TOWER) for source in (path, str(path), data, url, picture)]
+    sources = (path, str(path), data, data_url(data), picture)
+    images = [read_image(source, TOWER) for source in sources]
     assert len({image.digest for image in images}) == 1
     other = read_image(noise(30, 20, seed=1), TOWER)
     assert other.ids == images[0].ids
     assert other.digest != images[0].digest
+
+
+def test_a_photograph_that_a_phone_took_sideways_is_upright() -> None:
+    picture = noise(30, 20)
+    exif = Pillow.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    file = io.BytesIO()
+    picture.save(file, "PNG", exif=exif)
+    upright = read_image(picture.transpose(Pillow.Transpose.ROTATE_270), TOWER)
+    assert read_image(file.getvalue(), TOWER).digest == upright.digest
 
 
 def test_what_is_transparent_is_white() -> None:
@@ -92,6 +95,8 @@ def test_what_is_transparent_is_white() -> None:
         ("missing.png", "missing.png is not there"),
         (b"no image", "the image is no image that can be read"),
         (png(noise(40, 40))[:200], "the image is no image that can be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
+        (data_url(b"no image"), "^the data URL is no image that can be read: cannot identify"),
         ("data:image/png,abc", "must be base64"),
         ("data:image/png;base64,%%%", "is no base64"),
     ],
