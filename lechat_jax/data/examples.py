@@ -116,7 +116,8 @@ def load_examples(
     dtype = dtype_of(tokenizer)
     types = {"begins": np.dtype(np.int64), "n_bytes": np.dtype(np.int64)}
     types |= {"ids": dtype, "counted": np.dtype(bool), "images": np.dtype(np.uint8)}
-    key = _key(source, form, tokenizer, vision)
+    place = str(Path(data).absolute()) if vision else ""  # to which images are relative
+    key = _key(source, form, tokenizer, f"{vision} {place}")
 
     def write() -> Arrays:
         return _written(data, source, form, tokenizer, on_progress, vision)
@@ -211,7 +212,7 @@ def _rows(name: str) -> Iterator[Record]:
 def _key(source: Source, form: Form, tokenizer: Tokenizer, vision: VisionConfig | None) -> str:
     """Cache key: SHA-256 of all that the ids of examples depend on."""
     template = importlib.metadata.version("mistral-common")
-    said = f"examples {FORMAT} {form} {tokenizer.sha256} {template} {vision}\n"
+    said = f"examples {FORMAT} {form} {tokenizer.sha256} {template} {seen}\n"
     return hashlib.sha256(
         f"{said}{source.n_files} {source.n_bytes} {source.sha256}".encode()
     ).hexdigest()

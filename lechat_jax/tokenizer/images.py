@@ -122,7 +122,6 @@ def opened(source: Union[Path, str, bytes, "PillowImage"]) -> "PillowImage":
     said = str(source) if isinstance(source, str | Path) else "the image"
     if said.startswith(DATA_URL):
         said = "the data URL"
-    said = said if len(said) <= 80 else f"{said[:77]}..."
     if said.startswith(("http://", "https://")):
         raise BadInput(f"{said} is not fetched; download the image and name its file")
     try:
