@@ -209,7 +209,7 @@ def _rows(name: str) -> Iterator[Record]:
         yield Record(f"row {number}", {field: row[field] for field in FIELDS if field in row})
 
 
-def _key(source: Source, form: Form, tokenizer: Tokenizer, vision: VisionConfig | None) -> str:
+def _key(source: Source, form: Form, tokenizer: Tokenizer, seen: str) -> str:
     """Cache key: SHA-256 of all that the ids of examples depend on."""
     template = importlib.metadata.version("mistral-common")
     said = f"examples {FORMAT} {form} {tokenizer.sha256} {template} {seen}\n"
