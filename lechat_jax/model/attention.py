@@ -262,11 +262,10 @@ def attend_patches(q: Queries, k: Keys, v: Keys, n_patches: Int[Array, "B"]) -> 
     T, H = q.shape[1], q.shape[3]
     backend = best_backend(q.dtype, T, None, H)
     if backend == "cudnn":
-        return bidirectional_cudnn(q, k, v, n_patches)
+        return over_heads(bidirectional_cudnn, q, k, v, n_patches)
     if backend == "splash":
         is_padding = jnp.arange(T)[None] >= n_patches[:, None]
-        kernel = functools.partial(splash_attention, window=None, is_causal=False)
-        return over_heads(kernel, q, k, v, is_padding.astype(jnp.int32))
+        return over_heads(_splash_both_ways, q, k, v, is_padding.astype(jnp.int32))
     mask = (jnp.arange(T)[None] < n_patches[:, None])[:, None]
     return blockwise_attention(q, k, v, mask)
 
@@ -315,6 +314,10 @@ def _splash(
     q: Queries, k: Keys, v: Keys, documents: Int[Array, "B T"] | None, window: int | None
 ) -> Queries:
     return splash_attention(q, k, v, window, documents)
+
+
+def _splash_both_ways(q: Queries, k: Keys, v: Keys, documents: Int[Array, "B T"]) -> Queries:
+    return splash_attention(q, k, v, None, documents, is_causal=False)
 
 
 KERNELS: dict[str, Callable[..., Queries]] = {"cudnn": _cudnn, "splash": _splash}
