@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lechat_jax.config import MistralConfig
+from lechat_jax.devices.platform import platform
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.vision import Images
@@ -38,14 +39,22 @@ def _put(
 
 
 def padded_length(n: int, n_merged: int) -> int:
-    """Length of the row that has room for so many patches, one of 64, 96, 128, 192, 256 and so on.
+    """Length of the row that has room for so many patches; there are few, since each is compiled.
 
-    >>> [padded_length(n, 4) for n in (1, 65, 200, 12100)]
-    [64, 96, 256, 12288]
+    On an accelerator 64, 96, 128, 192, 256 and so on. A CPU compiles in seconds what it then takes
+    longer to compute, so there are all multiples of 64 up to 1,024, and behind it eight lengths
+    from a power of two to the next, of which an eighth is padding at most.
+
+    >>> [padded_length(n, 4) for n in (1, 65, 200, 1025, 12100)]
+    [64, 128, 256, 1152, 12288]
     """
     least = max(n, FEWEST)
     power = 1 << (least - 1).bit_length()
-    length = power if least > power * 3 // 4 else power * 3 // 4
+    if platform() == "cpu":
+        step = max(FEWEST, power // 16)
+        length = -(-least // step) * step
+    else:
+        length = power if least > power * 3 // 4 else power * 3 // 4
     return -(-length // n_merged) * n_merged
 
 
