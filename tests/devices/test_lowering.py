@@ -230,8 +230,10 @@ def test_patches_of_images_meet_in_a_kernel(
     P = 384
     vision = dataclasses.replace(TOWER, dim=32)
     config = dataclasses.replace(SEES, vision=vision)
-    patches = shape(2, P, 3, vision.patch_size, vision.patch_size, dtype="float32")
-    images = Images(patches, shape(2, P, 2))
+    p = vision.patch_size
+    images = jax.eval_shape(
+        lambda: Images(jnp.zeros((2, P, 3, p, p)), jnp.zeros((2, P, 2), jnp.int32))
+    )
     seeing = partial(image_features, config), (weights(dtype, config=config), images)
     program = lowered(platform, seeing)
     assert kernels(program) == called
