@@ -41,19 +41,17 @@ def _put(
 def padded_length(n: int, n_merged: int) -> int:
     """Length of the row that has room for so many patches; there are few, since each is compiled.
 
-    On an accelerator 64, 96, 128, 192, 256 and so on. A CPU compiles in seconds what it then takes
-    longer to compute, so there are all multiples of 64 up to 1,024, and behind it eight lengths
-    from a power of two to the next, of which an eighth is padding at most.
+    On an accelerator 64, 96, 128, 192, 256 and so on. A CPU compiles in 2 s what then takes it ten
+    or a hundred, so there are all multiples of 64.
 
     >>> [padded_length(n, 4) for n in (1, 65, 200, 1025, 12100)]
-    [64, 128, 256, 1152, 12288]
+    [64, 128, 256, 1088, 12160]
     """
-    least = max(n, FEWEST)
-    power = 1 << (least - 1).bit_length()
     if platform() == "cpu":
-        step = max(FEWEST, power // 16)
-        length = -(-least // step) * step
+        length = -(-n // FEWEST) * FEWEST
     else:
+        least = max(n, FEWEST)
+        power = 1 << (least - 1).bit_length()
         length = power if least > power * 3 // 4 else power * 3 // 4
     return -(-length // n_merged) * n_merged
 
