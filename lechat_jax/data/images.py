@@ -1,6 +1,7 @@
 """Images of fine-tuning examples, read when a batch needs them."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Integer
 from lechat_jax.config import VisionConfig
 from lechat_jax.data.rows import Images, RowImages
 from lechat_jax.errors import BadInput
-from lechat_jax.tokenizer.images import Image, padded, padded_length, read_image
+from lechat_jax.tokenizer.images import FEWEST, Image, padded, read_image
 
 KEPT = 4096  # images that stay in memory, for the next epochs
 
@@ -38,7 +39,8 @@ class DocumentImages:
         sizes = [_tokens_of_images(document, vision) for document in ids]
         self.slots = max(map(len, sizes))
         longest = max((size for of_one in sizes for size in of_one), default=1)
-        self.length = padded_length(longest * vision.n_merged, vision.n_merged)
+        step = math.lcm(FEWEST, vision.n_merged)
+        self.length = -(-longest * vision.n_merged // step) * step
         self._read = functools.lru_cache(KEPT)(lambda source: read_image(source, vision))
 
     def rows(self, documents: Sequence[int], tokens: Integer[np.ndarray, "rows T"]) -> RowImages:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lechat_jax.devices.mesh import over_heads
+from lechat_jax.devices.platform import platform
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mask import Documents, window_mask
 from lechat_jax.ops.attention_backend import (
@@ -262,11 +263,10 @@ def attend_patches(q: Queries, k: Keys, v: Keys, n_patches: Int[Array, "B"]) -> 
     T, H = q.shape[1], q.shape[3]
     backend = best_backend(q.dtype, T, None, H)
     if backend == "cudnn":
-        return bidirectional_cudnn(q, k, v, n_patches)
+        return over_heads(bidirectional_cudnn, q, k, v, n_patches)
     if backend == "splash":
         is_padding = jnp.arange(T)[None] >= n_patches[:, None]
-        kernel = functools.partial(splash_attention, window=None, is_causal=False)
-        return over_heads(kernel, q, k, v, is_padding.astype(jnp.int32))
+        return over_heads(_splash_both_ways, q, k, v, is_padding.astype(jnp.int32))
     mask = (jnp.arange(T)[None] < n_patches[:, None])[:, None]
     return blockwise_attention(q, k, v, mask)
 
@@ -277,34 +277,47 @@ def blockwise_attention(
     v: Float[Array, "B S N H"],
     mask: Bool[Array, "#B 1 S"],
 ) -> Float[Array, "B T N H"]:
-    """`attend` with the same mask for all queries, some heads and queries at a time."""
-    B, T, N, _ = q.shape
-    S = k.shape[1]
-    most = max(1, scores_at_once() // (B * S))  # queries of one head
+    """`attend` with the same mask for all queries, some heads and queries at a time.
+
+    Heads come first, and what there is less of than scores is scaled in their place: queries by
+    1 / sqrt(H), and what they gather by the sum of their weights. On a CPU that takes half of the
+    time, a fifth more than the two products alone. Those of bfloat16 it makes in float32, in 0.6
+    times the time.
+    """
+    B, T, N, H = q.shape
+    S, dtype = k.shape[1], q.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    if platform() == "cpu":
+        q, k, v = (x.astype(wide) for x in (q, k, v))
+    most = max(1, scores_at_once() // S)  # queries of one head
     size = T if most >= T else -(-T // -(-T // most))
-    heads = max(h for h in range(1, N + 1) if N % h == 0 and (h == 1 or h * T <= most))
+    heads = max(h for h in range(1, B * N + 1) if B * N % h == 0 and (h == 1 or h * T <= most))
     n_blocks = -(-T // size)
 
-    def grouped(x: Array) -> Array:  # heads first
-        return jnp.moveaxis(x.reshape(*x.shape[:2], N // heads, heads, x.shape[3]), 2, 0)
-
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def of_block(q: Array, k: Array, v: Array) -> Array:
-        return attend(q, k, v, mask)
+    def of_block(q: Array, k: Array, v: Array, unseen: Array) -> Array:
+        scores = jnp.einsum("NTH,NSH->NTS", q, k, preferred_element_type=wide) + unseen
+        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        mixed = jnp.einsum("NTS,NSH->NTH", weights.astype(v.dtype), v, preferred_element_type=wide)
+        return (mixed / weights.sum(axis=-1, keepdims=True)).astype(dtype)
 
-    def of_heads(qkv: tuple[Array, Array, Array]) -> Array:
-        q, k, v = qkv
+    def of_heads(group: tuple[Array, Array, Array, Array]) -> Array:
+        q, *seen = group
         if n_blocks == 1:
-            return of_block(q, k, v)
-        padded = jnp.pad(q, ((0, 0), (0, n_blocks * size - T), (0, 0), (0, 0)))
-        blocks = jnp.moveaxis(padded.reshape(B, n_blocks, size, *q.shape[2:]), 1, 0)
-        mixed = jax.lax.map(lambda block: of_block(block, k, v), blocks)
-        return jnp.moveaxis(mixed, 0, 1).reshape(B, n_blocks * size, *q.shape[2:])[:, :T]
+            return of_block(q, *seen)
+        padded = jnp.pad(q, ((0, 0), (0, n_blocks * size - T), (0, 0)))
+        blocks = jnp.swapaxes(padded.reshape(heads, n_blocks, size, H), 0, 1)
+        mixed = jax.lax.map(lambda block: of_block(block, *seen), blocks)
+        return jnp.swapaxes(mixed, 0, 1).reshape(heads, n_blocks * size, H)[:, :T]
 
-    if heads == N:
-        return of_heads((q, k, v))
-    mixed = jax.lax.map(of_heads, (grouped(q), grouped(k), grouped(v)))
-    return jnp.moveaxis(mixed, 0, 2).reshape(q.shape)
+    def groups(x: Float[Array, "B _T N _H"]) -> Float[Array, "_groups _heads _T _H"]:
+        return jnp.swapaxes(x, 1, 2).reshape(-1, heads, *x.shape[1::2])
+
+    unseen = jnp.where(mask, 0, jnp.finfo(wide).min / 2)[:, :, None]  # see `attend`
+    scaled = (q.astype(wide) * H**-0.5).astype(q.dtype)
+    of = groups(scaled), groups(k), groups(v), groups(jnp.broadcast_to(unseen, (B, 1, N, S)))
+    mixed = jax.lax.map(of_heads, of)
+    return jnp.swapaxes(mixed.reshape(B, N, T, H), 1, 2)
 
 
 def _cudnn(q: Queries, k: Keys, v: Keys, documents: None, window: int | None) -> Queries:
@@ -315,6 +328,10 @@ def _splash(
     q: Queries, k: Keys, v: Keys, documents: Int[Array, "B T"] | None, window: int | None
 ) -> Queries:
     return splash_attention(q, k, v, window, documents)
+
+
+def _splash_both_ways(q: Queries, k: Keys, v: Keys, documents: Int[Array, "B T"]) -> Queries:
+    return splash_attention(q, k, v, None, documents, is_causal=False)
 
 
 KERNELS: dict[str, Callable[..., Queries]] = {"cudnn": _cudnn, "splash": _splash}

@@ -77,9 +77,13 @@ def choose_backend(
 def best_backend(
     dtype: DTypeLike, T: int, window: int | None, head_dim: int, packed: bool = False
 ) -> Backend:
-    """Attention backend that is fastest here; where cuDNN turns out not to work, XLA's own."""
+    """Attention backend that is fastest here; where cuDNN turns out not to work, XLA's own.
+
+    On a GPU that is only compiled for, it cannot be tried, and is taken to work.
+    """
     best = choose_backend(platform(), dtype, T, window, head_dim, packed)
-    if best == "cudnn" and not cudnn_works(jnp.dtype(dtype).name, head_dim):
+    is_here = platform() == jax.default_backend()
+    if best == "cudnn" and is_here and not cudnn_works(jnp.dtype(dtype).name, head_dim):
         return choose_backend("cpu", dtype, T, window, head_dim, packed)
     return best
 

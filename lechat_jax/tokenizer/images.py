@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # they take a while to load, which most prompts need not wait
     from PIL.Image import Image as PillowImage
 
 DATA_URL = "data:"
-FEWEST = 64  # patches of the shortest row
+FEWEST = 64  # patches of the shortest row, of which others are multiples
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # for others Pillow may start Ghostscript
 
 
@@ -152,18 +152,6 @@ def _bytes_of(source: str) -> bytes:
         return base64.b64decode(data, validate=True)
     except binascii.Error as error:
         raise BadInput(f"the data URL of an image is no base64: {error}") from None
-
-
-def padded_length(n: int, n_merged: int) -> int:
-    """Length of the row that has room for so many patches, one of 64, 96, 128, 192, 256 and so on.
-
-    >>> [padded_length(n, 4) for n in (1, 65, 200, 12100)]
-    [64, 96, 256, 12288]
-    """
-    least = max(n, FEWEST)
-    power = 1 << (least - 1).bit_length()
-    length = power if least > power * 3 // 4 else power * 3 // 4
-    return -(-length // n_merged) * n_merged
 
 
 def padded(

@@ -22,6 +22,7 @@ from parity.bench.prefill import Prefill
 from parity.bench.serve import Serve
 from parity.bench.tokenize import Tokenize
 from parity.bench.train import Train
+from parity.bench.vision import Vision
 from parity.bench.work import Work
 
 WORKS: dict[str, type[Work]] = {
@@ -30,6 +31,7 @@ WORKS: dict[str, type[Work]] = {
     "convert": Convert,
     "decode": Decode,
     "prefill": Prefill,
+    "vision": Vision,
     "moe": Moe,
     "serve": Serve,
     "tokenize": Tokenize,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from rich.console import Console
 
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig, preset
-from lechat_jax.data.rows import Rows
+from lechat_jax.config.layout import PROJECTOR, TOWER
+from lechat_jax.config.vision import CHANNELS
+from lechat_jax.data.rows import Images, Rows
 from lechat_jax.devices.mesh import (
     HEADS,
     ROWS,
@@ -30,6 +33,7 @@ from lechat_jax.devices.topologies import ENVIRONMENT, Chip, chip, devices
 from lechat_jax.errors import BadInput
 from lechat_jax.generate.decode import calls_for
 from lechat_jax.generate.prefill import chunk_sizes
+from lechat_jax.generate.vision import image_features, padded_length
 from lechat_jax.ops.attention_backend import slots_at_once
 from lechat_jax.ops.device_forms import for_device
 from lechat_jax.ops.remat import Remat
@@ -39,10 +43,11 @@ from lechat_jax.train.memory_plan import of_layers
 from lechat_jax.train.step import StepOptions, init_state, jitted_steps
 from parity.bench import isolated
 from parity.bench.program import Move, Program, total
+from parity.bench.vision import tower_of
 from parity.bench.work import Work, cell, first_line
 from parity.report import Report, Row, TableText
 
-Kind = Literal["decode", "prefill", "train"]
+Kind = Literal["decode", "prefill", "train", "vision"]
 Form = Literal["bfloat16", "float32", "int8", "int4"]
 SHOWN = 10  # instructions that move most
 # On a GPU kernels are chosen by timing them, and there is nothing to time on.
@@ -72,7 +77,7 @@ class Compiled(Work):
     preset: str = "mistral-7b-v0.1"
     """Model: a name such as mistral-7b-v0.1 or lechat-15m."""
     work: tuple[Kind, ...] = ("decode", "prefill")
-    """Programs: decode, prefill or train."""
+    """Programs: decode, prefill, train or vision, of which the preset must have a tower."""
     weights: tuple[Form, ...] = ("bfloat16",)
     """Forms of the weights: bfloat16, float32, int8 or int4; training computes in bfloat16."""
     mesh: str | None = None
@@ -80,13 +85,13 @@ class Compiled(Work):
     context: int = 4096
     """Positions of layers without a window; tokens of a row in training."""
     batch: tuple[int, ...] = (1,)
-    """Rows at once; prefill takes one of them at a time."""
+    """Rows at once, of which prefill takes one at a time; of vision images, as large as can be."""
     chunk: int | None = None
     """Tokens of a prefill chunk; by default what is chosen for the platform."""
     remat: Remat = "none"
     """What a layer keeps for its backward pass: none, dots or full."""
     layers: int | None = None
-    """Number of layers instead of the preset's, to compile less."""
+    """Number of layers, those of the tower in vision, instead of the preset's, to compile less."""
 
     COUNTS = ("context", "batch")
     AMOUNTS = ("read_gb", "chunk", "layers")
@@ -97,6 +102,10 @@ class Compiled(Work):
         self.config()
         if self.mesh:
             sizes_of(self.mesh)
+        if "vision" in self.work:
+            tower_of(self.preset, self.layers)
+            if self.mesh:
+                raise BadInput("--work vision is compiled for one device; leave out --mesh")
         report = Report(f"compiled for {self.topology}, not run", 0.0, [])
         for case in self.programs():
             label = f"{case.kind}, {case.weights}, {case.batch} rows"
@@ -157,7 +166,7 @@ class Lowering(NamedTuple):
         flops: of the model, on one device.
         ring: axes of a ring on one device; none in training.
         chunk: tokens of a prefill chunk.
-        blocks: in which a full ring is read.
+        blocks: in which a full ring is read; in vision, the layers.
     """
 
     function: Any
@@ -179,6 +188,8 @@ def compiled(work: Compiled, case: Case) -> Iterator[Row]:
     with compiling_for(device.platform), on_mesh(mesh):
         if case.kind == "train":
             lowering = _training(work, config, case, mesh)
+        elif case.kind == "vision":
+            lowering = _vision(work, case)
         else:
             lowering = _generation(work, config, case, mesh)
         place = None if mesh else SingleDeviceSharding(found[0])
@@ -226,10 +237,11 @@ def _counted(made: Any, lowering: Lowering, device: Chip, kind: Kind) -> dict[st
         note = f"counted by the compiler, loops once: its text cannot be had ({first_line(error)})"
     else:
         program = Program(text, lowering.blocks)
-        step = program.step() if kind != "prefill" else program.entry
+        is_whole = kind in ("prefill", "vision")
+        step = program.entry if is_whole else program.step()
         moves = program.moves(step)
         moved, flops = total(moves), program.flops(step)
-        per_call = total(program.moves_once(step)) if kind != "prefill" else 0
+        per_call = 0 if is_whole else total(program.moves_once(step))
         copies = program.copies(lowering.ring) if lowering.ring else 0
         collectives, early = program.collectives(step), program.asynchronous(step)
     return {
@@ -257,13 +269,7 @@ def _counted(made: Any, lowering: Lowering, device: Chip, kind: Kind) -> dict[st
 
 def _generation(work: Compiled, config: MistralConfig, case: Case, mesh: Mesh | None) -> Lowering:
     """Prefill or decode with weights in that form."""
-    quantize = case.weights if case.weights == "int8" or case.weights == "int4" else None
-    form = scheme_for(quantize, config)
-    dtype = jnp.dtype("float32" if case.weights == "float32" else "bfloat16")
-    weights = {
-        name: leaf if form and form.is_fixed(name) else jax.ShapeDtypeStruct(leaf.shape, dtype)
-        for name, leaf in weight_shapes(config, form).items()
-    }
+    weights = _weights(config, case.weights)
     chunk = work.chunk or chunk_sizes(config, work.context)[-1]
     calls = calls_for(config, for_device(weights), case.batch, (chunk,), work.context, 0, mesh)
     call = calls[case.kind]
@@ -281,6 +287,43 @@ def _generation(work: Compiled, config: MistralConfig, case: Case, mesh: Mesh | 
     least = bytes_on_a_device(arguments[1]) + rings
     blocks = -(-ring[2] // slots_at_once(ring[2], chunk if case.kind == "prefill" else 1))
     return Lowering(call.function, arguments, least, flops * tokens / ways, ring, chunk, blocks)
+
+
+def _vision(work: Compiled, case: Case) -> Lowering:
+    """Vision tower and projector of images that are as large as the model admits."""
+    config = tower_of(work.preset, work.layers)
+    assert config.vision is not None
+    weights = for_device(_weights(config, case.weights))
+    tower, p = config.vision, config.vision.patch_size
+    P = padded_length((tower.max_image_size // p) ** 2, tower.n_merged)
+    images = jax.eval_shape(
+        lambda: Images(
+            jnp.zeros((case.batch, P, CHANNELS, p, p), jnp.float32),
+            jnp.zeros((case.batch, P, 2), jnp.int32),
+        )
+    )
+    features = jax.eval_shape(functools.partial(image_features, config), weights, images)
+    seeing = {name: leaf for name, leaf in weights.items() if name.startswith((TOWER, PROJECTOR))}
+    products = {
+        part: sum(leaf.size for name, leaf in seeing.items() if name.startswith(part))
+        for part in (TOWER, PROJECTOR)
+    }
+    flops = 2 * P * (products[TOWER] + products[PROJECTOR] / tower.n_merged)
+    flops += 4 * P * P * tower.dim * tower.n_layers
+    least = bytes_on_a_device((seeing, images, features))
+    arguments = (config, weights, images)
+    # The layers are one loop, which libtpu does not say the length of.
+    return Lowering(image_features, arguments, least, flops * case.batch, blocks=tower.n_layers)
+
+
+def _weights(config: MistralConfig, given: Form) -> dict[str, jax.ShapeDtypeStruct]:
+    """Descriptions of the weights in that form."""
+    form = scheme_for(given if given == "int8" or given == "int4" else None, config)
+    dtype = jnp.dtype("float32" if given == "float32" else "bfloat16")
+    return {
+        name: leaf if form and form.is_fixed(name) else jax.ShapeDtypeStruct(leaf.shape, dtype)
+        for name, leaf in weight_shapes(config, form).items()
+    }
 
 
 def _training(work: Compiled, config: MistralConfig, case: Case, mesh: Mesh | None) -> Lowering:

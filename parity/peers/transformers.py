@@ -46,6 +46,26 @@ def build(config: MistralConfig, weights: Weights, share: bool = False) -> Any:
     return model.to(device())
 
 
+def image_features(
+    config: MistralConfig, weights: Weights
+) -> Callable[[Float[np.ndarray, "3 _height _width"]], Float[np.ndarray, "M D"]]:
+    """Vision tower and projector with these very weights: from normalised pixels to features.
+
+    Raises:
+        BadInput: transformers has no such model.
+    """
+    model = build(config, weights, share=True).eval()
+
+    def see(pixels: Float[np.ndarray, "3 _height _width"]) -> Float[np.ndarray, "M D"]:
+        image = torch.from_numpy(pixels)[None].to(model.device, model.dtype)
+        size = torch.tensor([pixels.shape[1:]], device=model.device)
+        with torch.inference_mode():
+            (found,) = model.get_image_features(image, image_sizes=size).pooler_output
+        return found.float().cpu().numpy()
+
+    return see
+
+
 def sdpa(
     q: Float[np.ndarray, "B T N H"],
     k: Float[np.ndarray, "B T K H"],

@@ -18,14 +18,17 @@ from jax import export
 from jax._src.cudnn import fused_attention_stablehlo
 
 from lechat_jax.config import MistralConfig, preset
-from lechat_jax.data.rows import Rows
+from lechat_jax.data.rows import Images, Rows
 from lechat_jax.devices.mesh import described, make_mesh
 from lechat_jax.generate.decode import DecodeState, Request, decode, prefill
 from lechat_jax.generate.sampling import Sampling
+from lechat_jax.generate.vision import image_features
 from lechat_jax.model.cache import empty_cache
 from lechat_jax.model.scoring import score
+from lechat_jax.ops import attention_backend
 from lechat_jax.quantize.scheme import INT8, Form
 from lechat_jax.train.step import StepOptions, init_state, train_steps
+from tests.support.images import SEES, TOWER
 
 # The default model's shapes, fewer layers.
 CONFIG = dataclasses.replace(preset("lechat-15m"), n_layers=2)
@@ -207,3 +210,30 @@ def test_prefill_and_decode_need_no_kernel(platform: str, dtype: str, form: Form
     program = lowered(platform, decoding(dtype, form))
     assert kernels(program) == set()
     assert "stablehlo.while" in program
+
+
+@pytest.mark.usefixtures("cudnn_is_there")
+@pytest.mark.parametrize(
+    ("platform", "dtype", "called"),
+    [
+        ("tpu", "bfloat16", {"tpu_custom_call"}),
+        ("tpu", "float32", {"tpu_custom_call"}),
+        ("cuda", "bfloat16", {"__cudnn$fmhaSoftmax"}),
+        ("cuda", "float32", set()),  # which no kernel computes, so that scores can be seen
+    ],
+)
+def test_patches_of_images_meet_in_a_kernel(
+    platform: str, dtype: str, called: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_backend, "cudnn_works", lambda *kind: True)
+    P = 384
+    vision = dataclasses.replace(TOWER, dim=32)
+    config = dataclasses.replace(SEES, vision=vision)
+    p = vision.patch_size
+    images = jax.eval_shape(
+        lambda: Images(jnp.zeros((2, P, 3, p, p)), jnp.zeros((2, P, 2), jnp.int32))
+    )
+    seeing = partial(image_features, config), (weights(dtype, config=config), images)
+    program = lowered(platform, seeing)
+    assert kernels(program) == called
+    assert (f"{P}x{P}x" in program) == (not called)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from lechat_jax.checkpoint.weights import save_weights
+from lechat_jax.devices.platform import compiling_for
 from lechat_jax.errors import BadInput
 from lechat_jax.generate import vision
 from lechat_jax.generate.command import main
 from lechat_jax.generate.generator import Generator, load
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.generate.session import Session
-from lechat_jax.generate.vision import starts
+from lechat_jax.generate.vision import padded_length, starts
 from lechat_jax.model.binding import weights_of
 from lechat_jax.tokenizer.images import Image, read_image
 from tests.support.images import SEES, TOWER, noise, two_images
@@ -125,3 +126,16 @@ def test_the_command_refuses_images_that_nobody_would_see(tmp_path: Path) -> Non
         main([str(tmp_path / "blind"), *image])
     with pytest.raises(BadInput, match="--image belongs to one --prompt"):
         main([str(tmp_path / "sees"), *image, "--prompt-ids", "1"])
+
+
+def test_lengths_are_few_and_on_a_cpu_hardly_longer_than_images() -> None:
+    sizes = range(1, 12_289)
+    here = [padded_length(n, 4) for n in sizes]
+    with compiling_for("tpu"):
+        there = [padded_length(n, 4) for n in sizes]
+    for n, ours, theirs in zip(sizes, here, there, strict=True):
+        assert n <= ours <= max(theirs, 128)
+        assert n <= theirs
+    assert all(length - n < 64 for n, length in zip(sizes, here, strict=True))
+    assert len(set(here)) == 192
+    assert len(set(there)) == 16

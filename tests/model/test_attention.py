@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lechat_jax.devices.platform import compiling_for
 from lechat_jax.errors import BadInput
 from lechat_jax.model import attention
 from lechat_jax.model.attention import (
@@ -26,7 +27,7 @@ from lechat_jax.model.attention import (
     training_attention,
 )
 from lechat_jax.ops import attention_backend, flash_attention
-from lechat_jax.ops.attention_backend import choose_backend, unsupported
+from lechat_jax.ops.attention_backend import best_backend, choose_backend, unsupported
 from lechat_jax.ops.flash_attention import fused_attention, splash_attention
 from tests.support.jaxprs import equations
 
@@ -381,3 +382,13 @@ def test_without_a_working_cudnn_one_warning_is_given_and_xla_does_it(
     flash_attention.cudnn_works.cache_clear()
     [record] = caplog.records
     assert "cuDNN attention does not work here" in record.getMessage()
+
+
+def test_on_a_gpu_that_is_not_there_cudnn_is_not_tried(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    flash_attention.cudnn_works.cache_clear()
+    with caplog.at_level(logging.WARNING), compiling_for("gpu"):
+        assert best_backend("bfloat16", T=512, window=None, head_dim=64) == "cudnn"
+        assert best_backend("float32", T=512, window=None, head_dim=64) == "dense"
+    assert not caplog.records

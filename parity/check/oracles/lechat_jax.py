@@ -15,12 +15,12 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Images, RowImages
 from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.generate.vision import as_images
+from lechat_jax.generate.vision import as_images, padded_length
 from lechat_jax.model import cache, scoring
 from lechat_jax.model.binding import Weights, bind
 from lechat_jax.model.layers import RMSNorm
 from lechat_jax.model.mistral import Mistral
-from lechat_jax.tokenizer.images import Image, image_of, padded_length
+from lechat_jax.tokenizer.images import Image, image_of
 from parity.check.oracles.interface import (
     OF_VISION,
     AdamW,

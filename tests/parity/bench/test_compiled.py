@@ -84,6 +84,17 @@ def test_a_training_step_compiles_with_splash_attention(compiled: Compiled) -> N
 
 @needs_libtpu
 @pytest.mark.timeout(900)  # a compiler beside other work
+def test_the_scores_of_the_largest_image_stay_on_the_chip(compiled: Compiled) -> None:
+    flags = ("--preset", "mistral-small-24b-2503", "--layers", "2", "--work", "vision")
+    (row,) = compiled(*flags)
+    assert row["fits"], row["note"]
+    assert row["scratch_bytes"] < 0.8e9  # all scores of a layer would take 4.8 GB
+    assert row["bytes_moved"] < 4.8e9
+    assert row["model_flops"] == pytest.approx(2.3e12, rel=0.1)  # 12,288 patches
+
+
+@needs_libtpu
+@pytest.mark.timeout(900)  # a compiler beside other work
 def test_what_does_not_fit_is_told(compiled: Compiled) -> None:
     flags = ("--preset", "mistral-7b-v0.1", "--layers", "3", "--work", "decode")
     (row,) = compiled(*flags, "--batch", "512", "--topology", "v5e:1x1")
@@ -97,6 +108,8 @@ def test_what_does_not_fit_is_told(compiled: Compiled) -> None:
         (["--topology", "v6e:2 by 4"], "its number or grid, such as v6e:2x4"),
         (["--topology", "v6e:1x1", "--mesh", "eight"], "--mesh is, for example, fsdp=4,tp=2"),
         (["--topology", "v6e:1x1", "--preset", "mistral"], "mistral"),
+        (["--work", "vision"], "mistral-7b-v0.1 has no vision tower"),
+        (["--work", "vision", "--preset", "pixtral-12b-2409", "--mesh", "tp=8"], "one device"),
     ],
 )
 def test_what_nobody_can_compile_for_is_refused(
