@@ -102,7 +102,7 @@ class Compiled(Work):
         self.config()
         if self.mesh:
             sizes_of(self.mesh)
-        if "vision" in self.work:
+        if self.work.count("vision"):
             tower_of(self.preset, self.layers)
             if self.mesh:
                 raise BadInput("--work vision is compiled for one device; leave out --mesh")

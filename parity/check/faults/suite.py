@@ -81,7 +81,7 @@ def suite(model: Model, inputs: Inputs) -> Iterator[Fault]:
             is_new = config.windows != model.config.windows
             comparisons[key] = Comparison(right, right, Inputs.of(config) if is_new else inputs)
         # No published test shows an image, so of the tower's faults nothing is said.
-        content = () if "vision" in fault.base else fresh.content(fault)
+        content = () if fault.base.get("vision") else fresh.content(fault)
         yield _found(fault, first_divergence(comparisons[key], fault), content)
 
 
