@@ -2,7 +2,7 @@
 
     python -m parity.drawings shapes
     python -m lechat_jax.train --init-from shapes/model --data shapes/train.jsonl \
-        --vision-tower trained --block 48 --batch 32 --learning-rate 50 --name eyes
+        --vision-tower trained --block 48 --batch 32 --learning-rate 100 --name eyes
     python -m parity.drawings shapes --score runs/eyes
 
 The drawings that are scored are none of those that were learned from: each is of another place,
@@ -32,7 +32,8 @@ from lechat_jax.model.binding import weights_of
 from lechat_jax.model.mistral import Mistral
 from lechat_jax.tokenizer.tokenizer import Tokenizer
 
-PRESET = "lechat-sees-11m"
+PRESET = "lechat-sees-3m"
+TEKKEN = "tekken_240911.json"  # of Pixtral 12B
 SIDE = 64  # pixels
 QUESTION = "What is drawn?"
 COLOURS = {
@@ -89,6 +90,8 @@ def make(options: Drawings) -> None:
         BadInput: the folder exists, or cannot be written.
     """
     folder = options.folder
+    if folder.exists():
+        raise BadInput(f"{folder} exists; name another folder")
     check_new_folder(folder)
     draw = np.random.default_rng(options.seed)
     (folder / "images").mkdir(parents=True)
@@ -102,10 +105,17 @@ def make(options: Drawings) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     config = preset(PRESET)
     weights = weights_of(Mistral(config, rngs=nnx.Rngs(options.seed)))
-    tokenizer = Tokenizer.shipped("mistral_instruct_tokenizer_241114.model.v7m1")
-    save_weights(folder / "model", config, weights, tokenizer.path)
+    (folder / "tekken.json").write_text(few_ids(config.vocab_size), encoding="utf-8")
+    save_weights(folder / "model", config, weights, folder / "tekken.json")
     print(f"{folder}: {options.n_train} drawings to learn from, {options.n_held_out} held out")
-    print(f"learn:  {__doc__.splitlines()[3].strip() if __doc__ else ''} ...")
+
+
+def few_ids(vocab_size: int) -> str:
+    """The first ids of Pixtral's tokenizer, so that the head of the model takes little time."""
+    fields = json.loads(Tokenizer.shipped(TEKKEN).path.read_text(encoding="utf-8"))
+    n_special = fields["config"]["default_num_special_tokens"]
+    fields["config"]["default_vocab_size"] = vocab_size
+    return json.dumps(fields | {"vocab": fields["vocab"][: vocab_size - n_special]})
 
 
 def conversation(path: str, said: str) -> list[dict[str, object]]:

@@ -108,14 +108,14 @@ RELEASES: dict[str, Fields] = {
         "sliding_window": 64,
     },
     # A small one that sees, for drawings: python -m parity.drawings.
-    "lechat-sees-11m": {
+    "lechat-sees-3m": {
         "dim": 160,
         "n_layers": 4,
         "n_heads": 8,
         "n_kv_heads": 2,
         "head_dim": 20,
         "hidden_dim": 480,
-        "vocab_size": 32768,
+        "vocab_size": 4096,
         "norm_eps": 1e-5,
         "rope_theta": 1e4,
         "sliding_window": None,

@@ -217,6 +217,7 @@ PUBLISHED = {  # of those that see: the decoder, and the tower with its projecto
     "lechat-15m": 15_165_888,
     "bench-284m": 283_673_600,
     "bench-1b": 1_003_554_816,
+    "lechat-sees-3m": 2_489_760 + 428_800,
     "mistral-7b-v0.1": 7_241_732_096,
     "mistral-7b-v0.2": 7_241_732_096,
     "mistral-7b-v0.3": 7_248_023_552,
