@@ -17,7 +17,7 @@ SETTINGS = "tokenizer_config.json"
 # All that is carried along: the tokenizer's own files, and those that are read here.
 BESIDE = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|"
-    r"generation_config\.json|chat_template\.(jinja|json)"
+    r"generation_config\.json|chat_template\.(jinja|json)|(pre)?processor_config\.json"
 )
 
 

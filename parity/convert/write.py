@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lechat_jax.config import VisionConfig
 from lechat_jax.files.safetensors_header import parse_json
 from lechat_jax.formats.configs.hugging_face import to_hugging_face
 from lechat_jax.formats.configs.mistral import to_params
@@ -85,6 +86,45 @@ def write_tokenizer(folder: Path, fmt: Format, source: Source) -> None:
         own = TOKENIZER_CONFIG | {"split_special_tokens": not _has_template(folder, said)}
         _write(settings, own)
     _write_generation(folder, fmt, source)
+    if fmt == "hf" and (vision := source.config.vision):
+        for name, fields in processor_of(vision).items():
+            if not (folder / name).exists():
+                _write(folder / name, fields)
+
+
+def processor_of(vision: VisionConfig) -> dict[str, dict[str, Any]]:
+    """Files of transformers' processor of images for a tower, by name.
+
+    Its image processor cuts where Mistral's rounds, so of images that are too large some have a
+    row or a column less than lechat gives them.
+    """
+    from mistral_common.tokens.tokenizers.image import DATASET_MEAN, DATASET_STD
+
+    side = {"height": vision.patch_size, "width": vision.patch_size}
+    return {
+        "preprocessor_config.json": {
+            "image_processor_type": "PixtralImageProcessor",
+            "processor_class": "PixtralProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "image_mean": list(DATASET_MEAN),
+            "image_std": list(DATASET_STD),
+            "patch_size": side,
+            "resample": 3,  # bicubic
+            "rescale_factor": 1 / 255,
+            "size": {"longest_edge": vision.max_image_size},
+        },
+        "processor_config.json": {
+            "processor_class": "PixtralProcessor",
+            "patch_size": vision.patch_size,
+            "spatial_merge_size": vision.spatial_merge_size,
+            "image_token": "[IMG]",
+            "image_break_token": "[IMG_BREAK]",
+            "image_end_token": "[IMG_END]",
+        },
+    }
 
 
 def _has_template(folder: Path, settings: dict[str, Any]) -> bool:

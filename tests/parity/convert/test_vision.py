@@ -20,11 +20,11 @@ from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.generate.vision import as_images
 from lechat_jax.model.binding import bind
-from lechat_jax.tokenizer.images import Image
+from lechat_jax.tokenizer.images import Image, read_image
 from parity.architectures import ARCHITECTURES
 from parity.convert.command import main as convert
 from parity.convert.open_source import open_source
-from tests.support.images import PIXTRAL, SEES, TOWER, two_images
+from tests.support.images import PIXTRAL, SEES, TOWER, noise, two_images
 
 MINISTRAL_3 = dataclasses.replace(ARCHITECTURES["ministral-3"], vision=TOWER)
 KINDS: dict[str, MistralConfig] = {
@@ -263,3 +263,21 @@ def test_mistrals_own_words_for_a_tower_are_those_of_its_releases(
     with pytest.raises(BadInput, match=r"deepstack = 3 in its vision_encoder"):
         open_source(tmp_path / "own")
     assert open_source(tmp_path / "own", text_only=True).config == SEES.text
+
+
+def test_an_export_has_transformers_own_processor_of_images(small: Path, tmp_path: Path) -> None:
+    """Of an image that needs no scaling it makes the very pixels that lechat reads."""
+    assert convert([str(small), str(tmp_path / "ours"), "--to", "lechat"]) == 0
+    assert convert([str(tmp_path / "ours"), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    processor: Any = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    picture = noise(40, 24)
+    found = processor(images=[picture], return_tensors="np")
+    assert found["image_sizes"][0].tolist() == [24, 40]
+    theirs = torch.tensor(np.array(found["pixel_values"][0]))
+    ours = pixels([read_image(picture, TOWER)], SEES)["pixel_values"][0]
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+    words = json.loads((tmp_path / "hf" / "processor_config.json").read_text())
+    assert (words["patch_size"], words["spatial_merge_size"]) == (4, 2)
+    assert convert([str(tmp_path / "hf"), str(tmp_path / "again"), "--to", "hf"]) == 0
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        assert (tmp_path / "again" / name).read_text() == (tmp_path / "hf" / name).read_text()
