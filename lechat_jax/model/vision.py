@@ -8,6 +8,7 @@ attention does not notice, since it knows the place of each by its rotation.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def rotation_2d(places: Int[Array, "B P 2"], config: VisionConfig, dtype: DTypeL
 
 
 def _applied(
-    block: Callable[..., tuple[Array, None, None]], x: Array, rotary: Rotations, n_patches: Array
+    block: Callable[..., tuple[Array, Any, Any]], x: Array, rotary: Rotations, n_patches: Array
 ) -> Array:
     """Block on the patches of images, of which each row has so many."""
 

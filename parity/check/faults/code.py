@@ -144,9 +144,9 @@ def _last_token_dropped(right: Callable) -> Callable:
 
 def _targets_not_shifted(right: Callable) -> Callable:
     def total_nats(
-        config: Any, options: Any, weights: Any, inputs: Any, _: Any, *others: Any
+        config: Any, options: Any, weights: Any, inputs: Any, _: Any, *others: Any, **named: Any
     ) -> Array:
-        return right(config, options, weights, inputs, inputs, *others)
+        return right(config, options, weights, inputs, inputs, *others, **named)
 
     return total_nats
 
