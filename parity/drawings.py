@@ -48,7 +48,6 @@ COLOURS = {
 CORNERS = {
     "triangle": [(i / 3, 1.0) for i in range(3)],
     "square": [(i / 4 + 1 / 8, 1.0) for i in range(4)],
-    "star": [(i / 10, 1.0 if i % 2 == 0 else 0.42) for i in range(10)],
 }
 SHAPES = ("circle", *CORNERS, "cross")
 
@@ -67,7 +66,7 @@ class Drawings:
 
     folder: tyro.conf.Positional[Path]
     score: Path | None = None
-    n_train: int = 4000
+    n_train: int = 12000
     n_held_out: int = 300
     seed: int = 0
 
@@ -125,15 +124,15 @@ def conversation(path: str, said: str) -> list[dict[str, object]]:
 
 
 def drawing(draw: np.random.Generator) -> tuple[str, Image.Image]:
-    """A shape of some colour, size, place and angle on a light ground, and what it is."""
+    """A shape of some colour, size, place and tilt on a light ground, and what it is."""
     colour, shape = draw.choice([*COLOURS]), draw.choice(SHAPES)
     ground = tuple(int(x) for x in draw.integers(215, 256, 3))
     paint = tuple(int(np.clip(x + draw.integers(-22, 23), 0, 255)) for x in COLOURS[colour])
     image = Image.new("RGB", (SIDE, SIDE), ground)
     pen = ImageDraw.Draw(image)
-    radius = draw.uniform(10, 24)
+    radius = draw.uniform(14, 26)
     x, y = draw.uniform(radius, SIDE - radius, 2)
-    for corners in polygons(str(shape), draw.uniform()):
+    for corners in polygons(str(shape), draw.uniform(-0.03, 0.03)):
         pen.polygon([(x + radius * a, y + radius * b) for a, b in corners], fill=paint)
     if shape == "circle":
         pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=paint)
