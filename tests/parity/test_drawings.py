@@ -14,13 +14,13 @@ from parity.drawings import COLOURS, QUESTION, SHAPES, drawing, main
 
 
 def test_the_colour_of_a_drawing_is_the_one_that_is_said() -> None:
-    """The ground is light, so what is far from the corners' colour is the shape."""
+    """What is far from the ground's colour is the shape."""
     draw = np.random.default_rng(0)
     for _ in range(60):
         said, image = drawing(draw)
         _, colour, shape = said.split()
         pixels = np.asarray(image, np.int32)
-        is_shape = np.abs(pixels - np.median(pixels, axis=(0, 1))).max(axis=2) > 25
+        is_shape = np.abs(pixels - pixels[0, 0]).max(axis=2) > 25  # a corner is never drawn on
         painted = np.median(pixels[is_shape], axis=0)
         named = min(COLOURS, key=lambda name: np.abs(painted - COLOURS[name]).sum())
         assert named == colour
