@@ -11,7 +11,7 @@ from lechat_jax.data.batches import Batches
 from lechat_jax.data.examples import Examples, load_examples
 from lechat_jax.data.held_out import INTERIM_ROWS, HeldOut, interim_rows
 from lechat_jax.data.packing import Documents, Packed
-from lechat_jax.data.rows import RowImages, Rows, described_rows
+from lechat_jax.data.rows import Rows, described_rows
 from lechat_jax.data.sources import form_of
 from lechat_jax.data.token_shards import ALONE, Processes, Progress
 from lechat_jax.data.tokens import Tokens, load_tokens
@@ -151,11 +151,7 @@ class ExampleDataset:
         def bytes_of(rows: Integer[np.ndarray, " rows"]) -> int:
             return sum(sizes[i] for row in rows.tolist() for i in packed.sharing(row))
 
-        def images_of(rows: Integer[np.ndarray, " rows"]) -> RowImages | None:
-            return packed.images_of(rows.tolist(), whole.tokens[rows])
-
-        whole = packed.one_epoch()
-        return HeldOut(whole, sum(sizes), subset, bytes_of, images_of)
+        return HeldOut(packed.one_epoch(), sum(sizes), subset, bytes_of, packed.images_of)
 
     def described(self, rows: Rows) -> Rows:
         """`jax.ShapeDtypeStruct`s of a batch, those of its tokens given, with its images."""

@@ -151,7 +151,7 @@ class Packed:
         steps = range(first_step, first_step + n_steps)
         numbers = [step * self.batch + row for step in steps for row in within]
         rows = self._filled(numbers, (n_steps, len(within)))
-        images = self.images_of(numbers, rows.tokens.reshape(len(numbers), -1))
+        images = self.images_of(np.array(numbers))
         if images is None:
             return rows
         (patches, places), slots = images
@@ -166,13 +166,12 @@ class Packed:
             return rows
         return rows._replace(images=self._images.described(rows.tokens))
 
-    def images_of(
-        self, numbers: Sequence[int], tokens: Integer[np.ndarray, "rows T"]
-    ) -> RowImages | None:
-        """The images of rows, whose tokens these are; `None` if no document has any."""
+    def images_of(self, numbers: Integer[np.ndarray, " rows"]) -> RowImages | None:
+        """The images of rows, counted through all epochs; `None` if no document has any."""
         if self._images is None:
             return None
-        return self._images.rows([self.sharing(number)[0] for number in numbers], tokens)
+        tokens = self._filled(numbers.tolist(), (len(numbers),)).tokens
+        return self._images.rows([self.sharing(n)[0] for n in numbers.tolist()], tokens)
 
     def one_epoch(self) -> Rows:
         """All rows of the first epoch's packing, [windows, block + 1]."""

@@ -165,9 +165,19 @@ def windows(documents: Documents, block: int, stride: int) -> Documents:
     >>> parts = windows(whole, block=2, stride=1)
     >>> parts.ids.tolist(), parts.counted.astype(int).tolist()
     ([1, 5, 6, 5, 6, 7, 6, 7, 8], [0, 1, 1, 0, 0, 1, 0, 0, 1])
+
+    Raises:
+        BadInput: a document with images does not fit into a window.
     """
-    pieces = []
-    for begin, end in itertools.pairwise(documents.begins.tolist()):
+    pieces, images = [], []
+    shown = documents.images or [()] * len(documents.lengths)
+    for own, (begin, end) in zip(shown, itertools.pairwise(documents.begins.tolist()), strict=True):
+        if own and end - begin > block + 1:
+            lengths = zip(documents.lengths.tolist(), shown, strict=True)
+            raise BadInput(
+                "an example with images is scored in one window, and the longest has more than "
+                f"{block} tokens; say --block {max(n for n, own in lengths if own) - 1}"
+            )
         scored = begin + 1
         for start in range(begin, end, stride):
             stop = min(start + block + 1, end)
@@ -175,11 +185,13 @@ def windows(documents: Documents, block: int, stride: int) -> Documents:
             counted[: scored - start] = False
             if counted.any():
                 pieces.append((documents.ids[start:stop], counted))
+                images.append(own)
             scored = stop
             if stop == end:
                 break
     ids, counted = (np.concatenate(leaves) for leaves in zip(*pieces, strict=True))
-    return Documents(ids, counted, np.cumsum([0, *(len(own) for own, _ in pieces)]))
+    begins = np.cumsum([0, *(len(piece) for piece, _ in pieces)])
+    return Documents(ids, counted, begins, images if documents.images else ())
 
 
 def load_text(options: EvalConfig, trained: SavedModel, display: Display) -> Text:
@@ -197,7 +209,7 @@ def load_text(options: EvalConfig, trained: SavedModel, display: Display) -> Tex
 
     progress = display.counter("tokenising")
     if data is not None and (form := form_of(data)):
-        examples = load_examples(data, form, tokenizer, ANY, progress)
+        examples = load_examples(data, form, tokenizer, ANY, progress, vision=trained.config.vision)
         notes = _notes(examples.note)
         if part == "held-out":
             notes += _notes(trained.not_trained_on(options.data, data, examples.sha256))
@@ -245,6 +257,7 @@ def _joined(a: Documents, b: Documents) -> Documents:
         np.concatenate([a.ids, b.ids]),
         np.concatenate([a.counted, b.counted]),
         np.concatenate([a.begins, a.begins[-1] + b.begins[1:]]),
+        [*a.images, *b.images],
     )
 
 
@@ -260,7 +273,8 @@ def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
         display.say(f"note: {note}")
     stride = options.stride or -(-options.window // 2)
     pieces = windows(text.documents, options.window, stride)
-    packed = Packed(pieces, min(options.window, int(pieces.lengths.max()) - 1), batch=1, seed=0)
+    block = min(options.window, int(pieces.lengths.max()) - 1)
+    packed = Packed(pieces, block, batch=1, seed=0, vision=trained.config.vision)
     display.wait("loading weights")
     mesh = make_mesh(options.mesh) if options.mesh else None
     if mesh:
@@ -270,7 +284,7 @@ def measure(options: EvalConfig, display: Display) -> dict[str, Any]:
     dtype = str(weights["norm.scale"].dtype)
     scored = packed.one_epoch()
     bytes_of = decoded_bytes(scored, text.tokenizer)
-    held = HeldOut(scored, text.n_bytes, np.arange(packed.windows), bytes_of)
+    held = HeldOut(scored, text.n_bytes, np.arange(packed.windows), bytes_of, packed.images_of)
     forward = Forward(dtype="bfloat16" if dtype == "bfloat16" else "float32", mesh=mesh)
     validator = Validator(trained.config, forward, held)
     display.wait("compiling")

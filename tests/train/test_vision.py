@@ -12,9 +12,12 @@ import pytest
 
 from lechat_jax.checkpoint.saved_model import SavedModel
 from lechat_jax.checkpoint.weights import save_weights
+from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig, VisionConfig
 from lechat_jax.data.dataset import open_dataset
 from lechat_jax.errors import BadInput
+from lechat_jax.eval.command import EvalConfig, measure
+from lechat_jax.eval.command import main as evaluate
 from lechat_jax.generate.generator import Generator
 from lechat_jax.model.binding import Weights, bind, weights_of
 from lechat_jax.tokenizer.chat_template import Conversation
@@ -148,6 +151,24 @@ def test_the_projector_learns_and_the_tower_only_if_it_is_asked_to(
     chat = generator.chat(max_tokens=4)
     chat.say("What is it?", [data.parent / "1.png"])
     assert len(chat.conversation.images) == 1
+
+
+def test_eval_scores_examples_with_images_as_the_run_has_validated_them(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    trained(model, data, out)
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    validated = [row for row in rows if "val/loss" in row][-1]
+    assert evaluate([str(out), "--json", str(figures)]) == 0
+    found = json.loads(figures.read_text())
+    assert found["loss"] == pytest.approx(validated["val/loss"], rel=1e-5)
+    assert (found["tokens"], found["bytes"]) == (validated["val/tokens"], validated["val/bytes"])
+    with pytest.raises(BadInput, match="scored in one window") as refused:
+        measure(EvalConfig(out, block=20), Display(None))
+    longest = int(str(refused.value).rpartition(" ")[2])
+    assert evaluate([str(out), "--block", str(longest), "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())["loss"] == pytest.approx(found["loss"], rel=1e-5)
 
 
 def test_text_alone_leaves_the_tower_and_its_projector_as_they_are(
