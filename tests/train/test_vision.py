@@ -15,6 +15,7 @@ from lechat_jax.checkpoint.weights import save_weights
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig, VisionConfig
 from lechat_jax.data.dataset import open_dataset
+from lechat_jax.devices.mesh import make_mesh
 from lechat_jax.errors import BadInput
 from lechat_jax.eval.command import EvalConfig, measure
 from lechat_jax.eval.command import main as evaluate
@@ -65,8 +66,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def opened(data: Path, vision: VisionConfig | None = TOWER, block: int = 95) -> Any:
-    return open_dataset(str(data), V7, block, 3, 0, "auto", lambda done, of: None, vision=vision)
+def opened(data: Path, vision: VisionConfig | None = TOWER, batch: int = 3) -> Any:
+    return open_dataset(str(data), V7, 95, batch, 0, "auto", lambda done, of: None, vision=vision)
 
 
 def test_ids_are_those_of_the_chat_template_and_answers_alone_count(data: Path) -> None:
@@ -100,9 +101,9 @@ def test_a_row_is_shown_its_own_images(data: Path) -> None:
         np.testing.assert_allclose(found[row, at], np.concatenate(expected), atol=1e-5)
 
 
-def gradients(data: Path, **options: Any) -> tuple[float, Weights]:
+def gradients(data: Path, batch: int = 3, **options: Any) -> tuple[float, Weights]:
     weights = weights_of(random_model(CONFIG))
-    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), opened(data).rows(0, 1))
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), opened(data, batch=batch).rows(0, 1))
     loss, grads = jax.jit(gradient, static_argnums=(0, 1))(
         CONFIG, StepOptions(**options), weights, {}, rows
     )
@@ -120,6 +121,15 @@ def test_parts_of_a_batch_add_up_and_a_frozen_tower_has_no_gradient(data: Path) 
         is_still = name.startswith("vision.")
         assert np.abs(leaf).max() > 0, name
         assert (np.abs(frozen[name]).max() == 0) == is_still, name
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2", "fsdp=4,tp=2"])
+def test_devices_that_share_the_rows_share_their_images(mesh: str, data: Path) -> None:
+    loss, grads = gradients(data, batch=4)
+    shared, parts = gradients(data, batch=4, mesh=make_mesh(mesh))
+    assert shared == pytest.approx(loss, rel=1e-5)
+    for name, leaf in grads.items():
+        np.testing.assert_allclose(parts[name], leaf, atol=2e-5 * (1 + np.abs(leaf).max()))
 
 
 def trained(model: Path, data: Path, out: Path, **options: Any) -> tuple[Weights, Weights]:
