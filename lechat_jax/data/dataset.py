@@ -127,7 +127,7 @@ class ExampleDataset:
         vision: VisionConfig | None = None,
     ) -> None:
         self.name, self.size = examples.name, examples.size
-        self.vision = vision if examples.train.images or examples.val.images else None
+        self.vision = vision if any(examples.train.images) or any(examples.val.images) else None
         self.n_bytes, self.sha256 = examples.n_bytes, examples.sha256
         self.opening, self.chat = examples.opening, examples.form == "messages"
         self._examples, self._tokenizer = examples, tokenizer

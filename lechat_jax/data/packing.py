@@ -129,7 +129,7 @@ class Packed:
             )
         self.documents = documents
         self._images: DocumentImages | None = None
-        if documents.images and vision:
+        if vision and any(documents.images):
             pairs = itertools.pairwise(documents.begins.tolist())
             ids = [documents.ids[a:b] for a, b in pairs]
             self._images, together = DocumentImages(documents.images, vision, ids), False

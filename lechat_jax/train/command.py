@@ -149,6 +149,9 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             f"the text is not the one that {asked.resume} was started on (SHA-256 {known}); "
             "restore it or say with --data where it is, or start a new run"
         )
+    if options.vision_tower == "trained" and shapes[0].images is None:
+        lacks = f"{dataset.name} has no images" if config.vision else "the model has no tower"
+        raise BadInput(f"--vision-tower trained, and {lacks}; leave it out")
     if options.unused_ids == "shared":
         counts = count_ids(dataset.ids, config.vocab_size)
         unused = UnusedIds.of(counts)
@@ -172,7 +175,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
             profile_steps(run, options.profile)
         job = Job(run, config, options, dataset, counts, unused, tokenizer, display, began, mesh)
         training = TrainingRun(job)
-        trainer = Trainer(training, compilation)
+        trainer = Trainer(training, compilation, shapes[0])
         weights = loaded.weights if loaded else None
         if start.learning and loaded:
             training.freeze(loaded.weights, start.learning.adapters)

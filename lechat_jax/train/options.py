@@ -296,6 +296,10 @@ class TrainConfig:
             raise BadInput(
                 "muon turns whole matrices, and adapters are none; leave out --optimizer"
             )
+        if self.learns_adapters and self.vision_tower == "trained":
+            raise BadInput(
+                "a vision tower does not learn beside adapters; leave out --vision-tower trained"
+            )
         if self.quantize and not self.learns_adapters:
             raise BadInput(
                 "int8 weights cannot learn, only adapters beside them; say --lora-rank too, or "

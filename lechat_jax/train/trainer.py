@@ -26,14 +26,16 @@ RECENT_CALLS = 6  # that tell how long a step takes now
 ROWS_OF_A_CALL = "-BT"  # their axes: steps, rows, tokens
 
 
-def steps_of_a_call() -> int:
-    """Steps that one call of the device can take."""
+def steps_of_a_call(batch: Rows) -> int:
+    """Steps that one call of the device can take; one if it is sent the pixels of images."""
+    if batch.images is not None:
+        return 1
     return 4 if platform() == "cpu" else 32
 
 
 def described_rows_of_a_call(batch: Rows, mesh: Mesh | None) -> Rows:
     """`Trainer.rows_to_send` as `jax.ShapeDtypeStruct`s, from those of one batch, [B, T + 1]."""
-    n = steps_of_a_call()
+    n = steps_of_a_call(batch)
     rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape), leaf.dtype), batch)
 
     def places(mesh: Mesh, rows: Rows) -> Rows:
@@ -54,18 +56,23 @@ class Trainer:
         ahead: calls that are sent before the losses of one are read; processes agree between them.
         sent: steps that the device has been asked for.
         upcoming: the rows of the steps after those.
+
+    Args:
+        training: the run.
+        compilation: of the step.
+        batch: `jax.ShapeDtypeStruct`s of the rows of a step.
     """
 
     upcoming: Rows
 
-    def __init__(self, training: TrainingRun, compilation: Compilation) -> None:
+    def __init__(self, training: TrainingRun, compilation: Compilation, batch: Rows) -> None:
         self.training, self.job, self.compilation = training, training.job, compilation
         self.events = Events(training)
         self.reader = self.job.dataset.reader
         dtype, mesh = training.step_options.dtype, self.job.mesh
         self.speed = Speed(training.config, self.reader.block, dtype, mesh)
         self.own_rows = own_rows(mesh, self.reader.batch)
-        self.calls = steps_of_a_call()
+        self.calls = steps_of_a_call(batch)
         self.ahead = 0 if platform() == "cpu" or jax.process_count() > 1 else 1
         self.sent = 0
         self._timed: list[tuple[int, float]] = []  # steps and seconds of each call

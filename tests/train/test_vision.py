@@ -186,8 +186,25 @@ def test_text_alone_leaves_the_tower_and_its_projector_as_they_are(
 ) -> None:
     lines = [json.dumps(example([], f"number {i}")) for i in range(30)]
     data.write_text("\n".join(lines) + "\n")
-    before, after = trained(model, data, tmp_path / "out", vision_tower="trained", weight_decay=0.1)
+    before, after = trained(model, data, tmp_path / "out", weight_decay=0.1)
     assert moved(before, after) == {"embed", "blocks", "norm", "head"}
+    with pytest.raises(BadInput, match="has no images; leave it out"):
+        trained(model, data, tmp_path / "no", vision_tower="trained")
+
+
+def test_a_tower_that_cannot_learn_is_not_asked_to(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="the model has no tower; leave it out"):
+        run(TrainConfig(vision_tower="trained", data=None, out=tmp_path / "no", steps=1))
+    with pytest.raises(BadInput, match="does not learn beside adapters"):
+        TrainConfig(vision_tower="trained", init_from=tmp_path, lora_rank=2)
+
+
+def test_images_that_are_held_out_alone_leave_no_room_in_the_rows_to_train_on(data: Path) -> None:
+    lines = [json.dumps(example(["1.png"] * (i % 10 == 9), f"number {i}")) for i in range(30)]
+    data.write_text("\n".join(lines) + "\n")
+    dataset = opened(data)
+    assert dataset.rows(0, 1).images is None
+    assert dataset.held_out().images_of(np.arange(3)).images.patches.shape[:2] == (3, 1)
 
 
 @pytest.mark.parametrize(
