@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.src,
             dequantize=True,
             dtype=None if options.dtype == "keep" else DTYPES[options.dtype],
+            text_only=options.to == "gguf",
         )
         gguf = folder / f"{options.name.partition('/')[2]}.gguf"
         asked = Convert(
@@ -82,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         check_destination(asked)
         convert(source, asked, console)
+        for note in source.store.notes:
+            print(f"{options.src}: {note}")
         if options.to == "hf":  # which is a folder, and whose files go to the top
             for path in asked.dst.iterdir():
                 path.rename(folder / path.name)
@@ -116,7 +119,7 @@ def card(options: Push, source: Source) -> str:
     train = run.config["train"] if run else {}
     fields = {
         "library_name": "transformers" if options.to == "hf" else "gguf",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if source.config.vision else "text-generation",
         "license": options.license,
         "base_model": source.metadata.get("source") or _name_of(train.get("init_from")),
         "tags": ["mistral", "lechat"],
@@ -128,7 +131,7 @@ def card(options: Push, source: Source) -> str:
         lines += ["## How it was trained", "", *_table(_trained(run, train)), ""]
         if measured := _measured(run):
             lines += ["## How it was measured", "", measured, ""]
-    return "\n".join([*lines, "## How to run it", "", *_how_to_run(options), ""])
+    return "\n".join([*lines, "## How to run it", "", *_how_to_run(options, source), ""])
 
 
 def _what_it_is(source: Source) -> str:
@@ -139,7 +142,7 @@ def _what_it_is(source: Source) -> str:
     return (
         f"A Mistral of {config.n_params:,} weights: {config.n_layers} layers{experts}, "
         f"{config.n_heads} query heads and {config.n_kv_heads} key-value heads, {attention}, "
-        f"{config.vocab_size:,} ids."
+        f"{config.vocab_size:,} ids{', behind a vision tower' if config.vision else ''}."
     )
 
 
@@ -184,24 +187,29 @@ def _table(fields: dict[str, Any]) -> Iterator[str]:
         yield f"| {key} | {text} |"
 
 
-def _how_to_run(options: Push) -> list[str]:
+def _how_to_run(options: Push, source: Source) -> list[str]:
+    name = options.name
     if options.to == "gguf":
-        return ["```sh", f"llama-cli -hf {options.name}", "```"]
-    return [
-        "```python",
-        "from transformers import pipeline",
-        "",
-        f'print(pipeline("text-generation", "{options.name}")("Our fathers"))',
-        "```",
-        "",
-        "or in JAX:",
-        "",
-        "```python",
-        "import lechat_jax as lechat",
-        "",
-        f'print(lechat.load("{options.name}").generate("Our fathers").text)',
-        "```",
-    ]
+        return ["```sh", f"llama-cli -hf {name}", "```"]
+    if source.config.vision:
+        theirs = (
+            "from transformers import AutoModelForImageTextToText",
+            f'model = AutoModelForImageTextToText.from_pretrained("{name}")',
+        )
+        ours = 'chat().say("What is it?", ["image.png"])'
+    else:
+        theirs = (
+            "from transformers import pipeline",
+            f'print(pipeline("text-generation", "{name}")("Our fathers"))',
+        )
+        ours = 'generate("Our fathers").text'
+    loaded = ("import lechat_jax as lechat", f'print(lechat.load("{name}").{ours})')
+    return [*_python(*theirs), "", "or in JAX:", "", *_python(*loaded)]
+
+
+def _python(first: str, then: str) -> list[str]:
+    """A block of Python: an import, and what is done with it."""
+    return ["```python", first, "", then, "```"]
 
 
 def _name_of(path: Any) -> str | None:

@@ -1,6 +1,7 @@
 """What is published on the Hub: a conversion and its card, in one commit, or nothing."""
 
 import base64
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from lechat_jax.model.binding import weights_of
 from lechat_jax.train.command import main as train
 from parity.push import main
 from tests.support import tokenizers
+from tests.support.images import SEES
 from tests.support.models import random_model
 
 NAME = "somebody/a-model"
@@ -154,6 +156,28 @@ def test_a_model_is_published_as_a_file_for_llama_cpp(
     assert sorted(hub.files) == ["README.md", "a-model.gguf"]
     assert hub.files["a-model.gguf"][:4] == b"GGUF"
     assert f"llama-cli -hf {NAME}" in front_matter(hub.files)[1]
+
+
+def test_a_model_that_sees_is_published_with_its_tower_and_for_llama_cpp_without(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    config = dataclasses.replace(SEES, vocab_size=tokenizers.tokenizer("v7m1").vocab_size)
+    weights = weights_of(random_model(config))
+    save_weights(tmp_path / "model", config, weights, tokenizers.shipped("v7m1"))
+    assert main([str(tmp_path / "model"), NAME]) == 0
+    assert hub.files is not None
+    fields, text = front_matter(hub.files)
+    assert fields["pipeline_tag"] == "image-text-to-text"
+    assert 'chat().say("What is it?", ["image.png"])' in text
+    capsys.readouterr()
+    assert main([str(tmp_path / "model"), NAME, "--to", "gguf"]) == 0
+    assert "tensors of the vision tower left out" in capsys.readouterr().out
+    assert front_matter(hub.files)[0]["pipeline_tag"] == "text-generation"
+    (tmp_path / "a.gguf").write_bytes(hub.files["a-model.gguf"])
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert len(names) == len(config.text.weights)
+    assert all(name.startswith(("blk.", "token_embd", "output")) for name in names)
 
 
 def test_what_is_refused_leaves_nothing(hub: Hub, run: Path, tmp_path: Path) -> None:
