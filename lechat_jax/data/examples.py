@@ -195,7 +195,7 @@ def _source(data: str, form: Form, vision: VisionConfig | None) -> Source:
 
 def _located(record: Record, folder: Path) -> Record:
     """A record in which the files of images are not relative to its own any more."""
-    for part in parts_of(record.fields.get("messages")):
+    for part in itertools.chain.from_iterable(map(parts_of, record.fields.values())):
         said = part.get("image_url")
         url = said.get("url") if isinstance(said, dict) else said
         if isinstance(url, str) and not url.startswith(("data:", "http:", "https:")):

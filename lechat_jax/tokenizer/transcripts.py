@@ -40,10 +40,12 @@ class Transcript(NamedTuple):
 
 
 def parts_of(messages: Any) -> Iterator[dict[str, Any]]:
-    """The parts of messages whose content is a list, such as their images."""
+    """The parts of messages whose content (ShareGPT's value) is a list, such as their images."""
     for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        yield from (part for part in content or () if isinstance(part, dict))
+        said = message if isinstance(message, dict) else {}
+        content = said.get("content", said.get("value"))
+        parts = content if isinstance(content, list) else ()
+        yield from (part for part in parts if isinstance(part, dict))
 
 
 class Transcripts:

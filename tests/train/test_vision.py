@@ -207,6 +207,21 @@ def test_images_that_are_held_out_alone_leave_no_room_in_the_rows_to_train_on(da
     assert dataset.held_out().images_of(np.arange(3)).images.patches.shape[:2] == (3, 1)
 
 
+@pytest.mark.parametrize("dialect", ["conversations", "prompt"])
+def test_files_are_beside_the_data_whatever_the_dialect(dialect: str, data: Path) -> None:
+    expected = opened(data).rows(0, 1)
+    lines = []
+    for line in data.read_text().splitlines():
+        asked, answered = json.loads(line)["messages"]
+        if dialect == "prompt":
+            lines.append({"prompt": [asked], "completion": [answered]})
+        else:
+            pairs = ("human", asked["content"]), ("gpt", answered["content"])
+            lines.append({dialect: [{"from": who, "value": said} for who, said in pairs]})
+    data.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    jax.tree.map(np.testing.assert_array_equal, opened(data).rows(0, 1), expected)
+
+
 @pytest.mark.parametrize(
     ("images", "said"),
     [
@@ -222,6 +237,13 @@ def test_an_image_that_is_none_is_told_with_its_line(
     with pytest.raises(BadInput, match="line 2") as refused:
         opened(data)
     assert said in str(refused.value)
+
+
+def test_a_message_that_is_none_is_told_with_its_line(data: Path) -> None:
+    bad = {"messages": [5, {"role": "user", "content": 5}]}
+    data.write_text("\n".join(map(json.dumps, (example([], "a"), bad))) + "\n")
+    with pytest.raises(BadInput, match="line 2"):
+        opened(data)
 
 
 def test_a_blind_model_is_given_no_images(data: Path) -> None:
