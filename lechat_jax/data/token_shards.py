@@ -50,6 +50,9 @@ ATTEMPTS = 5
 REMEDY = "the next start goes on from what is kept there (LECHAT_CACHE names another folder)"
 WEEK = 7 * 24 * 3600  # seconds for which what an interrupted start has left is kept
 BYTES = np.dtype(np.uint8)
+# What the disk says where another process that is done deletes the folder that this one writes to;
+# of `mkdir`, which found the folder and then did not, that there is a file.
+DELETED = FileNotFoundError, FileExistsError
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
@@ -174,7 +177,8 @@ class ShardedTokens:
             processes: those of the run, which must all call this.
         """
         if processes.count > 1 and not found and not self.few:
-            with disk_errors(self._path.parent, REMEDY):
+            deleted = contextlib.suppress(*DELETED)
+            with disk_errors(self._path.parent, REMEDY), deleted:
                 self._make(self._units[processes.index :: processes.count])
         processes.anywhere(False)  # waits until all have made their parts
         is_shared = all(unit.text.exists() for unit in self._units)
@@ -194,8 +198,8 @@ class ShardedTokens:
                     for unit in self._units:
                         shutil.rmtree(unit.folder, ignore_errors=True)
                     return Streams.of(arrays)
-            missing = contextlib.suppress(FileNotFoundError)
-            with disk_errors(self._path.parent, REMEDY), missing:
+            deleted = contextlib.suppress(*DELETED)
+            with disk_errors(self._path.parent, REMEDY), deleted:
                 if self.few:
                     self._write_few(*self.few)
                 else:

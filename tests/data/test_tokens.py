@@ -205,6 +205,26 @@ def test_calls_at_the_same_time_agree_and_the_next_uses_the_cache(
     assert len(list(cache.iterdir())) == 1
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError, FileExistsError])
+def test_shards_that_another_process_deletes_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    """Deleted while `mkdir` looks, a folder is there first, and then no folder."""
+    file = str(jsonl(tmp_path / "a.jsonl", TEXTS))
+    wanted = load_tokens(file, TOKENIZER, tmp_path / "alone")
+    errors = [error("deleted"), error("deleted")]
+
+    def write_arrays(path: Path, arrays: dict[str, list[np.ndarray]]) -> None:
+        if errors:
+            raise errors.pop()
+        token_cache.write_arrays(path, arrays)
+
+    monkeypatch.setattr(token_shards, "write_arrays", write_arrays)
+    found = load_tokens(file, TOKENIZER, tmp_path / "cache")
+    assert same(found, wanted)
+    assert not errors
+
+
 def test_a_text_that_was_changed_has_another_cache(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", TEXTS)
     stat = file.stat()
