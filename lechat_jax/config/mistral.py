@@ -155,6 +155,8 @@ class MistralConfig:
                 f"n_experts_per_token must be between 1 and n_experts ({self.n_experts}), or both "
                 f"0 for a model without experts, not {self.n_experts_per_token}"
             )
+        if self.vision and (last := max(self.vision.token_ids)) >= self.vocab_size:
+            raise BadInput(f"vision has the token id {last}, and vocab_size is {self.vocab_size}")
         if isinstance(self.sliding_window, tuple) and len(self.sliding_window) != self.n_layers:
             raise BadInput(
                 f"sliding_window names {len(self.sliding_window)} layers, "

@@ -49,9 +49,7 @@ class VisionConfig:
     image_break_token_id: int = 12
     image_end_token_id: int = 13
 
-    # What its blocks have, which are those of the decoder.
-    norm_eps = 1e-5
-    n_experts = 0
+    norm_eps = 1e-5  # of all towers
 
     def __post_init__(self) -> None:
         sizes = "dim n_layers n_heads hidden_dim patch_size max_image_size spatial_merge_size"
@@ -63,6 +61,17 @@ class VisionConfig:
                 f"vision.dim ({self.dim}) must be vision.n_heads ({self.n_heads}) times a multiple "
                 "of 4, since half of the pairs of a head's lanes turn by row and half by column"
             )
+        ids = self.token_ids
+        if min(ids) < 0 or len({*ids}) < len(ids):
+            raise BadInput(
+                "vision.image_token_id, image_break_token_id and image_end_token_id must be three "
+                f"ids, not {ids[0]}, {ids[1]} and {ids[2]}"
+            )
+
+    @property
+    def token_ids(self) -> tuple[int, int, int]:
+        """Ids of the tokens of an image."""
+        return self.image_token_id, self.image_break_token_id, self.image_end_token_id
 
     @property
     def head_dim(self) -> int:

@@ -2,7 +2,7 @@
 
 mistral-common scales an image and lays the grid of its tokens, so both are Mistral's own. It
 rounds where transformers' image processor cuts, and scales by OpenCV's bicubic filter without
-antialiasing: another grid in 2 % of images that are too large, and other pixels in most.
+antialiasing: another grid for some of the images that are too large, and other pixels in most.
 """
 
 import base64

@@ -94,12 +94,12 @@ def group(name: str) -> str:
 
     >>> group("blocks.0.attn.q.kernel"), group("blocks.attn_norm.scale"), group("head.kernel")
     ('matrix', 'norm', 'head')
+    >>> group("vision.blocks.0.attn.q.kernel"), group("projector.linear_1.kernel")
+    ('matrix', 'head')
     """
     if layout.is_norm(name) or layout.is_bias(name):
         return "norm"
-    if layout.is_vision(name) and not (
-        layout.is_stack(name) or layout.vision_layer_of(name) is not None
-    ):
+    if layout.is_vision(name) and not layout.is_stack(layout.stacked(name)):
         return "head"  # patches and projector, each of which there is once
     module = layout.module_of(name)
     return module if module in ("embed", "head") else "matrix"

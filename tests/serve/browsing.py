@@ -14,6 +14,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 def executable(playwright: Playwright) -> str:
     own = playwright.chromium.executable_path
     found = own if Path(own).exists() else next(filter(None, map(shutil.which, BROWSERS)), None)
+    # A browser is no package of Python's, so no extra can bring one.
     return found or pytest.skip("there is no Chromium: `playwright install chromium` brings one")
 
 

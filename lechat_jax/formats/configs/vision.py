@@ -12,6 +12,7 @@ from typing import Any
 
 from lechat_jax.config import MistralConfig, VisionConfig
 from lechat_jax.config.mistral import vision_from_dict
+from lechat_jax.config.vision import CHANNELS
 from lechat_jax.errors import BadInput
 from lechat_jax.formats.configs.common import Fields, short
 from lechat_jax.formats.stores import Store, Stored, text_alone
@@ -84,7 +85,7 @@ def vision_of_hugging_face(fields: Fields, where: object) -> VisionConfig:
     wanted = {
         "model_type": (tower.get("model_type", "pixtral"), "pixtral"),
         "hidden_act": (tower.get("hidden_act", "gelu"), "silu"),
-        "num_channels": (tower.get("num_channels", 3), 3),
+        "num_channels": (tower.get("num_channels", CHANNELS), CHANNELS),
         "projector_hidden_act": (fields.get("projector_hidden_act", "gelu"), "gelu"),
         "vision_feature_layer": (fields.get("vision_feature_layer", layer), -1),
         "vision_feature_select_strategy": (
@@ -97,18 +98,38 @@ def vision_of_hugging_face(fields: Fields, where: object) -> VisionConfig:
             raise BadInput(
                 f"{where} has {key} {short(value)} in its vision tower; only {known} is read"
             )
-    rope = tower.get("rope_parameters") or {}
+    theta = _theta(tower, where)
     tower = ABSENT | tower
     found = {ours: tower[theirs] for ours, theirs in WORDS.items()}
     found |= {
         "max_image_size": tower["image_size"],
-        "rope_theta": rope.get("rope_theta", tower.get("rope_theta", THETA)),
+        "rope_theta": theta,
         "spatial_merge_size": fields.get("spatial_merge_size", 2) if is_merged else 1,
         "projector_norm": is_merged,
         "projector_bias": fields.get("multimodal_projector_bias", not is_merged),
     }
     image_id = fields.get("image_token_index", fields.get("image_token_id"))
     return _vision(found | ({} if image_id is None else {IDS[0]: image_id}), where)
+
+
+def _theta(tower: Fields, where: object) -> Any:
+    """The base of the 2D rotary frequencies; "axial" is what transformers 5 calls them."""
+    rope = tower.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise BadInput(
+            f"{where} has rope_parameters = {short(rope)} in its vision tower, which is no JSON "
+            "object"
+        )
+    if (kind := rope.get("rope_type", "axial")) not in ("axial", "default"):
+        raise BadInput(
+            f"{where} has the rope_type {short(kind)} in its vision tower; only axial is read"
+        )
+    if unknown := sorted(rope.keys() - {"rope_type", "rope_theta"}):
+        raise BadInput(
+            f"{where} has rotary parameters in its vision tower that are not supported: "
+            f"{', '.join(unknown)}"
+        )
+    return rope.get("rope_theta", tower.get("rope_theta", THETA))
 
 
 def vision_of_params(fields: Fields, where: object) -> VisionConfig:
@@ -124,8 +145,10 @@ def vision_of_params(fields: Fields, where: object) -> VisionConfig:
     merge, kind = tower.pop("spatial_merge_size", 1), tower.pop("mm_projector_id", "")
     if kind not in ("", None, PATCH_MERGE) or (merge != 1) != (kind == PATCH_MERGE):
         raise BadInput(f"{where} has mm_projector_id {short(kind)} and spatial_merge_size {merge}")
-    if (channels := tower.pop("num_channels", 3)) != 3:
-        raise BadInput(f"{where} has num_channels {short(channels)} in its vision tower, not 3")
+    if (channels := tower.pop("num_channels", CHANNELS)) != CHANNELS:
+        raise BadInput(
+            f"{where} has num_channels {short(channels)} in its vision tower, not {CHANNELS}"
+        )
     found = {ours: tower.pop(theirs, None) for ours, theirs in WORDS.items()}
     size = tower.pop("image_size", None)
     found |= {
@@ -146,7 +169,7 @@ def to_vision_encoder(tower: VisionConfig) -> dict[str, Any]:
     """The `vision_encoder` of a `params.json`."""
     return {
         **{theirs: getattr(tower, ours) for ours, theirs in WORDS.items()},
-        "num_channels": 3,
+        "num_channels": CHANNELS,
         "image_size": tower.max_image_size,
         "max_image_size": tower.max_image_size,
         "rope_theta": tower.rope_theta,
@@ -184,7 +207,7 @@ def seeing_fields(config: MistralConfig, text: dict[str, Any]) -> dict[str, Any]
             "model_type": "pixtral",
             **{theirs: getattr(tower, ours) for ours, theirs in WORDS.items()},
             "head_dim": tower.head_dim,
-            "num_channels": 3,
+            "num_channels": CHANNELS,
             "image_size": tower.max_image_size,
             "hidden_act": "silu",
             "attention_dropout": 0.0,

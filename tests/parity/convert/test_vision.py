@@ -222,7 +222,13 @@ def test_a_tensor_that_is_there_under_both_names_is_refused(small: Path, tmp_pat
     [
         ("vision_config", "hidden_act", "gelu", r'hidden_act "gelu" in its vision tower'),
         ("vision_config", "hidden_act", None, r"hidden_act"),
+        ("vision_config", "num_channels", 4, r"num_channels 4"),
+        ("vision_config", "rope_parameters", 1e4, r"rope_parameters = 10000\.0 in its vision"),
+        ("vision_config", "rope_parameters", {"rope_type": "yarn"}, r'rope_type "yarn" in its v'),
+        ("vision_config", "rope_parameters", {"factor": 2.0}, r"not supported: factor"),
         ("vision_config", "num_attention_heads", 5, r"vision\.dim \(24\) must be vision\.n_heads"),
+        ("", "image_token_index", 12, r"must be three ids, not 12, 12 and 13"),
+        ("", "image_token_index", 512, r"vision has the token id 512, and vocab_size is"),
         ("", "vision_feature_layer", -2, r"vision_feature_layer -2"),
         ("", "projector_hidden_act", "relu", r'projector_hidden_act "relu"'),
         ("", "vision_config", None, r"without a vision_config"),
