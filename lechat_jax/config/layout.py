@@ -1,7 +1,10 @@
 """The table of a model's weights: the name of each, its axes, and its names in other files.
 
 One letter, one size: V token ids, D model width, N query heads, K key-value heads, H head width,
-F feed-forward width, E experts, L layers. Small letters are sizes of the vision tower: d, n, h, f
+U width of a head's value, F feed-forward width, E experts, X the width of one, J that of those which
+all tokens share, L layers. Of latent attention, Q and C are the ranks of queries and of keys and
+values, Z what the cache keeps, which is C and the rotary key, and Y a head's key without a position
+and its value. Small letters are sizes of the vision tower: d, n, h, f
 as in the decoder, c channels, p pixels along a patch, m patches of a token. A kernel has the axes
 that it writes first and those that it reads last, so
 y[writes] = sum over [reads] of kernel[writes, reads] * x[reads]. What other files have to know of a
@@ -62,7 +65,17 @@ TABLE = {
         "KH", "D", "self_attn.k_proj", "attention.wk", "attn_k", is_rotated=True
     ),
     "blocks.attn.v.kernel": Row("KH", "D", "self_attn.v_proj", "attention.wv", "attn_v"),
-    "blocks.attn.o.kernel": Row("D", "NH", "self_attn.o_proj", "attention.wo", "attn_output"),
+    "blocks.attn.o.kernel": Row("D", "NU", "self_attn.o_proj", "attention.wo", "attn_output"),
+    "blocks.attn.q_a.kernel": Row("Q", "D", "self_attn.q_a_proj", "attention.wq_a", ""),
+    "blocks.attn.q_norm.scale": Row("Q", "", "self_attn.q_a_layernorm", "attention.q_a_norm", ""),
+    "blocks.attn.q_b.kernel": Row("NH", "Q", "self_attn.q_b_proj", "attention.wq_b", ""),
+    "blocks.attn.kv_a.kernel": Row(
+        "Z", "D", "self_attn.kv_a_proj_with_mqa", "attention.wkv_a_with_mqa", ""
+    ),
+    "blocks.attn.kv_norm.scale": Row(
+        "C", "", "self_attn.kv_a_layernorm", "attention.kv_a_norm", ""
+    ),
+    "blocks.attn.kv_b.kernel": Row("NY", "C", "self_attn.kv_b_proj", "attention.wkv_b", ""),
     "blocks.mlp_norm.scale": Row("D", "", "post_attention_layernorm", "ffn_norm", "ffn_norm"),
     "norm.scale": Row("D", "", "model.norm", "norm", "output_norm"),
     "blocks.mlp.gate.kernel": Row("F", "D", "mlp.gate_proj", "feed_forward.w1", "ffn_gate"),
@@ -72,13 +85,22 @@ TABLE = {
         "E", "D", "block_sparse_moe.gate", "feed_forward.gate", "ffn_gate_inp"
     ),
     "blocks.mlp.experts.gate.kernel": Row(
-        "EF", "D", "block_sparse_moe.experts.{e}.w1", "feed_forward.experts.{e}.w1", "ffn_gate_exps"
+        "EX", "D", "block_sparse_moe.experts.{e}.w1", "feed_forward.experts.{e}.w1", "ffn_gate_exps"
     ),
     "blocks.mlp.experts.up.kernel": Row(
-        "EF", "D", "block_sparse_moe.experts.{e}.w3", "feed_forward.experts.{e}.w3", "ffn_up_exps"
+        "EX", "D", "block_sparse_moe.experts.{e}.w3", "feed_forward.experts.{e}.w3", "ffn_up_exps"
     ),
     "blocks.mlp.experts.down.kernel": Row(
-        "ED", "F", "block_sparse_moe.experts.{e}.w2", "feed_forward.experts.{e}.w2", "ffn_down_exps"
+        "ED", "X", "block_sparse_moe.experts.{e}.w2", "feed_forward.experts.{e}.w2", "ffn_down_exps"
+    ),
+    "blocks.mlp.shared.gate.kernel": Row(
+        "J", "D", "mlp.shared_experts.gate_proj", "shared_experts.w1", ""
+    ),
+    "blocks.mlp.shared.up.kernel": Row(
+        "J", "D", "mlp.shared_experts.up_proj", "shared_experts.w3", ""
+    ),
+    "blocks.mlp.shared.down.kernel": Row(
+        "D", "J", "mlp.shared_experts.down_proj", "shared_experts.w2", ""
     ),
     "head.kernel": Row("V", "D", "lm_head", "output", "output"),
     # The vision tower, which GGUF has in a file of its own that is not read here.
@@ -115,10 +137,18 @@ EMBEDDING = "embed.kernel"
 HEAD = "head.kernel"  # not of a tied model, whose head is the embedding
 ROUTER = "blocks.mlp.router.kernel"
 EXPERTS = tuple(name for name in TABLE if name.startswith("blocks.mlp.experts."))
+SHARED = tuple(name for name in TABLE if name.startswith("blocks.mlp.shared."))
 # The maps that can have an adapter, by their word, in the order in which they are used.
-ATTENTION = {word: f"blocks.attn.{word}.kernel" for word in "qkvo"}
+GROUPED = {word: f"blocks.attn.{word}.kernel" for word in "qkv"}
+LATENT = {word: f"blocks.attn.{word}.kernel" for word in ("q_a", "q_b", "kv_a", "kv_b")}
+LATENT_NORMS = ("blocks.attn.q_norm.scale", "blocks.attn.kv_norm.scale")
+ATTENTION = GROUPED | LATENT | {"o": "blocks.attn.o.kernel"}
 FEED_FORWARD = {word: f"blocks.mlp.{word}.kernel" for word in ("gate", "up", "down")}
 MAPS = ATTENTION | FEED_FORWARD
+
+# Small, and read in float: a router, and the map of which latent attention absorbs one half into
+# the query and the other into the output.
+UNQUANTISED = (ROUTER, LATENT["kv_b"])
 
 # Behind the name of a kernel: the parts of a quantised one; behind that of a map: its adapter's.
 SCALE, ZERO, ORDER = ".scale", ".zero", ".order"
@@ -130,7 +160,7 @@ KNOWN = {
     **{
         name + part: (name, part)
         for name, row in TABLE.items()
-        if row.reads and name != ROUTER and not name.startswith((TOWER, PROJECTOR))
+        if row.reads and name not in UNQUANTISED and not name.startswith((TOWER, PROJECTOR))
         for part in (SCALE, ZERO, ORDER)
     },
     **{
@@ -142,17 +172,44 @@ KNOWN = {
 LAYER = re.compile(r"(vision\.)?blocks\.(\d+)\.")
 
 
+class Feeding(NamedTuple):
+    """Feed-forwards of a model.
+
+    Attributes:
+        is_mixture: whether there are experts.
+        n_dense: first layers that have none.
+        has_shared: whether all tokens share some.
+    """
+
+    is_mixture: bool
+    n_dense: int = 0
+    has_shared: bool = False
+
+    def has(self, name: str, layer: int) -> bool:
+        """Whether a layer has a weight, by the name of its stack."""
+        if name in FEED_FORWARD.values():
+            return not self.is_mixture or layer < self.n_dense
+        if name in (ROUTER, *EXPERTS, *SHARED):
+            return self.is_mixture and layer >= self.n_dense
+        return True
+
+
 @functools.lru_cache(maxsize=8)
 def weights(
-    n_layers: int, is_mixture: bool, tied_embeddings: bool, vision: VisionConfig | None = None
+    n_layers: int,
+    feeding: Feeding,
+    tied_embeddings: bool,
+    is_latent: bool = False,
+    vision: VisionConfig | None = None,
 ) -> Mapping[str, Row]:
     """Every weight of such a model by name, with its row; shared, so it cannot be changed.
 
-    >>> list(weights(2, is_mixture=False, tied_embeddings=True))[:3]
+    >>> list(weights(2, Feeding(is_mixture=False), tied_embeddings=True))[:3]
     ['embed.kernel', 'blocks.0.attn_norm.scale', 'blocks.1.attn_norm.scale']
     """
-    absent = {*FEED_FORWARD.values()} if is_mixture else {ROUTER, *EXPERTS}
-    absent |= {HEAD} if tied_embeddings else set()
+    absent = {HEAD} if tied_embeddings else set[str]()
+    absent |= {*GROUPED.values()} if is_latent else {*LATENT.values(), *LATENT_NORMS}
+    absent |= set() if feeding.has_shared else {*SHARED}
     if vision is None:
         absent |= {name for name in TABLE if is_vision(name)}
     else:
@@ -165,6 +222,7 @@ def weights(
         for name, row in TABLE.items()
         if name not in absent
         for i in range(n_blocks[name.partition(".")[0]] if is_stack(name) else 1)
+        if feeding.has(name, i)
     }
     return MappingProxyType(found)
 
@@ -173,7 +231,7 @@ def row_of(name: str) -> Row:
     """The row of a weight, or of the same weight of all layers in a stack.
 
     >>> row_of("blocks.0.attn.o.kernel").letters, row_of("blocks.mlp.experts.up.kernel").letters
-    ('DNH', 'LEFD')
+    ('DNU', 'LEXD')
 
     Raises:
         ValueError: there is no weight of that name.
@@ -202,7 +260,7 @@ def letters_of_part(name: str, n_axes: int, by_groups: bool = False) -> str:
     first, see `ops.matmul_int4`.
 
     >>> letters_of_part("blocks.0.attn.o.kernel", 3), letters_of_part("norm.scale", 1)
-    ('DNH', 'D')
+    ('DNU', 'D')
     >>> letters_of_part("blocks.0.attn.o.kernel.scale", 1)  # of int8: of each output
     'D'
     >>> letters_of_part("blocks.0.mlp.down.kernel.scale", 2)  # of int4: of each group, too

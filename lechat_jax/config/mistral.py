@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lechat_jax.config.layout import EMBEDDING, HEAD, Row, is_expert, weights
+from lechat_jax.config.layout import EMBEDDING, HEAD, Feeding, Row, is_expert, weights
 from lechat_jax.config.vision import CHANNELS, VisionConfig
 from lechat_jax.errors import BadInput
 
@@ -85,8 +85,63 @@ class Llama4Scaling:
             )
 
 
-PARTS = {"yarn": Yarn, "llama_4_scaling": Llama4Scaling, "vision": VisionConfig}
-OPTIONAL = ("n_experts", "n_experts_per_token", *PARTS)  # what most models have none of
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (MLA): keys and values are made of one short vector a token.
+
+    DeepSeek-V2 (arXiv:2405.04434, section 2.1), as in Mistral Small 4 and Large 3. The cache holds
+    that vector and one rotary key for all heads, instead of the keys and values of each. A head's
+    query and key have lanes without a position first, and then those that RoPE rotates, in
+    neighbouring pairs. Field names are those of Mistral's `params.json`.
+
+    Attributes:
+        q_lora_rank: width Q of what a token's queries are made of.
+        kv_lora_rank: width C of what its keys and values are made of, the latent.
+        qk_nope_head_dim: lanes of a head's query and key without a position.
+        qk_rope_head_dim: rotary lanes R of a head's query, and of the key that all heads share.
+        v_head_dim: width U of a head's value.
+        squared_yarn_scale: whether scores are multiplied by (0.1 ln(factor) + 1)^2 of YaRN, as
+            transformers does since 5.22; vLLM, sglang and NeMo do not.
+
+    Raises:
+        BadInput: a width is out of range.
+    """
+
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    squared_yarn_scale: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
+        ).split():
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} must be positive, not {getattr(self, name)}")
+        if self.qk_rope_head_dim % 2:
+            raise BadInput(
+                f"qk_rope_head_dim must be even for rotary embeddings, not {self.qk_rope_head_dim}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width H of a head's query and key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+PARTS = {
+    "yarn": Yarn,
+    "llama_4_scaling": Llama4Scaling,
+    "latent_attention": LatentConfig,
+    "vision": VisionConfig,
+}
+EXPERTS = ("n_experts", "n_experts_per_token", "expert_hidden_dim")
+EXPERTS += ("n_shared_experts", "n_dense_layers")
+BOOLEANS = {"tied_embeddings", "apply_scale", "squared_yarn_scale"}
+BOOLEANS |= {"projector_norm", "projector_bias"}
+OPTIONAL = (*EXPERTS, *PARTS)  # what most models have none of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +167,14 @@ class MistralConfig:
         n_experts: feed-forwards E in a layer, of which a router chooses for each token
             (Mixtral); 0 is a single one, without a router.
         n_experts_per_token: how many it chooses.
+        expert_hidden_dim: feed-forward width X of an expert; 0 is `hidden_dim`.
+        n_shared_experts: experts that every token meets besides, one feed-forward so many times as
+            wide.
+        n_dense_layers: first layers that have a single feed-forward, of width `hidden_dim`.
         yarn: how the rotary frequencies were stretched, if they were.
         llama_4_scaling: how queries grow with their position, if they do.
+        latent_attention: what keys and values are made of, if not of the token itself; `head_dim`
+            is then its own, and there are as many key-value heads as queries have.
         vision: the vision tower, if the model sees images.
 
     Raises:
@@ -133,8 +194,12 @@ class MistralConfig:
     tied_embeddings: bool = False
     n_experts: int = 0
     n_experts_per_token: int = 0
+    expert_hidden_dim: int = 0
+    n_shared_experts: int = 0
+    n_dense_layers: int = 0
     yarn: Yarn | None = None
     llama_4_scaling: Llama4Scaling | None = None
+    latent_attention: LatentConfig | None = None
     vision: VisionConfig | None = None
 
     def __post_init__(self) -> None:
@@ -155,6 +220,26 @@ class MistralConfig:
                 f"n_experts_per_token must be between 1 and n_experts ({self.n_experts}), or both "
                 f"0 for a model without experts, not {self.n_experts_per_token}"
             )
+        for name in ("expert_hidden_dim", "n_shared_experts", "n_dense_layers"):
+            if getattr(self, name) and not self.n_experts or getattr(self, name) < 0:
+                raise BadInput(
+                    f"{name} must be 0 in a model without experts and not negative, not "
+                    f"{getattr(self, name)}"
+                )
+        if self.n_experts and self.n_dense_layers >= self.n_layers:
+            raise BadInput(
+                f"n_dense_layers ({self.n_dense_layers}) must leave some of the {self.n_layers} "
+                "layers to the experts"
+            )
+        if latent := self.latent_attention:
+            if (self.head_dim, self.n_kv_heads) != (latent.head_dim, self.n_heads):
+                raise BadInput(
+                    f"with latent attention head_dim is qk_nope_head_dim + qk_rope_head_dim, here "
+                    f"{latent.head_dim}, and n_kv_heads is n_heads, here {self.n_heads}; not "
+                    f"{self.head_dim} and {self.n_kv_heads}"
+                )
+            if set(self.windows) != {None}:
+                raise BadInput("latent attention has no sliding_window; it must be null")
         if self.vision and (last := max(self.vision.token_ids)) >= self.vocab_size:
             raise BadInput(f"vision has the token id {last}, and vocab_size is {self.vocab_size}")
         if isinstance(self.sliding_window, tuple) and len(self.sliding_window) != self.n_layers:
@@ -187,10 +272,25 @@ class MistralConfig:
         return self.n_heads // self.n_kv_heads
 
     @property
+    def value_dim(self) -> int:
+        """Width U of a head's value, which differs from H in latent attention alone."""
+        return self.latent_attention.v_head_dim if self.latent_attention else self.head_dim
+
+    @property
+    def expert_dim(self) -> int:
+        """Feed-forward width X of an expert."""
+        return self.expert_hidden_dim or self.hidden_dim
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts, instead of a single feed-forward."""
+        return self.n_experts > 0 and layer >= self.n_dense_layers
+
+    @property
     def weights(self) -> Mapping[str, Row]:
         """Every weight by name, with its row of the table, `layout`."""
-        is_mixture = self.n_experts > 0
-        return weights(self.n_layers, is_mixture, self.tied_embeddings, self.vision)
+        experts = Feeding(self.n_experts > 0, self.n_dense_layers, self.n_shared_experts > 0)
+        latent = self.latent_attention is not None
+        return weights(self.n_layers, experts, self.tied_embeddings, latent, self.vision)
 
     @property
     def text(self) -> "MistralConfig":
@@ -216,9 +316,16 @@ class MistralConfig:
             "K": self.n_kv_heads,
             "H": self.head_dim,
             "F": self.hidden_dim,
+            "U": self.value_dim,
             "E": self.n_experts,
+            "X": self.expert_dim,
+            "J": self.expert_dim * self.n_shared_experts,
             "L": self.n_layers,
         }
+        if latent := self.latent_attention:
+            sizes |= {"Q": latent.q_lora_rank, "C": latent.kv_lora_rank}
+            sizes |= {"Z": latent.kv_lora_rank + latent.qk_rope_head_dim}
+            sizes |= {"Y": latent.qk_nope_head_dim + latent.v_head_dim}
         if tower := self.vision:
             sizes |= {"d": tower.dim, "n": tower.n_heads, "h": tower.head_dim}
             sizes |= {"f": tower.hidden_dim, "m": tower.n_merged}
@@ -317,7 +424,7 @@ def _from_json(name: str, value: Any) -> Any:
         if not all(window is None or type(window) is int for window in windows):
             raise BadInput(f"{name} must be a whole number, null or a list of these, not {value!r}")
         return tuple(value) if isinstance(value, list) else value
-    if name in ("tied_embeddings", "apply_scale", "projector_norm", "projector_bias"):
+    if name in BOOLEANS:
         if type(value) is not bool:
             raise BadInput(f"{name} must be true or false, not {value!r}")
         return value

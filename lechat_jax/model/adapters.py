@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import (
-    ATTENTION,
+    FEED_FORWARD,
+    GROUPED,
     LORA_A,
     LORA_B,
     LORA_SCALE,
@@ -18,6 +19,7 @@ from lechat_jax.config.layout import (
     is_map,
     module_of,
     part_of,
+    stacked,
 )
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import Weights
@@ -55,7 +57,7 @@ class Adapters:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = tuple(MAPS)
+    targets: tuple[str, ...] = (*GROUPED, "o", *FEED_FORWARD)
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rslora: bool = False
@@ -76,15 +78,10 @@ class Adapters:
         """
         maps = {module_of(name): row for name, row in config.weights.items() if is_map(name)}
         names = sorted(maps, key=_layer_first)
-        if strangers := set(self.targets).difference(names, MAPS):
+        if strangers := set(self.targets).difference(names, words := target_words(config)):
             raise BadInput(
                 f"{', '.join(sorted(strangers))} cannot have an adapter; the maps that can are "
-                f"{', '.join(MAPS)}"
-            )
-        words = {target.split(".")[-1] for target in self.targets}
-        if config.n_experts and not words <= ATTENTION.keys():
-            raise BadInput(
-                "experts have no adapters here; name q, k, v and o, attention's maps, as targets"
+                f"{', '.join(words)}" + (", since experts have none here" * (config.n_experts > 0))
             )
         parts = {}
         for name in names:
@@ -141,6 +138,17 @@ class Adapters:
     def from_dict(cls, fields: Mapping[str, Any]) -> "Adapters":
         """The adapters that `to_dict` described."""
         return cls(**{**fields, "targets": tuple(fields["targets"])})
+
+
+def target_words(config: MistralConfig) -> tuple[str, ...]:
+    """The words of all maps of a model that can have an adapter, in the order of their use.
+
+    >>> from lechat_jax.config import preset
+    >>> target_words(preset("mixtral-8x7b-v0.1"))
+    ('q', 'k', 'v', 'o')
+    """
+    own = {stacked(name) for name in config.weights}
+    return tuple(word for word, name in MAPS.items() if name in own)
 
 
 def in_short(names: Iterable[str], config: MistralConfig) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ positions, and no query sees another's keys. cuDNN has no such mask that skips w
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lechat_jax.devices.mesh import over_heads
 from lechat_jax.devices.platform import platform
 from lechat_jax.errors import BadInput
+from lechat_jax.model.cache import Ring
 from lechat_jax.model.mask import Documents, window_mask
 from lechat_jax.ops.attention_backend import (
     Backend,
@@ -34,19 +36,45 @@ from lechat_jax.ops.attention_backend import (
 )
 from lechat_jax.ops.flash_attention import (
     Keys,
+    Mixed,
     Queries,
+    Values,
     bidirectional_cudnn,
     fused_attention,
     splash_attention,
 )
 
 
+# What a layer remembers of the tokens before: its ring, or nothing.
+Memory = TypeVar("Memory", Ring, None)
+
+
+class LatentQueries(NamedTuple):
+    """Queries over a ring of latents, which their half of `kv_b` was absorbed into.
+
+    Attributes:
+        latent: over the latents.
+        rotary: over the rotary key that all heads share.
+        scale: of their scores, that of the heads whose queries they were.
+    """
+
+    latent: Float[Array, "B T N C"]
+    rotary: Float[Array, "B T N R"]
+    scale: float
+
+
+# From rotated queries, keys and values, and the memory, to what each query gathers and the
+# memory after it. Over a ring, queries may be those of latents; then keys are rotary keys, and
+# values latents.
+Mixer = Callable[[Any, Array, Array, Memory], tuple[Array, Memory]]
+
+
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K U"],
     mask: Bool[Array, "#B #T S"],
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N U"]:
     """Scaled dot-product attention, softmax(q k / sqrt(H)) v, with grouped queries and a mask.
 
     Query head n reads key-value head n // G; keys and values are never repeated. Scores
@@ -64,7 +92,7 @@ def attend(
     # Half of the lowest number: below every score, yet no sum with one overflows.
     unseen = jnp.where(mask, 0, jnp.finfo(wide).min / 2)[:, None, :, None]
     weights = jax.nn.softmax(scores * H**-0.5 + unseen, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKTGS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+    return jnp.einsum("BKTGS,BSKU->BTKGU", weights, v).reshape(B, T, N, -1)
 
 
 def attend_cached(
@@ -76,65 +104,97 @@ def attend_cached(
 ) -> Float[Array, "B T N H"]:
     """Attention over a ring: `attend` with keys in the cache's layout, of which some are used.
 
+    The keys and values may be kept in a wider type than `q`.
+    """
+    if kernel := cached_kernel(q, k):
+        return kernel(q, k, v, mask, used)
+    return _attend_ring((q,), (k,), v, mask, used, q.shape[-1] ** -0.5)
+
+
+def attend_latents(
+    q: LatentQueries,
+    k: Float[Array, "B 1 S R"],
+    v: Float[Array, "B 1 S C"],
+    mask: Bool[Array, "B T S"],
+    used: Int[Array, ""],
+) -> Float[Array, "B T N C"]:
+    """Attention over a ring of latents: multi-query, each being key and value of all heads."""
+    return _attend_ring((q.latent, q.rotary), (v, k), v, mask, used, q.scale)
+
+
+def _attend_ring(
+    q: tuple[Float[Array, "B T N _"], ...],
+    k: tuple[Float[Array, "B K S _"], ...],
+    v: Float[Array, "B K S U"],
+    mask: Bool[Array, "B T S"],
+    used: Int[Array, ""],
+    scale: float,
+) -> Float[Array, "B T N U"]:
+    """Attention over a ring, whose scores are the sum of the products of each part of q and k.
+
     All queries of a head, T times G, are the rows of one product, and nothing as large as the
-    keys is moved. The keys and values may be kept in a wider type than `q`.
+    keys is moved.
 
     A large ring is read in blocks of slots up to the last of the first `used`, so that a step
     costs what the text is long and not what there is room for. The softmax goes along (online
     softmax, Milakov & Gimelshein 2018, arXiv:1805.02867): the scores of one block are in memory,
     and a sum so far is scaled down when a larger score comes.
     """
-    if kernel := cached_kernel(q, k):
-        return kernel(q, k, v, mask, used)
-    B, T, N, H = q.shape
-    K, S = k.shape[1:3]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    rows = jnp.swapaxes(q.reshape(B, T, K, N // K, H), 1, 2).reshape(B, K, -1, H).astype(k.dtype)
+    B, T, N, _ = q[0].shape
+    K, S, U = v.shape[1:]
+    dtype, wide = q[0].dtype, jnp.promote_types(q[0].dtype, jnp.float32)
 
-    def scores(k: Array, mask: Array) -> Float[Array, "B K rows S"]:
-        found = jnp.einsum("BKTH,BKSH->BKTS", rows, k, preferred_element_type=wide)
+    def by_head(q: Array) -> Float[Array, "B K rows _"]:
+        rows = jnp.swapaxes(q.reshape(B, T, K, N // K, -1), 1, 2)
+        return rows.reshape(B, K, T * N // K, -1).astype(v.dtype)
+
+    rows = [by_head(part) for part in q]
+
+    def scores(k: Sequence[Array], mask: Array) -> Float[Array, "B K rows S"]:
+        product = functools.partial(jnp.einsum, "BKTH,BKSH->BKTS", preferred_element_type=wide)
+        found = functools.reduce(jnp.add, map(product, rows, k))
         unseen = jnp.where(mask, 0, jnp.finfo(wide).min / 2)[:, None, :, None]
-        found = found.reshape(B, K, T, N // K, -1) * H**-0.5 + unseen
-        return found.reshape(B, K, rows.shape[2], -1)
+        found = found.reshape(B, K, T, N // K, -1) * scale + unseen
+        return found.reshape(B, K, T * N // K, -1)
 
-    def whole() -> Float[Array, "B K rows H"]:
-        weights = jax.nn.softmax(scores(k, mask), axis=-1).astype(q.dtype)
-        return jnp.einsum("BKTS,BKSH->BKTH", weights.astype(v.dtype), v).astype(q.dtype)
+    def whole() -> Float[Array, "B K rows U"]:
+        weights = jax.nn.softmax(scores(k, mask), axis=-1).astype(dtype)
+        return jnp.einsum("BKTS,BKSU->BKTU", weights.astype(v.dtype), v).astype(dtype)
 
     def add_block(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, mixed = so_far
         start = jnp.minimum(i * size, S - size)  # the last block may overlap the one before
-        k_block, v_block = (jax.lax.dynamic_slice_in_dim(x, start, size, 2) for x in (k, v))
+        *k_block, v_block = (jax.lax.dynamic_slice_in_dim(x, start, size, 2) for x in (*k, v))
         is_new = start + jnp.arange(size) >= i * size
         seen = jax.lax.dynamic_slice_in_dim(mask, start, size, 2) & is_new
         found = scores(k_block, seen)
         higher = jnp.maximum(top, found.max(axis=-1))
         weights, kept = jnp.exp(found - higher[..., None]), jnp.exp(top - higher)
         more = jnp.einsum(
-            "BKTS,BKSH->BKTH", weights.astype(v.dtype), v_block, preferred_element_type=wide
+            "BKTS,BKSU->BKTU", weights.astype(v.dtype), v_block, preferred_element_type=wide
         )
         return higher, total * kept + weights.sum(axis=-1), mixed * kept[..., None] + more
 
-    def in_blocks() -> Float[Array, "B K rows H"]:
-        top = jnp.full(rows.shape[:3], jnp.finfo(wide).min, wide)
-        nothing = (top, jnp.zeros_like(top), jnp.zeros(rows.shape, wide))
+    def in_blocks() -> Float[Array, "B K rows U"]:
+        top = jnp.full(rows[0].shape[:3], jnp.finfo(wide).min, wide)
+        nothing = (top, jnp.zeros_like(top), jnp.zeros((*top.shape, U), wide))
         n_blocks = jnp.maximum(1, -(-used // size))
         _, total, mixed = jax.lax.fori_loop(0, n_blocks, add_block, nothing)
-        return (mixed / total[..., None]).astype(q.dtype)
+        return (mixed / total[..., None]).astype(dtype)
 
     size = slots_at_once(S, T)
     mixed = whole() if size == S else in_blocks()
-    return jnp.swapaxes(mixed.reshape(B, K, T, N // K, H), 1, 2).reshape(B, T, N, H)
+    return jnp.swapaxes(mixed.reshape(B, K, T, N // K, U), 1, 2).reshape(B, T, N, U)
 
 
 def dense_attention(
     q: Queries,
     k: Keys,
-    v: Keys,
+    v: Values,
     window: int | None,
     documents: Int[Array, "B T"] | None = None,
     is_causal: bool = True,
-) -> Queries:
+) -> Mixed:
     """Window attention over a whole sequence, with all T * T scores in memory."""
     positions = jnp.arange(q.shape[1])[None]
     both = None if documents is None else Documents(documents, documents)
@@ -223,24 +283,25 @@ def _attend_in_groups(
 def training_attention(
     q: Queries,
     k: Keys,
-    v: Keys,
+    v: Values,
     window: int | None,
     backend: Backend | None = None,
     documents: Int[Array, "B T"] | None = None,
     is_causal: bool = True,
-) -> Queries:
+) -> Mixed:
     """Window attention over whole sequences, by the kernel that `backend` names.
 
     `None` takes the best for the platform and the shapes. Where cuDNN turns out not to
     work, XLA does it, and a warning says why. Without `documents` a sequence is one. What is
-    not causal is computed densely.
+    not causal is computed densely, and so are values that are wider than keys; where they are
+    narrower, kernels are given zeros behind them.
 
     Raises:
         BadInput: the named kernel cannot compute these shapes.
     """
-    if not is_causal:
+    T, H, U = *q.shape[1::2], v.shape[3]
+    if not is_causal or U > H:
         return dense_attention(q, k, v, window, documents, is_causal)
-    T, H = q.shape[1], q.shape[3]
     packed = documents is not None
     if backend is None:
         backend = best_backend(q.dtype, T, window, H, packed)
@@ -248,7 +309,8 @@ def training_attention(
         raise BadInput(reason)
     if backend in KERNELS:
         kernel = functools.partial(KERNELS[backend], window=window)
-        return over_heads(kernel, q, k, v, documents)
+        v = jnp.pad(v, [(0, 0), (0, 0), (0, 0), (0, H - U)])
+        return over_heads(kernel, q, k, v, documents)[..., :U]
     if backend == "banded" and window is not None:
         return banded_attention(q, k, v, window, documents)
     return dense_attention(q, k, v, window, documents)

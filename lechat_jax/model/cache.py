@@ -35,13 +35,14 @@ class Ring(NamedTuple):
     memory: one array for all layers was cut into a copy of each (XLA on a CPU).
 
     Attributes:
-        k: the keys of each layer, already rotated.
-        v: the values of each layer.
+        k: the keys of each layer, already rotated. Of latent attention, one rotary key for all
+            heads.
+        v: the values of each layer. Of latent attention, the latents, normed.
         position: of the token in each slot, or `EMPTY`.
     """
 
     k: tuple[Float[Array, "B K S H"], ...]
-    v: tuple[Float[Array, "B K S H"], ...]
+    v: tuple[Float[Array, "B K S U"], ...]
     position: Int[Array, "B S"]
 
     @property
@@ -70,7 +71,7 @@ class Ring(NamedTuple):
         layer: int,
         positions: Int[Array, "B T"],
         k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
+        v: Float[Array, "B T K U"],
     ) -> "Ring":
         """Writes one layer's keys and values to the slots of these positions.
 
@@ -103,7 +104,7 @@ class Ring(NamedTuple):
         """
         return jnp.minimum(jnp.max(positions) + 1, self.capacity)
 
-    def read(self, layer: int) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    def read(self, layer: int) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S U"]]:
         """Keys and values of one layer, in slot order."""
         return self.k[layer], self.v[layer]
 
@@ -213,11 +214,18 @@ def empty_cache(
     rings = []
     for window in distinct_windows(config):
         slots = capacity(window, chunk, context)
-        shape = (batch, config.n_kv_heads, slots, config.head_dim)
-        n = config.windows.count(window)
-        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(n)) for _ in "kv")
+        n, (heads, *widths) = config.windows.count(window), _widths(config)
+        shapes = [(batch, heads, slots, width) for width in widths]
+        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(n)) for shape in shapes)
         rings.append(Ring(k, v, jnp.full((batch, slots), EMPTY, jnp.int32)))
     return Cache(tuple(rings))
+
+
+def _widths(config: MistralConfig) -> tuple[int, int, int]:
+    """Heads of what a ring holds, and the widths of its keys and values."""
+    if latent := config.latent_attention:
+        return 1, latent.qk_rope_head_dim, latent.kv_lora_rank
+    return config.n_kv_heads, config.head_dim, config.head_dim
 
 
 def cache_bytes(

@@ -1,4 +1,4 @@
-"""Layers of the decoder: RMSNorm, linear maps, the embedding."""
+"""Layers of the decoder: RMSNorm, linear maps, the feed-forward, the embedding."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import MistralConfig, VisionConfig
 from lechat_jax.ops.kernel_forms import as_form
 
 
@@ -62,6 +62,26 @@ class Linear(nnx.Module):
         flat = x.reshape(-1, math.prod(self.reads))
         y = as_form(self.kernel.get_value()).matmul(flat).reshape(*positions, *self.writes)
         return y + self.bias[...] if self.has_bias else y
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward (Shazeer 2020, arXiv:2002.05202): down(silu(gate x) * up x).
+
+    The activation is at least float32 and rounded once, as PyTorch's is. In bfloat16 its
+    derivative, the sum of two products, would be rounded at every step.
+    """
+
+    def __init__(self, config: MistralConfig | VisionConfig, width: int, *, rngs: nnx.Rngs) -> None:
+        D = config.dim
+        self.gate = Linear((width,), (D,), D**-0.5, rngs=rngs)
+        self.up = Linear((width,), (D,), D**-0.5, rngs=rngs)
+        self.down = Linear((D,), (width,), (width * 2 * config.n_layers) ** -0.5, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Feed-forward of each position."""
+        gate = self.gate(x)
+        wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+        return self.down(jax.nn.silu(wide).astype(gate.dtype) * self.up(x))
 
 
 class Embedding(nnx.Module):

@@ -8,6 +8,7 @@ scores and softmax are at least float32.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lechat_jax.config import MistralConfig, Window
 from lechat_jax.data.rows import Images, RowImages, positions_in
-from lechat_jax.model.attention import attend_cached, training_attention
-from lechat_jax.model.block import Block, Mixer
+from lechat_jax.model.attention import (
+    LatentQueries,
+    Mixer,
+    attend_cached,
+    attend_latents,
+    training_attention,
+)
+from lechat_jax.model.block import Block
 from lechat_jax.model.cache import Cache, Ring, distinct_windows, places
 from lechat_jax.model.layers import Embedding, RMSNorm
 from lechat_jax.model.mask import window_mask
@@ -43,7 +50,7 @@ class Mistral(nnx.Module):
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.embed = Embedding(config, 1.0, rngs=rngs)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layers)])
+        self.blocks = nnx.List([Block(config, i, rngs=rngs) for i in range(config.n_layers)])
         self.norm = RMSNorm(config.dim, config.norm_eps)
         std = config.dim**-0.5
         self.head = self.embed if config.tied_embeddings else Embedding(config, std, rngs=rngs)
@@ -178,7 +185,7 @@ def _applied(
 
 
 def _mix_whole(
-    q: Array,
+    q: Any,
     k: Array,
     v: Array,
     memory: None,
@@ -209,7 +216,16 @@ def _extended(
 
 
 def _mix_cached(
-    q: Array, k: Array, v: Array, ring: Ring, *, positions: Array, mask: Array, used: Array
+    q: Array | LatentQueries,
+    k: Array,
+    v: Array,
+    ring: Ring,
+    *,
+    positions: Array,
+    mask: Array,
+    used: Array,
 ) -> tuple[Array, Ring]:
     ring = ring.write(0, positions, k, v)
+    if isinstance(q, LatentQueries):
+        return attend_latents(q, *ring.read(0), mask, used), ring
     return attend_cached(q, *ring.read(0), mask, used), ring

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.devices.mesh import over_experts
+from lechat_jax.model.layers import MLP
 from lechat_jax.ops.grouped_matmul import grouped
 from lechat_jax.ops.kernel_forms import as_form
 from lechat_jax.ops.matmul import from_bits
@@ -82,18 +83,23 @@ class Experts(nnx.Module):
     """Experts: feed-forwards of one shape, see `MLP`, each for the rows routed to it."""
 
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
-        E, D, F = config.n_experts, config.dim, config.hidden_dim
-        self.gate = Stack(E, F, D, D**-0.5, rngs=rngs)
-        self.up = Stack(E, F, D, D**-0.5, rngs=rngs)
-        self.down = Stack(E, D, F, (F * 2 * config.n_layers) ** -0.5, rngs=rngs)
+        E, D, X = config.n_experts, config.dim, config.expert_dim
+        self.gate = Stack(E, X, D, D**-0.5, rngs=rngs)
+        self.up = Stack(E, X, D, D**-0.5, rngs=rngs)
+        self.down = Stack(E, D, X, (X * 2 * config.n_layers) ** -0.5, rngs=rngs)
 
 
 class Mixture(nnx.Module):
-    """Mixture-of-experts layer: router and experts."""
+    """Mixture-of-experts layer: router and experts, and the shared expert, if there is one.
+
+    That is a feed-forward for every token, added without a weight (DeepSeekMoE, arXiv:2401.06066).
+    """
 
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs) -> None:
         self.router = Router(config, rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
+        if n := config.n_shared_experts:
+            self.shared = MLP(config, n * config.expert_dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Load]:
         """Weighted sum of the chosen experts at each position, and the load."""
@@ -102,7 +108,8 @@ class Mixture(nnx.Module):
         maps = (self.experts.gate, self.experts.up, self.experts.down)
         kernels = tuple(as_form(one.kernel.get_value()) for one in maps)
         y = over_experts(_mixed, kernels, flat, routing.experts, routing.shares)
-        return y.astype(x.dtype).reshape(x.shape), routing.load
+        y = y.astype(x.dtype).reshape(x.shape)
+        return y + self.shared(x) if hasattr(self, "shared") else y, routing.load
 
 
 def _mixed(

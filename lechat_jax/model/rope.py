@@ -23,23 +23,38 @@ class Rotation(NamedTuple):
 
 
 class Rotations(NamedTuple):
-    """Rotations of queries and of keys: the same, unless queries are scaled by position."""
+    """Rotations of queries and of keys: the same, unless queries are scaled.
+
+    Attributes:
+        q: of queries, as long as their scale.
+        k: of keys.
+        scale: of queries, for lanes of them that are not rotated; `None` where it is 1.
+    """
 
     q: Rotation
     k: Rotation
+    scale: Float[Array, "B T"] | None = None
 
 
 def rotations(positions: Int[Array, "B T"], config: MistralConfig, dtype: DTypeLike) -> Rotations:
     """Rotations of the queries and keys at these positions, for a model that computes in `dtype`.
 
     Llama 4's scale of queries by position is multiplied into their cosines and sines, where it
-    costs nothing.
+    costs nothing. So is what YaRN multiplies scores by, in the variant of latent attention that
+    does it.
     """
-    k = rotation(positions, config.head_dim, config.rope_theta, dtype, config.yarn)
-    if config.llama_4_scaling is None:
+    latent = config.latent_attention
+    lanes = latent.qk_rope_head_dim if latent else config.head_dim
+    k = rotation(positions, lanes, config.rope_theta, dtype, config.yarn)
+    scale = None
+    if config.llama_4_scaling:
+        scale = query_scale(positions, config.llama_4_scaling, k.cos.dtype)
+    if latent and latent.squared_yarn_scale and config.yarn:
+        one = jnp.ones(positions.shape, k.cos.dtype) if scale is None else scale
+        scale = one * (0.1 * math.log(config.yarn.factor) + 1) ** 2
+    if scale is None:
         return Rotations(k, k)
-    scale = query_scale(positions, config.llama_4_scaling, k.cos.dtype)[..., None]
-    return Rotations(Rotation(k.cos * scale, k.sin * scale), k)
+    return Rotations(Rotation(k.cos * scale[..., None], k.sin * scale[..., None]), k, scale)
 
 
 def rotation(
@@ -97,6 +112,15 @@ def query_scale(
     """
     steps = jnp.maximum(positions, 0) // scaling.original_max_position_embeddings
     return 1 + scaling.beta * jnp.log1p(steps.astype(dtype))
+
+
+def neighbours_apart(x: Float[Array, "*B R"]) -> Float[Array, "*B R"]:
+    """Lanes in the order of `rotate`: pairs (2h, 2h + 1) become pairs (h, h + R/2).
+
+    >>> neighbours_apart(jnp.array([0, 3, 1, 4, 2, 5])).tolist()
+    [0, 1, 2, 3, 4, 5]
+    """
+    return jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
 
 
 def rotate(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:

@@ -37,7 +37,7 @@ class VisionTower(nnx.Module):
         self.config = config
         self.patch = Linear((config.dim,), (CHANNELS, p, p), (CHANNELS * p * p) ** -0.5, rngs=rngs)
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layers)])
+        self.blocks = nnx.List([Block(config, i, rngs=rngs) for i in range(config.n_layers)])
 
     def __call__(self, images: Images) -> Float[Array, "B P d"]:
         """What the tower makes of each patch."""

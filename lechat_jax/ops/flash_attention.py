@@ -14,7 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 Queries = Float[Array, "B T N H"]
-Keys = Float[Array, "B T K H"]  # and values
+Keys = Float[Array, "B T K H"]  # and values, of the same width
+Values = Float[Array, "B T K U"]
+Mixed = Float[Array, "B T N U"]
 
 LANES = 128  # splash works on blocks of a multiple of this many positions
 

@@ -19,13 +19,12 @@ from lechat_jax.checkpoint.saved_model import Loaded, SavedModel
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
-from lechat_jax.config.layout import MAPS
 from lechat_jax.devices.platform import platform
 from lechat_jax.devices.processes import from_first
 from lechat_jax.errors import BadInput
 from lechat_jax.files.buckets import uri_of
 from lechat_jax.files.find import located
-from lechat_jax.model.adapters import Adapters
+from lechat_jax.model.adapters import Adapters, target_words
 from lechat_jax.model.binding import Weights
 from lechat_jax.shell import command
 from lechat_jax.tokenizer.tokenizer import Tokenizer
@@ -190,7 +189,7 @@ def trainable_adapters(options: TrainConfig, config: MistralConfig) -> Trainable
     if options.lora_rank is None:
         return None
     alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
-    adapters = Adapters(options.lora_rank, alpha, options.lora_targets or tuple(MAPS))
+    adapters = Adapters(options.lora_rank, alpha, options.lora_targets or target_words(config))
     adapters.parts(config)
     return TrainableAdapters(adapters)
 
