@@ -221,7 +221,7 @@ class MistralConfig:
                 f"0 for a model without experts, not {self.n_experts_per_token}"
             )
         for name in ("expert_hidden_dim", "n_shared_experts", "n_dense_layers"):
-            if getattr(self, name) and not self.n_experts or getattr(self, name) < 0:
+            if getattr(self, name) < 0 or (getattr(self, name) and not self.n_experts):
                 raise BadInput(
                     f"{name} must be 0 in a model without experts and not negative, not "
                     f"{getattr(self, name)}"

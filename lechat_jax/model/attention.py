@@ -44,7 +44,6 @@ from lechat_jax.ops.flash_attention import (
     splash_attention,
 )
 
-
 # What a layer remembers of the tokens before: its ring, or nothing.
 Memory = TypeVar("Memory", Ring, None)
 

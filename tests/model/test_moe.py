@@ -209,9 +209,7 @@ def test_adapters_beside_quantised_experts_learn_on_many_devices_what_they_do_on
 
 
 def test_adapters_of_experts_are_refused(mixture: MistralConfig) -> None:
-    with pytest.raises(
-        BadInput, match="down, gate, up cannot .* q, k, v, o, since experts have none here"
-    ):
+    with pytest.raises(BadInput, match=r"down, gate, up cannot .* o, since experts have none"):
         Adapters(rank=2, alpha=4.0).parts(mixture)
     assert len(Adapters(rank=2, alpha=4.0, targets=("q", "o")).parts(mixture)) == 2
 
