@@ -6,7 +6,7 @@ goes past it several times: windows, the texts before YaRN, the steps in which q
 
 import dataclasses
 
-from lechat_jax.config import Llama4Scaling, MistralConfig, VisionConfig, Yarn
+from lechat_jax.config import LatentConfig, Llama4Scaling, MistralConfig, VisionConfig, Yarn
 
 # Three layers in which no two dimensions agree, so none can be confused.
 SMALL = MistralConfig(
@@ -72,6 +72,30 @@ ARCHITECTURES: dict[str, MistralConfig] = {
         sliding_window=None,
         vision=dataclasses.replace(
             TOWER, spatial_merge_size=1, projector_norm=False, projector_bias=True
+        ),
+    ),
+    # Mistral Small 4 and Large 3: latent attention, shared experts, a dense layer first. The inner
+    # norms of transformers have an epsilon of 1e-6 whatever the config says.
+    "mistral-small-4": dataclasses.replace(
+        SMALL,
+        n_kv_heads=6,
+        head_dim=14,
+        norm_eps=1e-6,
+        rope_theta=THETA,
+        sliding_window=None,
+        n_experts=5,
+        n_experts_per_token=2,
+        expert_hidden_dim=18,
+        n_shared_experts=2,
+        n_dense_layers=1,
+        yarn=STRETCHED,
+        llama_4_scaling=Llama4Scaling(beta=0.1, original_max_position_embeddings=9),
+        latent_attention=LatentConfig(
+            q_lora_rank=24,
+            kv_lora_rank=20,
+            qk_nope_head_dim=6,
+            qk_rope_head_dim=8,
+            v_head_dim=10,
         ),
     ),
     # Devstral 2: stretched, and queries and keys longer for it.

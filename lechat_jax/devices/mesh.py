@@ -39,7 +39,7 @@ from lechat_jax.errors import BadInput
 
 ROWS, HEADS = "fsdp", "tp"
 RULES = {"B": ROWS, "L": ROWS, "D": ROWS, "N": HEADS, "K": HEADS, "F": HEADS, "V": HEADS}
-RULES |= {"E": HEADS}
+RULES |= {"E": HEADS, "J": HEADS}
 
 Tree = TypeVar("Tree")
 # From a mesh and arrays, or their descriptions, to the sharding of each.
@@ -139,8 +139,10 @@ def check_divides(mesh: Mesh, config: MistralConfig, batch: int | None = None) -
         "token ids (V)": (HEADS, config.vocab_size),
     }
     if config.n_experts:  # these are what is split then, and F is not
-        del sizes["feed-forward width (F)"]
+        if not config.n_dense_layers:
+            del sizes["feed-forward width (F)"]
         sizes["experts (E)"] = (HEADS, config.n_experts)
+        sizes["width of the shared experts (J)"] = (HEADS, *config.shape("J"))
     for what, (axis, size) in sizes.items():
         if size % mesh.shape[axis]:
             raise BadInput(

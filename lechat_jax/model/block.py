@@ -63,6 +63,5 @@ class Block(nnx.Module):
         """
         mixed, memory = self.attn(self.attn_norm(x), rotary, mix, memory)
         x = x + mixed
-        wide = self.mlp_norm(x)
-        made, load = self.mlp(wide) if isinstance(self.mlp, Mixture) else (self.mlp(wide), None)
+        made, load = self.mlp(self.mlp_norm(x))
         return x + made, memory, load

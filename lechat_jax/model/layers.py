@@ -77,11 +77,11 @@ class MLP(nnx.Module):
         self.up = Linear((width,), (D,), D**-0.5, rngs=rngs)
         self.down = Linear((D,), (width,), (width * 2 * config.n_layers) ** -0.5, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Feed-forward of each position."""
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
+        """Feed-forward of each position; without experts there is no load."""
         gate = self.gate(x)
         wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
-        return self.down(jax.nn.silu(wide).astype(gate.dtype) * self.up(x))
+        return self.down(jax.nn.silu(wide).astype(gate.dtype) * self.up(x)), None
 
 
 class Embedding(nnx.Module):

@@ -109,7 +109,7 @@ class Mixture(nnx.Module):
         kernels = tuple(as_form(one.kernel.get_value()) for one in maps)
         y = over_experts(_mixed, kernels, flat, routing.experts, routing.shares)
         y = y.astype(x.dtype).reshape(x.shape)
-        return y + self.shared(x) if hasattr(self, "shared") else y, routing.load
+        return y + self.shared(x)[0] if hasattr(self, "shared") else y, routing.load
 
 
 def _mixed(

@@ -136,12 +136,13 @@ def scheme_for(quantize: Format | None, config: MistralConfig) -> Form | None:
     check_format(quantize)
     if quantize != "int4":
         return INT8 if quantize else None
-    group = math.gcd(GROUP, config.dim, config.n_heads * config.head_dim, config.hidden_dim)
+    kernels = (row for name, row in config.weights.items() if is_kernel(name))
+    widths = sorted({math.prod(config.shape(row.reads)) for row in kernels})
+    group = math.gcd(GROUP, *widths)
     if group < LEAST_GROUP:
         raise BadInput(
             f"int4 has groups of {LEAST_GROUP} features or more, which do not divide the widths of "
-            f"this model, {config.dim}, {config.n_heads * config.head_dim} and "
-            f"{config.hidden_dim}; choose int8"
+            f"this model, {', '.join(map(str, widths))}; choose int8"
         )
     return Form("int4", group)
 

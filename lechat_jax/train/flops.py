@@ -92,8 +92,8 @@ class Speed:
 def flops_per_token(config: MistralConfig, T: int, n_frozen: int = 0) -> float:
     """Training FLOPs per token, in a row of T.
 
-        6 * (parameters that are multiplied) + 12 * N * H * (keys that a query sees, summed
-        over the layers)
+        6 * (parameters that are multiplied) + 6 * N * (H + U) * (keys that a query sees,
+        summed over the layers)
 
     A multiplication and an addition are two, and backward is twice as much as forward: the
     gradients of what came in and of the weights. The embedding is looked up and not multiplied,
@@ -107,7 +107,8 @@ def flops_per_token(config: MistralConfig, T: int, n_frozen: int = 0) -> float:
     """
     seen = sum(_mean_keys(T, window or T) for window in config.windows)
     products = 6 * config.n_products - 2 * n_frozen
-    return products + 12 * config.n_heads * config.head_dim * seen
+    N, H, U = config.shape("NHU")
+    return products + 6 * N * (H + U) * seen
 
 
 def _mean_keys(T: int, window: int) -> float:

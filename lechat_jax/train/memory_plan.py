@@ -129,13 +129,14 @@ def needed(
 ) -> Memory:
     """Memory of a step; for deep models extrapolated from shallow ones."""
     parts = parts or Parts(weight_shapes(config), {})
-    if config.n_layers <= SHALLOW[1]:
+    depths = [config.n_dense_layers + depth for depth in SHALLOW]
+    if config.n_layers <= depths[1]:
         return compiled(config, options, B, T, parts)
     few, more = (
         compiled(of_layers(config, depth), options, B, T, parts.of_layers(depth))
-        for depth in SHALLOW
+        for depth in depths
     )
-    layers = (config.n_layers - SHALLOW[0]) / (SHALLOW[1] - SHALLOW[0])
+    layers = (config.n_layers - depths[0]) / (depths[1] - depths[0])
     return Memory(*(round(a + (b - a) * layers) for a, b in zip(few, more, strict=True)))
 
 
@@ -167,11 +168,11 @@ def _activations(
     """Lower and upper bound of the activations in bytes."""
     ways = options.mesh.size if options.mesh else 1
     tokens = B * T / options.accumulate / ways
-    D, F, N = config.dim, config.hidden_dim, config.n_heads
-    experts = max(1, config.n_experts_per_token)
-    heads = (N + 2 * config.n_kv_heads) * config.head_dim
+    D, F, N, K, H, U, X, J = config.shape("DFNKHUXJ")
+    F = config.n_experts_per_token * X + J if config.n_experts else F
+    heads = N * H + K * (H + U)
     seen = sum(min(T, 2 * (window or T)) for window in config.windows)
-    width = config.n_layers * (8 * D + 4 * heads + 6 * experts * F) + 6 * N * seen
+    width = config.n_layers * (8 * D + 4 * heads + 6 * F) + 6 * N * seen
     kept = config.n_layers * (D if options.remat == "full" else D + F)
     itemsize = 2 if options.dtype == "bfloat16" else 4
     logits = 4 * 4 * min(tokens, 8192) * config.vocab_size
@@ -213,7 +214,8 @@ def _is_within(name: str, depth: int) -> bool:
 
 
 def of_layers(config: MistralConfig, depth: int) -> MistralConfig:
-    """The model with only its first layers."""
+    """The model with only its first layers, of which the last has experts if any has."""
     windows = config.sliding_window
     kept = windows[:depth] if isinstance(windows, tuple) else windows
-    return dataclasses.replace(config, n_layers=depth, sliding_window=kept)
+    n_dense = min(config.n_dense_layers, depth - 1)
+    return dataclasses.replace(config, n_layers=depth, sliding_window=kept, n_dense_layers=n_dense)

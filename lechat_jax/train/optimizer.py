@@ -8,7 +8,7 @@ Muon turns a whole matrix at each step, as random weights need it. Trained ones 
 nudged, and the two thin factors of an adapter are no map by themselves: these take AdamW.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -169,9 +169,7 @@ class Optimizer:
             "adamw": adam(rates.matrix, decay),
         }
         self._muon_steps = rule.muon_steps
-        self._stack, self._unstack = (
-            (stack_blocks, unstack_blocks) if rule.matrices == "muon" else (dict, dict)
-        )
+        self._stack = stack_blocks if rule.matrices == "muon" else dict
         self._inner = optax.partition(
             {
                 "matrix": matrices[rule.matrices],
@@ -192,7 +190,9 @@ class Optimizer:
         """Updates to add to the weights at the full rate, and the next optimizer state."""
         state = _with_coefficients(state, lambda one: jnp.broadcast_to(one, (self._muon_steps, 3)))
         updates, state = self._inner.update(self._stack(grads), state, self._stack(weights))
-        return self._unstack(cast(Weights, updates)), _with_coefficients(state, lambda all: all[0])
+        moves = cast(Weights, updates)
+        moves = moves if self._stack is dict else unstack_blocks(moves, grads)
+        return moves, _with_coefficients(state, lambda all: all[0])
 
 
 def _with_coefficients(state: optax.OptState, make: Callable[[Array], Array]) -> optax.OptState:
@@ -214,27 +214,36 @@ def _with_coefficients(state: optax.OptState, make: Callable[[Array], Array]) ->
 
 
 def stack_blocks(weights: Weights) -> Weights:
-    """Stacks the layers: `blocks.0.x`, `blocks.1.x`, … become one `blocks.x` of shape [L, ...]."""
-    layers: dict[str, dict[int, Array]] = {}
-    stacked = {}
-    for name, leaf in weights.items():
-        layer = layout.layer_of(name)
-        layer = layout.vision_layer_of(name) if layer is None else layer
-        if layer is not None:
-            layers.setdefault(layout.stacked(name), {})[layer] = leaf
-        else:
-            stacked[name] = leaf
-    return stacked | {
-        name: jnp.stack([leaves[i] for i in range(len(leaves))]) for name, leaves in layers.items()
+    """Stacks the layers: `blocks.0.x`, `blocks.1.x`, … become one `blocks.x` of shape [L, ...].
+
+    What not all layers have, such as experts, is a stack of those that do.
+    """
+    return {
+        stack: jnp.stack([weights[name] for name in names]) if layout.is_stack(stack) else leaf
+        for stack, names in _stacks(weights).items()
+        for leaf in (weights[names[0]],)
     }
 
 
-def unstack_blocks(stacked: Weights) -> Weights:
-    """The inverse of `stack_blocks`."""
-    weights = {}
-    for name, leaf in stacked.items():
-        if layout.is_stack(name):
-            weights |= {layout.in_layer(name, i): leaf[i] for i in range(leaf.shape[0])}
-        else:
-            weights[name] = leaf
-    return weights
+def unstack_blocks(stacked: Weights, names: Iterable[str]) -> Weights:
+    """The inverse of `stack_blocks`, for weights of these names."""
+    return {
+        name: stacked[stack][i] if layout.is_stack(stack) else stacked[stack]
+        for stack, names in _stacks(names).items()
+        for i, name in enumerate(names)
+    }
+
+
+def _stacks(names: Iterable[str]) -> dict[str, list[str]]:
+    """The weights of each stack in the order of their layers; what is in none is by itself."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names, key=_layer):
+        found.setdefault(layout.stacked(name), []).append(name)
+    return found
+
+
+def _layer(name: str) -> int:
+    """The number of the layer, of decoder or tower, that a weight is of; -1 outside them."""
+    layer = layout.layer_of(name)
+    layer = layout.vision_layer_of(name) if layer is None else layer
+    return -1 if layer is None else layer

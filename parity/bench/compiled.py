@@ -281,7 +281,8 @@ def _generation(work: Compiled, config: MistralConfig, case: Case, mesh: Mesh | 
         rings = -(-rings // (case.batch // (mesh.shape[ROWS] if mesh else 1) or 1))
     tokens = chunk if case.kind == "prefill" else case.batch
     keys = sum(min(ring.capacity, work.context) * len(ring.k) for ring in cache.rings)
-    flops = 2 * config.n_products + 4 * config.n_heads * config.head_dim * keys
+    N, H, U = config.shape("NHU")
+    flops = 2 * config.n_products + 2 * N * (H + U) * keys
     k = cache.rings[0].k[0]
     ring = k.sharding.shard_shape(k.shape) if k.sharding else k.shape
     least = bytes_on_a_device(arguments[1]) + rings

@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 
 from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn, preset
 from lechat_jax.model.binding import bind, shapes_of, weights_of
-from lechat_jax.model.block import MLP
 from lechat_jax.model.cache import EMPTY, empty_cache
-from lechat_jax.model.layers import RMSNorm
+from lechat_jax.model.layers import MLP, RMSNorm
 from lechat_jax.model.mistral import Mistral
 from tests.support.jaxprs import equations
 
@@ -323,7 +322,7 @@ def test_the_gradient_of_a_norms_scale_is_summed_in_float32() -> None:
 def test_the_activation_is_rounded_once(tiny: MistralConfig) -> None:
     D = 256
     config = dataclasses.replace(tiny, dim=D, hidden_dim=D)
-    module = MLP(config, rngs=nnx.Rngs(0))
+    module = MLP(config, config.hidden_dim, rngs=nnx.Rngs(0))
     for linear in (module.gate, module.up, module.down):
         linear.kernel.set_value(jnp.eye(D, dtype=jnp.bfloat16))
     x = jnp.linspace(-6, 6, D, dtype=jnp.bfloat16)[None, None]

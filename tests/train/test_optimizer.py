@@ -119,7 +119,7 @@ def test_stacking_blocks_and_unstacking_them_changes_nothing(
     for i in range(n_layers):  # in the order of their numbers, "10" after "9"
         layer = stacked["blocks.norm.scale"][i]
         assert (layer == separate[f"blocks.{i}.norm.scale"]).all()
-    again = unstack_blocks(stacked)
+    again = unstack_blocks(stacked, names)
     assert again.keys() == separate.keys()
     assert all((again[name] == separate[name]).all() for name in names)
 

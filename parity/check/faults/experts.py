@@ -46,7 +46,7 @@ def _last_two_downs(kernels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"down": np.stack([*others, b, a])}
 
 
-def _shares_of_all(right: Callable) -> Callable:
+def shares_of_all(right: Callable) -> Callable:
     """The softmax over all experts is cut to the best, and not divided by their sum."""
 
     def call(self: moe.Router, x: Array) -> moe.Routing:
@@ -107,7 +107,7 @@ EXPERTS = (
     in_code(
         "the shares of the chosen experts do not add up to one",
         "mlp.0",
-        (moe.Router, "__call__", _shares_of_all),
+        (moe.Router, "__call__", shares_of_all),
         base=BASE,
         needs=has_experts,
     ),

@@ -97,7 +97,7 @@ def _keys_too(right: Callable) -> Callable:
     return rotations
 
 
-def _from_the_first(right: Callable) -> Callable:
+def from_the_first(right: Callable) -> Callable:
     """Positions of a chunk are counted from its beginning, for the growth alone."""
 
     def query_scale(positions: Array, *rest: Any) -> Array:
@@ -163,7 +163,7 @@ POSITIONS = (
     in_code(
         "the growth of queries starts anew with each chunk",
         "prefill",
-        (rope, "query_scale", _from_the_first),
+        (rope, "query_scale", from_the_first),
         base=_MINISTRAL_3,
         needs=_grows,
     ),

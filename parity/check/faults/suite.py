@@ -19,6 +19,7 @@ from lechat_jax.config.layout import is_norm
 from lechat_jax.formats import names
 from parity.check.faults.code import CODE
 from parity.check.faults.experts import EXPERTS
+from parity.check.faults.latent import LATENT
 from parity.check.faults.plant import Planted
 from parity.check.faults.positions import POSITIONS
 from parity.check.faults.vision import VISION
@@ -30,7 +31,7 @@ from parity.check.verdict import Fault, Stage
 from parity.check.whole_model import Comparison
 from parity.random_models import random_weights
 
-FAULTS: tuple[Planted, ...] = (*WEIGHTS, *CONFIG, *CODE, *POSITIONS, *EXPERTS, *VISION)
+FAULTS: tuple[Planted, ...] = (*WEIGHTS, *CONFIG, *CODE, *POSITIONS, *EXPERTS, *LATENT, *VISION)
 
 
 class Criterion(NamedTuple):

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from lechat_jax.config import MistralConfig
 from lechat_jax.data.rows import Images, RowImages
-from lechat_jax.model import block, mistral, vision
+from lechat_jax.model import mistral, vision
 from lechat_jax.model.attention import attend
 from lechat_jax.model.rope import Rotation
 from parity.architectures import ARCHITECTURES
@@ -274,7 +274,7 @@ VISION = (
         "padding is a part of the image", "vision.0", (vision, "attend_patches", _padding_is_seen)
     ),
     _code("images see each other", "vision.0", (vision, "attend_patches", _across_images)),
-    _code("the tower's activation is GELU", "vision.0", (block.jax.nn, "silu", _gelu_for_silu)),
+    _code("the tower's activation is GELU", "vision.0", (jax.nn, "silu", _gelu_for_silu)),
     _code("the tower ends with a norm", "projector", (mistral.Mistral, "see", _final_norm)),
     _code("GELU is approximated by tanh", "projector", (jax.nn, "gelu", _tanh_gelu)),
     _code("the ends of rows are image tokens", "embed", (mistral.Mistral, "embedded", _breaks_too)),
