@@ -56,9 +56,9 @@ def causal_bias(window: Window) -> Bias:
 def attend(
     q: Float[Tensor, "B T N H"],
     k: Float[Tensor, "B T K H"],
-    v: Float[Tensor, "B T K H"],
+    v: Float[Tensor, "B T K U"],
     window: Window,
-) -> Float[Tensor, "B T N H"]:
+) -> Float[Tensor, "B T N U"]:
     """What each position of whole sequences gathers; query head n reads kv head n // G."""
     bias = causal_bias(window)
     mixed = kernel_attention(q, k, v, bias) if q.is_cuda else None
@@ -71,9 +71,9 @@ def attend(
 def kernel_attention(
     q: Float[Tensor, "B T N H"],
     k: Float[Tensor, "B S K H"],
-    v: Float[Tensor, "B S K H"],
+    v: Float[Tensor, "B S K U"],
     bias: Bias,
-) -> Float[Tensor, "B T N H"] | None:
+) -> Float[Tensor, "B T N U"] | None:
     """The same by `memory_efficient_attention`, or `None` where xformers has no kernel for it."""
     xformers = _xformers()
     K, G = k.shape[2], q.shape[2] // k.shape[2]
@@ -90,21 +90,22 @@ def kernel_attention(
         return None
     if needs_gradient and not any(family.BwOp.supports(inputs) for family in families):
         return None
-    return xformers.memory_efficient_attention(grouped, k, v, attn_bias=bias).reshape(q.shape)
+    mixed = xformers.memory_efficient_attention(grouped, k, v, attn_bias=bias)
+    return mixed.reshape(*q.shape[:3], v.shape[-1])
 
 
 def dense_attention(
     q: Float[Tensor, "B T N H"],
     k: Float[Tensor, "B S K H"],
-    v: Float[Tensor, "B S K H"],
+    v: Float[Tensor, "B S K U"],
     bias: Float[Tensor, "... T S"],
-) -> Float[Tensor, "B T N H"]:
+) -> Float[Tensor, "B T N U"]:
     """Softmax of scores and bias, in at least float32; its weights are rounded for the mix."""
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.unflatten(2, (k.shape[2], -1))
     scores = torch.einsum("BTKGH,BSKH->BKGTS", grouped.to(wide), k.to(wide))
     weights = torch.softmax(scores * q.shape[-1] ** -0.5 + bias, dim=-1)
-    return torch.einsum("BKGTS,BSKH->BTKGH", weights.to(v.dtype), v).flatten(2, 3)
+    return torch.einsum("BKGTS,BSKU->BTKGU", weights.to(v.dtype), v).flatten(2, 3)
 
 
 def _xformers() -> ModuleType:

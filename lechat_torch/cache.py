@@ -1,5 +1,7 @@
 """What generation remembers: for each layer a ring of the last keys and values.
 
+Of latent attention it is what they are made of: a latent, and a rotary key for all heads.
+
 A chunk of T tokens is written first and attended to afterwards, so the ring must still hold
 the W - 1 positions before it: W + T - 1 slots. With W = 3 and T = 2 these are 4, position p
 stands in slot p % 4, and after the positions 0 to 5 they hold 4 5 2 3: position 5 sees
@@ -27,6 +29,7 @@ class Ring(NamedTuple):
     """Keys, values and positions of one layer, by slot; overwritten in place.
 
     Slot 0 is for padding: whatever stands there has the position `EMPTY`, so it is never seen.
+    With latent attention keys are the latents, [B S 1 C], and values the rotary keys, [B S 1 R].
     """
 
     keys: Float[Tensor, "B S K H"]
@@ -51,33 +54,34 @@ def empty_cache(
     device: torch.device | str,
 ) -> Cache:
     """A ring for each layer, of `window + chunk - 1` slots, or of `context` without a window."""
+    if latent := config.latent_attention:
+        heads, widths = 1, (latent.kv_lora_rank, latent.qk_rope_head_dim)
+    else:
+        heads, widths = config.n_kv_heads, (config.head_dim, config.head_dim)
 
     def ring(window: Window) -> Ring:
         S = 1 + (context if window is None else window + chunk - 1)
-        shape = batch, S, config.n_kv_heads, config.head_dim
-        return Ring(
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.full((batch, S), EMPTY, device=device),
+        keys, values = (
+            torch.zeros(batch, S, heads, width, dtype=dtype, device=device) for width in widths
         )
+        return Ring(keys, values, torch.full((batch, S), EMPTY, device=device))
 
     return tuple(ring(window) for window in config.windows)
 
 
-def attend_cached(
-    q: Float[Tensor, "B T N H"],
-    k: Float[Tensor, "B T K H"],
-    v: Float[Tensor, "B T K H"],
+def remember(
+    k: Float[Tensor, "B T heads k_lanes"],
+    v: Float[Tensor, "B T heads v_lanes"],
     ring: Ring,
     positions: Int[Tensor, "B T"],
     window: Window,
-) -> Float[Tensor, "B T N H"]:
-    """What each new position gathers from the ring, with its own key and value written to it.
+) -> tuple[Float[Tensor, "B S heads k_lanes"], Float[Tensor, "B S heads v_lanes"]]:
+    """Keys and values of all slots of the ring, with those of new positions written to it.
 
     Raises:
         BadInput: the chunk is longer than the one that the ring was made for.
     """
-    T = q.shape[1]
+    T = k.shape[1]
     if window is not None and window + T - 1 > ring.slots:
         raise BadInput(
             f"{T} tokens at once need {window + T - 1} slots behind a window of {window}, but the "
@@ -90,10 +94,20 @@ def attend_cached(
     row = torch.arange(len(positions), device=positions.device)[:, None]
     for store, new in zip(ring, (k, v, positions), strict=True):
         store[row, slot] = new
+    return ring.keys, ring.values
+
+
+def attend_cached(
+    q: Float[Tensor, "B T N H"],
+    k: Float[Tensor, "B S K H"],
+    v: Float[Tensor, "B S K U"],
+    ring: Ring,
+    positions: Int[Tensor, "B T"],
+    window: Window,
+) -> Float[Tensor, "B T N U"]:
+    """What each new position gathers from the keys and values of the ring's slots."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    return dense_attention(
-        q, ring.keys, ring.values, position_bias(positions, ring.positions, window, wide)
-    )
+    return dense_attention(q, k, v, position_bias(positions, ring.positions, window, wide))
 
 
 def position_bias(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lechat_jax.config import MistralConfig
 from lechat_torch.attention import attend
 from lechat_torch.block import Block, Mix, Place, RMSNorm
-from lechat_torch.cache import Cache, attend_cached
+from lechat_torch.cache import Cache, attend_cached, remember
 from lechat_torch.rotary import rotations, stretch
 from lechat_torch.vision import Projector, VisionTower, splice
 
@@ -39,7 +39,7 @@ class Mistral(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
+        self.blocks = nn.ModuleList([Block(config, i) for i in range(config.n_layers)])
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied_embeddings:
@@ -69,7 +69,7 @@ class Mistral(nn.Module):
         unless queries grow with their position. Each sequence has the images of these `features`.
         """
         positions = first_position + torch.arange(tokens.shape[1], device=tokens.device)[None]
-        mixes = [functools.partial(attend, window=window) for window in self.config.windows]
+        mixes = [Mix(functools.partial(attend, window=window)) for window in self.config.windows]
         return self._decode(self.embedded(tokens, features), positions, mixes)
 
     def see(
@@ -109,7 +109,10 @@ class Mistral(nn.Module):
         cache was made for. `embedded` are the embeddings of these tokens where there are images.
         """
         mixes = [
-            functools.partial(attend_cached, ring=ring, positions=positions, window=window)
+            Mix(
+                functools.partial(attend_cached, ring=ring, positions=positions, window=window),
+                functools.partial(remember, ring=ring, positions=positions, window=window),
+            )
             for ring, window in zip(cache, self.config.windows, strict=True)
         ]
         x = self.embed(tokens) if embedded is None else embedded
@@ -127,7 +130,8 @@ class Mistral(nn.Module):
         self, x: Float[Tensor, "B T D"], positions: Int[Tensor, "#B T"], mixes: Iterable[Mix]
     ) -> Float[Tensor, "B T D"]:
         c = self.config
-        rotary = rotations(positions, c.head_dim, c.rope_theta, x.dtype, c.yarn)
+        width = c.latent_attention.qk_rope_head_dim if c.latent_attention else c.head_dim
+        rotary = rotations(positions, width, c.rope_theta, x.dtype, c.yarn)
         growth = c.llama_4_scaling
         place = Place(rotary, growth and stretch(positions, growth, x.dtype))
         for block, mix in zip(self.blocks, mixes, strict=True):

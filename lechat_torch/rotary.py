@@ -78,7 +78,8 @@ def rotate(
 ) -> Float[Tensor, "B T N H"]:
     """Each head turned: lane h is the real part of a number, lane h + H/2 the imaginary.
 
-    That is the order of lanes in Hugging Face's files; Mistral's own have pairs side by side.
+    That is the order of lanes in Hugging Face's files; Mistral's own have pairs side by side, for
+    `rotate_neighbours`.
 
     >>> rotary = torch.polar(torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), torch.pi / 2))
     >>> rotate(torch.tensor([[[[3.0, 5.0]]]]), rotary).round().tolist()
@@ -87,3 +88,17 @@ def rotate(
     real, imaginary = x.to(rotary.real.dtype).chunk(2, dim=-1)
     turned = torch.complex(real, imaginary) * rotary
     return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
+
+
+def rotate_neighbours(
+    x: Float[Tensor, "B T N R"], rotary: Complex[Tensor, "#B T 1 pairs"]
+) -> Float[Tensor, "B T N R"]:
+    """Each head turned in place: lane 2 p is the real part of a number, lane 2 p + 1 the imaginary.
+
+    >>> rotary = torch.polar(torch.ones(1, 1, 1, 2), torch.tensor([[[[torch.pi / 2, 0.0]]]]))
+    >>> rotate_neighbours(torch.tensor([[[[3.0, 5.0, 7.0, 9.0]]]]), rotary).round().tolist()
+    [[[[-5.0, 3.0, 7.0, 9.0]]]]
+    """
+    numbers = x.to(rotary.real.dtype).unflatten(-1, (-1, 2)).contiguous()
+    turned = torch.view_as_complex(numbers) * rotary
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)

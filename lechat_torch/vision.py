@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lechat_jax.config import VisionConfig
 from lechat_jax.config.vision import CHANNELS
 from lechat_torch.attention import dense_attention
-from lechat_torch.block import Block, Place, RMSNorm
+from lechat_torch.block import Block, Mix, Place, RMSNorm
 from lechat_torch.rotary import rotations
 
 Grid = tuple[int, int]  # rows and columns of patches, or of what they are merged into
@@ -34,7 +34,7 @@ class VisionTower(nn.Module):
         side = config.patch_size
         self.patch = nn.Conv2d(CHANNELS, config.dim, side, stride=side, bias=False)
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
+        self.blocks = nn.ModuleList([Block(config, i) for i in range(config.n_layers)])
 
     def forward(
         self, images: Sequence[Float[Tensor, "3 _height _width"]]
@@ -53,7 +53,7 @@ class VisionTower(nn.Module):
         lengths = [rows * columns for rows, columns in grids]
         x = self.norm(torch.cat([each.flatten(1).T for each in maps])[None])
         place = Place(grid_rotations(grids, c.head_dim, c.rope_theta, x), stretch=None)
-        mix = functools.partial(attend_within_images, lengths=lengths)
+        mix = Mix(functools.partial(attend_within_images, lengths=lengths))
         for block in self.blocks:
             x = block(x, place, mix)
         return x[0]
