@@ -111,11 +111,9 @@ class LatentAttention(nn.Module):
         if place.stretch is not None:
             q = q * place.stretch.to(q.dtype)
         latents, rope = self.kv_a(x).tensor_split([self.kv_b.in_features], dim=-1)
-        latents, rope = (
-            self.kv_norm(latents)[:, :, None],
-            rope[:, :, None],
-        )  # of one head, as it were
-        k, v = self.keys_values(*mix.remember(latents, rotate_neighbours(rope, place.rotary)))
+        latents = self.kv_norm(latents)[:, :, None]  # of one head, and so is the rotary key
+        rope = rotate_neighbours(rope[:, :, None], place.rotary)
+        k, v = self.keys_values(*mix.remember(latents, rope))
         return self.o(mix.attend(q, k, v).flatten(2))
 
     def keys_values(
@@ -142,7 +140,7 @@ class MLP(nn.Module):
 
 
 def attention(config: MistralConfig | VisionConfig) -> nn.Module:
-    """Of latents, or of keys and values."""
+    """Latent attention or grouped-query attention."""
     if isinstance(config, MistralConfig) and config.latent_attention:
         return LatentAttention(config, config.latent_attention)
     return Attention(config)
