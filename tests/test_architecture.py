@@ -21,7 +21,7 @@ from lechat_jax.config.layout import KNOWN
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("lechat_jax", "lechat_torch", "parity")
-LETTERS = set("BTSDNKGHFVELWPMdnhfcpm")  # small ones are the vision tower's
+LETTERS = set("BTSDNKGHUFVELWPMXJQCRZYOdnhfcpm")  # small ones are the vision tower's
 STANDARD_LIBRARY_ONLY = {
     *("lechat_jax.config", "lechat_jax.errors", "lechat_jax.shell", "lechat_jax.files.paths"),
     *("lechat_jax.formats.names", "parity.architectures"),
@@ -371,7 +371,7 @@ PLANTED = [
     (suppresses_no_checker, "tests.test_model", "import os  # noqa: F401"),
     (suppresses_no_checker, "parity.bench", "# pyright: basic\nx = 1"),
     (writes_dimensions_in_the_house_letters, "lechat_jax.model", "einsum('btd,fd->btf', x, y)"),
-    (writes_dimensions_in_the_house_letters, "lechat_jax.model", "jnp.einsum('BTQ, QD->BTD', x)"),
+    (writes_dimensions_in_the_house_letters, "lechat_jax.model", "jnp.einsum('BTI, ID->BTD', x)"),
     (writes_dimensions_in_the_house_letters, "lechat_jax.model", "Linear('BTD,NHZ->BTNH')"),
     (writes_dimensions_in_the_house_letters, "lechat_jax.model", "jnp.einsum('BT,TD', x, y)"),
     (writes_dimensions_in_the_house_letters, "lechat_jax.model", "x: Float[Array, 'B Q D']"),

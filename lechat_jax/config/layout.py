@@ -3,10 +3,10 @@
 One letter, one size: V token ids, D model width, N query heads, K key-value heads, H head width,
 U width of a head's value, F feed-forward width, E experts, X the width of one, J that of those
 which all tokens share, L layers. Of latent attention, Q and C are the ranks of queries and of keys
-and values, Z what the cache keeps, which is C and the rotary key, and Y a head's key without a
-position and its value. Small letters are sizes of the vision tower: d, n, h, f as in the decoder,
-c channels, p pixels along a patch, m patches of a token. A kernel has the axes
-that it writes first and those that it reads last, so
+and values, Z what the cache keeps, which is C and the rotary key R, and Y a head's key without a
+position O and its value. Small letters are sizes of the vision tower: d, n, h, f as in the decoder,
+c channels, p pixels along a patch, m patches of a token. A kernel has the axes that it writes first
+and those that it reads last, so
 y[writes] = sum over [reads] of kernel[writes, reads] * x[reads]. What other files have to know of a
 weight follows from this table: how it is split over devices, which of its axes the optimiser and
 the scales of int8 reduce over, which maps can have an adapter, how many weights a model has, and

@@ -213,7 +213,7 @@ class MistralConfig:
                 f"n_heads ({self.n_heads}) must be divisible by n_kv_heads ({self.n_kv_heads}), "
                 "since each key-value head serves an equal group of query heads"
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 and not self.latent_attention:
             raise BadInput(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         if not 0 <= min(1, self.n_experts) <= self.n_experts_per_token <= self.n_experts:
             raise BadInput(

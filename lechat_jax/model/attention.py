@@ -122,8 +122,8 @@ def attend_latents(
 
 
 def _attend_ring(
-    q: tuple[Float[Array, "B T N _"], ...],
-    k: tuple[Float[Array, "B K S _"], ...],
+    q: tuple[Float[Array, "B T N _part"], ...],
+    k: tuple[Float[Array, "B K S _part"], ...],
     v: Float[Array, "B K S U"],
     mask: Bool[Array, "B T S"],
     used: Int[Array, ""],
@@ -143,7 +143,7 @@ def _attend_ring(
     K, S, U = v.shape[1:]
     dtype, wide = q[0].dtype, jnp.promote_types(q[0].dtype, jnp.float32)
 
-    def by_head(q: Array) -> Float[Array, "B K rows _"]:
+    def by_head(q: Array) -> Float[Array, "B K rows _part"]:
         rows = jnp.swapaxes(q.reshape(B, T, K, N // K, -1), 1, 2)
         return rows.reshape(B, K, T * N // K, -1).astype(v.dtype)
 

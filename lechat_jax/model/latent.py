@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from lechat_jax.config import LatentConfig, MistralConfig
 from lechat_jax.model.attention import LatentQueries, Memory, Mixer
 from lechat_jax.model.layers import Linear, RMSNorm
-from lechat_jax.model.rope import Rotations, neighbours_apart, rotate
+from lechat_jax.model.rope import Rotations, deinterleaved, rotate
 from lechat_jax.ops.kernel_forms import as_form
 
 
@@ -45,17 +45,17 @@ class LatentAttention(nnx.Module):
         q, q_rotary = q[..., : self.n_plain], q[..., self.n_plain :]
         if rotary.scale is not None:
             q = q * rotary.scale[..., None, None].astype(q.dtype)
-        q_rotary = rotate(neighbours_apart(q_rotary), rotary.q)
+        q_rotary = rotate(deinterleaved(q_rotary), rotary.q)
         c = self.kv_a(x)[:, :, None]
         c, k_rotary = self.kv_norm(c[..., : self.rank]), c[..., self.rank :]
-        k_rotary = rotate(neighbours_apart(k_rotary), rotary.k)
+        k_rotary = rotate(deinterleaved(k_rotary), rotary.k)
         if memory is None:
             mixed, memory = mix(*self._expanded(q, q_rotary, c, k_rotary), memory)
             return self.o(mixed), memory
         kv_b = as_form(self.kv_b.kernel.get_value()).floats(x.dtype).astype(x.dtype)
         W_k, W_v = kv_b[:, : self.n_plain], kv_b[:, self.n_plain :]
         H = self.n_plain + q_rotary.shape[-1]
-        q = LatentQueries(jnp.einsum("BTNY,NYC->BTNC", q, W_k), q_rotary, H**-0.5)
+        q = LatentQueries(jnp.einsum("BTNO,NOC->BTNC", q, W_k), q_rotary, H**-0.5)
         mixed, memory = mix(q, k_rotary, c, memory)
         return self.o(jnp.einsum("BTNC,NUC->BTNU", mixed, W_v)), memory
 

@@ -9,6 +9,7 @@ adapter. The weights of a model with adapters have, for each map `<map>.kernel` 
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lechat_jax.ops.kernel_forms import as_form
@@ -29,6 +30,13 @@ class Adapted(NamedTuple):
     a: Float[Array, "..."]
     b: Float[Array, "..."]
     scale: Float[Array, ""]
+
+    def floats(self, dtype: DTypeLike) -> Float[Array, "..."]:
+        """All numbers of kernel and adapter, rounded once."""
+        kernel = as_form(self.kernel).floats(dtype)
+        wide = jnp.promote_types(kernel.dtype, jnp.float32)
+        low = jnp.tensordot(self.b.astype(wide), self.a.astype(wide) * self.scale, axes=1)
+        return (kernel.astype(wide) + low).astype(kernel.dtype)
 
     def matmul(self, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
         """Product of `x` with kernel and adapter, each rounded to the dtype of `x`.

@@ -114,10 +114,10 @@ def query_scale(
     return 1 + scaling.beta * jnp.log1p(steps.astype(dtype))
 
 
-def neighbours_apart(x: Float[Array, "*B R"]) -> Float[Array, "*B R"]:
+def deinterleaved(x: Float[Array, "*B R"]) -> Float[Array, "*B R"]:
     """Lanes in the order of `rotate`: pairs (2h, 2h + 1) become pairs (h, h + R/2).
 
-    >>> neighbours_apart(jnp.array([0, 3, 1, 4, 2, 5])).tolist()
+    >>> deinterleaved(jnp.array([0, 3, 1, 4, 2, 5])).tolist()
     [0, 1, 2, 3, 4, 5]
     """
     return jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)

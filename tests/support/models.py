@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
-from lechat_jax.config import Llama4Scaling, MistralConfig, Yarn
+from lechat_jax.config import LatentConfig, Llama4Scaling, MistralConfig, Yarn
 from lechat_jax.config.layout import is_norm, n_reads
 from lechat_jax.model.binding import bind, shapes_of, weights_of
 from lechat_jax.model.mistral import Mistral
@@ -51,6 +51,23 @@ TINY_STRETCHED = dataclasses.replace(
         apply_scale=False,
     ),
     llama_4_scaling=Llama4Scaling(beta=0.1, original_max_position_embeddings=9),
+)
+
+# As Mistral Small 4 and Large 3: latent attention in which no two widths agree, shared experts, a
+# dense layer first.
+TINY_LATENT = dataclasses.replace(
+    TINY_STRETCHED,
+    tied_embeddings=False,
+    n_kv_heads=6,
+    head_dim=14,
+    n_experts=5,
+    n_experts_per_token=2,
+    expert_hidden_dim=18,
+    n_shared_experts=2,
+    n_dense_layers=1,
+    latent_attention=LatentConfig(
+        q_lora_rank=24, kv_lora_rank=20, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=10
+    ),
 )
 
 

@@ -207,7 +207,7 @@ LATENT = (
     ),
     in_config(
         "rotary keys are longer by YaRN's factor",
-        lambda c: {"yarn": dataclasses.replace(c.yarn, apply_scale=True)},
+        lambda c: {"yarn": c.yarn and dataclasses.replace(c.yarn, apply_scale=True)},
         base=BASE,
         needs=lambda c: _is_latent(c) and c.yarn,
     ),
@@ -225,7 +225,7 @@ LATENT = (
     _in_weights("the shared expert is missing", _routed_alone("mlp.shared.down"), MIXED, 1),
     _in_code(
         "rotary lanes are halves instead of neighbours",
-        (latent, "neighbours_apart", _halves),
+        (latent, "deinterleaved", _halves),
     ),
     _in_code("rotary lanes go backwards", (latent, "rotate", _rotated(_backwards))),
     _in_code("the rotary key is normed", (latent, "rotate", _rotated(_normed_key))),
