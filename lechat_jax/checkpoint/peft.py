@@ -91,13 +91,13 @@ def write_adapter(
     arrays = {}
     for name, shape in adapters.shapes(config).items():
         letter = "A" if part_of(name) == LORA_A else "B"
-        key = f"base_model.model.{_theirs(module_of(name))}.lora_{letter}.weight"
+        key = f"base_model.model.{_theirs(module_of(name), config)}.lora_{letter}.weight"
         arrays[key] = np.asarray(weights[name]).reshape(_flat(name, shape))
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "new").mkdir(parents=True)
-        text = json.dumps(_fields(adapters, base), indent=2) + "\n"
+        text = json.dumps(_fields(adapters, config, base), indent=2) + "\n"
         (partial / "new" / CONFIG).write_text(text, encoding="utf-8")
         write_tensors(
             partial / "new",
@@ -235,13 +235,17 @@ def _flat(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1]
 
 
-def _theirs(name: str) -> str:
-    """A linear layer's name in Hugging Face's model.
+def _theirs(name: str, config: MistralConfig) -> str:
+    """A linear layer's name in Hugging Face's model, as transformers 5 has it in memory.
 
-    >>> _theirs("blocks.3.attn.q")
+    >>> from lechat_jax.config import preset
+    >>> _theirs("blocks.3.attn.q", preset("mistral-7b-v0.3"))
     'model.layers.3.self_attn.q_proj'
+    >>> _theirs("blocks.3.attn.q", preset("ministral-3-3b-2512"))
+    'model.language_model.layers.3.self_attn.q_proj'
     """
-    return f"model.layers.{layer_of(name)}.{row_of(f'{name}.kernel').hf}"
+    within = "language_model." if config.vision else ""
+    return f"model.{within}layers.{layer_of(name)}.{row_of(f'{name}.kernel').hf}"
 
 
 def _ours(key: str, path: Path) -> tuple[str, str]:
@@ -259,8 +263,8 @@ def _ours(key: str, path: Path) -> tuple[str, str]:
     return in_layer(OURS[match[3]], int(match[2])) + PARTS[match[4]], match[1]
 
 
-def _fields(adapters: Adapters, base: str | None) -> dict[str, Any]:
-    """The fields of `adapter_config.json`."""
+def _fields(adapters: Adapters, config: MistralConfig, base: str | None) -> dict[str, Any]:
+    """The fields of `adapter_config.json`; without the tower, whose maps are called alike."""
 
     def number(alpha: float) -> int | float:  # PEFT's own are whole
         return int(alpha) if alpha == int(alpha) else alpha
@@ -274,16 +278,16 @@ def _fields(adapters: Adapters, base: str | None) -> dict[str, Any]:
         "lora_alpha": number(adapters.alpha),
         "use_rslora": adapters.rslora,
         "target_modules": [
-            TABLE[MAPS[target]].hf.split(".")[-1] if target in MAPS else _theirs(target)
+            TABLE[MAPS[target]].hf.split(".")[-1] if target in MAPS else _theirs(target, config)
             for target in adapters.targets
         ],
-        "rank_pattern": {_theirs(name): rank for name, rank in adapters.ranks.items()},
-        "alpha_pattern": {_theirs(name): number(a) for name, a in adapters.alphas.items()},
+        "rank_pattern": {_theirs(name, config): rank for name, rank in adapters.ranks.items()},
+        "alpha_pattern": {_theirs(name, config): number(a) for name, a in adapters.alphas.items()},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
-    }
+    } | ({"exclude_modules": r".*\bvision_tower\b.*"} if config.vision else {})
 
 
 def _check(fields: Mapping[str, Any], path: Path) -> None:
