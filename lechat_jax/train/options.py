@@ -99,7 +99,7 @@ class TrainConfig:
             is not packed is read as one stream.
         block: Tokens in a row. By default 128 on a CPU and 256 on a GPU or TPU.
         vision_tower: Of a model that sees, whether the vision tower learns from the images in
-            --data too, or its projector alone. Beside LoRA adapters neither does.
+            --data too, or its projector alone, as it always is beside LoRA adapters.
         unused_ids: Rows of token ids that the text never has, in the embedding and the head:
             shared, one for all of them while training, which computes the same function in less
             time; or separate. By default shared for random weights and text files of up to 64 MB.
@@ -298,7 +298,8 @@ class TrainConfig:
             )
         if self.learns_adapters and self.vision_tower == "trained":
             raise BadInput(
-                "a vision tower does not learn beside adapters; leave out --vision-tower trained"
+                "a vision tower does not learn beside adapters, its projector alone does; leave "
+                "out --vision-tower trained"
             )
         if self.quantize and not self.learns_adapters:
             raise BadInput(
