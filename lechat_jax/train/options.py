@@ -74,8 +74,8 @@ class TrainConfig:
             Hugging Face's or Mistral's format, a GGUF file, either in a bucket (gs:// or s3://), or
             the name of a model on the Hugging Face Hub. The model and the tokenizer are its own.
         lora_rank: Train LoRA adapters of this rank beside the weights of --init-from, which stay as
-            they are and where they are: the run holds the adapters alone. By default all weights
-            are trained.
+            they are and where they are: the run holds the adapters alone, and the projector, which
+            learns with them if --data has images. By default all weights are trained.
         lora_alpha: LoRA scaling: what an adapter adds is multiplied by alpha / rank. By default
             twice the rank.
         lora_targets: Projections of a layer that have a LoRA adapter, any of q k v o gate up down.
