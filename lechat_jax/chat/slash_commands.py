@@ -14,7 +14,7 @@ HELP = """\
 /reset        begins a new conversation; the system prompt stays
 /system TEXT  sets the system prompt, as if it had been the first thing said; no TEXT: none
 /image FILE   shows an image with the next question; several in their order
-/save FILE    writes the conversation as JSON messages
+/save FILE    writes the conversation as a line of JSON, an example to train on
 /help         says this
 /exit         leaves, as Ctrl-D does
 Ctrl-C stops an answer. A line that ends in a backslash goes on in the next one. To send a
@@ -79,7 +79,7 @@ class Commands:
         return f"{name} is shown with the next question ({len(image.ids)} tokens)"
 
     def _save(self, name: str) -> str:
-        """Saves the messages as JSON, atomically."""
+        """Saves the messages as a record of `lechat_jax.train --data`, atomically."""
         if not name:
             raise BadInput("/save needs the name of a file")
         path = Path(os.path.expanduser(name)).absolute()
@@ -87,7 +87,6 @@ class Commands:
         if exists and path not in self._saved:
             raise BadInput(f"{name} exists and was not saved by this chat; choose another name")
         messages = self._conversation.messages
-        text = json.dumps(messages, indent=2, ensure_ascii=False) + "\n"
-        write_atomic(path, text)
+        write_atomic(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
         self._saved.add(path)
         return f"{len(messages)} messages {'replace those' if exists else 'are'} in {name}"

@@ -141,10 +141,8 @@ def shapes_to_compute(
 def _shapes(trained: SavedModel, dtype: DTypeLike | None, quantize: Format | None) -> Shapes:
     if trained.adapters is not None:
         how = trained.form(quantize)
-        return {
-            **_shapes(trained.base, dtype, how.format if how else None),
-            **trained.adapters.described(trained.config),
-        }
+        base = _shapes(trained.base, dtype, how.format if how else None)
+        return {**trained.adapters.described(trained.config), **base}
     how = trained.form(quantize)
     shapes = weight_shapes(trained.config, how)
     stored = trained.stored.store.tensors if trained.stored and dtype is None else {}

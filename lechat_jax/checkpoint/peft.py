@@ -2,7 +2,8 @@
 
 <folder>/
   adapter_config.json         target modules, rank and alpha
-  adapter_model.safetensors   A [r, in] and B [out, r] of each, heads merged to one axis
+  adapter_model.safetensors   A [r, in] and B [out, r] of each, heads merged to one axis; and all
+                              weights of the projector, if it learned (PEFT's modules_to_save)
 
 The rows of queries and keys are in Hugging Face's order, which is lechat's own. Also read is the
 `lora.safetensors` of mistral-finetune, in Mistral's names and order of rows.
@@ -29,6 +30,7 @@ from lechat_jax.config.layout import (
     MAPS,
     TABLE,
     in_layer,
+    is_projector,
     kernel_of,
     layer_of,
     module_of,
@@ -38,6 +40,8 @@ from lechat_jax.config.layout import (
 from lechat_jax.errors import BadInput
 from lechat_jax.files.safetensors import TensorFiles, write_tensors
 from lechat_jax.files.safetensors_header import TensorInfo, parse_json
+from lechat_jax.formats.names import rows
+from lechat_jax.formats.names import shape as shape_in
 from lechat_jax.model.adapters import Adapters, in_short
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
@@ -51,7 +55,8 @@ KEY = re.compile(
     r"(?:base_model\.model\.)?((?:model\.)?(?:language_model\.)?(?:model\.)?"
     r"layers\.(\d+)\.([\w.]+))\.lora_([AB])(?:\.default)?\.weight"
 )
-VISION = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(vision_tower|multi_modal_projector)\.")
+PROJECTOR = "multi_modal_projector"
+VISION = re.compile(rf"(?:base_model\.model\.)?(?:model\.)?((?:vision_tower|{PROJECTOR})\..+)")
 MISTRALS_STEM = "lora"  # of mistral-finetune's file
 MISTRALS_KEY = re.compile(r"layers\.(\d+)\.([\w.]+)\.lora_([AB])\.weight")
 SCALING = 2.0  # of mistral-finetune and mistral-inference, where nothing is said
@@ -82,7 +87,7 @@ def write_adapter(
         folder: the adapter's folder.
         config: config of the model.
         adapters: target modules, rank and alpha.
-        weights: A and B of each by lechat's name, float32.
+        weights: A and B of each by lechat's name, and the projector's if it learned, float32.
         base: name or folder of the base model, for information.
 
     Raises:
@@ -90,14 +95,13 @@ def write_adapter(
     """
     arrays = {}
     for name, shape in adapters.shapes(config).items():
-        letter = "A" if part_of(name) == LORA_A else "B"
-        key = f"base_model.model.{_theirs(module_of(name))}.lora_{letter}.weight"
-        arrays[key] = np.asarray(weights[name]).reshape(_flat(name, shape))
+        array = np.asarray(weights[name])
+        arrays[_key(name, config)] = array.reshape(_flat(name, shape, config))
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "new").mkdir(parents=True)
-        text = json.dumps(_fields(adapters, base), indent=2) + "\n"
+        text = json.dumps(_fields(adapters, config, base), indent=2) + "\n"
         (partial / "new" / CONFIG).write_text(text, encoding="utf-8")
         write_tensors(
             partial / "new",
@@ -117,7 +121,10 @@ def write_adapter(
 
 
 def read_adapter(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[str, np.ndarray]]:
-    """Reads a PEFT adapter folder: its settings, and A and B of each by lechat's name, float32.
+    """Reads a PEFT adapter folder: its settings, and what was learned by lechat's name, float32.
+
+    That is A and B of each, and the projector's weights if they are in `modules_to_save`. For a
+    model without eyes what is of a tower or a projector is left out, and a note says so.
 
     Raises:
         BadInput: the adapter is not plain LoRA of this model's linear layers, as DoRA is not; or
@@ -136,13 +143,14 @@ def read_adapter(folder: Path, config: MistralConfig) -> tuple[Adapters, dict[st
     if (folder / f"{STEM}.bin").is_file() and not (folder / f"{STEM}.safetensors").is_file():
         raise BadInput(f"{folder} has its adapter in a pickle; save it as {STEM}.safetensors")
     files = TensorFiles.open(folder, STEM)
-    if vision := [key for key in files if VISION.match(key)]:
+    vision = {key: match[1] for key in files if (match := VISION.fullmatch(key))}
+    if vision and not config.vision:
         said = f"only the text part is read; tensors of the adapter left out: {len(vision)}"
         print(f"{folder}: {said}", file=sys.stderr)
     found: dict[str, TensorInfo] = {}
     theirs: dict[str, str] = {}  # the name that each map has in the model it was trained on
-    for key in (key for key in files if key not in vision):
-        name, module = _ours(key, files[key].path)
+    for key in (key for key in files if config.vision or key not in vision):
+        name, module = _ours(vision.get(key, key), files[key].path, config)
         if name in found:
             raise BadInput(f"{folder} has {name} twice: {found[name].name} and {key}")
         found[name], theirs[module_of(name)] = files[key], module
@@ -211,12 +219,14 @@ def _weights(
         BadInput: one is missing, has another shape, or is not finite.
     """
     shapes = adapters.shapes(config)
-    if found.keys() != shapes.keys():
-        raise BadInput(f"{folder} lacks the other half of {min(found.keys() ^ shapes.keys())}")
+    if odd := found.keys() ^ shapes.keys():
+        name = min(odd)
+        what = f"its modules_to_save, of which {name} is," if is_projector(name) else ""
+        raise BadInput(f"{folder} lacks {what or f'the other half of {name}'}")
     weights = {}
     for name, shape in shapes.items():
         info = found[name]
-        if info.shape != _flat(name, shape):
+        if info.shape != _flat(name, shape, config):
             raise BadInput(
                 f"{info.name} in {info.path} has the shape {list(info.shape)}, which does not fit "
                 f"the model; an adapter is for the model that it was trained on"
@@ -228,39 +238,58 @@ def _weights(
     return weights
 
 
-def _flat(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The 2D shape of A or B in a file, heads merged to one axis."""
+def _flat(name: str, shape: tuple[int, ...], config: MistralConfig) -> tuple[int, ...]:
+    """The shape in a file: of A and B [r, in] and [out, r], of the projector Hugging Face's."""
+    if is_projector(name):
+        return shape_in(config, "hf", rows(config)[name])
     if part_of(name) == LORA_A:
         return shape[0], math.prod(shape[1:])
     return math.prod(shape[:-1]), shape[-1]
 
 
-def _theirs(name: str) -> str:
-    """A linear layer's name in Hugging Face's model.
+def _key(name: str, config: MistralConfig) -> str:
+    """PEFT's name of a weight that learned."""
+    if is_projector(name):
+        return f"base_model.model.model.{rows(config)[name].hf}"
+    letter = "A" if part_of(name) == LORA_A else "B"
+    return f"base_model.model.{_theirs(module_of(name), config)}.lora_{letter}.weight"
 
-    >>> _theirs("blocks.3.attn.q")
+
+def _theirs(name: str, config: MistralConfig) -> str:
+    """A linear layer's name in Hugging Face's model, as transformers 5 has it in memory.
+
+    >>> from lechat_jax.config import preset
+    >>> _theirs("blocks.3.attn.q", preset("mistral-7b-v0.3"))
     'model.layers.3.self_attn.q_proj'
+    >>> _theirs("blocks.3.attn.q", preset("ministral-3-3b-2512"))
+    'model.language_model.layers.3.self_attn.q_proj'
     """
-    return f"model.layers.{layer_of(name)}.{row_of(f'{name}.kernel').hf}"
+    within = "language_model." if config.vision else ""
+    return f"model.{within}layers.{layer_of(name)}.{row_of(f'{name}.kernel').hf}"
 
 
-def _ours(key: str, path: Path) -> tuple[str, str]:
+def _ours(key: str, path: Path, config: MistralConfig) -> tuple[str, str]:
     """Lechat's name of a PEFT tensor, and its layer's name in the base model.
 
-    >>> _ours("base_model.model.model.layers.3.mlp.up_proj.lora_B.weight", Path("x"))
+    >>> from lechat_jax.config import preset
+    >>> key = "base_model.model.model.layers.3.mlp.up_proj.lora_B.weight"
+    >>> _ours(key, Path("x"), preset("mistral-7b-v0.3"))
     ('blocks.3.mlp.up.lora.b', 'model.layers.3.mlp.up_proj')
     """
+    whole = {row.hf: name for name, row in rows(config).items() if is_projector(name)}
+    if key in whole:
+        return whole[key], PROJECTOR
     match = KEY.fullmatch(key)
     if match is None or match[3] not in OURS:
         raise BadInput(
-            f"{path} has {key}, and only lora_A and lora_B of the maps {', '.join(OURS)} are read "
-            f"here; {MERGE}"
+            f"{path} has {key}, and only lora_A and lora_B of the maps {', '.join(OURS)} of the "
+            f"decoder and a whole {PROJECTOR} are read here; {MERGE}"
         )
     return in_layer(OURS[match[3]], int(match[2])) + PARTS[match[4]], match[1]
 
 
-def _fields(adapters: Adapters, base: str | None) -> dict[str, Any]:
-    """The fields of `adapter_config.json`."""
+def _fields(adapters: Adapters, config: MistralConfig, base: str | None) -> dict[str, Any]:
+    """The fields of `adapter_config.json`; without the tower, whose maps are called alike."""
 
     def number(alpha: float) -> int | float:  # PEFT's own are whole
         return int(alpha) if alpha == int(alpha) else alpha
@@ -274,16 +303,16 @@ def _fields(adapters: Adapters, base: str | None) -> dict[str, Any]:
         "lora_alpha": number(adapters.alpha),
         "use_rslora": adapters.rslora,
         "target_modules": [
-            TABLE[MAPS[target]].hf.split(".")[-1] if target in MAPS else _theirs(target)
+            TABLE[MAPS[target]].hf.split(".")[-1] if target in MAPS else _theirs(target, config)
             for target in adapters.targets
         ],
-        "rank_pattern": {_theirs(name): rank for name, rank in adapters.ranks.items()},
-        "alpha_pattern": {_theirs(name): number(a) for name, a in adapters.alphas.items()},
+        "rank_pattern": {_theirs(name, config): rank for name, rank in adapters.ranks.items()},
+        "alpha_pattern": {_theirs(name, config): number(a) for name, a in adapters.alphas.items()},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
-    }
+        "modules_to_save": [PROJECTOR] if adapters.projector else None,
+    } | ({"exclude_modules": r".*\bvision_tower\b.*"} if config.vision else {})
 
 
 def _check(fields: Mapping[str, Any], path: Path) -> None:
@@ -292,6 +321,8 @@ def _check(fields: Mapping[str, Any], path: Path) -> None:
         raise BadInput(f"{path} is for {fields.get('peft_type')} adapters; only LORA is read here")
     empty = (None, False, "none", [], {})
     strange = {key: x for key, x in fields.items() if key not in UNDERSTOOD and x not in empty}
+    if _saves_projector(fields):
+        del strange["modules_to_save"]
     if (beginning := fields.get("init_lora_weights")) not in BEGINNINGS:
         strange["init_lora_weights"] = beginning
     if strange:
@@ -333,4 +364,10 @@ def _adapters(
         {name: r for name, r in ranks.items() if r != rank},
         {name: a for name, a in alphas.items() if a != alpha},
         bool(fields.get("use_rslora")),
+        projector=_saves_projector(fields) and config.vision is not None,
     )
+
+
+def _saves_projector(fields: Mapping[str, Any]) -> bool:
+    """Whether the projector learned beside the adapters, and no other module."""
+    return fields.get("modules_to_save") in ([PROJECTOR], [f"model.{PROJECTOR}"])

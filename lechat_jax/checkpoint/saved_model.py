@@ -203,7 +203,11 @@ class SavedModel:
             return Loaded(weights)
         if self.adapters is not None:
             base, learned = self.load_base(dtype, quantize, mesh, placing), self.load_adapters()
-            weights = base.weights | learned.weights | self.adapters.scales(self.config)
+            arrays = {
+                name: leaf.astype(base.weights[name].dtype) if name in base.weights else leaf
+                for name, leaf in learned.weights.items()
+            }
+            weights = base.weights | arrays | self.adapters.scales(self.config)
             return Loaded(weights, learned.step, base.refused + learned.refused)
         from lechat_jax.checkpoint.training_state import (
             Checkpoints,  # Orbax takes 0.2 s, and only runs need it
@@ -258,7 +262,7 @@ class SavedModel:
             )
 
     def load_adapters(self) -> Loaded:
-        """Loads only the adapters of the last good checkpoint, in float32.
+        """Loads only what the last good checkpoint learned, adapters and projector, in float32.
 
         Raises:
             BadInput: there is none.

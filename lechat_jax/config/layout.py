@@ -377,6 +377,11 @@ def is_tower(name: str) -> bool:
     return name.startswith(TOWER)
 
 
+def is_projector(name: str) -> bool:
+    """Whether a weight is of the projector, from the vision tower to the decoder's width."""
+    return name.startswith(PROJECTOR)
+
+
 def is_expert(name: str) -> bool:
     """Whether a weight is of the experts of a layer, each of which is a map of its own."""
     return KNOWN.get(stacked(name), ("",))[0] in EXPERTS

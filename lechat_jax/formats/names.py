@@ -24,10 +24,10 @@ from typing import Literal, NamedTuple
 from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import (
     HEAD,
-    PROJECTOR,
     TABLE,
     Row,
     is_expert,
+    is_projector,
     is_vision,
     layer_of,
     module_of,
@@ -103,7 +103,7 @@ def _beginnings(name: str) -> tuple[str, str]:
     >>> _beginnings("vision.blocks.3.attn.q.kernel")
     ('vision_tower.transformer.layers.3.', 'vision_encoder.transformer.layers.3.')
     """
-    if name.startswith(PROJECTOR):
+    if is_projector(name):
         return "multi_modal_projector.", ""
     layer = vision_layer_of(name)
     within = "" if layer is None else f"transformer.layers.{layer}."

@@ -263,9 +263,9 @@ class ContinuousBatch:
             weights = self._weights_for(chunk)
             row, cache = np.int32(chosen.row), self._state.cache
             with on_mesh(self._mesh):
-                seen = ()
-                if chosen.images:
-                    seen = (chosen.images.chunk(self._weights_for, chosen.at, chunk),)
+                images = chosen.images
+                features = images and images.chunk(self._weights_for, chosen.at, chunk)
+                seen = () if features is None else (features,)  # as of a prompt without images
                 if chosen.scores is None:
                     cache = prefill(self._config, weights, cache, row, tokens, positions, *seen)
                 else:

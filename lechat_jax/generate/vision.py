@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import MistralConfig, VisionConfig
 from lechat_jax.data.rows import Images
 from lechat_jax.devices.platform import platform
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import Weights, bind
-from lechat_jax.tokenizer.images import FEWEST, Image, padded
+from lechat_jax.tokenizer.images import FEWEST, Image, image_of, padded
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -52,6 +52,18 @@ def padded_length(n: int, n_merged: int) -> int:
         power = 1 << (least - 1).bit_length()
         length = power if least > power * 3 // 4 else power * 3 // 4
     return -(-length // n_merged) * n_merged
+
+
+def blank_images(vision: VisionConfig) -> list[Image]:
+    """Images to compile the tower with before anybody shows one: the smallest, and the largest.
+
+    Most photos are scaled down to about the latter. On a CPU it would take longer to see than to
+    compile, so there is the smallest alone.
+    """
+    token = vision.patch_size * vision.spatial_merge_size
+    most = vision.max_image_size // token
+    sides = (1,) if platform() == "cpu" else (1, most)
+    return [image_of(np.zeros((3, n * token, n * token), np.float32), vision) for n in sides]
 
 
 def as_images(images: Sequence[Image], length: int) -> Images:

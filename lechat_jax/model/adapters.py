@@ -17,6 +17,7 @@ from lechat_jax.config.layout import (
     LORA_SCALE,
     MAPS,
     is_map,
+    is_projector,
     module_of,
     part_of,
     stacked,
@@ -53,6 +54,7 @@ class Adapters:
         ranks: by the map's name.
         alphas: by the map's name.
         rslora: whether it is alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
+        projector: whether the projector of a model that sees learns beside them, all of it.
     """
 
     rank: int
@@ -61,6 +63,7 @@ class Adapters:
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rslora: bool = False
+    projector: bool = False
 
     def __post_init__(self) -> None:
         for rank in (self.rank, *self.ranks.values()):
@@ -94,15 +97,18 @@ class Adapters:
         return parts
 
     def shapes(self, config: MistralConfig) -> dict[str, tuple[int, ...]]:
-        """Shapes of A and B of all adapters, by name."""
+        """Shapes of all that learns, by name: A and B of each adapter, then the projector."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name, part in self.parts(config).items():
             shapes[name + LORA_A] = (part.rank, *part.reads)
             shapes[name + LORA_B] = (*part.writes, part.rank)
+        if self.projector:
+            rows = config.weights.items()
+            shapes |= {name: config.shape(row.letters) for name, row in rows if is_projector(name)}
         return shapes
 
     def described(self, config: MistralConfig) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of all adapter weights, scales included, by name."""
+        """Shapes and dtypes of all that learns, and of the adapters' scales, by name."""
         parts = [
             *self.shapes(config).items(),
             *((name + LORA_SCALE, ()) for name in self.parts(config)),
@@ -112,7 +118,7 @@ class Adapters:
     def draw(self, config: MistralConfig, seed: int) -> Weights:
         """Initial adapter weights: B zero, A uniform within 1 / sqrt(its inputs).
 
-        That is how PEFT begins.
+        That is how PEFT begins. A projector is not drawn, but begins as it is.
         """
         weights: Weights = {}
         key = jax.random.key(seed)
@@ -121,7 +127,7 @@ class Adapters:
                 bound = math.prod(shape[1:]) ** -0.5
                 drawn = jax.random.fold_in(key, i)
                 weights[name] = jax.random.uniform(drawn, shape, minval=-bound, maxval=bound)
-            else:
+            elif part_of(name) == LORA_B:
                 weights[name] = jnp.zeros(shape)
         return weights
 

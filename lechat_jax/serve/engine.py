@@ -28,7 +28,7 @@ from lechat_jax.generate.loaded_model import LoadedModel, Prompt
 from lechat_jax.generate.logits_processors import LogitsProcessing, all_allowed
 from lechat_jax.generate.prefill import CHUNKS
 from lechat_jax.generate.sampling import Sampling
-from lechat_jax.generate.vision import starts
+from lechat_jax.generate.vision import blank_images, starts
 from lechat_jax.model.cache import Cache
 from lechat_jax.serve.grammar import Matcher
 from lechat_jax.serve.metrics import Metrics
@@ -398,6 +398,12 @@ class Engine:
             batch.allow(0, all_allowed(1, vocab_size)[0])
             batch.advance(1)
             batch.free(0)
+        for image in blank_images(vision) if (vision := self.model.config.vision) else ():
+            if len(image.ids) < self.model.context:
+                prompt = [*image.ids, 0]
+                batch.admit(0, prompt, 1, Sampling(temperature=0), images=[image])
+                batch.read_all()
+                batch.free(0)
 
     def _run(self) -> None:
         while not self._is_closing:

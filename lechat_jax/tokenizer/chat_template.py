@@ -139,11 +139,21 @@ class Conversation:
         self.exchanges.append(Exchange(question, closed, images))
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """The history as chat messages (`role`, `content`), in order, the system prompt first."""
-        found = [{"role": "system", "content": self.system}] if self.system else []
-        for question, answer, _ in self.exchanges:
-            found.append({"role": "user", "content": question})
+    def messages(self) -> list[dict[str, Any]]:
+        """The history as chat messages (`role`, `content`), in order, the system prompt first.
+
+        The content of a question with images is a list of parts, with their addresses.
+        """
+        found: list[dict[str, Any]] = []
+        if self.system:
+            found.append({"role": "system", "content": self.system})
+        for question, answer, images in self.exchanges:
+            content: Any = question
+            if images:
+                urls = [{"url": image.address} for image in images]
+                content = [{"type": "image_url", "image_url": url} for url in urls]
+                content += [{"type": "text", "text": question}] if question else []
+            found.append({"role": "user", "content": content})
             found.append({"role": "assistant", "content": self._tokenizer.decode(answer)})
         return found
 

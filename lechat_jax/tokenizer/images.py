@@ -42,12 +42,32 @@ class Image:
         patches: normalised pixels of each patch, those of one token next to each other.
         places: row and column of each patch.
         digest: SHA-256 of the patches and the grid.
+        source: what it was read from; `None` of pixels that were scaled already.
     """
 
     ids: tuple[int, ...]
     patches: Float32[np.ndarray, "P c p p"]
     places: Int32[np.ndarray, "P 2"]
     digest: bytes
+    source: Union[str, bytes, "PillowImage", None] = None
+
+    @property
+    def address(self) -> str:
+        """The address of what it was read from: a file's absolute path, or a data URL.
+
+        Raises:
+            BadInput: it was read from nothing that has one.
+        """
+        if isinstance(self.source, str):
+            return self.source
+        if self.source is None:
+            raise BadInput("the image was given as pixels, which have no address; give its file")
+        data = self.source
+        if not isinstance(data, bytes):
+            file = io.BytesIO()
+            data.save(file, "PNG")
+            data = file.getvalue()
+        return f"{DATA_URL}image/png;base64,{base64.b64encode(data).decode()}"
 
     @property
     def n_tokens(self) -> int:
@@ -70,7 +90,10 @@ def read_image(source: ImageSource, vision: VisionConfig) -> Image:
 
     if isinstance(source, Image):
         return source
-    return image_of(encoder(vision)(ImageChunk(image=opened(source))).image, vision)
+    image = image_of(encoder(vision)(ImageChunk(image=opened(source))).image, vision)
+    if isinstance(source, str | Path) and not str(source).startswith(DATA_URL):
+        source = str(Path(source).absolute())
+    return dataclasses.replace(image, source=source)
 
 
 @functools.lru_cache

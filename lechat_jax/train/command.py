@@ -124,7 +124,11 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
         compilation.start(jitted_steps(step), *call)
 
     def see_shape(batch: Rows) -> None:
+        nonlocal start
         shapes.append(batch)
+        if is_new and start.learning:
+            has_images = batch.images is not None
+            start = start._replace(learning=start.learning.beside(has_images))
         if options.unused_ids != "shared":
             compile_step(batch, UnusedIds.none(config.vocab_size))
 
@@ -179,7 +183,7 @@ def set_up(run: Run, asked: TrainConfig, began: float, display: Display) -> Trai
         weights = loaded.weights if loaded else None
         if start.learning and loaded:
             training.freeze(loaded.weights, start.learning.adapters)
-            weights = start.learning.first(config, options.seed)
+            weights = start.learning.first(config, options.seed, loaded.weights)
         display.say(
             f"model: {options.model_name}, {config.n_params:,} parameters, "
             f"window {config.sliding_window or 'full'}{_sharing(unused)}\n"
@@ -337,9 +341,18 @@ def foretell(asked: TrainConfig) -> str:
         "a CPU, where bfloat16 is computed in float32 and layers are written out (accelerators "
         "need less; one alone, without --remat, keeps more of its layers):\n"
         f"{summary(memory)}\n"
+        f"{_beside_images(start)}"
         f"and of the disk {checkpoint_bytes(options, start.parts) / 1e9:.2f} GB for each of "
         f"{start.options.keep} checkpoints (--keep) and one that is being written"
     )
+
+
+def _beside_images(start: Start) -> str:
+    """What a dry run says of a model that sees, whose data it has not read."""
+    if not start.model.vision:
+        return ""
+    learns = " the projector is counted among what learns, and" if start.learning else ""
+    return f"with images in the text{learns} the pixels and the tower's activations come on top\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

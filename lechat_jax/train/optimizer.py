@@ -69,10 +69,14 @@ MUON = Rule()
 def usual_rule(kind: Kind, start: Start, weight_decay: float = 0.0) -> Rule:
     """The optimiser of that kind, with its usual rates for weights that are so far.
 
-    >>> usual_rule("adamw", "adapters").rates.matrix
-    0.0002
+    Beside adapters, which are matrices, a trained projector may learn, with the rate of its own.
+
+    >>> usual_rule("adamw", "adapters").rates
+    Rates(matrix=0.0002, embed=2e-05, head=2e-05, norm=2e-05)
     """
-    rates = Rates() if kind == "muon" else Rates(*[ADAMW[start]] * len(Rates()))
+    beside = "trained" if start == "adapters" else start
+    rates = Rates(*[ADAMW[beside]] * len(Rates()))._replace(matrix=ADAMW[start])
+    rates = Rates() if kind == "muon" else rates
     return Rule(kind, rates, weight_decay, BETA1[kind])
 
 

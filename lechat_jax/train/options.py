@@ -74,8 +74,8 @@ class TrainConfig:
             Hugging Face's or Mistral's format, a GGUF file, either in a bucket (gs:// or s3://), or
             the name of a model on the Hugging Face Hub. The model and the tokenizer are its own.
         lora_rank: Train LoRA adapters of this rank beside the weights of --init-from, which stay as
-            they are and where they are: the run holds the adapters alone. By default all weights
-            are trained.
+            they are and where they are: the run holds the adapters alone, and the projector, which
+            learns with them if --data has images. By default all weights are trained.
         lora_alpha: LoRA scaling: what an adapter adds is multiplied by alpha / rank. By default
             twice the rank.
         lora_targets: Projections of a layer that have a LoRA adapter, any of q k v o gate up down.
@@ -99,7 +99,7 @@ class TrainConfig:
             is not packed is read as one stream.
         block: Tokens in a row. By default 128 on a CPU and 256 on a GPU or TPU.
         vision_tower: Of a model that sees, whether the vision tower learns from the images in
-            --data too, or its projector alone. Beside LoRA adapters neither does.
+            --data too, or its projector alone, as it always is beside LoRA adapters.
         unused_ids: Rows of token ids that the text never has, in the embedding and the head:
             shared, one for all of them while training, which computes the same function in less
             time; or separate. By default shared for random weights and text files of up to 64 MB.
@@ -298,7 +298,8 @@ class TrainConfig:
             )
         if self.learns_adapters and self.vision_tower == "trained":
             raise BadInput(
-                "a vision tower does not learn beside adapters; leave out --vision-tower trained"
+                "a vision tower does not learn beside adapters, its projector alone does; leave "
+                "out --vision-tower trained"
             )
         if self.quantize and not self.learns_adapters:
             raise BadInput(

@@ -19,6 +19,7 @@ from lechat_jax.checkpoint.saved_model import Loaded, SavedModel
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.cli.display import Display
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import is_projector
 from lechat_jax.devices.platform import platform
 from lechat_jax.devices.processes import from_first
 from lechat_jax.errors import BadInput
@@ -34,21 +35,28 @@ from lechat_jax.train.options import DEFAULT_PRESET, Dtype, TrainConfig
 
 
 class TrainableAdapters(NamedTuple):
-    """LoRA adapters to train.
+    """LoRA adapters to train, and the projector beside them if there are images.
 
     Attributes:
         adapters: targets, ranks and scales.
-        arrays: their initial weights; `None` to draw them.
+        arrays: initial weights that were read; `None` to draw the adapters.
     """
 
     adapters: Adapters
     arrays: Mapping[str, np.ndarray] | None = None
 
-    def first(self, config: MistralConfig, seed: int) -> Weights:
-        """Initial adapter weights."""
-        if self.arrays is None:
-            return self.adapters.draw(config, seed)
-        return {name: jnp.asarray(array) for name, array in self.arrays.items()}
+    def beside(self, has_images: bool) -> "TrainableAdapters":
+        """These adapters for rows with images or without; a projector that was read stays."""
+        projector = has_images or any(map(is_projector, self.arrays or ()))
+        return self._replace(adapters=dataclasses.replace(self.adapters, projector=projector))
+
+    def first(self, config: MistralConfig, seed: int, base: Weights) -> Weights:
+        """Initial weights in float32, in which a projector that was not read is the base's."""
+        weights = self.adapters.draw(config, seed) if self.arrays is None else self.arrays
+        return {
+            name: jnp.asarray(weights[name] if name in weights else base[name], jnp.float32)
+            for name in self.adapters.shapes(config)
+        }
 
 
 class Start(NamedTuple):
@@ -80,8 +88,8 @@ class Start(NamedTuple):
         names = adapters.shapes(self.model)
         quantized = self.source.of_base(self.options.quantize)
         base = shapes_to_compute(self.source.base, dtype, quantized)
-        scales = {name: leaf for name, leaf in described.items() if name not in names}
-        return Parts({name: described[name] for name in names}, {**base, **scales})
+        frozen = {name: x for name, x in {**described, **base}.items() if name not in names}
+        return Parts({name: described[name] for name in names}, frozen)
 
 
 def run_of(asked: TrainConfig) -> Run:
@@ -181,17 +189,20 @@ def _absolute(path: Path) -> Path:
 def trainable_adapters(options: TrainConfig, config: MistralConfig) -> TrainableAdapters | None:
     """The LoRA adapters of the flags --lora-rank and --lora-from; `None` without them.
 
+    Until the rows are known, those of a model that sees may have images.
+
     Raises:
         BadInput: they do not fit the model, or the folder of --lora-from cannot be read.
     """
     if options.lora_from:
-        return TrainableAdapters(*read_adapter(options.lora_from, config))
+        read = TrainableAdapters(*read_adapter(options.lora_from, config))
+        return read.beside(has_images=config.vision is not None)
     if options.lora_rank is None:
         return None
     alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
     adapters = Adapters(options.lora_rank, alpha, options.lora_targets or target_words(config))
     adapters.parts(config)
-    return TrainableAdapters(adapters)
+    return TrainableAdapters(adapters).beside(has_images=config.vision is not None)
 
 
 def check_source(source: SavedModel, options: TrainConfig) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Integer
@@ -96,7 +97,7 @@ class TrainingRun:
         state: weights that learn, and optimiser; there after `begin` or `restore`.
         step: optimiser steps taken.
         frozen: weights of the base model, where adapters learn beside them.
-        adapters: those that learn, if not all weights do.
+        adapters: those that learn, and whether a projector does, if not all weights do.
         schedule: how long the run is, and when it does something else.
     """
 
@@ -140,8 +141,10 @@ class TrainingRun:
         return create_sharded(self.job.mesh, change, weights)
 
     def freeze(self, weights: Weights, adapters: Adapters) -> None:
-        """Sets the frozen base weights; only the adapters are trained."""
-        self.frozen = settled(self.job.mesh, weights | adapters.scales(self.job.config))
+        """Sets the frozen base weights; only the adapters are trained, and maybe the projector."""
+        learning = adapters.shapes(self.job.config)
+        frozen = {name: leaf for name, leaf in weights.items() if name not in learning}
+        self.frozen = settled(self.job.mesh, frozen | adapters.scales(self.job.config))
         self.adapters = adapters
 
     def begin(self, weights: Weights | None = None) -> None:
@@ -189,11 +192,11 @@ class TrainingRun:
         run.rewind(self.step)
 
     def _drawn(self) -> TrainState:
-        seed = self.job.options.seed
-        if self.adapters:
-            return state_of(self.adapters.draw(self.job.config, seed), self.step_options)
         job = self.job
-        return init_state(job.config, self.step_options, seed, job.unused, job.counts)
+        if self.adapters:
+            shapes = self.adapters.shapes(job.config).items()
+            return state_of({name: jnp.zeros(shape) for name, shape in shapes}, self.step_options)
+        return init_state(job.config, self.step_options, job.options.seed, job.unused, job.counts)
 
     def save(self) -> None:
         """Saves a checkpoint of this step.
@@ -208,7 +211,7 @@ class TrainingRun:
         self.schedule.start_the_clock()
 
     def keep_adapter(self) -> Path | None:
-        """Exports the adapters in PEFT's format; their folder, or `None` without adapters."""
+        """Exports what learned in PEFT's format; its folder, or `None` without adapters."""
         if self.adapters is None or not is_first():
             return None
         folder = self.job.run.folder / "adapter"

@@ -48,15 +48,17 @@ def merged(kernel: Shaped[np.ndarray, "..."], added: Product) -> Float[np.ndarra
 
 
 def with_adapters(
-    source: Source, products: Mapping[str, Product], dtype: np.dtype | None = None
+    source: Source,
+    products: Mapping[str, Product | Shaped[np.ndarray, "..."]],
+    dtype: np.dtype | None = None,
 ) -> Source:
-    """A checkpoint with adapters merged into its kernels.
+    """A checkpoint with adapters merged into its kernels, and the projector that they learned with.
 
     A kernel is merged when it is read, in float32, rounded once, and is the only one in memory.
 
     Args:
         source: the checkpoint, whose format the tensors keep.
-        products: by the kernel's name.
+        products: by the kernel's name; or by that of a weight what stands in its place.
         dtype: of the merged kernels; by default what they had.
     """
     config, fmt = source.config, format_of(source.format)
@@ -68,7 +70,9 @@ def with_adapters(
         target, row = one.dtype if dtype is None else dtype, table[name]
 
         def read() -> Shaped[np.ndarray, "..."]:
-            kernel = merged(from_format(one.read(), config, fmt, row), products[name])
+            kernel = products[name]
+            if isinstance(kernel, Product):
+                kernel = merged(from_format(one.read(), config, fmt, row), kernel)
             with np.errstate(over="ignore"):  # it becomes infinite, which the caller may refuse
                 return to_format(kernel.astype(target), config, fmt, row)
 

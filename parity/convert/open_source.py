@@ -10,6 +10,7 @@ import numpy as np
 
 from lechat_jax.checkpoint.run import Run
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import is_projector
 from lechat_jax.errors import BadInput
 from lechat_jax.formats.folder import kind_of
 from lechat_jax.formats.hub import local_model
@@ -150,8 +151,8 @@ def _adapted(folder: Path, dtype: np.dtype | None) -> Source:
     )
 
 
-def _read_products(folder: Path, config: MistralConfig) -> dict[str, Product]:
-    """What the adapters of a folder add, by the kernel's name."""
+def _read_products(folder: Path, config: MistralConfig) -> dict[str, Product | np.ndarray]:
+    """What the adapters of a folder add, by the kernel's name, and the projector's weights."""
     from lechat_jax.checkpoint.peft import read_adapter
 
     return _products(*read_adapter(folder, config), config)
@@ -159,8 +160,9 @@ def _read_products(folder: Path, config: MistralConfig) -> dict[str, Product]:
 
 def _products(
     adapters: Any, arrays: Mapping[str, np.ndarray], config: MistralConfig
-) -> dict[str, Product]:
-    return {
+) -> dict[str, Product | np.ndarray]:
+    added = {
         f"{name}.kernel": Product(arrays[f"{name}.lora.a"], arrays[f"{name}.lora.b"], part.scale)
         for name, part in adapters.parts(config).items()
     }
+    return added | {name: array for name, array in arrays.items() if is_projector(name)}

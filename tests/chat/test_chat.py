@@ -390,7 +390,7 @@ def test_a_conversation_is_saved_as_messages(
     dialogue = Dialogue(Script(V1, "Caf\u00e9", "Fine"), V1)
     typed(monkeypatch, dialogue, "Hello", f"/save {file}")
     hello = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Caf\u00e9"}]
-    assert json.loads(file.read_text(encoding="utf-8")) == hello
+    assert json.loads(file.read_text(encoding="utf-8")) == {"messages": hello}
     assert capsys.readouterr().err == f"2 messages are in {file}\n"
     assert list(tmp_path.iterdir()) == [file], "nothing is left beside it"
 
@@ -403,7 +403,7 @@ def test_what_the_chat_has_saved_itself_it_may_replace(
     dialogue = Dialogue(Script(V1, "Hi", "Fine"), V1)
     save = f"/save {file}"
     typed(monkeypatch, dialogue, "Hello", save, "Well?", save, f"/save {other}", "/save")
-    assert len(json.loads(file.read_text())) == 4
+    assert len(json.loads(file.read_text())["messages"]) == 4
     assert other.read_text() == "precious"
     assert capsys.readouterr().err.splitlines() == [
         f"2 messages are in {file}",

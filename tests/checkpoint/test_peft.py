@@ -119,7 +119,7 @@ def test_names_are_those_of_the_weights(small: MistralConfig) -> None:
     names = pytest.importorskip("lechat_jax.formats.names")
     table = names.rows(small)
     for name in ADAPTERS.parts(small):
-        assert f"{peft._theirs(name)}.weight" == table[f"{name}.kernel"].hf
+        assert f"{peft._theirs(name, small)}.weight" == table[f"{name}.kernel"].hf
 
 
 # --- read ---

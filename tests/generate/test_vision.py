@@ -139,3 +139,12 @@ def test_lengths_are_few_and_on_a_cpu_hardly_longer_than_images() -> None:
     assert all(length - n < 64 for n, length in zip(sizes, here, strict=True))
     assert len(set(here)) == 192
     assert len(set(there)) == 16
+
+
+def test_what_is_compiled_before_the_first_image_is_what_the_platform_can_wait_for() -> None:
+    def patches() -> list[int]:
+        return [len(image.patches) for image in vision.blank_images(TOWER)]
+
+    assert patches() == [4]
+    with compiling_for("tpu"):
+        assert patches() == [4, 144]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import jax
 import openai
 import pytest
 from PIL import Image as Pillow
@@ -13,10 +14,12 @@ from lechat_jax.generate.generator import Generator
 from lechat_jax.generate.loaded_model import LoadedModel
 from lechat_jax.generate.sampling import Sampling
 from lechat_jax.model.binding import bind
-from lechat_jax.serve.engine import Engine
+from lechat_jax.serve.engine import Engine, GenerationRequest
 from lechat_jax.tokenizer.chat_template import Conversation
 from lechat_jax.tokenizer.tokenizer import Tokenizer
+from tests.generate.test_generator import compilations
 from tests.serve.conftest import Live, chat, live
+from tests.serve.test_engine import Listener
 from tests.support.images import TOWER, data_url, noise, png
 
 LONG = "Here is what I have seen on my way home to the mountains"  # some chunks of 8 tokens
@@ -85,6 +88,21 @@ def test_an_answer_is_that_of_the_generator(
     assert answer.usage.prompt_tokens == len(ids)
     stream = greedy(client, user(*map(shown, images), text("What is it?")), stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == same.text
+
+
+def test_the_first_small_image_compiles_nothing(
+    seeing_model: LoadedModel, tokenizer: Tokenizer
+) -> None:
+    """Nor do the chunks of its prompt that have text alone."""
+    conversation = Conversation(tokenizer, vision=TOWER)
+    images = conversation.read_images([noise(40, 24)])
+    ids = conversation.ask(LONG, images)
+    jax.clear_caches()  # of what other tests have compiled
+    with Engine(seeing_model, 1) as engine, compilations() as compiled:
+        listener = Listener()
+        engine.enqueue([GenerationRequest(ids, 2, images=images)], [listener])
+        listener.answer()
+        assert compiled == []
 
 
 def test_images_of_one_size_are_not_mixed_up(

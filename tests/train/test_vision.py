@@ -45,18 +45,22 @@ def example(images: list[str], answer: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
+def written(folder: Path) -> Path:
     """Thirty examples of no, one or two images, whose files lie beside them."""
     for number, size in enumerate(SIZES):
-        noise(*size, number).save(tmp_path / f"{number}.png")
+        noise(*size, number).save(folder / f"{number}.png")
     lines = []
     for i in range(30):
         names = [f"{k % 4}.png" for k in range(i, i + i % 3)]
         lines.append(json.dumps(example(names, f"number {i}")))
-    path = tmp_path / "data.jsonl"
+    path = folder / "data.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return written(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,8 @@ class Quantization(NamedTuple):
 def take_quantization(fields: dict[str, Any], where: object) -> Quantization | None:
     """Takes the quantisation out of a config's `fields`; `None` if there is none.
 
+    Of a model that sees some programs write it into the `text_config`, which it is about.
+
     >>> fields = {"dim": 40, "quantization": {"qformat_weight": "fp8_e4m3"}}
     >>> take_quantization(fields, "params.json").name, fields
     ('FP8', {'dim': 40})
@@ -41,7 +43,9 @@ def take_quantization(fields: dict[str, Any], where: object) -> Quantization | N
     Raises:
         BadInput: it is in a way that is not read here; it is named.
     """
-    found = {key: value for key in KEYS if (value := fields.pop(key, None))}
+    text = fields.get("text_config")
+    parts = (fields, text) if isinstance(text, dict) else (fields,)
+    found = {key: value for part in parts for key in KEYS if (value := part.pop(key, None))}
     if not found:
         return None
     ((key, value),) = list(found.items())[:1]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lechat_jax.checkpoint.weights import load_weights
 from lechat_jax.config import MistralConfig
+from lechat_jax.config.layout import is_map
 from lechat_jax.errors import BadInput
 from lechat_jax.formats.names import names
 from lechat_jax.generate.generator import Generator
@@ -91,7 +92,10 @@ def spread(scale: torch.Tensor, sizes: tuple[int, int], shape: torch.Size) -> to
 
 
 def write(folder: Path, config: MistralConfig, way: Way) -> State:
-    """A checkpoint stored in that way; what it stands for by PyTorch's arithmetic, in float32."""
+    """A checkpoint stored in that way; what it stands for by PyTorch's arithmetic, in float32.
+
+    A vision tower stays in floats.
+    """
     fmt = "mistral" if "quantization" in way.config else "hf"
     start = write_torch(folder.with_name("start"), config, random_weights(config))
     assert main([str(start), str(folder), "--to", fmt]) == 0
@@ -99,7 +103,7 @@ def write(folder: Path, config: MistralConfig, way: Way) -> State:
     text = folder / ("params.json" if fmt == "mistral" else "config.json")
     text.write_text(json.dumps(json.loads(text.read_text()) | way.config))
     stored, meant = {}, {}
-    maps = [key for ours, key in names(config, fmt).items() if ".attn." in ours or ".mlp." in ours]
+    maps = [key for ours, key in names(config, fmt).items() if is_map(ours)]
     for key, weight in load_file(path).items():
         if key not in maps:
             stored[key], meant[key] = weight, weight.float()

@@ -187,14 +187,17 @@ MODELS += [(way, MIXTURE) for way in ("gptq act-order", "awq", "gptq of 8 bits")
 
 
 def write(folder: Path, config: MistralConfig, way: Way) -> Arrays:
-    """A checkpoint packed in that way, and the numbers that it stands for in float32."""
+    """A checkpoint packed in that way, and the numbers that it stands for in float32.
+
+    A vision tower stays in floats.
+    """
     start = write_torch(folder.with_name("start"), config, random_weights(config, np.dtype("f2")))
     assert main([str(start), str(folder), "--to", "hf"]) == 0
     path, text = folder / "model.safetensors", folder / "config.json"
     text.write_text(json.dumps(json.loads(text.read_text()) | {"quantization_config": way.said}))
     stored, meant = {}, {}
     for key, weight in load_file(path).items():
-        if not re.search(r"(_proj|\.w\d)\.weight$", key):
+        if not re.search(r"(_proj|\.w\d)\.weight$", key) or key.startswith("vision_tower."):
             stored[key], meant[key] = weight, weight.astype(np.float32)
             continue
         F, D = weight.shape
