@@ -380,14 +380,14 @@ def test_params_of_mistrals_mean(fields: Fields, expected: Fields) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1}}, "has moe"),
+        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "router_bias": True}}, "has moe"),
         ({"moe": {"num_experts": 8}}, "n_experts_per_token must be between 1 and n_experts"),
         ({"quantization": {"qformat_weight": "fp8_e4m3"}}, "has quantization = "),
         ({"yarn": {"factor": 16}}, "yarn lacks alpha, beta, original_max_position"),
         ({"yarn": [16]}, "yarn must be null or an object"),
         ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling lacks original_max_position"),
         ({"multimodal": {"whisper_model_args": {}}}, "has multimodal = "),
-        ({"q_lora_rank": 1024}, "has q_lora_rank = 1024"),
+        ({"q_lora_rank": 1024}, "has kv_lora_rank = null, and latent attention needs"),
         ({"model_type": "mamba"}, "has model_type = .*mamba"),
         ({"sliding_window": "wide"}, "has sliding_window = 'wide'"),
         ({"sliding_window": [1, 2, 3]}, "sliding_window of 3 layers"),
