@@ -136,13 +136,12 @@ def test_the_speeds_of_a_stretched_model_are_those_of_transformers(name: str) ->
     assert text["max_position_embeddings"] == stretched >= 262144
     inv_freq, length = ROPE_INIT_FUNCTIONS["yarn"](transformers.AutoConfig.for_model(**text))
     assert from_hugging_face(fields, "x") == config
-    one = jnp.array([[1]])
-    ours = rotation(one, config.head_dim, config.rope_theta, "float32", config.yarn)
+    latent = config.latent_attention
+    one, lanes = jnp.array([[1]]), latent.qk_rope_head_dim if latent else config.head_dim
+    ours = rotation(one, lanes, config.rope_theta, "float32", config.yarn)
     np.testing.assert_allclose(np.arctan2(ours.sin, ours.cos)[0, 0], inv_freq, rtol=2e-6)
     np.testing.assert_allclose(np.hypot(ours.sin, ours.cos), length, rtol=1e-6)
-    rotary = rotations(
-        torch.tensor([[1]]), config.head_dim, config.rope_theta, torch.float64, config.yarn
-    )
+    rotary = rotations(torch.tensor([[1]]), lanes, config.rope_theta, torch.float64, config.yarn)
     np.testing.assert_allclose(rotary.angle()[0, 0, 0], inv_freq, rtol=1e-6)
     np.testing.assert_allclose(rotary.abs()[0, 0, 0], length, rtol=1e-12)
 

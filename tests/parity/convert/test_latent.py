@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from lechat_jax.config import LatentConfig, Llama4Scaling, MistralConfig
+from lechat_jax.config import PRESETS, LatentConfig, Llama4Scaling, MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.formats.configs.hugging_face import from_hugging_face, to_hugging_face
 from lechat_jax.formats.configs.mistral import from_params, to_params
@@ -206,12 +206,109 @@ def test_a_weight_of_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> No
 
 def test_gguf_is_refused(tmp_path: Path) -> None:
     start = write_torch(tmp_path / "start", LATENT, random_weights(LATENT))
-    with pytest.raises(BadInput, match="^a model with latent attention or shared experts"):
+    with pytest.raises(BadInput, match=r"^a model with latent attention or shared experts"):
         convert(start, tmp_path / "x.gguf", "gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["start"]
 
 
 # --- configs ---
+
+# As copies of the releases' params.json have them, but for how weights are quantised.
+YARN = {"alpha": 1, "apply_scale": False, "beta": 32, "original_max_position_embeddings": 8192}
+SMALL_4: Fields = {
+    "dim": 4096,
+    "n_layers": 36,
+    "head_dim": 128,
+    "hidden_dim": 12288,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "rope_theta": 10000.0,
+    "norm_eps": 1e-06,
+    "vocab_size": 131072,
+    "tied_embeddings": False,
+    "max_position_embeddings": 1048576,
+    "llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 8192},
+    "q_lora_rank": 1024,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "moe": {
+        "expert_parallel": 1,
+        "expert_model_parallel": 1,
+        "route_every_n": 1,
+        "first_k_dense_replace": 0,
+        "num_experts": 128,
+        "num_experts_per_tok": 4,
+        "num_expert_groups": 1,
+        "num_expert_groups_per_tok": 1,
+        "routed_scale": 1.0,
+        "expert_hidden_dim": 2048,
+        "num_shared_experts": 1,
+    },
+    "vision_encoder": {
+        "image_token_id": 10,
+        "image_break_token_id": 12,
+        "image_end_token_id": 13,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "mm_projector_id": "patch_merge",
+        "spatial_merge_size": 2,
+        "hidden_size": 1024,
+        "num_channels": 3,
+        "image_size": 1540,
+        "max_image_size": 1540,
+        "patch_size": 14,
+        "rope_theta": 10000.0,
+        "add_pre_mm_projector_layer_norm": True,
+        "adapter_bias": False,
+    },
+    "yarn": YARN | {"factor": 128},
+}
+LARGE_3: Fields = SMALL_4 | {
+    "dim": 7168,
+    "n_layers": 61,
+    "hidden_dim": 16384,
+    "n_heads": 128,
+    "n_kv_heads": 128,
+    "max_position_embeddings": 294912,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "yarn": YARN | {"factor": 36},
+    "moe": SMALL_4["moe"] | {"first_k_dense_replace": 3, "expert_hidden_dim": 4096},
+    "vision_encoder": SMALL_4["vision_encoder"]
+    | {"num_hidden_layers": 48, "hidden_size": 1664, "intermediate_size": 8192},
+}
+
+
+@pytest.mark.parametrize(
+    ("params", "preset"),
+    [(SMALL_4, "mistral-small-4-119b-2603"), (LARGE_3, "mistral-large-3-675b-2512")],
+)
+def test_params_of_a_release_are_the_preset_and_are_written_again(
+    params: Fields, preset: str
+) -> None:
+    assert from_params(params, "params.json", None) == PRESETS[preset]
+    written = to_params(PRESETS[preset])
+    assert written.keys() - params.keys() == set()
+    same = params | {"moe": {k: v for k, v in params["moe"].items() if "_parallel" not in k}}
+    assert {key: same[key] for key in written} == written
+
+
+def test_the_defaults_of_transformers_are_small_4() -> None:
+    preset = PRESETS["mistral-small-4-119b-2603"]
+    assert from_hugging_face(transformers.Mistral4Config().to_dict(), "x") == preset.text
+    fields = to_hugging_face(preset, "bfloat16", None, 1, 2)
+    words = transformers.AutoConfig.for_model(**fields)
+    assert isinstance(words.text_config, transformers.Mistral4Config)
+    defaults = transformers.Mistral4Config().to_dict()
+    rope = defaults.pop("rope_parameters").keys() | {"pad_token_id", "dtype"}
+    text = words.text_config.to_dict()
+    assert {key: text[key] for key in defaults.keys() - rope} == {
+        key: value for key, value in defaults.items() if key not in rope
+    }
 
 
 def changed(fields: Fields, change: Fields) -> Fields:
