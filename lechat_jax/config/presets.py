@@ -256,8 +256,7 @@ RELEASES: dict[str, Fields] = {
     # https://huggingface.co/mistralai/Devstral-2-123B-Instruct-2512/blob/main/config.json
     "devstral-2-123b-2512": DEVSTRAL_2,
     # https://huggingface.co/mistralai/Mistral-Medium-3.5-128B/blob/main/params.json
-    "mistral-medium-3.5-128b": DEVSTRAL_2
-    | {"vision": LARGE_TOWER},
+    "mistral-medium-3.5-128b": DEVSTRAL_2 | {"vision": LARGE_TOWER},
     # https://huggingface.co/mistralai/Mistral-Small-4-119B-2603/blob/main/params.json
     "mistral-small-4-119b-2603": SMALL_4,
     # https://huggingface.co/mistralai/Leanstral-2603/blob/main/params.json

@@ -254,7 +254,7 @@ PUBLISHED = {  # of those that see: the decoder, and the tower with its projecto
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_published_number_of_weights(name: str) -> None:
-    """Of the model's own shapes; behind dense layers all are alike, so the last is what each adds."""
+    """Of the model's own shapes; behind dense ones layers are alike: the last is what each adds."""
     first = PRESETS[name].n_dense_layers + 1
     one, two = (
         weights_of_eval_shape(dataclasses.replace(PRESETS[name], n_layers=n, sliding_window=None))
