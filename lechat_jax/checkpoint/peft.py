@@ -27,6 +27,7 @@ from lechat_jax.config.layout import (
     LORA_A,
     LORA_B,
     MAPS,
+    SHARED,
     TABLE,
     in_layer,
     kernel_of,
@@ -97,7 +98,7 @@ def write_adapter(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "new").mkdir(parents=True)
-        text = json.dumps(_fields(adapters, base), indent=2) + "\n"
+        text = json.dumps(_fields(adapters, config, base), indent=2) + "\n"
         (partial / "new" / CONFIG).write_text(text, encoding="utf-8")
         write_tensors(
             partial / "new",
@@ -259,8 +260,21 @@ def _ours(key: str, path: Path) -> tuple[str, str]:
     return in_layer(OURS[match[3]], int(match[2])) + PARTS[match[4]], match[1]
 
 
-def _fields(adapters: Adapters, base: str | None) -> dict[str, Any]:
-    """The fields of `adapter_config.json`."""
+def _fields(adapters: Adapters, config: MistralConfig, base: str | None) -> dict[str, Any]:
+    """The fields of `adapter_config.json`.
+
+    PEFT takes a last word for every map that has it, also for those of experts which all tokens
+    share, so beside these maps of feed-forwards are named in full.
+    """
+    shared = {TABLE[name].hf.split(".")[-1] for name in SHARED if config.n_shared_experts}
+
+    def modules(target: str) -> list[str]:
+        if target not in MAPS:
+            return [_theirs(target)]
+        word = TABLE[MAPS[target]].hf.split(".")[-1]
+        if word not in shared:
+            return [word]
+        return [_theirs(name) for name in adapters.parts(config) if name.split(".")[-1] == target]
 
     def number(alpha: float) -> int | float:  # PEFT's own are whole
         return int(alpha) if alpha == int(alpha) else alpha
@@ -273,10 +287,7 @@ def _fields(adapters: Adapters, base: str | None) -> dict[str, Any]:
         "r": adapters.rank,
         "lora_alpha": number(adapters.alpha),
         "use_rslora": adapters.rslora,
-        "target_modules": [
-            TABLE[MAPS[target]].hf.split(".")[-1] if target in MAPS else _theirs(target)
-            for target in adapters.targets
-        ],
+        "target_modules": [name for target in adapters.targets for name in modules(target)],
         "rank_pattern": {_theirs(name): rank for name, rank in adapters.ranks.items()},
         "alpha_pattern": {_theirs(name): number(a) for name, a in adapters.alphas.items()},
         "lora_dropout": 0.0,
