@@ -215,6 +215,7 @@ ENDS = {"SCALE", "ZERO", "ORDER", "LORA_A", "LORA_B", "LORA_SCALE"}
 PATTERNS_OF_OTHERS = {
     "lechat_jax.checkpoint.peft": "PEFT's lora_A and lora_B",
     "lechat_jax.formats.configs.vision": "the language model in Mistral3ForConditionalGeneration",
+    "lechat_jax.formats.fused_experts": "the experts of Mistral 4 in Hugging Face's files",
     "parity.convert.first_mixtral": "the gate of Mixtral's first release",
 }
 

@@ -28,6 +28,7 @@ from lechat_jax.config.layout import (
     LORA_A,
     LORA_B,
     MAPS,
+    SHARED,
     TABLE,
     in_layer,
     is_projector,
@@ -289,7 +290,21 @@ def _ours(key: str, path: Path, config: MistralConfig) -> tuple[str, str]:
 
 
 def _fields(adapters: Adapters, config: MistralConfig, base: str | None) -> dict[str, Any]:
-    """The fields of `adapter_config.json`; without the tower, whose maps are called alike."""
+    """The fields of `adapter_config.json`; without the tower, whose maps are called alike.
+
+    PEFT takes a last word for every map that has it, also for those of experts which all tokens
+    share, so beside these maps of feed-forwards are named in full.
+    """
+    shared = {TABLE[name].hf.split(".")[-1] for name in SHARED if config.n_shared_experts}
+
+    def modules(target: str) -> list[str]:
+        if target not in MAPS:
+            return [_theirs(target, config)]
+        word = TABLE[MAPS[target]].hf.split(".")[-1]
+        if word not in shared:
+            return [word]
+        parts = [name for name in adapters.parts(config) if name.split(".")[-1] == target]
+        return [_theirs(name, config) for name in parts]
 
     def number(alpha: float) -> int | float:  # PEFT's own are whole
         return int(alpha) if alpha == int(alpha) else alpha
@@ -302,10 +317,7 @@ def _fields(adapters: Adapters, config: MistralConfig, base: str | None) -> dict
         "r": adapters.rank,
         "lora_alpha": number(adapters.alpha),
         "use_rslora": adapters.rslora,
-        "target_modules": [
-            TABLE[MAPS[target]].hf.split(".")[-1] if target in MAPS else _theirs(target, config)
-            for target in adapters.targets
-        ],
+        "target_modules": [name for target in adapters.targets for name in modules(target)],
         "rank_pattern": {_theirs(name, config): rank for name, rank in adapters.ranks.items()},
         "alpha_pattern": {_theirs(name, config): number(a) for name, a in adapters.alphas.items()},
         "lora_dropout": 0.0,

@@ -37,6 +37,8 @@ class Row(NamedTuple):
             here and in Hugging Face's files, and neighbours in Mistral's and in GGUF.
         is_bias: whether it is added to what a map makes.
         is_split: whether its axes are apart in all files, as those of a convolution.
+        hf_latent: its name in Hugging Face's files of models with latent attention, if another.
+        mistral_latent: likewise, in Mistral's own.
     """
 
     writes: str
@@ -47,11 +49,19 @@ class Row(NamedTuple):
     is_rotated: bool = False
     is_bias: bool = False
     is_split: bool = False
+    hf_latent: str = ""
+    mistral_latent: str = ""
 
     @property
     def letters(self) -> str:
         """All axes, in the order of the array."""
         return self.writes + self.reads
+
+    @property
+    def of_latent(self) -> "Row":
+        """The row in a model with latent attention."""
+        hf, mistral = self.hf_latent or self.hf, self.mistral_latent or self.mistral
+        return self._replace(hf=hf, mistral=mistral)
 
 
 # Without the number of the layer, which is also the name of a stack of all layers, [L, ...].
@@ -82,16 +92,27 @@ TABLE = {
     "blocks.mlp.up.kernel": Row("F", "D", "mlp.up_proj", "feed_forward.w3", "ffn_up"),
     "blocks.mlp.down.kernel": Row("D", "F", "mlp.down_proj", "feed_forward.w2", "ffn_down"),
     "blocks.mlp.router.kernel": Row(
-        "E", "D", "block_sparse_moe.gate", "feed_forward.gate", "ffn_gate_inp"
+        *("E", "D", "block_sparse_moe.gate", "feed_forward.gate", "ffn_gate_inp"),
+        hf_latent="mlp.gate",
+        mistral_latent="gate",
     ),
     "blocks.mlp.experts.gate.kernel": Row(
-        "EX", "D", "block_sparse_moe.experts.{e}.w1", "feed_forward.experts.{e}.w1", "ffn_gate_exps"
+        *("EX", "D", "block_sparse_moe.experts.{e}.w1", "feed_forward.experts.{e}.w1"),
+        "ffn_gate_exps",
+        hf_latent="mlp.experts.{e}.gate_proj",
+        mistral_latent="experts.{e}.w1",
     ),
     "blocks.mlp.experts.up.kernel": Row(
-        "EX", "D", "block_sparse_moe.experts.{e}.w3", "feed_forward.experts.{e}.w3", "ffn_up_exps"
+        *("EX", "D", "block_sparse_moe.experts.{e}.w3", "feed_forward.experts.{e}.w3"),
+        "ffn_up_exps",
+        hf_latent="mlp.experts.{e}.up_proj",
+        mistral_latent="experts.{e}.w3",
     ),
     "blocks.mlp.experts.down.kernel": Row(
-        "ED", "X", "block_sparse_moe.experts.{e}.w2", "feed_forward.experts.{e}.w2", "ffn_down_exps"
+        *("ED", "X", "block_sparse_moe.experts.{e}.w2", "feed_forward.experts.{e}.w2"),
+        "ffn_down_exps",
+        hf_latent="mlp.experts.{e}.down_proj",
+        mistral_latent="experts.{e}.w2",
     ),
     "blocks.mlp.shared.gate.kernel": Row(
         "J", "D", "mlp.shared_experts.gate_proj", "shared_experts.w1", ""
@@ -218,7 +239,7 @@ def weights(
         absent |= set() if vision.projector_bias else {n for n, row in TABLE.items() if row.is_bias}
     n_blocks = {"blocks": n_layers, "vision": vision.n_layers if vision else 0}
     found = {
-        in_layer(name, i): row
+        in_layer(name, i): row.of_latent if is_latent else row
         for name, row in TABLE.items()
         if name not in absent
         for i in range(n_blocks[name.partition(".")[0]] if is_stack(name) else 1)

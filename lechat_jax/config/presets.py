@@ -81,6 +81,31 @@ DEVSTRAL_SMALL_2 = SMALL | {
     "yarn": MINISTRAL_3["yarn"] | EIGHT_K | {"factor": 48},
     "llama_4_scaling": MINISTRAL_3["llama_4_scaling"] | EIGHT_K,
 }
+# Latent attention and experts: 320 numbers a token and layer in the cache of Small 4.
+SMALL_4 = SEVEN | {
+    **SEES,
+    "n_layers": 36,
+    "n_kv_heads": 32,
+    "hidden_dim": 12288,  # of no layer
+    "vocab_size": 131072,
+    "norm_eps": 1e-6,
+    "sliding_window": None,
+    "n_experts": 128,
+    "n_experts_per_token": 4,
+    "expert_hidden_dim": 2048,
+    "n_shared_experts": 1,
+    "yarn": MINISTRAL_3["yarn"] | EIGHT_K | {"factor": 128},
+    "llama_4_scaling": MINISTRAL_3["llama_4_scaling"] | EIGHT_K,
+    "latent_attention": {
+        "q_lora_rank": 1024,
+        "kv_lora_rank": 256,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    },
+}
+# The tower of Medium 3.5 and Large 3.
+LARGE_TOWER = TOWER | {"n_layers": 48, "dim": 1664, "hidden_dim": 8192}
 DEVSTRAL_2 = LARGE | {
     "vocab_size": 131072,
     "yarn": {
@@ -155,6 +180,27 @@ RELEASES: dict[str, Fields] = {
         "rope_theta": 1e4,
         "sliding_window": 1024,
     },
+    # For measuring latent attention and experts: an eighth of Small 4's width, a seventh of its
+    # layers, and the rest in proportion; four of 128 experts as there.
+    "bench-small-4": SMALL_4
+    | {
+        "dim": 512,
+        "n_layers": 5,
+        "n_heads": 8,
+        "n_kv_heads": 8,
+        "head_dim": 64,
+        "hidden_dim": 1536,
+        "vocab_size": 32000,
+        "expert_hidden_dim": 256,
+        "latent_attention": {
+            "q_lora_rank": 128,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+        },
+        "vision": None,
+    },
     # https://huggingface.co/mistralai/Mistral-7B-v0.1/blob/main/config.json
     "mistral-7b-v0.1": SEVEN,
     # https://huggingface.co/mistralai/Mistral-7B-Instruct-v0.2/blob/main/config.json
@@ -210,8 +256,32 @@ RELEASES: dict[str, Fields] = {
     # https://huggingface.co/mistralai/Devstral-2-123B-Instruct-2512/blob/main/config.json
     "devstral-2-123b-2512": DEVSTRAL_2,
     # https://huggingface.co/mistralai/Mistral-Medium-3.5-128B/blob/main/params.json
-    "mistral-medium-3.5-128b": DEVSTRAL_2
-    | {"vision": TOWER | {"n_layers": 48, "dim": 1664, "hidden_dim": 8192}},
+    "mistral-medium-3.5-128b": DEVSTRAL_2 | {"vision": LARGE_TOWER},
+    # https://huggingface.co/mistralai/Mistral-Small-4-119B-2603/blob/main/params.json
+    "mistral-small-4-119b-2603": SMALL_4,
+    # https://huggingface.co/mistralai/Leanstral-2603/blob/main/params.json
+    "leanstral-2603": SMALL_4,
+    # https://huggingface.co/mistralai/Mistral-Large-3-675B-Instruct-2512/blob/main/params.json
+    "mistral-large-3-675b-2512": SMALL_4
+    | {
+        "dim": 7168,
+        "n_layers": 61,
+        "n_heads": 128,
+        "n_kv_heads": 128,
+        "head_dim": 192,
+        "hidden_dim": 16384,
+        "expert_hidden_dim": 4096,
+        "n_dense_layers": 3,
+        "yarn": SMALL_4["yarn"] | {"factor": 36},
+        "latent_attention": {
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
+        "vision": LARGE_TOWER,
+    },
     # https://huggingface.co/mistralai/Shieldstral-1.0-3B/blob/main/config.json: yes or no to a
     # policy in the prompt.
     "shieldstral-1.0-3b": MINISTRAL_3_3B,
@@ -226,7 +296,13 @@ RELEASES: dict[str, Fields] = {
 # What no copy of the release's own config was at hand for. The number of weights follows from
 # the other fields; these fields it does not show, or nobody has published it.
 UNVERIFIED: dict[str, tuple[str, ...]] = {
+    "leanstral-2603": (
+        *("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "norm_eps", "rope_theta"),
+        *("n_experts", "n_experts_per_token", "expert_hidden_dim", "n_shared_experts"),
+        *("latent_attention", "yarn", "llama_4_scaling", "vision"),
+    ),
     "ministral-8b-2410": ("sliding_window",),
+    "mistral-large-3-675b-2512": ("vision",),  # its sizes are known, its projector is not
     "mistral-medium-3.5-128b": (
         *("hidden_dim", "vocab_size", "rope_theta", "norm_eps", "yarn", "vision"),
     ),

@@ -18,6 +18,7 @@ from lechat_jax.errors import BadInput
 from lechat_jax.files.safetensors_header import check_inside, parse_json
 from lechat_jax.formats.configs.hugging_face import from_hugging_face
 from lechat_jax.formats.configs.mistral import contradiction, from_params
+from lechat_jax.formats.configs.rope import scale_note
 from lechat_jax.formats.configs.vision import SEEING, in_file_names, without_vision
 from lechat_jax.formats.folder import (
     ADAPTERS,
@@ -31,6 +32,7 @@ from lechat_jax.formats.folder import (
     kind_of,
     read_config,
 )
+from lechat_jax.formats.fused_experts import unfused
 from lechat_jax.formats.gguf.read import Opened, open_gguf
 from lechat_jax.formats.names import match, names, shapes, tied_head
 from lechat_jax.formats.quantized.detect import Quantization, take_quantization
@@ -114,9 +116,11 @@ def _hugging_face(folder: Path, metadata: dict[str, str], text_only: bool) -> So
         store = (without_vision if text_only else in_file_names)(store, folder)
         if tied_head(config, "hf") in store.tensors:  # transformers believes the weights, too
             config = dataclasses.replace(config, tied_embeddings=False)
+    store = unfused(store, config)
+    notes = [scale_note(text, path)]
     if (params := folder / PARAMS).is_file():
-        said = contradiction(config, parse_json(params.read_bytes(), params), params)
-        store = dataclasses.replace(store, notes=(*store.notes, *([said] if said else ())))
+        notes.append(contradiction(config, parse_json(params.read_bytes(), params), params))
+    store = dataclasses.replace(store, notes=(*store.notes, *filter(None, notes)))
     source = _source("hf", folder, config, _as_weights(store, quantization), metadata)
     said = fields | {key: value for key, value in text.items() if value is not None}
     return dataclasses.replace(source, control_ids=control_ids(folder, said))

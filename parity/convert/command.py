@@ -24,12 +24,14 @@ from rich.console import Console
 
 from lechat_jax.cli import flags
 from lechat_jax.cli.display import Meter
+from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import kernel_of
 from lechat_jax.errors import BadInput
 from lechat_jax.files.atomic import check_new_folder
 from lechat_jax.files.buckets import BucketSync, exists, uri_of
 from lechat_jax.files.checksums import sync, write_manifest
 from lechat_jax.files.safetensors import Wanted, write_tensors
+from lechat_jax.formats.fused_experts import expert_keys, fused
 from lechat_jax.formats.layouts import to_format
 from lechat_jax.formats.names import STACKED, Format, names, parts, rows, shapes, tied_head
 from lechat_jax.formats.open_model import check_complete
@@ -250,12 +252,19 @@ def _write_weights(
     config, fmt = source.config, options.to
     table = rows(config)
     ours = {theirs: name for name, theirs in names(config, fmt).items()}
+    kernels_in = {key: expert_keys(key, config.n_experts) for key, _, _ in infos}
 
     waiting: dict[str, np.ndarray] = {}  # parts of the kernel read last
 
     def read(key: str) -> Shaped[np.ndarray, "..."]:
         if key in waiting:
             return waiting.pop(key)
+        if kernels_in[key]:
+            kernels = np.concatenate([read_one(one) for one in kernels_in[key]])
+            return kernels.reshape(config.n_experts, -1, kernels.shape[-1])
+        return read_one(key)
+
+    def read_one(key: str) -> Shaped[np.ndarray, "..."]:
         if form and form.format_of(key):
             waiting.update(source.parts_of(key, form))
             source.release()
@@ -266,7 +275,13 @@ def _write_weights(
     def check(key: str, piece: Shaped[np.ndarray, "..."]) -> None:
         is_finite_anyway = np.issubdtype(piece.dtype, np.integer) or options.allow_nonfinite
         if not is_finite_anyway and not is_finite(piece):
-            name = ours.get(key) or kernel_of(key)  # of a part
+            with np.errstate(over="ignore"):
+                kernels = (
+                    one
+                    for one in kernels_in[key]
+                    if not is_finite(read_one(one).astype(piece.dtype))
+                )
+            name = ours.get(next(kernels, key)) or kernel_of(key)  # of a part
             raise BadInput(_complaint(source, name, piece.dtype))
 
     def count(n: int) -> None:
@@ -318,7 +333,19 @@ def _wanted(source: Source, fmt: Format, dtype: np.dtype, form: Form | None) -> 
         wanted += [(key, its_dtype, shape) for key, (its_dtype, shape) in its_parts.items()]
         if not its_parts:
             wanted.append((found[name], dtype, sizes[name]))
-    return wanted
+    return _fused(wanted, source.config) if fmt == "hf" else wanted
+
+
+def _fused(wanted: list[Wanted], config: MistralConfig) -> list[Wanted]:
+    """The same with the kernels of Mistral 4's experts in as many tensors as its files have."""
+    of_one = {key: (dtype, shape) for key, dtype, shape in wanted}
+    found: list[Wanted] = []
+    for key, of in fused(of_one, config.n_experts).items():
+        dtype, shape = of_one[of[0]]
+        is_fused = of != [key]
+        E = config.n_experts
+        found.append((key, dtype, (E, len(of) // E * shape[0], *shape[1:]) if is_fused else shape))
+    return found
 
 
 def form_to_write(source: Source, options: Convert) -> Form | None:

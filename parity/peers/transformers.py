@@ -21,7 +21,8 @@ def drawn(config: MistralConfig, dtype: torch.dtype = torch.float32) -> Any:
     """Transformers' model of that shape, on `device()`, with weights that it draws.
 
     Of the class that transformers itself takes for such a config: Mistral, Ministral where
-    some layers have a window, Ministral 3 where positions are stretched, Mixtral with experts.
+    some layers have a window, Ministral 3 where positions are stretched, Mixtral with experts,
+    Mistral 4 with latent attention.
 
     Raises:
         BadInput: transformers has no such model.
@@ -29,9 +30,9 @@ def drawn(config: MistralConfig, dtype: torch.dtype = torch.float32) -> Any:
     fields = to_hugging_face(config, "float32", positions=None, bos_id=1, eos_id=2)
     words: Any = transformers.AutoConfig.for_model(**fields)
     words.use_cache = False
-    kind = "AutoModelForImageTextToText" if config.vision else "AutoModelForCausalLM"
+    (kind,) = fields["architectures"]  # no AutoModelForCausalLM knows Mistral 4
     with device():
-        return getattr(transformers, kind).from_config(words, dtype=dtype)
+        return getattr(transformers, kind)._from_config(words, dtype=dtype)
 
 
 def build(config: MistralConfig, weights: Weights, share: bool = False) -> Any:

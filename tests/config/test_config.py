@@ -217,6 +217,7 @@ PUBLISHED = {  # of those that see: the decoder, and the tower with its projecto
     "lechat-15m": 15_165_888,
     "bench-284m": 283_673_600,
     "bench-1b": 1_003_554_816,
+    "bench-small-4": 288_979_232,
     "lechat-sees-3m": 2_489_760 + 428_800,
     "mistral-7b-v0.1": 7_241_732_096,
     "mistral-7b-v0.2": 7_241_732_096,
@@ -244,17 +245,22 @@ PUBLISHED = {  # of those that see: the decoder, and the tower with its projecto
     "shieldstral-1.0-3b": 3_429_006_336 + 420_083_712,
     "voxtral-mini-3b-2507": 4_014_136_320,
     "mistral-nemo-minitron-8b": 8_414_105_600,
+    # "119B", and of Large 3 "673B" beside a tower of "2.5B".
+    "mistral-small-4-119b-2603": 118_972_826_624 + 428_472_320,
+    "leanstral-2603": 118_972_826_624 + 428_472_320,
+    "mistral-large-3-675b-2512": 673_421_089_792 + 2_570_087_168,
 }
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_published_number_of_weights(name: str) -> None:
-    """Of the model's own shapes; all layers are alike, so the second is what each adds."""
+    """Of the model's own shapes; behind dense ones layers are alike: the last is what each adds."""
+    first = PRESETS[name].n_dense_layers + 1
     one, two = (
         weights_of_eval_shape(dataclasses.replace(PRESETS[name], n_layers=n, sliding_window=None))
-        for n in (1, 2)
+        for n in (first, first + 1)
     )
-    total = one + (PRESETS[name].n_layers - 1) * (two - one)
+    total = one + (PRESETS[name].n_layers - first) * (two - one)
     assert total == PRESETS[name].n_params == PUBLISHED[name]
 
 

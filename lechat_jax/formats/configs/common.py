@@ -22,6 +22,8 @@ WORDS = {
 }
 # Also of a model with experts, in which they are fields of `moe` in params.json.
 EXPERTS = {"n_experts": "num_local_experts", "n_experts_per_token": "num_experts_per_tok"}
+# Of latent attention, in params.json as in config.json.
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 def config_of(found: dict[str, Any], where: object) -> MistralConfig:
@@ -34,6 +36,35 @@ def config_of(found: dict[str, Any], where: object) -> MistralConfig:
         return MistralConfig.from_dict(found)
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None
+
+
+def latent_of(fields: Fields, where: object) -> dict[str, Any]:
+    """`latent_attention`, and the head width that follows from it, whatever a file says of that.
+
+    Raises:
+        BadInput: a width is missing or no number.
+    """
+    widths: dict[str, int] = {}
+    for name in LATENT:
+        if type(width := fields.get(name)) is not int:
+            raise BadInput(
+                f"{where} has {name} = {short(width)}, and latent attention needs a whole number"
+            )
+        widths[name] = width
+    head_dim = widths["qk_nope_head_dim"] + widths["qk_rope_head_dim"]
+    return {"latent_attention": widths, "head_dim": head_dim}
+
+
+def refuse_other(
+    fields: Fields, computed: Mapping[str, Any], where: object, within: str = ""
+) -> None:
+    """Raises `BadInput` for the first field that is there with another value than is computed."""
+    for key, value in computed.items():
+        if key in fields and fields[key] != value:
+            raise BadInput(
+                f"{where} has {key} = {short(fields[key])}{within}, and only {short(value)} is "
+                "computed here"
+            )
 
 
 def uniform(windows: list[Window]) -> Any:

@@ -10,8 +10,18 @@ from typing import Any
 from lechat_jax.config import MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.formats.configs import rope as rotary
-from lechat_jax.formats.configs.common import EXPERTS, WORDS, Fields, config_of, short, uniform
-from lechat_jax.formats.configs.rope import ORIGINAL
+from lechat_jax.formats.configs.common import (
+    EXPERTS,
+    LATENT,
+    WORDS,
+    Fields,
+    config_of,
+    latent_of,
+    refuse_other,
+    short,
+    uniform,
+)
+from lechat_jax.formats.configs.rope import GROWING, ORIGINAL, SQUARED
 from lechat_jax.formats.configs.vision import (
     SEEING,
     seeing_fields,
@@ -36,6 +46,38 @@ ABSENT: dict[str, dict[str, Any]] = {
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
+    "mistral4": {
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": None,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 0,
+        "q_lora_rank": 1024,
+        "kv_lora_rank": 256,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    },
+}
+# Of Mistral 4, whose experts are of another width than its first layers; and what of its many
+# choices is computed here, as in all releases.
+EXPERTS_4 = {
+    "n_experts": "n_routed_experts",
+    "n_experts_per_token": "num_experts_per_tok",
+    "expert_hidden_dim": "moe_intermediate_size",
+    "n_shared_experts": "n_shared_experts",
+    "n_dense_layers": "first_k_dense_replace",
+}
+COMPUTED_4 = {
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "norm_topk_prob": True,
+    "rope_interleave": True,
+    "rms_norm_eps": 1e-6,  # of transformers' norms of latents, whatever is said
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
 CLASSES = {
@@ -43,7 +85,9 @@ CLASSES = {
     "ministral": "MinistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
+    "mistral4": "Mistral4ForCausalLM",
 }
+INSTEAD = "convert to --to mistral or --to lechat instead"
 POSITIONS = 32768  # max_position_embeddings of all 7B models
 
 
@@ -68,13 +112,20 @@ def from_hugging_face(fields: Fields, where: object, text_only: bool = False) ->
     if lacking := [key for key in WORDS.values() if key not in fields and key not in optional]:
         raise BadInput(f"{where} lacks {', '.join(lacking)}")
     fields = ABSENT[kind] | dict(fields)
-    words = WORDS | EXPERTS if kind == "mixtral" else WORDS
+    words = WORDS | {"mixtral": EXPERTS, "mistral4": EXPERTS_4}.get(kind, {})
     found = {ours: fields.get(theirs) for ours, theirs in words.items()}
-    if found["head_dim"] is None:
-        found["head_dim"] = _quotient(fields["hidden_size"], fields["num_attention_heads"], where)
     if found["n_kv_heads"] is None:
         found["n_kv_heads"] = found["n_heads"]
-    found |= rotary.from_hugging_face(fields, where)
+    if kind == "mistral4":
+        refuse_other(fields, COMPUTED_4, where)
+        latent = latent_of(fields, where)
+        found |= latent | rotary.latent_from_hugging_face(fields, latent["latent_attention"], where)
+        if found["n_dense_layers"] == found["n_layers"]:
+            found |= dict.fromkeys(EXPERTS_4, 0)
+    else:
+        found |= rotary.from_hugging_face(fields, where)
+    if found["head_dim"] is None:
+        found["head_dim"] = _quotient(fields["hidden_size"], fields["num_attention_heads"], where)
     found["tied_embeddings"] = fields.get("tie_word_embeddings", False)
     found["sliding_window"] = _windows(fields, where)
     return dataclasses.replace(config_of(found, where), vision=vision)
@@ -95,13 +146,14 @@ def to_hugging_face(
         BadInput: transformers has no word for such a model.
     """
     kind = _kind(config)
-    words = WORDS | EXPERTS if config.n_experts else WORDS
+    words = WORDS | EXPERTS if kind == "mixtral" else WORDS
     layers = [FULL if window is None else SLIDING for window in config.windows]
-    rope = rotary.to_hugging_face(config) | (rotary.grows(config) if kind == "ministral3" else {})
+    rope = rotary.to_hugging_face(config) | (rotary.grows(config) if kind in GROWING else {})
     fields = {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
         **{theirs: getattr(config, ours) for ours, theirs in words.items()},
+        **(_latent_fields(config) if kind == "mistral4" else {}),
         "sliding_window": next(filter(None, config.windows), None),
         **({"layer_types": layers} if kind == "ministral" else {}),
         "tie_word_embeddings": config.tied_embeddings,
@@ -120,14 +172,55 @@ def to_hugging_face(
     return seeing_fields(config, fields) if config.vision else fields
 
 
+def _latent_fields(config: MistralConfig) -> dict[str, Any]:
+    """What transformers' Mistral 4 has besides.
+
+    Raises:
+        BadInput: it is made without shared experts, or with another epsilon.
+    """
+    latent = config.latent_attention
+    assert latent
+    if config.n_experts and not config.n_shared_experts:
+        raise BadInput(
+            "transformers' Mistral 4 has experts that all tokens share, and this model none; "
+            f"{INSTEAD}"
+        )
+    if config.norm_eps != (known := COMPUTED_4["rms_norm_eps"]):
+        raise BadInput(
+            f"transformers' Mistral 4 norms latents with an epsilon of {known:g}, and this model "
+            f"with {config.norm_eps:g}; {INSTEAD}"
+        )
+    # Of a model without experts, all layers are of the other kind, and these are of no use.
+    none = ABSENT["mistral4"] | {"first_k_dense_replace": config.n_layers}
+    experts = {
+        theirs: getattr(config, ours) if config.n_experts else none[theirs]
+        for ours, theirs in EXPERTS_4.items()
+    }
+    return {
+        **experts,
+        "moe_intermediate_size": config.expert_dim,
+        **{name: getattr(latent, name) for name in LATENT},
+        **COMPUTED_4,
+        "attention_bias": False,
+        "pad_token_id": None,  # whose embedding would never learn
+        **({SQUARED: True} if latent.squared_yarn_scale else {}),
+    }
+
+
 def _kind(config: MistralConfig) -> str:
     """The `model_type` of transformers that has what this model has."""
-    instead = "convert to --to mistral or --to lechat instead"
+    if config.latent_attention:
+        return "mistral4"
+    if config.n_shared_experts or config.n_dense_layers or config.expert_dim != config.hidden_dim:
+        raise BadInput(
+            "transformers has shared experts, first layers without any, or experts of another "
+            f"width only in its Mistral 4, which has latent attention; {INSTEAD}"
+        )
     sizes = {window for window in config.windows if window is not None}
     if len(sizes) > 1:
         raise BadInput(
             f"the layers have windows of {len(sizes)} sizes ({sorted(sizes)}) and transformers' "
-            f"Ministral has one; {instead}"
+            f"Ministral has one; {INSTEAD}"
         )
     kinds = {
         "ministral": None in config.windows and sizes,
@@ -138,7 +231,7 @@ def _kind(config: MistralConfig) -> str:
     if len(found) > 1:
         raise BadInput(
             f"transformers has no model that is {' and '.join(found)}, which is to have windows in "
-            f"some layers, experts, or queries that grow with their position; {instead}"
+            f"some layers, experts, or queries that grow with their position; {INSTEAD}"
         )
     return found[0] if found else "ministral3" if config.yarn else "mistral"
 

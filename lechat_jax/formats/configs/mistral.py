@@ -13,10 +13,38 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.config.mistral import PARTS
 from lechat_jax.errors import BadInput
 from lechat_jax.formats.configs import rope as rotary
-from lechat_jax.formats.configs.common import EXPERTS, WORDS, Fields, config_of, short, uniform
+from lechat_jax.formats.configs.common import (
+    EXPERTS,
+    LATENT,
+    WORDS,
+    Fields,
+    config_of,
+    latent_of,
+    refuse_other,
+    short,
+    uniform,
+)
+from lechat_jax.formats.configs.rope import SQUARED
 from lechat_jax.formats.configs.vision import to_vision_encoder, vision_of_params
 
-MOE = {"n_experts": "num_experts", "n_experts_per_token": "num_experts_per_tok"}
+MOE = {
+    "n_experts": "num_experts",
+    "n_experts_per_token": "num_experts_per_tok",
+    "expert_hidden_dim": "expert_hidden_dim",
+    "n_shared_experts": "num_shared_experts",
+    "n_dense_layers": "first_k_dense_replace",
+}
+# Of the choices of a router those that are computed here, as in all releases; the first four are
+# said of models with latent attention.
+ROUTER = {
+    "route_every_n": 1,
+    "routed_scale": 1.0,
+    "num_expert_groups": 1,
+    "num_expert_groups_per_tok": 1,
+    "renorm_strategy": "WEIGHTS",
+    "use_load_balancing_bias": False,
+}
+DEVICES = ("expert_parallel", "expert_model_parallel")  # of the training
 # What says nothing about the arithmetic, or only this.
 TOLERATED: dict[str, Callable[[Any], bool]] = {
     "max_seq_len": lambda value: True,
@@ -46,9 +74,11 @@ def from_params(
         BadInput: it has parts that lechat does not have, or no `rope_theta`.
     """
     fields = _in_mistrals_words(fields, where)
-    found = {name: fields[name] for name in (*WORDS, *EXPERTS) if name in fields}
+    found = {name: fields[name] for name in (*WORDS, *MOE) if name in fields}
+    is_latent = any(fields.get(name) is not None for name in LATENT)
+    found |= latent_of(fields, where) if is_latent else {}
     known = {*found, *PARTS, "rope_theta", "sliding_window", "_sliding_window", "tied_embeddings"}
-    known |= {"vision_encoder"}
+    known |= {"vision_encoder", *LATENT}
     for key in fields.keys() - known:
         value = fields[key]
         if value not in (None, False, {}) and not TOLERATED.get(key, lambda _: False)(value):
@@ -91,13 +121,28 @@ def contradiction(config: MistralConfig, params: Fields, where: object) -> str:
 
 
 def to_params(config: MistralConfig) -> dict[str, Any]:
-    """A `params.json` for Mistral's own program; what a model has not goes unsaid."""
+    """A `params.json` for Mistral's own program; what a model has not goes unsaid.
+
+    Raises:
+        BadInput: it has no word for what the model does.
+    """
     fields = config.to_dict()
     if fields["sliding_window"] is None:
         del fields["sliding_window"]
     if not fields["tied_embeddings"]:
         del fields["tied_embeddings"]
     moe = {theirs: fields.pop(ours) for ours, theirs in MOE.items() if ours in fields}
+    if latent := config.latent_attention:
+        if latent.squared_yarn_scale:
+            raise BadInput(
+                f"Mistral's programs have no word for {SQUARED}; convert to --to hf or --to lechat"
+            )
+        del fields["latent_attention"]
+        fields |= {name: getattr(latent, name) for name in LATENT}
+        fields["head_dim"] = latent.v_head_dim  # as releases say it, and no program reads it
+        if moe:
+            moe = {theirs: getattr(config, ours) for ours, theirs in MOE.items()}
+            moe |= {"expert_hidden_dim": config.expert_dim, **dict(list(ROUTER.items())[:4])}
     if config.vision:
         fields["vision_encoder"] = to_vision_encoder(config.vision)
         del fields["vision"]
@@ -115,10 +160,20 @@ def _in_mistrals_words(fields: Fields, where: object) -> dict[str, Any]:
         if theirs in fields and ours not in fields:
             fields[ours] = fields.pop(theirs)
     moe = fields.pop("moe", None) or {}
-    if not isinstance(moe, dict) or moe.keys() - MOE.values():
+    if not isinstance(moe, dict) or moe.keys() - {*MOE.values(), *ROUTER, *DEVICES}:
         raise BadInput(
-            f"{where} has moe = {short(moe)}; only {' and '.join(MOE.values())} are supported"
+            f"{where} has moe = {short(moe)}; only {', '.join([*MOE.values(), *ROUTER])} are "
+            "supported"
         )
+    moe = {key: value for key, value in moe.items() if value is not None}
+    refuse_other(moe, ROUTER, where, " in its moe")
+    if fields.get(LATENT[0]) and moe and (lacking := MOE.values() - moe.keys()):
+        raise BadInput(
+            f"{where} has no {', '.join(sorted(lacking))} in its moe, for which programs take "
+            "different numbers"
+        )
+    if moe.get("expert_hidden_dim") == fields.get("hidden_dim"):  # as unsaid
+        moe.pop("expert_hidden_dim", None)
     return fields | {ours: moe[theirs] for ours, theirs in MOE.items() if theirs in moe}
 
 

@@ -3,12 +3,16 @@
 Mistral's `params.json` has lechat's words. Hugging Face has one object for all three, called
 `rope_scaling` in transformers 4 and `rope_parameters` since; of its many ways to say how long
 queries and keys are after YaRN, Mistral's models use two, as they are and 0.1 ln(factor) + 1.
+
+With latent attention transformers since 5.22 also multiplies scores by (0.1 ln(factor) + 1)^2 where
+it reads a `mscale_all_dim`, as the config.json of Mistral Small 4 has it. Its weights were made
+without, so it is read so, and whoever means that square says `squared_yarn_scale` besides.
 """
 
 import math
 from typing import Any
 
-from lechat_jax.config import MistralConfig
+from lechat_jax.config import LatentConfig, MistralConfig, Yarn
 from lechat_jax.errors import BadInput
 from lechat_jax.formats.configs.common import Fields, short
 
@@ -17,6 +21,8 @@ ORIGINAL = "original_max_position_embeddings"
 GROWTH = "llama_4_scaling_beta"  # read by transformers' Ministral3 alone
 STRETCH = {"factor", ORIGINAL, "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 STRETCH |= {"attention_factor", "truncate"}
+SQUARED, PARTIAL = "squared_yarn_scale", "partial_rotary_factor"
+GROWING = {"ministral3": "Ministral 3", "mistral4": "Mistral 4"}  # whose queries may grow
 
 
 def from_hugging_face(fields: Fields, where: object) -> dict[str, Any]:
@@ -25,18 +31,13 @@ def from_hugging_face(fields: Fields, where: object) -> dict[str, Any]:
     Raises:
         BadInput: there is another kind of rotary embedding, or a number is missing.
     """
-    rope: dict[str, Any] = {"rope_theta": fields.get("rope_theta")}
-    for key in ("rope_parameters", "rope_scaling"):
-        said = fields.get(key) or {}
-        if not isinstance(said, dict):
-            raise BadInput(f"{where} has {key} = {short(said)}, which is no JSON object")
-        rope |= said
+    rope = _parameters(fields, where)
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = PLAIN | (STRETCH if kind == "yarn" else set())
-    if fields.get("model_type") == "ministral3":
+    if model := GROWING.get(fields.get("model_type", "")):
         known = known | {GROWTH, ORIGINAL, "max_position_embeddings"}
         if rope.keys() == {"rope_theta"}:
-            raise BadInput(f"{where} has no rope_parameters, in which Ministral 3 models differ")
+            raise BadInput(f"{where} has no rope_parameters, in which {model} models differ")
     if kind not in ("default", "yarn"):
         raise BadInput(
             f"{where} has the rope_type {short(kind)}; only default and yarn are supported"
@@ -54,6 +55,55 @@ def from_hugging_face(fields: Fields, where: object) -> dict[str, Any]:
     }
 
 
+def latent_from_hugging_face(fields: Fields, latent: Fields, where: object) -> dict[str, Any]:
+    """What `from_hugging_face` gives, and `squared_yarn_scale`, of a model with latent attention.
+
+    A YaRN by the factor 1 is none: transformers' Mistral 4 has to have one.
+
+    Args:
+        fields: of the config.json.
+        latent: its widths.
+        where: for messages.
+
+    Raises:
+        BadInput: the rotary embedding is of another kind or of other lanes.
+    """
+    rope = _parameters(fields, where)
+    lanes = latent["qk_rope_head_dim"]
+    head_dim = latent["qk_nope_head_dim"] + lanes
+    if PARTIAL in rope and int(head_dim * _number(rope, PARTIAL, where)) != lanes:
+        raise BadInput(
+            f"{where} has {PARTIAL} = {rope[PARTIAL]:g}, which is not {lanes} of {head_dim} lanes"
+        )
+    if rope.get("mscale_all_dim") not in (None, 0, 1):
+        raise BadInput(
+            f"{where} has mscale_all_dim = {short(rope['mscale_all_dim'])} in its YaRN; with "
+            "latent attention it is 0 or 1"
+        )
+    rest = {key: value for key, value in rope.items() if key != PARTIAL}
+    found = from_hugging_face({**fields, "rope_scaling": None, "rope_parameters": rest}, where)
+    if not found["yarn"]:
+        raise BadInput(f"{where} has no YaRN; transformers' Mistral 4 rotates nothing without")
+    squared = fields.get(SQUARED, False)
+    if squared and not rope.get("mscale_all_dim"):
+        raise BadInput(f"{where} has {SQUARED} and no mscale_all_dim in its YaRN, which means it")
+    yarn = None if found["yarn"]["factor"] == 1 else found["yarn"]
+    return found | {"yarn": yarn, "latent_attention": {**latent, SQUARED: squared}}
+
+
+def scale_note(fields: Fields, where: object) -> str:
+    """What a config.json asks of transformers that its weights were made without, in a sentence."""
+    rope = _parameters(fields, where) if fields.get("model_type") == "mistral4" else {}
+    if not rope.get("mscale_all_dim") or fields.get(SQUARED):
+        return ""
+    square = (0.1 * math.log(max(1, rope["factor"])) + 1) ** 2
+    return (
+        f"attention has the plain scale, as Mistral's own weights and vLLM have it, where "
+        f"transformers multiplies scores by {square:.3f} (mscale_all_dim in config.json); for "
+        f'weights that were trained so, say "{SQUARED}": true there'
+    )
+
+
 def to_hugging_face(config: MistralConfig) -> dict[str, Any]:
     """The `rope_parameters` that transformers 5 reads as those of this model.
 
@@ -68,6 +118,8 @@ def to_hugging_face(config: MistralConfig) -> dict[str, Any]:
             f"yarn and llama_4_scaling have the original lengths {lengths[0]} and {lengths[1]}, "
             "and transformers has one; convert to --to mistral or --to lechat instead"
         )
+    if latent := config.latent_attention:
+        return rope | _latent_to_hugging_face(latent, yarn, lengths)
     if yarn:
         rope |= {
             "rope_type": "yarn",
@@ -78,6 +130,29 @@ def to_hugging_face(config: MistralConfig) -> dict[str, Any]:
             "mscale_all_dim": 0.0 if yarn.apply_scale else 1.0,
         }
     return rope | ({ORIGINAL: lengths[0]} if lengths else {})
+
+
+def _latent_to_hugging_face(
+    latent: LatentConfig, yarn: Yarn | None, lengths: list[int]
+) -> dict[str, Any]:
+    """Likewise, of latent attention, whose scores transformers squares by `mscale_all_dim` alone.
+
+    Without a YaRN it would rotate as many lanes as a head has, so it is given one by the factor 1.
+    """
+    yarn = yarn or Yarn(1.0, *(lengths or [8192]), beta=32.0, alpha=1.0, apply_scale=False)
+    lanes, head_dim = latent.qk_rope_head_dim, latent.head_dim
+    part = lanes / head_dim
+    return {
+        "rope_type": "yarn",
+        "factor": yarn.factor,
+        "beta_fast": yarn.beta,
+        "beta_slow": yarn.alpha,
+        "attention_factor": yarn.attention_factor,
+        **({"mscale": 1.0, "mscale_all_dim": 1.0} if latent.squared_yarn_scale else {}),
+        ORIGINAL: yarn.original_max_position_embeddings,
+        # Transformers rounds the product with a head's width down.
+        PARTIAL: part if int(head_dim * part) == lanes else math.nextafter(part, 1),
+    }
 
 
 def grows(config: MistralConfig) -> dict[str, float]:
@@ -94,6 +169,17 @@ def from_params(fields: Fields) -> dict[str, Any]:
     if isinstance(yarn, dict) and yarn:
         yarn = {"apply_scale": True} | yarn
     return {"yarn": yarn or None, "llama_4_scaling": fields.get("llama_4_scaling") or None}
+
+
+def _parameters(fields: Fields, where: object) -> dict[str, Any]:
+    """All that is said of the rotary embedding, under whatever name."""
+    rope: dict[str, Any] = {"rope_theta": fields.get("rope_theta")}
+    for key in ("rope_parameters", "rope_scaling"):
+        said = fields.get(key) or {}
+        if not isinstance(said, dict):
+            raise BadInput(f"{where} has {key} = {short(said)}, which is no JSON object")
+        rope |= said
+    return rope
 
 
 def _yarn(rope: Fields, where: object) -> dict[str, Any]:

@@ -45,6 +45,16 @@ def architecture(config: MistralConfig) -> str:
     Raises:
         BadInput: there is none.
     """
+    if config.latent_attention or config.n_shared_experts or config.n_dense_layers:
+        raise BadInput(
+            "a model with latent attention or shared experts, as Mistral Small 4 and Large 3 have "
+            "them, is not written as GGUF here; convert to --to hf, from which llama.cpp's own "
+            "script makes one"
+        )
+    if config.expert_dim != config.hidden_dim:
+        raise BadInput(
+            "llama.cpp's experts are as wide as its feed_forward_length says, hidden_dim"
+        )
     windows = sorted({window for window in config.windows if window is not None})
     is_stretched = config.yarn is not None or config.llama_4_scaling is not None
     if len(windows) > 1:

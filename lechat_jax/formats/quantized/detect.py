@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from lechat_jax.errors import BadInput
 from lechat_jax.formats.quantized.fp8 import Block, scaled_store
 from lechat_jax.formats.quantized.gptq import LAYOUTS, packed_store
+from lechat_jax.formats.quantized.nvfp4 import GROUP, nvfp4_store
 from lechat_jax.formats.stores import Store
 
 Fields = Mapping[str, Any]
@@ -110,6 +111,13 @@ def _compressed_tensors(value: Fields, where: object) -> Quantization:
     size = weights.get("group_size") if strategy == "group" else None
     if value.get("format") == "pack-quantized" and kind in (("int", 4), ("int", 8)):
         return _grouped("compressed-tensors", kind[1], size, where)
+    if value.get("format") == "nvfp4-pack-quantized" and kind == ("float", 4):
+        if (strategy, weights.get("group_size")) != ("tensor_group", GROUP):
+            raise BadInput(
+                f"{where} has NVFP4 weights in groups of {weights.get('group_size')} by the "
+                f"strategy {strategy}, and only {GROUP} by tensor_group are read here; {INSTEAD}"
+            )
+        return Quantization("NVFP4", nvfp4_store)
     if kind in (("float", 8), ("int", 8)) and weights.get("symmetric", True):
         block = _block(weights, where, "block_structure")
         if size is not None and _is_size(size):

@@ -136,13 +136,12 @@ def test_the_speeds_of_a_stretched_model_are_those_of_transformers(name: str) ->
     assert text["max_position_embeddings"] == stretched >= 262144
     inv_freq, length = ROPE_INIT_FUNCTIONS["yarn"](transformers.AutoConfig.for_model(**text))
     assert from_hugging_face(fields, "x") == config
-    one = jnp.array([[1]])
-    ours = rotation(one, config.head_dim, config.rope_theta, "float32", config.yarn)
+    latent = config.latent_attention
+    one, lanes = jnp.array([[1]]), latent.qk_rope_head_dim if latent else config.head_dim
+    ours = rotation(one, lanes, config.rope_theta, "float32", config.yarn)
     np.testing.assert_allclose(np.arctan2(ours.sin, ours.cos)[0, 0], inv_freq, rtol=2e-6)
     np.testing.assert_allclose(np.hypot(ours.sin, ours.cos), length, rtol=1e-6)
-    rotary = rotations(
-        torch.tensor([[1]]), config.head_dim, config.rope_theta, torch.float64, config.yarn
-    )
+    rotary = rotations(torch.tensor([[1]]), lanes, config.rope_theta, torch.float64, config.yarn)
     np.testing.assert_allclose(rotary.angle()[0, 0, 0], inv_freq, rtol=1e-6)
     np.testing.assert_allclose(rotary.abs()[0, 0, 0], length, rtol=1e-12)
 
@@ -380,14 +379,14 @@ def test_params_of_mistrals_mean(fields: Fields, expected: Fields) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1}}, "has moe"),
+        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "router_bias": True}}, "has moe"),
         ({"moe": {"num_experts": 8}}, "n_experts_per_token must be between 1 and n_experts"),
         ({"quantization": {"qformat_weight": "fp8_e4m3"}}, "has quantization = "),
         ({"yarn": {"factor": 16}}, "yarn lacks alpha, beta, original_max_position"),
         ({"yarn": [16]}, "yarn must be null or an object"),
         ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling lacks original_max_position"),
         ({"multimodal": {"whisper_model_args": {}}}, "has multimodal = "),
-        ({"q_lora_rank": 1024}, "has q_lora_rank = 1024"),
+        ({"q_lora_rank": 1024}, "has kv_lora_rank = null, and latent attention needs"),
         ({"model_type": "mamba"}, "has model_type = .*mamba"),
         ({"sliding_window": "wide"}, "has sliding_window = 'wide'"),
         ({"sliding_window": [1, 2, 3]}, "sliding_window of 3 layers"),
