@@ -203,6 +203,7 @@ def test_what_is_quantised_is_the_model_of_its_numbers(form: Any) -> None:
     scheme = scheme_for(form, EVEN)
     assert scheme
     weights = quantize_weights(random_weights(EVEN), scheme)
+    weights = {name: np.asarray(leaf) for name, leaf in weights.items()}
     assert weights["blocks.1.attn.kv_b.kernel"].dtype == np.float32
     assert "blocks.1.mlp.shared.up.kernel.scale" in weights
     shapes = {name: leaf.shape for name, leaf in random_weights(EVEN).items()}
