@@ -90,7 +90,13 @@ class Source:
         """
         row = rows(self.config).get(name)
         if row is None and name not in self.stored:  # all experts', of which each has its own
-            return np.stack([self._part(part) for part in parts(self.config)[name]])
+            first, *others = parts(self.config)[name]
+            array = self._part(first)
+            whole = np.empty((1 + len(others), *array.shape), array.dtype)
+            whole[0] = array
+            for e, part in enumerate(others, 1):  # one in memory beside them, where it is made
+                whole[e] = self._part(part)
+            return whole
         return self.stored[name].read() if row is None else self._part(name)
 
     def _part(self, name: str) -> Shaped[np.ndarray, "..."]:

@@ -253,16 +253,22 @@ def _write_weights(
     table = rows(config)
     ours = {theirs: name for name, theirs in names(config, fmt).items()}
     kernels_in = {key: expert_keys(key, config.n_experts) for key, _, _ in infos}
+    sizes = {key: (dtype, shape) for key, dtype, shape in infos}
 
     waiting: dict[str, np.ndarray] = {}  # parts of the kernel read last
 
     def read(key: str) -> Shaped[np.ndarray, "..."]:
         if key in waiting:
             return waiting.pop(key)
-        if kernels_in[key]:
-            kernels = np.concatenate([read_one(one) for one in kernels_in[key]])
-            return kernels.reshape(config.n_experts, -1, kernels.shape[-1])
-        return read_one(key)
+        return joined(key) if kernels_in[key] else read_one(key)
+
+    def joined(key: str) -> Shaped[np.ndarray, "E F D"]:
+        kernels = np.empty(sizes[key][1], sizes[key][0])
+        each = kernels.reshape(len(kernels_in[key]), -1, kernels.shape[-1])
+        with np.errstate(over="ignore"):  # it becomes infinite, which is refused
+            for i, one in enumerate(kernels_in[key]):
+                each[i] = read_one(one)
+        return kernels
 
     def read_one(key: str) -> Shaped[np.ndarray, "..."]:
         if form and form.format_of(key):
@@ -275,14 +281,13 @@ def _write_weights(
     def check(key: str, piece: Shaped[np.ndarray, "..."]) -> None:
         is_finite_anyway = np.issubdtype(piece.dtype, np.integer) or options.allow_nonfinite
         if not is_finite_anyway and not is_finite(piece):
-            with np.errstate(over="ignore"):
-                kernels = (
-                    one
-                    for one in kernels_in[key]
-                    if not is_finite(read_one(one).astype(piece.dtype))
-                )
-            name = ours.get(next(kernels, key)) or kernel_of(key)  # of a part
+            name = ours.get(key) or (infinite(key) if kernels_in[key] else kernel_of(key))
             raise BadInput(_complaint(source, name, piece.dtype))
+
+    def infinite(key: str) -> str:
+        kernels = joined(key)
+        each = zip(kernels_in[key], kernels.reshape(len(kernels_in[key]), -1), strict=True)
+        return next(ours[one] for one, kernel in each if not is_finite(kernel))
 
     def count(n: int) -> None:
         before = meter.done

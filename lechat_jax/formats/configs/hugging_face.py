@@ -190,14 +190,13 @@ def _latent_fields(config: MistralConfig) -> dict[str, Any]:
             f"transformers' Mistral 4 norms latents with an epsilon of {known:g}, and this model "
             f"with {config.norm_eps:g}; {INSTEAD}"
         )
-    # Of a model without experts, all layers are of the other kind, and these are of no use.
-    none = ABSENT["mistral4"] | {"first_k_dense_replace": config.n_layers}
-    experts = {
-        theirs: getattr(config, ours) if config.n_experts else none[theirs]
-        for ours, theirs in EXPERTS_4.items()
-    }
+    # All layers of a model without experts are first ones; how many the others had is of no use.
+    experts = {theirs: getattr(config, ours) for ours, theirs in EXPERTS_4.items()}
+    first = {"n_dense_layers": config.n_layers, "n_experts": 1, "n_experts_per_token": 1}
+    none = {EXPERTS_4[ours]: value for ours, value in first.items()} if not config.n_experts else {}
     return {
         **experts,
+        **none,
         "moe_intermediate_size": config.expert_dim,
         **{name: getattr(latent, name) for name in LATENT},
         **COMPUTED_4,

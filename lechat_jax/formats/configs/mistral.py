@@ -34,16 +34,15 @@ MOE = {
     "n_shared_experts": "num_shared_experts",
     "n_dense_layers": "first_k_dense_replace",
 }
-# Of the choices of a router those that are computed here, as in all releases; the first four are
-# said of models with latent attention.
+# Of the choices of a router those that are computed here, as in all releases: what files of models
+# with latent attention say, and what programs take for what none says.
 ROUTER = {
     "route_every_n": 1,
     "routed_scale": 1.0,
     "num_expert_groups": 1,
     "num_expert_groups_per_tok": 1,
-    "renorm_strategy": "WEIGHTS",
-    "use_load_balancing_bias": False,
 }
+UNSAID = {"renorm_strategy": "WEIGHTS", "use_load_balancing_bias": False}
 DEVICES = ("expert_parallel", "expert_model_parallel")  # of the training
 # What says nothing about the arithmetic, or only this.
 TOLERATED: dict[str, Callable[[Any], bool]] = {
@@ -142,7 +141,7 @@ def to_params(config: MistralConfig) -> dict[str, Any]:
         fields["head_dim"] = latent.v_head_dim  # as releases say it, and no program reads it
         if moe:
             moe = {theirs: getattr(config, ours) for ours, theirs in MOE.items()}
-            moe |= {"expert_hidden_dim": config.expert_dim, **dict(list(ROUTER.items())[:4])}
+            moe |= {"expert_hidden_dim": config.expert_dim, **ROUTER}
     if config.vision:
         fields["vision_encoder"] = to_vision_encoder(config.vision)
         del fields["vision"]
@@ -160,13 +159,11 @@ def _in_mistrals_words(fields: Fields, where: object) -> dict[str, Any]:
         if theirs in fields and ours not in fields:
             fields[ours] = fields.pop(theirs)
     moe = fields.pop("moe", None) or {}
-    if not isinstance(moe, dict) or moe.keys() - {*MOE.values(), *ROUTER, *DEVICES}:
-        raise BadInput(
-            f"{where} has moe = {short(moe)}; only {', '.join([*MOE.values(), *ROUTER])} are "
-            "supported"
-        )
+    if not isinstance(moe, dict) or moe.keys() - {*MOE.values(), *ROUTER, *UNSAID, *DEVICES}:
+        known = ", ".join([*MOE.values(), *ROUTER, *UNSAID])
+        raise BadInput(f"{where} has moe = {short(moe)}; only {known} are supported")
     moe = {key: value for key, value in moe.items() if value is not None}
-    refuse_other(moe, ROUTER, where, " in its moe")
+    refuse_other(moe, ROUTER | UNSAID, where, " in its moe")
     if fields.get(LATENT[0]) and moe and (lacking := MOE.values() - moe.keys()):
         raise BadInput(
             f"{where} has no {', '.join(sorted(lacking))} in its moe, for which programs take "

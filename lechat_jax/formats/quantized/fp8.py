@@ -20,6 +20,8 @@ WEIGHT = ".weight"
 SCALES = (".weight_scale_inv", ".weight_scale", ".qscale_weight")
 # Of activations, keys and values among them, for programs that compute with those in FP8.
 ACTIVATIONS = (".activation_scale", ".input_scale", ".qscale_act", ".k_scale", ".v_scale")
+ACTIVATIONS += (".input_global_scale",)
+LEFT_OUT = "its scales of activations are left out: activations are floats here"
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 NUMBERS = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)  # five times a cast's speed
 PIECE = 1 << 20  # weights that are made at once
@@ -70,7 +72,7 @@ def scaled_store(store: Store, block: Block | None) -> Store:
     }
     notes = store.notes
     if any(key.endswith(ACTIVATIONS) for key in store.tensors):
-        notes += ("its scales of activations are left out: activations are floats here",)
+        notes += (LEFT_OUT,)
     return dataclasses.replace(store, tensors=tensors, notes=notes)
 
 

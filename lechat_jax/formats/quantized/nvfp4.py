@@ -11,11 +11,10 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from lechat_jax.errors import BadInput
-from lechat_jax.formats.quantized.fp8 import FP8, float_type
+from lechat_jax.formats.quantized.fp8 import ACTIVATIONS, FP8, LEFT_OUT, float_type
 from lechat_jax.formats.stores import Store, Stored
 
 PACKED, SCALE, GLOBAL = ".weight_packed", ".weight_scale", ".weight_global_scale"
-ACTIVATION = ".input_global_scale"
 GROUP = 16  # columns that share a scale
 HALF = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 NUMBERS = np.concatenate([HALF, -HALF])
@@ -38,11 +37,11 @@ def nvfp4_store(store: Store) -> Store:
             stem = key.removesuffix(PACKED)
             used |= {stem + SCALE, stem + GLOBAL}
             tensors[f"{stem}.weight"] = _whole(store, stem, one, dtype)
-        elif not key.endswith(ACTIVATION):
+        elif not key.endswith(ACTIVATIONS):
             tensors[key] = one
     notes = store.notes
-    if any(key.endswith(ACTIVATION) for key in store.tensors):
-        notes += ("its scales of activations are left out: activations are floats here",)
+    if any(key.endswith(ACTIVATIONS) for key in store.tensors):
+        notes += (LEFT_OUT,)
     tensors = {key: one for key, one in tensors.items() if key not in used}
     return dataclasses.replace(store, tensors=tensors, notes=notes)
 
