@@ -268,6 +268,7 @@ def _write_weights(
         with np.errstate(over="ignore"):  # it becomes infinite, which is refused
             for i, one in enumerate(kernels_in[key]):
                 each[i] = read_one(one)
+        source.release()
         return kernels
 
     def read_one(key: str) -> Shaped[np.ndarray, "..."]:
