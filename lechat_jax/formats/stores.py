@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from lechat_jax.config.layout import is_part
+from lechat_jax.config.layout import is_expert, is_part
 from lechat_jax.errors import BadInput
 from lechat_jax.files.safetensors import TensorFiles
 from lechat_jax.quantize.scheme import Form, Parts, numbers_of
@@ -102,13 +102,15 @@ def dequantized_store(store: Store, form: Form) -> Store:
     """Dequantises lechat's int8 and int4 kernels as they are read, into the type of the norms.
 
     Each is made when it is read, in float32, so that whoever casts it rounds it once, and is the
-    only one in memory.
+    only one in memory. That of a layer's experts is kept until the next is read, since it may be
+    asked for each of them.
 
     Raises:
         BadInput: a kernel lacks a part that fits.
     """
     floats = (x.dtype for key, x in store.tensors.items() if not form.is_fixed(key))
     dtype = next(floats, np.dtype(np.float32))
+    kept: dict[str, np.ndarray] = {}
 
     def whole(key: str, kernel: Stored) -> Stored:
         double = 2 if form.format_of(key) == "int4" else 1
@@ -123,7 +125,13 @@ def dequantized_store(store: Store, form: Form) -> Store:
                 )
 
         def read() -> Shaped[np.ndarray, "..."]:
-            return numbers_of(key, {name: store.tensors[name].read() for name in wanted}, shape)
+            if key in kept:
+                return kept[key]
+            kept.clear()
+            found = numbers_of(key, {name: store.tensors[name].read() for name in wanted}, shape)
+            if is_expert(key):
+                kept[key] = found
+            return found
 
         return dataclasses.replace(kernel, dtype=dtype, shape=shape, read=read)
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from lechat_jax.config import PRESETS, LatentConfig, Llama4Scaling, MistralConfig
 from lechat_jax.errors import BadInput
+from lechat_jax.formats import stores
 from lechat_jax.formats.configs.hugging_face import from_hugging_face, to_hugging_face
 from lechat_jax.formats.configs.mistral import from_params, to_params
 from lechat_jax.formats.names import FORMATS, Format, names
@@ -202,6 +203,27 @@ def test_a_weight_of_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> No
     with pytest.raises(BadInput, match=r"^blocks\.2\.mlp\.experts\.3\.up\.weight in .* not finite"):
         convert(start, tmp_path / "hf", "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_experts_of_int8_are_dequantised_once_for_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = write_torch(tmp_path / "start", LATENT, random_weights(LATENT))
+    int8 = convert(start, tmp_path / "int8", "lechat", "--quantize", "int8")
+    source = open_source(int8, dequantize=True)
+    wanted = {name: source.read(name).astype(np.float32) for name in source.names}
+    asked: list[str] = []
+    numbers_of = stores.numbers_of
+
+    def counted(name: str, *args: Any) -> np.ndarray:
+        asked.append(name)
+        return numbers_of(name, *args)
+
+    monkeypatch.setattr(stores, "numbers_of", counted)
+    convert(int8, tmp_path / "mistral", "mistral", "--dtype", "float32")
+    assert len(asked) == len(set(asked)) > 0
+    monkeypatch.undo()
+    assert_equal(tmp_path / "mistral", wanted)
 
 
 def test_gguf_is_refused(tmp_path: Path) -> None:
