@@ -277,6 +277,16 @@ class MistralConfig:
         return self.latent_attention.v_head_dim if self.latent_attention else self.head_dim
 
     @property
+    def cached(self) -> tuple[int, int, int]:
+        """What a layer's cache holds of a token: heads, and the width of their keys and values.
+
+        Of latent attention one rotary key, and as the value one latent.
+        """
+        if latent := self.latent_attention:
+            return 1, latent.qk_rope_head_dim, latent.kv_lora_rank
+        return self.n_kv_heads, self.head_dim, self.head_dim
+
+    @property
     def expert_dim(self) -> int:
         """Feed-forward width X of an expert."""
         return self.expert_hidden_dim or self.hidden_dim

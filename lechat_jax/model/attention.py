@@ -48,18 +48,34 @@ from lechat_jax.ops.flash_attention import (
 Memory = TypeVar("Memory", Ring, None)
 
 
+class Expansion(NamedTuple):
+    """Keys and values of each head, made of latents and of the rotary key that all heads share."""
+
+    k: Float[Array, "N O C"]
+    v: Float[Array, "N U C"]
+
+    def __call__(
+        self, c: Float[Array, "B 1 S C"], k_rotary: Float[Array, "B 1 S R"]
+    ) -> tuple[tuple[Array, Array], Array]:
+        """The two parts of the keys, and the values, with heads before slots."""
+        k, v = (jnp.einsum("BSC,NHC->BNSH", c[:, 0], half.astype(c.dtype)) for half in self)
+        return (k, jnp.broadcast_to(k_rotary, (*k.shape[:3], k_rotary.shape[3]))), v
+
+
 class LatentQueries(NamedTuple):
-    """Queries over a ring of latents, which their half of `kv_b` was absorbed into.
+    """Queries over a ring of latents.
 
     Attributes:
-        latent: over the latents.
-        rotary: over the rotary key that all heads share.
-        scale: of their scores, that of the heads whose queries they were.
+        plain: lanes without a position, or what they were absorbed into, over latents.
+        rotary: over the rotary key.
+        scale: of their scores, that of the heads whose queries they are.
+        expansion: by which the ring is read; `None` where they were absorbed.
     """
 
-    latent: Float[Array, "B T N C"]
+    plain: Float[Array, "B T N _lanes"]
     rotary: Float[Array, "B T N R"]
     scale: float
+    expansion: Expansion | None = None
 
 
 # From rotated queries, keys and values, and the memory, to what each query gathers and the
@@ -116,19 +132,24 @@ def attend_latents(
     v: Float[Array, "B 1 S C"],
     mask: Bool[Array, "B T S"],
     used: Int[Array, ""],
-) -> Float[Array, "B T N C"]:
-    """Attention over a ring of latents: multi-query, each being key and value of all heads."""
-    return _attend_ring((q.latent, q.rotary), (v, k), v, mask, used, q.scale)
+) -> Float[Array, "B T N _lanes"]:
+    """Attention over a ring of latents, each of which is key and value of all heads.
+
+    Expanded, it is made the key and value of each, a block of slots at a time.
+    """
+    parts = q.plain, q.rotary
+    return _attend_ring(parts, (v, k), v, mask, used, q.scale, q.expansion)
 
 
 def _attend_ring(
     q: tuple[Float[Array, "B T N _part"], ...],
     k: tuple[Float[Array, "B K S _part"], ...],
-    v: Float[Array, "B K S U"],
+    v: Float[Array, "B K S _lanes"],
     mask: Bool[Array, "B T S"],
     used: Int[Array, ""],
     scale: float,
-) -> Float[Array, "B T N U"]:
+    expansion: Expansion | None = None,
+) -> Float[Array, "B T N _lanes"]:
     """Attention over a ring, whose scores are the sum of the products of each part of q and k.
 
     All queries of a head, T times G, are the rows of one product, and nothing as large as the
@@ -140,7 +161,7 @@ def _attend_ring(
     and a sum so far is scaled down when a larger score comes.
     """
     B, T, N, _ = q[0].shape
-    K, S, U = v.shape[1:]
+    K, S, U = v.shape[1:] if expansion is None else (N, v.shape[2], expansion.v.shape[1])
     dtype, wide = q[0].dtype, jnp.promote_types(q[0].dtype, jnp.float32)
 
     def by_head(q: Array) -> Float[Array, "B K rows _part"]:
@@ -156,14 +177,19 @@ def _attend_ring(
         found = found.reshape(B, K, T, N // K, -1) * scale + unseen
         return found.reshape(B, K, T * N // K, -1)
 
+    def read(*parts: Array) -> tuple[Sequence[Array], Array]:
+        return (parts[:-1], parts[-1]) if expansion is None else expansion(*parts[:-1])
+
     def whole() -> Float[Array, "B K rows U"]:
-        weights = jax.nn.softmax(scores(k, mask), axis=-1).astype(dtype)
-        return jnp.einsum("BKTS,BKSU->BKTU", weights.astype(v.dtype), v).astype(dtype)
+        k_all, v_all = read(*k, v)
+        weights = jax.nn.softmax(scores(k_all, mask), axis=-1).astype(dtype)
+        return jnp.einsum("BKTS,BKSU->BKTU", weights.astype(v.dtype), v_all).astype(dtype)
 
     def add_block(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, mixed = so_far
         start = jnp.minimum(i * size, S - size)  # the last block may overlap the one before
-        *k_block, v_block = (jax.lax.dynamic_slice_in_dim(x, start, size, 2) for x in (*k, v))
+        parts = (jax.lax.dynamic_slice_in_dim(x, start, size, 2) for x in (*k, v))
+        k_block, v_block = read(*parts)
         is_new = start + jnp.arange(size) >= i * size
         seen = jax.lax.dynamic_slice_in_dim(mask, start, size, 2) & is_new
         found = scores(k_block, seen)

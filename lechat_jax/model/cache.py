@@ -214,18 +214,11 @@ def empty_cache(
     rings = []
     for window in distinct_windows(config):
         slots = capacity(window, chunk, context)
-        n, (heads, *widths) = config.windows.count(window), _widths(config)
+        n, (heads, *widths) = config.windows.count(window), config.cached
         shapes = [(batch, heads, slots, width) for width in widths]
         k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(n)) for shape in shapes)
         rings.append(Ring(k, v, jnp.full((batch, slots), EMPTY, jnp.int32)))
     return Cache(tuple(rings))
-
-
-def _widths(config: MistralConfig) -> tuple[int, int, int]:
-    """Heads of what a ring holds, and the widths of its keys and values."""
-    if latent := config.latent_attention:
-        return 1, latent.qk_rope_head_dim, latent.kv_lora_rank
-    return config.n_kv_heads, config.head_dim, config.head_dim
 
 
 def cache_bytes(

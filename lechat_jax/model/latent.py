@@ -8,7 +8,8 @@ W_k and W_v a head's halves of `kv_b`,
     q . (W_k c) = (W_k^T q) . c        sum of p (W_v c) = W_v (sum of p c)
 
 so a query is made one over latents, which are keys and values of all heads at once: more
-arithmetic for each, and a hundredth of the bytes to read.
+arithmetic for each query and key, and a hundredth of the bytes to read. So few queries over a cache
+are absorbed, and for many its latents are expanded, a block at a time.
 """
 
 import jax.numpy as jnp
@@ -16,14 +17,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lechat_jax.config import LatentConfig, MistralConfig
-from lechat_jax.model.attention import LatentQueries, Memory, Mixer
+from lechat_jax.model.attention import Expansion, LatentQueries, Memory, Mixer
 from lechat_jax.model.layers import Linear, RMSNorm
 from lechat_jax.model.rope import Rotations, deinterleaved, rotate
 from lechat_jax.ops.kernel_forms import as_form
 
 
 class LatentAttention(nnx.Module):
-    """Latent attention, expanded where there is no memory and absorbed over a ring of latents."""
+    """Latent attention: expanded, or absorbed where few queries read a ring of latents."""
 
     def __init__(self, config: MistralConfig, widths: LatentConfig, *, rngs: nnx.Rngs) -> None:
         D, N, H, U = config.shape("DNHU")
@@ -53,11 +54,14 @@ class LatentAttention(nnx.Module):
             mixed, memory = mix(*self._expanded(q, q_rotary, c, k_rotary), memory)
             return self.o(mixed), memory
         kv_b = as_form(self.kv_b.kernel.get_value()).floats(x.dtype).astype(x.dtype)
-        W_k, W_v = kv_b[:, : self.n_plain], kv_b[:, self.n_plain :]
-        H = self.n_plain + q_rotary.shape[-1]
-        q = LatentQueries(jnp.einsum("BTNO,NOC->BTNC", q, W_k), q_rotary, H**-0.5)
-        mixed, memory = mix(q, k_rotary, c, memory)
-        return self.o(jnp.einsum("BTNC,NUC->BTNU", mixed, W_v)), memory
+        halves = Expansion(kv_b[:, : self.n_plain], kv_b[:, self.n_plain :])
+        scale = (self.n_plain + q_rotary.shape[-1]) ** -0.5
+        if expands(x.shape[1], self.rank, kv_b.shape[1]):
+            mixed, memory = mix(LatentQueries(q, q_rotary, scale, halves), k_rotary, c, memory)
+            return self.o(mixed), memory
+        q = jnp.einsum("BTNO,NOC->BTNC", q, halves.k)
+        mixed, memory = mix(LatentQueries(q, q_rotary, scale), k_rotary, c, memory)
+        return self.o(jnp.einsum("BTNC,NUC->BTNU", mixed, halves.v)), memory
 
     def _expanded(
         self, q: Array, q_rotary: Array, c: Array, k_rotary: Array
@@ -67,3 +71,17 @@ class LatentAttention(nnx.Module):
         k, v = kv[..., : self.n_plain], kv[..., self.n_plain :]
         k_rotary = jnp.broadcast_to(k_rotary, q_rotary.shape)
         return jnp.concatenate([q, q_rotary], -1), jnp.concatenate([k, k_rotary], -1), v
+
+
+def expands(n_queries: int, rank: int, lanes: int) -> bool:
+    """Whether it is less arithmetic to expand latents than to absorb as many queries.
+
+    Absorbed, a query and a slot cost a head `rank` multiplications for the score and as many for
+    the mix; expanded, the `lanes` of a key and a value, and `rank` times as many to make these.
+
+    >>> from lechat_jax.config import preset
+    >>> C, Y = preset("mistral-small-4-119b-2603").shape("CY")
+    >>> expands(153, C, Y), expands(154, C, Y)
+    (False, True)
+    """
+    return n_queries * (2 * rank - lanes) > rank * lanes

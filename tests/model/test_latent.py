@@ -136,11 +136,14 @@ def test_absorbed_over_the_cache_is_expanded_over_the_whole(
     np.testing.assert_allclose(read(model, TOKENS, pieces, pad), expected, rtol=0, atol=1e-11)
 
 
-def test_a_ring_that_is_read_in_blocks_gives_the_same(
-    x64: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_expanded", [False, True])
+@pytest.mark.parametrize("block", [8, 40])
+def test_a_ring_gives_the_same_in_blocks_and_expanded(
+    is_expanded: bool, block: int, x64: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = random_model(TINY_LATENT, jnp.float64)
-    monkeypatch.setattr("lechat_jax.model.attention.slots_at_once", lambda S, T: 8)
+    monkeypatch.setattr("lechat_jax.model.attention.slots_at_once", lambda S, T: block)
+    monkeypatch.setattr("lechat_jax.model.latent.expands", lambda *sizes: is_expanded)
     jax.clear_caches()
     expected = model(jnp.asarray(TOKENS))
     np.testing.assert_allclose(read(model, TOKENS, [16, 16, 8]), expected, rtol=0, atol=1e-11)

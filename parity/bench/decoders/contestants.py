@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import jax.numpy as jnp
 
 from lechat_jax.config import MistralConfig, preset
-from lechat_jax.config.layout import SCALE
+from lechat_jax.config.layout import SCALE, is_expert
 from lechat_jax.errors import BadInput
 from lechat_jax.model.binding import Weights
 from lechat_jax.quantize.scheme import quantize_weights, scheme_for
@@ -142,13 +142,20 @@ class Models:
         """Bytes of memory that a decode step must read, however it is made: a token of each row.
 
         All weights but the embedding table, of which a step reads a row each (unless it is the
-        head too), and the keys and values that the queries see.
+        head too), and the keys and values that the queries see. Of experts, those that the rows
+        choose, or all if these are fewer.
         """
         config, weights = self.config, self.weights(dtype)
         tables = {} if config.tied_embeddings else {"embed.kernel", f"embed.kernel{SCALE}"}
-        read = sum(leaf.nbytes for name, leaf in weights.items() if name not in tables)
+        part = min(1.0, batch * config.n_experts_per_token / max(1, config.n_experts))
+        read = sum(
+            round(leaf.nbytes * (part if is_expert(name) else 1))
+            for name, leaf in weights.items()
+            if name not in tables
+        )
         seen = sum(context if window is None else min(window, context) for window in config.windows)
-        each = 2 * config.n_kv_heads * config.head_dim * weights["norm.scale"].dtype.itemsize
+        heads, *widths = config.cached
+        each = heads * sum(widths) * weights["norm.scale"].dtype.itemsize
         return read + batch * seen * each
 
 
