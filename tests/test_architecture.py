@@ -213,6 +213,7 @@ WORDS = {word for name in KNOWN for word in name.split(".") if len(word) > 1}
 ENDS = {"SCALE", "ZERO", "ORDER", "LORA_A", "LORA_B", "LORA_SCALE"}
 # Whose regular expressions have such words too, and are of the keys of another program's files.
 PATTERNS_OF_OTHERS = {
+    "lechat_jax.devices.memory": "the shared memory of CUDA's kernels",
     "lechat_jax.checkpoint.peft": "PEFT's lora_A and lora_B",
     "lechat_jax.formats.configs.vision": "the language model in Mistral3ForConditionalGeneration",
     "lechat_jax.formats.fused_experts": "the experts of Mistral 4 in Hugging Face's files",
@@ -373,9 +374,9 @@ PLANTED = [
     (suppresses_no_checker, "parity.bench", "# pyright: basic\nx = 1"),
     (writes_dimensions_in_the_house_letters, "lechat_jax.model", "einsum('btd,fd->btf', x, y)"),
     (writes_dimensions_in_the_house_letters, "lechat_jax.model", "jnp.einsum('BTI, ID->BTD', x)"),
-    (writes_dimensions_in_the_house_letters, "lechat_jax.model", "Linear('BTD,NHZ->BTNH')"),
+    (writes_dimensions_in_the_house_letters, "lechat_jax.model", "Linear('BTD,NHI->BTNH')"),
     (writes_dimensions_in_the_house_letters, "lechat_jax.model", "jnp.einsum('BT,TD', x, y)"),
-    (writes_dimensions_in_the_house_letters, "lechat_jax.model", "x: Float[Array, 'B Q D']"),
+    (writes_dimensions_in_the_house_letters, "lechat_jax.model", "x: Float[Array, 'B I D']"),
     *(
         (leaves_names_of_weights_to_the_table, "lechat_jax.train.step", line)
         for line in (

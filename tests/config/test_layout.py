@@ -53,7 +53,8 @@ def test_a_part_belongs_to_its_kernel(config: MistralConfig, part: str) -> None:
 
 
 def test_an_adapter_belongs_to_a_map_of_attention_or_the_dense_feed_forward() -> None:
-    assert [*layout.MAPS] == ["q", "k", "v", "o", "gate", "up", "down"]
+    latent = ["q_a", "q_b", "kv_a", "kv_b"]
+    assert [*layout.MAPS] == ["q", "k", "v", *latent, "o", "gate", "up", "down"]
     for name in layout.MAPS.values():
         module = layout.module_of(name)
         assert layout.is_adapter(f"{module}.lora.a")
