@@ -3,7 +3,8 @@
 Rows [T, D] are sorted by group: the first sizes[0] for the kernel of group 0 and so on. Sizes are
 arbitrary: no row is dropped, and none is multiplied by another group's kernel.
 
-On a GPU or TPU this is `jax.lax.ragged_dot`; on a CPU see `grouped_matmul_cpu`.
+On a GPU or TPU this is `jax.lax.ragged_dot`, which may read all kernels, or for few rows of many
+groups a product for each row, which reads its own; on a CPU see `grouped_matmul_cpu`.
 """
 
 from typing import Any
@@ -13,9 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lechat_jax.ops import grouped_matmul_cpu
-from lechat_jax.ops.grouped_matmul_cpu import group_of_each
-from lechat_jax.ops.kernel_forms import Dense, PackedInt4
+from lechat_jax.ops.grouped_matmul_cpu import ALONE, group_of_each
+from lechat_jax.ops.kernel_forms import Dense, PackedInt4, cut
 from lechat_jax.ops.matmul import here, is_on_cpu
+
+FEW = 4  # times as many groups as rows, for each row to take its kernel by itself
 
 
 def grouped(
@@ -36,8 +39,36 @@ def _product(rows: Array, kernels: Dense | PackedInt4, sizes: Array) -> Float[Ar
     """The grouped matmul, in at least float32."""
     if not is_on_cpu():
         kernels, rows = here(kernels, rows)
+        E = kernels.shape[0]
+        if len(rows) <= min(ALONE, E // FEW):
+            return _each_alone(rows, kernels, sizes)
         return _ragged(rows, kernels.floats(rows.dtype).astype(rows.dtype), sizes)
     return grouped_matmul_cpu.product(rows, kernels, sizes)
+
+
+def _each_alone(
+    rows: Float[Array, "T D"], kernels: Dense | PackedInt4, sizes: Int[Array, " E"]
+) -> Float[Array, "T F"]:
+    """The grouped matmul row by row, each of which takes its kernel as it is stored.
+
+    Rows after all groups, which are other devices', take none.
+    """
+    T, (_, F, _) = len(rows), kernels.shape
+    group = group_of_each(T, sizes)
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+
+    def multiply(i: Int[Array, ""]) -> Array:
+        own = jax.tree.map(lambda part: cut(part, (group[i], 0, 0), (1, *part.shape[1:])), kernels)
+        # Else XLA converts the kernels of all groups, ahead of the loop.
+        own = jax.lax.optimization_barrier(own)
+        kernel = own.floats(rows.dtype)[0].astype(rows.dtype)
+        return jnp.einsum("FD,D->F", kernel, rows[i], preferred_element_type=wide)
+
+    def nothing(_: int) -> Array:
+        return jnp.zeros(F, wide)
+
+    n = jnp.sum(sizes)
+    return jnp.stack([jax.lax.cond(i < n, multiply, nothing, i) for i in range(T)])
 
 
 def _ragged(rows: Array, kernel: Array, sizes: Array) -> Float[Array, "T F"]:

