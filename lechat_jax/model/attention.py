@@ -188,7 +188,9 @@ def _attend_ring(
     def add_block(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, mixed = so_far
         start = jnp.minimum(i * size, S - size)  # the last block may overlap the one before
-        parts = (jax.lax.dynamic_slice_in_dim(x, start, size, 2) for x in (*k, v))
+        parts = tuple(jax.lax.dynamic_slice_in_dim(x, start, size, 2) for x in (*k, v))
+        if k[0] is v:  # else a block of latents is read from memory as keys, and again as values
+            parts = jax.lax.optimization_barrier(parts)
         k_block, v_block = read(*parts)
         is_new = start + jnp.arange(size) >= i * size
         seen = jax.lax.dynamic_slice_in_dim(mask, start, size, 2) & is_new

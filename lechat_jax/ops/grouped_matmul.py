@@ -64,7 +64,7 @@ def _each_alone(
         kernel = own.floats(rows.dtype)[0].astype(rows.dtype)
         return jnp.einsum("FD,D->F", kernel, rows[i], preferred_element_type=wide)
 
-    def nothing(_: int) -> Array:
+    def nothing(i: Int[Array, ""]) -> Array:
         return jnp.zeros(F, wide)
 
     n = jnp.sum(sizes)

@@ -109,7 +109,7 @@ def test_experts_on_many_devices_learn_as_on_one(
 
 
 def test_no_device_has_the_experts_of_another(mixture: MistralConfig) -> None:
-    sizes = {"D": 40, "N": 6, "K": 2, "H": 8, "F": 28, "V": 98, "E": 4}
+    sizes = {"D": 40, "N": 6, "K": 2, "H": 8, "U": 8, "X": 28, "V": 98, "E": 4}
     for name, leaf in weight_shapes(mixture).items():
         assert tuple(sizes[letter] for letter in letters(name)) == leaf.shape
     five = dataclasses.replace(mixture, n_experts=5)

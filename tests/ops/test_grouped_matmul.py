@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 
-from lechat_jax.ops import grouped_matmul_cpu
+from lechat_jax.ops import grouped_matmul, grouped_matmul_cpu
 from lechat_jax.ops.grouped_matmul import grouped
 from lechat_jax.ops.kernel_forms import Dense, Ordered, PackedInt4, ScaledInt8
 
@@ -24,7 +24,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["whole", "blocks", "ragged"])
+@pytest.fixture(params=["whole", "blocks", "ragged", "alone"])
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """The form, made small enough that each of its loops turns more than once."""
     monkeypatch.setattr(grouped_matmul_cpu, "TILE", 16)
@@ -33,8 +33,10 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(
             grouped_matmul_cpu, "BLOCK", 10 * D
         )  # three blocks, of which the last overlaps
-    if request.param == "ragged":
+    if request.param in ("ragged", "alone"):
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    if request.param == "alone":  # with groups as few as here
+        monkeypatch.setattr(grouped_matmul, "FEW", 0.5)
     return jax.jit(lambda *args: grouped(*args))
 
 
