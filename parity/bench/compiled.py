@@ -286,8 +286,10 @@ def _generation(work: Compiled, config: MistralConfig, case: Case, mesh: Mesh | 
     flops = 2 * config.n_products + 2 * N * (H + U) * keys
     k = cache.rings[0].k[0]
     ring = k.sharding.shard_shape(k.shape) if k.sharding else k.shape
+    # All experts that are chosen may be one device's.
+    part = chosen_part(config, tokens * (mesh.shape[HEADS] if mesh else 1))
     least = sum(
-        bytes_on_a_device(leaf) * (chosen_part(config, tokens) if is_expert(name) else 1)
+        bytes_on_a_device(leaf) * (part if is_expert(name) else 1)
         for name, leaf in arguments[1].items()
     )
     least = round(least) + rings

@@ -276,7 +276,8 @@ class Program:
             places = [i for i, operand in enumerate(user.operands) if operand == array]
             if not places or user.op == "parameter":
                 continue
-            if user.op == "bitcast" and not user.is_root:
+            is_view = user.op == "bitcast" or "output_to_operand_aliasing" in user.attributes
+            if is_view and not user.is_root:
                 read += self._read(computation, user.name, whole)
             elif user.op in TAKEN and places == [0]:
                 read += user.results[0].nbytes

@@ -73,6 +73,21 @@ def test_a_fusion_that_takes_a_slice_reads_the_slice() -> None:
     assert moved(X, AT, line, computations=FUSED) == 200 + 4 + 200
 
 
+def test_a_slice_of_what_is_only_tiled_otherwise_reads_the_slice() -> None:
+    bitcast = "%v = f32[100,10]{1,0} bitcast(%p)"
+    tiled = "%v = f32[100,10]{1,0:T(8,128)} fusion(%p), kind=kLoop, "
+    tiled += "output_to_operand_aliasing={{}: (0, {})}, calls=%copied"
+    line = "ROOT %y = f32[5,10]{1,0} fusion(%x, %i), kind=kLoop, calls=%outer"
+    computations = f"""%copied (r: f32[100,10]) -> f32[100,10] {{
+  %r = f32[100,10]{{1,0}} parameter(0)
+  ROOT %c = f32[100,10]{{1,0:T(8,128)}} copy(%r)
+}}
+
+{FUSED.replace(bitcast, tiled)}"""
+    assert tiled in computations
+    assert moved(X, AT, line, computations=computations) == 200 + 4 + 200
+
+
 def test_a_fusion_that_reads_all_once_and_a_slice_reads_all_once() -> None:
     body = """%f (a: f32[100,10], b: s32[]) -> f32[5,10] {
   %a = f32[100,10]{1,0} parameter(0)
