@@ -61,8 +61,10 @@ def _each_alone(
         own = jax.tree.map(lambda part: cut(part, (group[i], 0, 0), (1, *part.shape[1:])), kernels)
         # Else XLA converts the kernels of all groups, ahead of the loop.
         own = jax.lax.optimization_barrier(own)
-        kernel = own.floats(rows.dtype)[0].astype(rows.dtype)
-        return jnp.einsum("FD,D->F", kernel, rows[i], preferred_element_type=wide)
+        row = rows[i]
+        if isinstance(own, PackedInt4):  # whose features come two by two, see `by_group`
+            return own.matmul(row.reshape(2, -1).T.reshape(1, -1))[0].astype(wide)
+        return own.matmul(row[None], wide)[0]
 
     def nothing(i: Int[Array, ""]) -> Array:
         return jnp.zeros(F, wide)

@@ -173,6 +173,8 @@ class _FreshModels:
         if isinstance(pattern := fault.base.get("sliding_window"), tuple):
             kept = (own and window for own in pattern[: self.config.n_layers])
             changes["sliding_window"] = tuple(kept)
+        if fault.base.get("latent_attention"):
+            changes["sliding_window"] = None  # which such a model never has
         config = dataclasses.replace(self.config, **changes)
         tokens = np.random.default_rng(T).integers(config.vocab_size, size=(1, T))
         if (config, T) not in self._right:
