@@ -138,7 +138,7 @@ def _scored(scale: Callable[[int, int, int], float]) -> Spoil:
     def spoil(right: Callable) -> Callable:
         def attend_latents(q: attention.LatentQueries, *more: Any) -> Array:
             H = round(q.scale**-2)
-            other = scale(H, q.latent.shape[-1], q.rotary.shape[-1])
+            other = scale(H, q.plain.shape[-1], q.rotary.shape[-1])
             return right(q._replace(scale=other), *more)
 
         return attend_latents
