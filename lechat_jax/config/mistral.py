@@ -226,10 +226,9 @@ class MistralConfig:
                     f"{name} must be 0 in a model without experts and not negative, not "
                     f"{getattr(self, name)}"
                 )
-        if self.n_experts and self.n_dense_layers >= self.n_layers:
+        if self.n_dense_layers > self.n_layers:
             raise BadInput(
-                f"n_dense_layers ({self.n_dense_layers}) must leave some of the {self.n_layers} "
-                "layers to the experts"
+                f"n_dense_layers ({self.n_dense_layers}) must be at most n_layers ({self.n_layers})"
             )
         if latent := self.latent_attention:
             if (self.head_dim, self.n_kv_heads) != (latent.head_dim, self.n_heads):

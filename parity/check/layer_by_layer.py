@@ -14,13 +14,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
 from lechat_jax.config.layout import in_layer, layer_of, stacked
+from lechat_jax.config.mistral import EXPERTS
 from lechat_jax.formats import names
 from lechat_jax.formats.source import Source
 from parity.check.oracles.interface import OF_VISION, Oracle, Pictures, Stages
@@ -30,6 +31,7 @@ from parity.check.oracles.transformers import TransformersOracle
 from parity.check.probes import Model, Result, shortened
 from parity.check.tolerances import SLACK_OF_LONG_SUMS, relative
 from parity.check.verdict import Stage
+from parity.check.whole_model import lacking
 
 Say = Callable[[str, int, int], None]
 # PyTorch computes with the layer's arrays themselves: nobody trains here.
@@ -57,6 +59,19 @@ class Part(NamedTuple):
     patches: Float[np.ndarray, "rows d"] | None = None
 
 
+# One layer that is as small as it can be, for a part in which none matters.
+LEAST: dict[str, Any] = {
+    **dict.fromkeys(EXPERTS, 0),
+    **dict.fromkeys(("n_layers", "n_heads", "n_kv_heads", "hidden_dim"), 1),
+    "head_dim": 2,
+    "sliding_window": None,
+    "tied_embeddings": False,
+    "yarn": None,
+    "llama_4_scaling": None,
+    "latent_attention": None,
+}
+
+
 class Failed(NamedTuple):
     """A failed stage: its part, its label there, and the text's first position."""
 
@@ -73,6 +88,7 @@ class Streamed:
         tokens: the ids of the text.
         first_positions: the same text is read as if it began at each of these positions.
         sampled: layers whose float64 truth is computed; the first is always one of them.
+        without: why transformers has no such model; nothing, if it has.
         failed: where the first stage was not ok; `None` as long as all is well.
     """
 
@@ -88,6 +104,7 @@ class Streamed:
         self.tokens, self.first_positions, self.window = tokens, tuple(first_positions), window
         n = theirs.config.n_layers
         self.sampled = {0, n // 2, n - 1}
+        self.without = lacking(shortened(theirs.config, window))  # why not transformers, if so
         self.failed: Failed | None = None
         self._reused: dict[tuple, Oracle] = {}
         self._errors: dict[tuple[str, int], float] = {}  # PyTorch's own, by stage and position
@@ -127,6 +144,7 @@ class Streamed:
             one = dataclasses.replace(
                 short,
                 n_layers=1,
+                n_dense_layers=int(i < short.n_dense_layers),
                 vocab_size=len(stream),
                 sliding_window=short.windows[i],
                 tied_embeddings=False,
@@ -146,21 +164,7 @@ class Streamed:
 
         def alone(source: Source) -> Model:
             V = max(source.config.vocab_size, len(stream))
-            small = dataclasses.replace(
-                source.config,
-                n_layers=1,
-                n_heads=1,
-                n_kv_heads=1,
-                head_dim=2,
-                hidden_dim=1,
-                n_experts=0,
-                n_experts_per_token=0,
-                vocab_size=V,
-                sliding_window=None,
-                tied_embeddings=False,
-                yarn=None,
-                llama_4_scaling=None,
-            )
+            small = dataclasses.replace(source.config, vocab_size=V, **LEAST)
             shapes = names.shapes(small, "lechat")
             weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
             head = float32(source.read(source.config.head))
@@ -185,6 +189,8 @@ class Streamed:
                 ("transformers", _SharedTransformers, part.theirs),
             )
         }
+        if self.without:
+            del oracles["transformers"]
         if is_sampled:
             oracles["truth"] = lambda: TorchOracle(*part.theirs, "float64")
         found: list[dict[str, Stages]] = [{} for _ in self.first_positions]
@@ -238,7 +244,8 @@ class Streamed:
         """
         kind = (label.partition(".")[0], first)
         is_known = "truth" in texts
-        names = [name for name in ("torch", "jax", "transformers") if is_known or name != "torch"]
+        names = [name for name in ("torch", "jax", "transformers") if name in texts]
+        names = names if is_known else names[1:]
         right = texts["truth" if is_known else "torch"][inner]
         errors = {name: relative(texts[name][inner], right) for name in names}
         if is_known:  # the least, which is the hardest on layers whose truth is not known

@@ -281,6 +281,8 @@ def _streamed(
         )
         row = streamed.ids[streamed.first_positions.index(first)][None]
         hint = _as_if(recognise(part.ours, part.theirs, alone, row, "float32", first))
+    if streamed.without:
+        notes.append(f"transformers is left out: {streamed.without}")
     notes.append(
         f"layer by layer in float32, the float64 truth on layers "
         f"{', '.join(map(str, sorted(streamed.sampled)))} and the head"

@@ -15,23 +15,9 @@ from lechat_jax.config import MistralConfig
 from lechat_jax.config.layout import in_layer, is_tower, is_vision, stacked, vision_layer_of
 from lechat_jax.formats import names
 from lechat_jax.formats.source import Source
-from parity.check.layer_by_layer import Part, Say, Streamed, float32
+from parity.check.layer_by_layer import LEAST, Part, Say, Streamed, float32
 from parity.check.probes import Model, image_ids, noise
 from parity.check.verdict import Stage
-
-LEAST = {
-    "n_layers": 1,
-    "n_heads": 1,
-    "n_kv_heads": 1,
-    "head_dim": 2,
-    "hidden_dim": 1,
-    "n_experts": 0,
-    "n_experts_per_token": 0,
-    "sliding_window": None,
-    "tied_embeddings": False,
-    "yarn": None,
-    "llama_4_scaling": None,
-}
 
 
 class StreamedTower(Streamed):
@@ -102,7 +88,7 @@ class StreamedTower(Streamed):
         """The least model with this tower, one layer deep."""
         assert config.vision is not None
         one = dataclasses.replace(config.vision, n_layers=1)
-        V = 1 + max(one.image_token_id, one.image_break_token_id, one.image_end_token_id)
+        V = 1 + max(one.token_ids)
         return dataclasses.replace(config, **LEAST, dim=dim, vocab_size=V, vision=one)
 
     def _zeros(self, config: MistralConfig) -> dict[str, np.ndarray]:

@@ -184,7 +184,7 @@ def test_the_first_layers_are_dense_and_the_others_share_experts() -> None:
         ({"head_dim": 8}, r"qk_nope_head_dim \+ qk_rope_head_dim, here 14"),
         ({"n_kv_heads": 2}, r"n_kv_heads is n_heads, here 6; not 14 and 2"),
         ({"sliding_window": 8}, "latent attention has no sliding_window"),
-        ({"n_dense_layers": 3}, r"n_dense_layers \(3\) must leave some of the 3"),
+        ({"n_dense_layers": 4}, r"n_dense_layers \(4\) must be at most n_layers \(3\)"),
         ({"n_shared_experts": -1}, "n_shared_experts must be 0 in a model without"),
         ({"n_experts": 0, "n_experts_per_token": 0}, "expert_hidden_dim must be 0 in a model"),
     ],

@@ -17,8 +17,8 @@ BASE: dict[str, Any] = {"n_experts": 4, "n_experts_per_token": 2}
 
 
 def has_experts(config: MistralConfig) -> bool:
-    """Whether there are any to be wrong about."""
-    return config.n_experts > 0
+    """Whether there are any to be wrong about, in all layers."""
+    return config.n_experts > 0 and not config.n_dense_layers
 
 
 KERNELS = ("gate", "up", "down")

@@ -191,7 +191,12 @@ def _routed_alone(map: str) -> Change:
 
 
 def _in_weights(name: str, change: Change, expected: str = "attn.0", layer: int = 0) -> Planted:
-    return in_weights(name, expected, change, layer=layer, base=BASE, needs=_is_latent)
+    def needs(config: MistralConfig) -> bool:
+        is_mixed = config.n_shared_experts and config.n_dense_layers <= layer
+        is_mixed = is_mixed and config.n_dense_layers < config.n_layers
+        return _is_latent(config) and (expected != MIXED or bool(is_mixed))
+
+    return in_weights(name, expected, change, layer=layer, base=BASE, needs=needs)
 
 
 def _in_code(name: str, *wrong: tuple[object, str, Callable], expected: str = "attn.0") -> Planted:

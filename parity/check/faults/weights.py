@@ -76,6 +76,10 @@ def _has_one_feed_forward(config: MistralConfig) -> bool:
     return not config.n_experts
 
 
+def _is_grouped(config: MistralConfig) -> bool:
+    return config.latent_attention is None
+
+
 def _has_a_head(config: MistralConfig) -> bool:
     return not config.tied_embeddings
 
@@ -94,9 +98,12 @@ WEIGHTS = (
         "queries and keys are permuted as if from Mistral's own format",
         "attn.0",
         _permuted("q", "k"),
+        needs=_is_grouped,
     ),
-    in_weights("values are permuted like queries and keys", "attn.0", _permuted("v")),
-    in_weights("queries are permuted, keys are not", "attn.0", _permuted("q")),
+    in_weights(
+        "values are permuted like queries and keys", "attn.0", _permuted("v"), needs=_is_grouped
+    ),
+    in_weights("queries are permuted, keys are not", "attn.0", _permuted("q"), needs=_is_grouped),
     in_weights(
         "query heads are dealt out to the kv heads in turn",
         "attn.0",
@@ -104,6 +111,7 @@ WEIGHTS = (
             "blocks.{i}.attn.q.kernel",
             lambda c, x: x.reshape(c.n_kv_heads, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape),
         ),
+        needs=_is_grouped,
     ),
     in_weights(
         "heads are in reverse order in the output kernel",
@@ -115,10 +123,13 @@ WEIGHTS = (
         "attn.0",
         _one("blocks.{i}.attn.o.kernel", _transposed),
         base={"dim": 48},
-        needs=lambda c: c.dim == c.n_heads * c.head_dim,
+        needs=lambda c: c.dim == c.n_heads * c.value_dim,
     ),
     in_weights(
-        "keys and values are swapped", "attn.0", _layer(of="attn.k.kernel", become="attn.v.kernel")
+        "keys and values are swapped",
+        "attn.0",
+        _layer(of="attn.k.kernel", become="attn.v.kernel"),
+        needs=_is_grouped,
     ),
     in_weights(
         "the two norms of a layer are swapped",
@@ -143,7 +154,8 @@ WEIGHTS = (
         "attn.1",
         _swapped_layers,
         layer=1,
-        needs=lambda c: c.n_layers > 2,  # of two, the first would be another, too
+        # Of two, the first would be another, too; and a dense one is no mixture.
+        needs=lambda c: c.n_layers > 2 and not c.n_dense_layers,
     ),
     in_weights(
         "one bit of one weight is flipped",

@@ -416,6 +416,35 @@ def test_a_large_model_is_checked_a_layer_at_a_time(
     assert red == {("attn", 0), ("mlp", 0)}, "the layers after it read what the right one made"
 
 
+def test_latent_attention_behind_a_dense_layer_is_checked_a_layer_at_a_time(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ARCHITECTURES["mistral-small-4"]
+    weights = random_weights(config)
+    up, shared = "blocks.1.attn.kv_b.kernel", "blocks.2.mlp.shared.up.kernel"
+    wrong = weights | {up: np.roll(weights[up], 1, axis=1), shared: weights[shared][::-1]}
+    for name, numbers in (("right", weights), ("wrong", wrong)):
+        arrays = {key: jnp.asarray(leaf) for key, leaf in numbers.items()}
+        save_weights(tmp_path / name, config, arrays, None)
+    monkeypatch.setattr(run, "WHOLE", 0)
+    checkpoint = ["--checkpoint", str(tmp_path / "right"), "--tokens", "24", "--window", "9"]
+    found = verdict(capsys, tmp_path, *checkpoint)
+    assert found["code"] == 0
+    assert {stage["pair"][0] for stage in found["stages"]} == {"jax", "torch", "transformers"}
+
+    # With a window of 7 queries grow after other lengths than YaRN's, for which transformers has
+    # no word.
+    found = verdict(capsys, tmp_path, *checkpoint[:-1], "7")
+    assert found["code"] == 0
+    assert {stage["pair"][0] for stage in found["stages"]} == {"jax", "torch"}
+    assert any("transformers is left out: yarn and" in note for note in found["notes"])
+
+    found = verdict(capsys, tmp_path, *checkpoint, "--against", str(tmp_path / "wrong"))
+    assert found["code"] == 1
+    red = {(s["stage"], s["layer"]) for s in found["stages"] if not s["ok"]}
+    assert red == {("attn", 1), ("mlp", 1), ("mlp", 2)}
+
+
 @pytest.mark.parametrize("kind", ["mistral-small-3.1", "pixtral"])
 def test_a_tower_is_checked_a_layer_at_a_time(
     kind: str, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
