@@ -117,8 +117,8 @@ def query_scale(
 def deinterleaved(x: Float[Array, "*B R"]) -> Float[Array, "*B R"]:
     """Lanes in the order of `rotate`: pairs (2h, 2h + 1) become pairs (h, h + R/2).
 
-    >>> deinterleaved(jnp.array([0, 3, 1, 4, 2, 5])).tolist()
-    [0, 1, 2, 3, 4, 5]
+    >>> deinterleaved(jnp.array([0.0, 3.0, 1.0, 4.0, 2.0, 5.0])).tolist()
+    [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     """
     return jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
 

@@ -169,7 +169,7 @@ def test_scales_are_not_rounded_where_weights_are_gathered(small: MistralConfig)
 
 
 def test_every_weight_has_its_letters(small: MistralConfig) -> None:
-    sizes = {"D": 40, "N": 6, "K": 2, "H": 8, "F": 56, "V": 98}
+    sizes = {"D": 40, "N": 6, "K": 2, "H": 8, "U": 8, "F": 56, "V": 98}
     for name, leaf in weight_shapes(small).items():
         assert tuple(sizes[letter] for letter in letters(name)) == leaf.shape
     assert letters("blocks.0.attn.q.kernel.scale") == letters("blocks.0.attn.q.lora.a") == ""

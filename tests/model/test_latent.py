@@ -126,8 +126,7 @@ def read(model: Mistral, tokens: np.ndarray, pieces: list[int], pad: int = 0) ->
     return np.concatenate(found, axis=1)
 
 
-@pytest.mark.parametrize("pieces", [[40], [16, 16, 8], [7, 7, 7, *[1] * 19]])
-@pytest.mark.parametrize("pad", [0, 3])
+@pytest.mark.parametrize(("pieces", "pad"), [([40], 0), ([16, 16, 8], 3), ([21, *[1] * 19], 0)])
 def test_absorbed_over_the_cache_is_expanded_over_the_whole(
     pieces: list[int], pad: int, x64: None
 ) -> None:
@@ -200,7 +199,7 @@ def test_a_config_comes_back_from_json() -> None:
     assert MistralConfig.from_dict(TINY_LATENT.to_dict()) == TINY_LATENT
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_what_is_quantised_is_the_model_of_its_numbers(form: Any) -> None:
     """Router and the map that is absorbed stay as they are."""
     scheme = scheme_for(form, EVEN)
@@ -220,7 +219,7 @@ def test_what_is_quantised_is_the_model_of_its_numbers(form: Any) -> None:
     np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("mesh", ["tp=8", "fsdp=2,tp=4"])
+@pytest.mark.parametrize("mesh", ["tp=8", pytest.param("fsdp=2,tp=4", marks=pytest.mark.slow)])
 def test_many_devices_generate_what_one_does(mesh: str) -> None:
     model = random_model(EVEN)
     prompts: list[list[int]] = [TOKENS[0, :n].tolist() for n in (20, 5, 9, 1)]

@@ -298,7 +298,7 @@ def test_adamw_is_that_of_pytorch_and_only_matrices_decay() -> None:
     decays = [theirs[name] for name in shapes if name != "norm.scale"]
     groups = [{"params": decays}, {"params": [theirs["norm.scale"]], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=4e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.3)
-    optimizer = Optimizer(2.0, usual_rule("adamw", "adapters", weight_decay=0.3))
+    optimizer = Optimizer(20.0, usual_rule("adamw", "trained", weight_decay=0.3))
     ours = {name: jnp.asarray(leaf) for name, leaf in weights.items()}
     state = optimizer.init(ours)
     for _ in range(4):
@@ -352,7 +352,7 @@ def test_momentum_and_moments_are_float32_and_nothing_else_is_kept(
         ("muon", "random", (0.02, 0.01, 0.006, 0.01)),
         ("adamw", "random", (3e-3,) * 4),
         ("adamw", "trained", (2e-5,) * 4),
-        ("adamw", "adapters", (2e-4,) * 4),
+        ("adamw", "adapters", (2e-4, 2e-5, 2e-5, 2e-5)),  # and a projector beside them
     ],
 )
 def test_each_start_has_its_usual_rates(kind: Kind, start: Any, rates: tuple) -> None:

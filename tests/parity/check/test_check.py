@@ -420,12 +420,8 @@ def test_latent_attention_behind_a_dense_layer_is_checked_a_layer_at_a_time(
     tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ARCHITECTURES["mistral-small-4"]
-    weights = random_weights(config)
-    up, shared = "blocks.1.attn.kv_b.kernel", "blocks.2.mlp.shared.up.kernel"
-    wrong = weights | {up: np.roll(weights[up], 1, axis=1), shared: weights[shared][::-1]}
-    for name, numbers in (("right", weights), ("wrong", wrong)):
-        arrays = {key: jnp.asarray(leaf) for key, leaf in numbers.items()}
-        save_weights(tmp_path / name, config, arrays, None)
+    weights = {key: jnp.asarray(leaf) for key, leaf in random_weights(config).items()}
+    save_weights(tmp_path / "right", config, weights, None)
     monkeypatch.setattr(run, "WHOLE", 0)
     checkpoint = ["--checkpoint", str(tmp_path / "right"), "--tokens", "24", "--window", "9"]
     found = verdict(capsys, tmp_path, *checkpoint)
@@ -439,7 +435,21 @@ def test_latent_attention_behind_a_dense_layer_is_checked_a_layer_at_a_time(
     assert {stage["pair"][0] for stage in found["stages"]} == {"jax", "torch"}
     assert any("transformers is left out: yarn and" in note for note in found["notes"])
 
-    found = verdict(capsys, tmp_path, *checkpoint, "--against", str(tmp_path / "wrong"))
+
+@pytest.mark.slow
+def test_what_is_wrong_in_a_latent_model_is_found_in_its_layer(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ARCHITECTURES["mistral-small-4"]
+    weights = random_weights(config)
+    up, shared = "blocks.1.attn.kv_b.kernel", "blocks.2.mlp.shared.up.kernel"
+    wrong = weights | {up: np.roll(weights[up], 1, axis=1), shared: weights[shared][::-1]}
+    for name, numbers in (("right", weights), ("wrong", wrong)):
+        arrays = {key: jnp.asarray(leaf) for key, leaf in numbers.items()}
+        save_weights(tmp_path / name, config, arrays, None)
+    monkeypatch.setattr(run, "WHOLE", 0)
+    flags = ["--against", str(tmp_path / "wrong"), "--tokens", "24", "--window", "9"]
+    found = verdict(capsys, tmp_path, "--checkpoint", str(tmp_path / "right"), *flags)
     assert found["code"] == 1
     red = {(s["stage"], s["layer"]) for s in found["stages"] if not s["ok"]}
     assert red == {("attn", 1), ("mlp", 1), ("mlp", 2)}
