@@ -254,9 +254,7 @@ def test_groups_divide_the_widths_or_int4_is_refused(small: MistralConfig) -> No
     form = scheme_for("int4", MistralConfig.from_dict(small.to_dict() | narrow))
     assert form == Form("int4", 8)
     odd = MistralConfig.from_dict(small.to_dict() | {"hidden_dim": 44})
-    with pytest.raises(
-        BadInput, match=r"int4 has groups of 8 .* widths of this model, 40, 44, 48;"
-    ):
+    with pytest.raises(BadInput, match=r"int4 has groups of 8 .* of this model, 40, 44, 48;"):
         scheme_for("int4", odd)
 
 
