@@ -197,6 +197,12 @@ def _how_to_run(options: Push, source: Source) -> list[str]:
             f'model = AutoModelForImageTextToText.from_pretrained("{name}")',
         )
         ours = 'chat().say("What is it?", ["image.png"])'
+    elif source.config.latent_attention:  # which transformers' pipeline does not know
+        theirs = (
+            "from transformers import Mistral4ForCausalLM",
+            f'model = Mistral4ForCausalLM.from_pretrained("{name}")',
+        )
+        ours = 'generate("Our fathers").text'
     else:
         theirs = (
             "from transformers import pipeline",

@@ -101,7 +101,7 @@ class LatentConfig:
         qk_rope_head_dim: rotary lanes R of a head's query, and of the key that all heads share.
         v_head_dim: width U of a head's value.
         squared_yarn_scale: whether scores are multiplied by (0.1 ln(factor) + 1)^2 of YaRN, as
-            transformers does since 5.22; vLLM, sglang and NeMo do not.
+            transformers does since 5.23; vLLM, sglang and NeMo do not.
 
     Raises:
         BadInput: a width is out of range.
@@ -137,11 +137,11 @@ PARTS = {
     "latent_attention": LatentConfig,
     "vision": VisionConfig,
 }
-EXPERTS = ("n_experts", "n_experts_per_token", "expert_hidden_dim")
-EXPERTS += ("n_shared_experts", "n_dense_layers")
+MIXTURE = ("n_experts", "n_experts_per_token", "expert_hidden_dim")
+MIXTURE += ("n_shared_experts", "n_dense_layers")
 BOOLEANS = {"tied_embeddings", "apply_scale", "squared_yarn_scale"}
 BOOLEANS |= {"projector_norm", "projector_bias"}
-OPTIONAL = (*EXPERTS, *PARTS)  # what most models have none of
+OPTIONAL = (*MIXTURE, *PARTS)  # what most models have none of
 
 
 @dataclasses.dataclass(frozen=True)

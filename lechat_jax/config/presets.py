@@ -180,8 +180,8 @@ RELEASES: dict[str, Fields] = {
         "rope_theta": 1e4,
         "sliding_window": 1024,
     },
-    # For measuring latent attention and experts: an eighth of Small 4's width, a seventh of its
-    # layers, and the rest in proportion; four of 128 experts as there.
+    # For measuring latent attention and experts: an eighth of Small 4's widths and ranks, a quarter
+    # of its heads, of half the width, a seventh of its layers; four of 128 experts as there.
     "bench-small-4": SMALL_4
     | {
         "dim": 512,

@@ -173,7 +173,7 @@ class Optimizer:
             "adamw": adam(rates.matrix, decay),
         }
         self._muon_steps = rule.muon_steps
-        self._stack = stack_blocks if rule.matrices == "muon" else dict
+        self._is_stacked = rule.matrices == "muon"
         self._inner = optax.partition(
             {
                 "matrix": matrices[rule.matrices],
@@ -184,18 +184,21 @@ class Optimizer:
             lambda params: {name: group(name) for name in params},
         )
 
+    def _stacked(self, weights: Weights) -> Weights:
+        return stack_blocks(weights) if self._is_stacked else dict(weights)
+
     def init(self, weights: Weights) -> optax.OptState:
         """Optimizer state before the first step."""
-        return self._inner.init(self._stack(weights))
+        return self._inner.init(self._stacked(weights))
 
     def update(
         self, grads: Weights, state: optax.OptState, weights: Weights
     ) -> tuple[Weights, optax.OptState]:
         """Updates to add to the weights at the full rate, and the next optimizer state."""
         state = _with_coefficients(state, lambda one: jnp.broadcast_to(one, (self._muon_steps, 3)))
-        updates, state = self._inner.update(self._stack(grads), state, self._stack(weights))
+        updates, state = self._inner.update(self._stacked(grads), state, self._stacked(weights))
         moves = cast(Weights, updates)
-        moves = moves if self._stack is dict else unstack_blocks(moves, grads)
+        moves = unstack_blocks(moves, grads) if self._is_stacked else moves
         return moves, _with_coefficients(state, lambda all: all[0])
 
 
@@ -223,9 +226,10 @@ def stack_blocks(weights: Weights) -> Weights:
     What not all layers have, such as experts, is a stack of those that do.
     """
     return {
-        stack: jnp.stack([weights[name] for name in names]) if layout.is_stack(stack) else leaf
+        stack: jnp.stack([weights[name] for name in names])
+        if layout.is_stack(stack)
+        else weights[stack]
         for stack, names in _stacks(weights).items()
-        for leaf in (weights[names[0]],)
     }
 
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 
 from lechat_jax.config.layout import in_layer, layer_of, stacked
-from lechat_jax.config.mistral import EXPERTS
+from lechat_jax.config.mistral import MIXTURE
 from lechat_jax.formats import names
 from lechat_jax.formats.source import Source
 from parity.check.oracles.interface import OF_VISION, Oracle, Pictures, Stages
@@ -61,7 +61,7 @@ class Part(NamedTuple):
 
 # One layer that is as small as it can be, for a part in which none matters.
 LEAST: dict[str, Any] = {
-    **dict.fromkeys(EXPERTS, 0),
+    **dict.fromkeys(MIXTURE, 0),
     **dict.fromkeys(("n_layers", "n_heads", "n_kv_heads", "hidden_dim"), 1),
     "head_dim": 2,
     "sliding_window": None,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lechat_jax.config import PRESETS, Llama4Scaling, MistralConfig, Yarn, preset
-from lechat_jax.config.mistral import EXPERTS, PARTS
+from lechat_jax.config.mistral import MIXTURE, PARTS
 from lechat_jax.config.presets import UNVERIFIED
 from lechat_jax.errors import BadInput
 from lechat_jax.model.mistral import Mistral
@@ -200,7 +200,7 @@ def test_only_what_most_models_do_not_have_has_a_default() -> None:
         for field in dataclasses.fields(MistralConfig)
         if field.default is not dataclasses.MISSING
     ]
-    assert defaults == ["tied_embeddings", *EXPERTS, *PARTS]
+    assert defaults == ["tied_embeddings", *MIXTURE, *PARTS]
     assert not any(getattr(PRESETS["mistral-7b-v0.1"], name) for name in defaults)
 
 

@@ -4,7 +4,7 @@ Mistral's `params.json` has lechat's words. Hugging Face has one object for all 
 `rope_scaling` in transformers 4 and `rope_parameters` since; of its many ways to say how long
 queries and keys are after YaRN, Mistral's models use two, as they are and 0.1 ln(factor) + 1.
 
-With latent attention transformers since 5.22 also multiplies scores by (0.1 ln(factor) + 1)^2 where
+With latent attention transformers since 5.23 also multiplies scores by (0.1 ln(factor) + 1)^2 where
 it reads a `mscale_all_dim`, as the config.json of Mistral Small 4 has it. Its weights were made
 without, so it is read so, and whoever means that square says `squared_yarn_scale` besides.
 """

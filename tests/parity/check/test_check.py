@@ -420,10 +420,9 @@ def test_latent_attention_behind_a_dense_layer_is_checked_a_layer_at_a_time(
     tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ARCHITECTURES["mistral-small-4"]
-    weights = {key: jnp.asarray(leaf) for key, leaf in random_weights(config).items()}
-    save_weights(tmp_path / "right", config, weights, None)
+    right = saved(tmp_path / "right", config, random_weights(config))
     monkeypatch.setattr(run, "WHOLE", 0)
-    checkpoint = ["--checkpoint", str(tmp_path / "right"), "--tokens", "24", "--window", "9"]
+    checkpoint = ["--checkpoint", right, "--tokens", "24", "--window", "9"]
     found = verdict(capsys, tmp_path, *checkpoint)
     assert found["code"] == 0
     assert {stage["pair"][0] for stage in found["stages"]} == {"jax", "torch", "transformers"}
@@ -444,12 +443,10 @@ def test_what_is_wrong_in_a_latent_model_is_found_in_its_layer(
     weights = random_weights(config)
     up, shared = "blocks.1.attn.kv_b.kernel", "blocks.2.mlp.shared.up.kernel"
     wrong = weights | {up: np.roll(weights[up], 1, axis=1), shared: weights[shared][::-1]}
-    for name, numbers in (("right", weights), ("wrong", wrong)):
-        arrays = {key: jnp.asarray(leaf) for key, leaf in numbers.items()}
-        save_weights(tmp_path / name, config, arrays, None)
+    right, other = saved(tmp_path / "r", config, weights), saved(tmp_path / "w", config, wrong)
     monkeypatch.setattr(run, "WHOLE", 0)
-    flags = ["--against", str(tmp_path / "wrong"), "--tokens", "24", "--window", "9"]
-    found = verdict(capsys, tmp_path, "--checkpoint", str(tmp_path / "right"), *flags)
+    flags = ["--against", other, "--tokens", "24", "--window", "9"]
+    found = verdict(capsys, tmp_path, "--checkpoint", right, *flags)
     assert found["code"] == 1
     red = {(s["stage"], s["layer"]) for s in found["stages"] if not s["ok"]}
     assert red == {("attn", 1), ("mlp", 1), ("mlp", 2)}
@@ -463,17 +460,15 @@ def test_a_tower_is_checked_a_layer_at_a_time(
     weights = random_weights(config)
     q, merge = "vision.blocks.1.attn.q.kernel", "projector.linear_1.kernel"
     wrong = weights | {q: np.roll(weights[q], 1, axis=0), merge: weights[merge][::-1]}
-    for name, numbers in (("right", weights), ("wrong", wrong)):
-        arrays = {key: jnp.asarray(leaf) for key, leaf in numbers.items()}
-        save_weights(tmp_path / name, config, arrays, None)
+    right, other = saved(tmp_path / "r", config, weights), saved(tmp_path / "w", config, wrong)
     monkeypatch.setattr(run, "WHOLE", 0)
-    checkpoint = ["--checkpoint", str(tmp_path / "right"), "--tokens", "24"]
+    checkpoint = ["--checkpoint", right, "--tokens", "24"]
     found = verdict(capsys, tmp_path, *checkpoint)
     assert found["code"] == 0
     towers = [(s["stage"], s["layer"]) for s in found["stages"] if s["pair"][0] == "transformers"]
     assert towers[:4] == [("patches", None), ("vision", 0), ("vision", 1), ("projector", None)]
 
-    found = verdict(capsys, tmp_path, *checkpoint, "--against", str(tmp_path / "wrong"))
+    found = verdict(capsys, tmp_path, *checkpoint, "--against", other)
     assert found["code"] == 1
     red = {(s["stage"], s["layer"]) for s in found["stages"] if not s["ok"]}
     assert red == {("vision", 1), ("projector", None)}
