@@ -193,8 +193,8 @@ KNOWN = {
 LAYER = re.compile(r"(vision\.)?blocks\.(\d+)\.")
 
 
-class Feeding(NamedTuple):
-    """Feed-forwards of a model.
+class FeedForwards(NamedTuple):
+    """Which feed-forwards a model has: one a layer, or experts in all layers but the first.
 
     Attributes:
         is_mixture: whether there are experts.
@@ -206,31 +206,33 @@ class Feeding(NamedTuple):
     n_dense: int = 0
     has_shared: bool = False
 
-    def has(self, name: str, layer: int) -> bool:
-        """Whether a layer has a weight, by the name of its stack."""
+    def are_experts(self, layer: int) -> bool:
+        """Whether those of a layer are experts."""
+        return self.is_mixture and layer >= self.n_dense
+
+    def have(self, name: str, layer: int) -> bool:
+        """Whether a weight, by the name of its stack, is one of a layer, as far as they decide."""
         if name in FEED_FORWARD.values():
-            return not self.is_mixture or layer < self.n_dense
-        if name in (ROUTER, *EXPERTS, *SHARED):
-            return self.is_mixture and layer >= self.n_dense
-        return True
+            return not self.are_experts(layer)
+        return name not in (ROUTER, *EXPERTS, *SHARED) or self.are_experts(layer)
 
 
 @functools.lru_cache(maxsize=8)
 def weights(
     n_layers: int,
-    feeding: Feeding,
+    feed_forwards: FeedForwards,
     tied_embeddings: bool,
     is_latent: bool = False,
     vision: VisionConfig | None = None,
 ) -> Mapping[str, Row]:
     """Every weight of such a model by name, with its row; shared, so it cannot be changed.
 
-    >>> list(weights(2, Feeding(is_mixture=False), tied_embeddings=True))[:3]
+    >>> list(weights(2, FeedForwards(is_mixture=False), tied_embeddings=True))[:3]
     ['embed.kernel', 'blocks.0.attn_norm.scale', 'blocks.1.attn_norm.scale']
     """
     absent = {HEAD} if tied_embeddings else set[str]()
     absent |= {*GROUPED.values()} if is_latent else {*LATENT.values(), *LATENT_NORMS}
-    absent |= set() if feeding.has_shared else {*SHARED}
+    absent |= set() if feed_forwards.has_shared else {*SHARED}
     if vision is None:
         absent |= {name for name in TABLE if is_vision(name)}
     else:
@@ -243,7 +245,7 @@ def weights(
         for name, row in TABLE.items()
         if name not in absent
         for i in range(n_blocks[name.partition(".")[0]] if is_stack(name) else 1)
-        if feeding.has(name, i)
+        if feed_forwards.have(name, i)
     }
     return MappingProxyType(found)
 

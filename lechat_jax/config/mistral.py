@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lechat_jax.config.layout import EMBEDDING, HEAD, Feeding, Row, is_expert, weights
+from lechat_jax.config.layout import EMBEDDING, HEAD, FeedForwards, Row, is_expert, weights
 from lechat_jax.config.vision import CHANNELS, VisionConfig
 from lechat_jax.errors import BadInput
 
@@ -50,13 +50,18 @@ class Yarn:
             raise BadInput(f"yarn needs 0 < alpha < beta, not {self.alpha} and {self.beta}")
 
     @property
+    def mscale(self) -> float:
+        """The paper's factor of queries and keys, 0.1 ln(factor) + 1, applied or not."""
+        return 0.1 * math.log(self.factor) + 1
+
+    @property
     def attention_factor(self) -> float:
         """What queries and keys are multiplied by, so that attention stays as sharp.
 
         >>> round(Yarn(64.0, 4096, 4.0, 1.0, apply_scale=True).attention_factor, 5)
         1.41589
         """
-        return 0.1 * math.log(self.factor) + 1 if self.apply_scale else 1.0
+        return self.mscale if self.apply_scale else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,14 +297,18 @@ class MistralConfig:
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts, instead of a single feed-forward."""
-        return self.n_experts > 0 and layer >= self.n_dense_layers
+        return self.feed_forwards.are_experts(layer)
+
+    @property
+    def feed_forwards(self) -> FeedForwards:
+        """Which feed-forwards there are, as the table of weights asks."""
+        return FeedForwards(self.n_experts > 0, self.n_dense_layers, self.n_shared_experts > 0)
 
     @property
     def weights(self) -> Mapping[str, Row]:
         """Every weight by name, with its row of the table, `layout`."""
-        experts = Feeding(self.n_experts > 0, self.n_dense_layers, self.n_shared_experts > 0)
         latent = self.latent_attention is not None
-        return weights(self.n_layers, experts, self.tied_embeddings, latent, self.vision)
+        return weights(self.n_layers, self.feed_forwards, self.tied_embeddings, latent, self.vision)
 
     @property
     def text(self) -> "MistralConfig":

@@ -8,8 +8,8 @@ W_k and W_v a head's halves of `kv_b`,
     q . (W_k c) = (W_k^T q) . c        sum of p (W_v c) = W_v (sum of p c)
 
 so a query is made one over latents, which are keys and values of all heads at once: more
-arithmetic for each query and key, and a hundredth of the bytes to read. So few queries over a cache
-are absorbed, and for many its latents are expanded, a block at a time.
+arithmetic for each query and key, and a few hundredths of the bytes to read. So few queries over a
+cache are absorbed, and for many its latents are expanded, a block at a time.
 """
 
 import jax.numpy as jnp

@@ -8,7 +8,6 @@ scores and softmax are at least float32.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +184,7 @@ def _applied(
 
 
 def _mix_whole(
-    q: Any,
+    q: Array,
     k: Array,
     v: Array,
     memory: None,

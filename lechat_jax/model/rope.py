@@ -51,7 +51,7 @@ def rotations(positions: Int[Array, "B T"], config: MistralConfig, dtype: DTypeL
         scale = query_scale(positions, config.llama_4_scaling, k.cos.dtype)
     if latent and latent.squared_yarn_scale and config.yarn:
         one = jnp.ones(positions.shape, k.cos.dtype) if scale is None else scale
-        scale = one * (0.1 * math.log(config.yarn.factor) + 1) ** 2
+        scale = one * config.yarn.mscale**2
     if scale is None:
         return Rotations(k, k)
     return Rotations(Rotation(k.cos * scale[..., None], k.sin * scale[..., None]), k, scale)

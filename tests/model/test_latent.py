@@ -251,7 +251,7 @@ def test_many_devices_and_adapters_have_the_slope_of_one(x64: None) -> None:
         )
     for name, wanted in found[0].items():
         assert np.abs(wanted).max() > 0, name
-        atol = 1e-7 * np.abs(wanted).max()
+        atol = 1e-12 * np.abs(wanted).max()
         np.testing.assert_allclose(found[1][name], wanted, rtol=0, atol=atol)
 
 

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
+import transformers
 import yaml
 
 import lechat_jax as lechat
@@ -23,7 +25,7 @@ from lechat_jax.train.command import main as train
 from parity.push import main
 from tests.support import tokenizers
 from tests.support.images import SEES
-from tests.support.models import random_model
+from tests.support.models import TINY_LATENT, random_model
 
 NAME = "somebody/a-model"
 SHORT = "--batch 2 --block 16 --max-tokens 4 --steps 2 --eval-tokens 64 --dim 32 --n-layers 2"
@@ -178,6 +180,19 @@ def test_a_model_that_sees_is_published_with_its_tower_and_for_llama_cpp_without
     names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     assert len(names) == len(config.text.weights)
     assert all(name.startswith(("blk.", "token_embd", "output")) for name in names)
+
+
+def test_a_card_of_latent_attention_names_the_class_that_loads_it(hub: Hub, tmp_path: Path) -> None:
+    """Transformers' `pipeline` and its auto classes don't know it."""
+    config = dataclasses.replace(TINY_LATENT, norm_eps=1e-6, vocab_size=32000)
+    model = tmp_path / "model"
+    save_weights(model, config, weights_of(random_model(config)), tokenizers.shipped("v1"))
+    kept = tmp_path / "kept"
+    assert main([str(model), NAME, "--dry-run", "--keep", str(kept)]) == 0
+    text = (kept / "README.md").read_text()
+    (loading,) = re.findall(r"from transformers import (\w+)", text)
+    found = getattr(transformers, loading).from_pretrained(kept)
+    assert sum(weight.numel() for weight in found.parameters()) == config.n_params
 
 
 def test_what_is_refused_leaves_nothing(hub: Hub, run: Path, tmp_path: Path) -> None:
