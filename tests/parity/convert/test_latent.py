@@ -12,14 +12,14 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from lechat_jax.config import PRESETS, LatentConfig, Llama4Scaling, MistralConfig
+from lechat_jax.config import PRESETS, LatentConfig, MistralConfig
 from lechat_jax.errors import BadInput
 from lechat_jax.formats import stores
 from lechat_jax.formats.configs.hugging_face import from_hugging_face, to_hugging_face
 from lechat_jax.formats.configs.mistral import from_params, to_params
 from lechat_jax.formats.names import FORMATS, Format, names
 from lechat_jax.model.binding import bind
-from parity.architectures import SMALL, STRETCHED, THETA, TOWER
+from parity.architectures import ARCHITECTURES, SMALL, STRETCHED, TOWER
 from parity.convert.open_source import open_source
 from parity.peers import transformers as peer
 from parity.random_models import random_weights as varied_weights
@@ -32,20 +32,7 @@ WIDTHS = LatentConfig(
     q_lora_rank=15, kv_lora_rank=18, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10
 )
 LATENT = dataclasses.replace(
-    SMALL,
-    norm_eps=1e-6,
-    n_kv_heads=6,
-    head_dim=14,
-    sliding_window=None,
-    rope_theta=THETA,
-    n_experts=5,
-    n_experts_per_token=2,
-    expert_hidden_dim=12,
-    n_shared_experts=2,
-    n_dense_layers=1,
-    yarn=STRETCHED,
-    llama_4_scaling=Llama4Scaling(beta=0.1, original_max_position_embeddings=9),
-    latent_attention=WIDTHS,
+    ARCHITECTURES["mistral-small-4"], expert_hidden_dim=12, latent_attention=WIDTHS
 )
 SQUARED = dataclasses.replace(
     LATENT, latent_attention=dataclasses.replace(WIDTHS, squared_yarn_scale=True)
